@@ -1,0 +1,236 @@
+"""The settings of a run as dataclasses; the command line and the YAML files are built from these."""
+
+from dataclasses import dataclass, field
+
+__all__ = [
+    "AnnotateConfig",
+    "CacheConfig",
+    "Config",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "ObjectiveConfig",
+    "PairsConfig",
+    "ReportConfig",
+    "RewardConfig",
+    "ScoreConfig",
+    "TrainConfig",
+]
+
+
+@dataclass
+class GenerateConfig:
+    """Candidates of the base model.
+
+    Args:
+        num_prompts: prompts taken from the top of the prompt list.
+        num_videos_per_prompt: candidates of each prompt.
+        batch_size: clips sampled at once.
+        num_inference_steps: denoising steps of a clip.
+        guidance_scale: classifier-free guidance; 1 switches it off.
+        num_frames: frames of a clip.
+        height: pixels.
+        width: pixels.
+        fps: frames a second of the mp4 files.
+    """
+
+    num_prompts: int = 96
+    num_videos_per_prompt: int = 2
+    batch_size: int = 32
+    num_inference_steps: int = 16
+    guidance_scale: float = 1.0
+    num_frames: int = 9
+    height: int = 32
+    width: int = 32
+    fps: int = 8
+
+
+@dataclass
+class AnnotateConfig:
+    """Scores of videos and patches by a teacher.
+
+    Args:
+        teacher: name of the teacher; "demo" is the defect meter of the demo.
+        noisy_share: share of clips on which the demo teacher errs as a person would.
+    """
+
+    teacher: str = "demo"
+    noisy_share: float = 0.2
+
+
+@dataclass
+class RewardConfig:
+    """Reward model: the video phase first, then the same weights in the patch phase.
+
+    Args:
+        video_steps: optimiser steps of the video phase.
+        patch_steps: optimiser steps of the patch phase.
+        learning_rate: of AdamW, both phases.
+        batch_size: clips in a step.
+    """
+
+    video_steps: int = 200
+    patch_steps: int = 400
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+
+
+@dataclass
+class ScoreConfig:
+    """Rewards of every candidate.
+
+    Args:
+        batch_size: clips scored at once.
+    """
+
+    batch_size: int = 32
+
+
+@dataclass
+class PairsConfig:
+    """Preference pairs out of the scored candidates.
+
+    Args:
+        patch_delta: patches whose rewards differ by no more than this are ties.
+        video_delta: videos whose rewards differ by no more than this are ties.
+        dimensions: weight of each video dimension in the video reward.
+    """
+
+    patch_delta: float = 0.4
+    video_delta: float = 0.0
+    dimensions: dict[str, float] = field(
+        default_factory=lambda: {"visual_quality": 1.0, "text_alignment": 1.0, "dynamic_degree": 1.0}
+    )
+
+
+@dataclass
+class CacheConfig:
+    """Latents and text embeddings; nothing to set."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Gran-DPO, under the names of halo_fast.GranDPO.
+
+    Args:
+        video_weight: weight of the video's preference.
+        patch_weight: weight of the patches' preferences.
+        video_beta: inverse temperature of the video's preference.
+        patch_beta: inverse temperature of the patches' preferences; null for video_beta / sqrt(patches).
+        patch_gamma: exponent of the reward gap that weighs a patch.
+        patch_delta: patches whose rewards differ by no more than this teach nothing.
+        video_delta: videos whose rewards differ by no more than this teach nothing.
+        sft_weight: supervised term on the winning clip.
+        patch_sft_weight: supervised term on the winning patches.
+    """
+
+    video_weight: float = 1.0
+    patch_weight: float = 1.0
+    video_beta: float = 400.0
+    patch_beta: float | None = 40.0
+    patch_gamma: float = 0.0
+    patch_delta: float = 0.4
+    video_delta: float = 0.0
+    sft_weight: float = 0.0
+    patch_sft_weight: float = 0.5
+
+
+@dataclass
+class TrainConfig:
+    """LoRA training.
+
+    Args:
+        objective: the loss.
+        learning_rate: peak of the schedule.
+        lr_warmup_steps: steps of linear warm-up.
+        max_train_steps: optimiser steps.
+        train_batch_size: pairs in a step.
+        rank: of the LoRA matrices.
+        lora_alpha: LoRA scale times rank.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpointing_steps: steps between two checkpoints.
+        seed: of LoRA weights, order of pairs, noise and timesteps.
+    """
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    learning_rate: float = 2e-4
+    lr_warmup_steps: int = 10
+    max_train_steps: int = 100
+    train_batch_size: int = 16
+    rank: int = 16
+    lora_alpha: int = 16
+    max_grad_norm: float = 1.0
+    checkpointing_steps: int = 50
+    seed: int = 0
+
+
+@dataclass
+class EvaluateConfig:
+    """Base against aligned model on held-out prompts with the same seeds.
+
+    Args:
+        num_prompts: prompts taken from the top of the list.
+        meter: "demo" for the demo's defect meter, "reward" for the trained reward model.
+        bootstrap: resamples of the prompts behind each interval.
+    """
+
+    num_prompts: int = 64
+    meter: str = "demo"
+    bootstrap: int = 1000
+
+
+@dataclass
+class ReportConfig:
+    """The HTML page.
+
+    Args:
+        num_clips: clips shown side by side.
+    """
+
+    num_clips: int = 8
+
+
+@dataclass
+class Config:
+    """Everything a run is made with.
+
+    Args:
+        output_dir: the run directory, one folder a stage.
+        pretrained_model_name_or_path: "demo:graded", "demo:patchy", a diffusers folder or a hub name.
+        prompts: "demo:train", "demo:heldout" or a text file with one prompt a line.
+        evaluation_prompts: likewise, for evaluate.
+        grid: patches of a clip along time, height and width.
+        seed: every random number of a run follows from it.
+        generate: candidates of the base model.
+        annotate: labels of the teacher.
+        reward: reward model.
+        score: rewards of the candidates.
+        pairs: preference pairs.
+        cache: latents and text embeddings.
+        train: LoRA training.
+        evaluate: base against aligned.
+        report: the HTML page.
+    """
+
+    output_dir: str = "runs/demo"
+    pretrained_model_name_or_path: str = "demo:graded"
+    prompts: str = "demo:train"
+    evaluation_prompts: str = "demo:heldout"
+    grid: tuple[int, int, int] = (3, 4, 4)
+    seed: int = 0
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        clip = (self.generate.num_frames, self.generate.height, self.generate.width)
+        if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
+            raise ValueError(
+                f"grid: expected 1 to {clip} patches along frames, height and width of the clip, got {tuple(self.grid)}; "
+                "use fewer patches or larger clips"
+            )
