@@ -1,0 +1,415 @@
+// Patch errors, patch log ratios and their gradient on CPUs. Free of torch: raw pointers and sizes, called through ctypes.
+//
+// A task is a block of whole rows of a few frames of one sample, with all channels. It keeps one accumulator per latent
+// position, so the inner loop runs over whole contiguous rows however short and ragged the patches are, and the order of
+// every sum is fixed by the shape alone: neither the vector width nor the number of threads can change a bit.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define HALO_EXPORT extern "C" __attribute__((visibility("default")))
+#define HALO_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+template <class T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+HALO_INLINE float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+HALO_INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+HALO_INLINE double widen(double x) { return x; }
+HALO_INLINE float widen(float x) { return x; }
+HALO_INLINE float widen(bf16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+HALO_INLINE float widen(fp16 x) {
+    const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+    // Moves the exponent bias from 15 to 127; exact for subnormals too.
+    const uint32_t finite = as_bits(as_float(magnitude) * as_float(0x77800000u));
+    const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
+    return as_float(value | (x.bits & 0x8000u) << 16);
+}
+
+HALO_INLINE void narrow(double x, double& to) { to = x; }
+HALO_INLINE void narrow(float x, float& to) { to = x; }
+
+HALO_INLINE void narrow(float x, bf16& to) {
+    const uint32_t bits = as_bits(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+HALO_INLINE void narrow(float x, fp16& to) {
+    const uint32_t bits = as_bits(x);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 the half is subnormal: adding 0.5 lets the float unit round to a multiple of 2^-24.
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    to.bits = static_cast<uint16_t>((magnitude >= 0x477ff000u ? large : finite) | ((bits >> 16) & 0x8000u));
+}
+
+// ---- rows: the only loops over latent elements
+
+template <class T>
+HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, const T* __restrict policy, const T* __restrict reference,
+                               const T* __restrict target, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto o = widen(policy[i]), o_ref = widen(reference[i]), tau = widen(target[i]);
+        sum[i] += (o_ref - o) * ((o - tau) + (o_ref - tau));
+    }
+}
+
+template <class T>
+HALO_INLINE void add_error(Accumulate<T>* __restrict sum, const T* __restrict prediction, const T* __restrict target,
+                           int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto residual = widen(prediction[i]) - widen(target[i]);
+        sum[i] += residual * residual;
+    }
+}
+
+template <class T>
+HALO_INLINE void write_gradient(T* __restrict gradient, const T* __restrict prediction, const T* __restrict target,
+                                const Accumulate<T>* __restrict scale, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
+}
+
+template <class T>
+struct Rows {
+    void (*log_ratio)(Accumulate<T>*, const T*, const T*, const T*, int64_t);
+    void (*error)(Accumulate<T>*, const T*, const T*, int64_t);
+    void (*gradient)(T*, const T*, const T*, const Accumulate<T>*, int64_t);
+};
+
+#define HALO_ROWS(NAME, TARGET)                                                                                         \
+    template <class T>                                                                                                  \
+    struct NAME {                                                                                                       \
+        TARGET static void log_ratio(Accumulate<T>* sum, const T* o, const T* o_ref, const T* tau, int64_t count) {     \
+            add_log_ratio(sum, o, o_ref, tau, count);                                                                   \
+        }                                                                                                               \
+        TARGET static void error(Accumulate<T>* sum, const T* o, const T* tau, int64_t count) {                         \
+            add_error(sum, o, tau, count);                                                                              \
+        }                                                                                                               \
+        TARGET static void gradient(T* out, const T* o, const T* tau, const Accumulate<T>* scale, int64_t count) {      \
+            write_gradient(out, o, tau, scale, count);                                                                  \
+        }                                                                                                               \
+        static constexpr Rows<T> rows{log_ratio, error, gradient};                                                      \
+    };
+
+HALO_ROWS(Portable, )
+#ifdef __x86_64__
+HALO_ROWS(Avx2, __attribute__((target("avx2"))))
+HALO_ROWS(Avx512, __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+
+enum Level { portable = 0, avx2 = 1, avx512 = 2 };
+
+Level best_level() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return avx512;
+    if (__builtin_cpu_supports("avx2")) return avx2;
+#endif
+    return portable;
+}
+
+const Level supported = best_level();
+Level level = supported;
+
+template <class T>
+const Rows<T>& rows_in_use() {
+#ifdef __x86_64__
+    if (level == avx512) return Avx512<T>::rows;
+    if (level == avx2) return Avx2<T>::rows;
+#endif
+    return Portable<T>::rows;
+}
+
+// ---- geometry
+
+template <class T>
+struct View {  // [N, C, F, H, W], strides in elements
+    T* data;
+    const int64_t* stride;
+
+    int64_t at(int64_t n, int64_t c, int64_t f, int64_t h) const {
+        return n * stride[0] + c * stride[1] + f * stride[2] + h * stride[3];
+    }
+};
+
+struct Span {
+    int64_t begin, end, patch;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Geometry {
+    int64_t N, C, F, H, W, f, h, w;
+    int64_t rows_per_task;
+    std::vector<Span> frames;   // pieces of the patches' frames; one task never crosses a patch in time
+    std::vector<int64_t> edge;  // borders of the patches along a row
+    int64_t row_blocks;
+
+    Geometry(const int64_t* shape, const int64_t* grid)
+        : N(shape[0]), C(shape[1]), F(shape[2]), H(shape[3]), W(shape[4]), f(grid[0]), h(grid[1]), w(grid[2]) {
+        constexpr int64_t accumulators = 6144, elements_per_task = 65536;  // 24 KiB: half of a first-level cache
+        row_blocks = ceil_div(H, std::max<int64_t>(1, accumulators / std::max<int64_t>(1, W)));
+        rows_per_task = ceil_div(H, row_blocks);
+        row_blocks = ceil_div(H, rows_per_task);
+        const int64_t depth = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, C * rows_per_task * W));
+        for (int64_t k = 0; k < f; ++k)
+            for (int64_t at = k * F / f, end = (k + 1) * F / f; at < end; at += depth)
+                frames.push_back({at, std::min(at + depth, end), k});
+        for (int64_t k = 0; k <= w; ++k) edge.push_back(k * W / w);
+    }
+
+    int64_t tasks() const { return N * pieces() * row_blocks; }
+    int64_t pieces() const { return static_cast<int64_t>(frames.size()); }
+    int64_t patch_of_row(int64_t row) const { return ((row + 1) * h - 1) / H; }
+    int64_t first_row(int64_t patch) const { return patch * H / h; }
+    double elements(int64_t kf, int64_t kh, int64_t kw) const {
+        return static_cast<double>(C) * static_cast<double>((kf + 1) * F / f - kf * F / f) *
+               static_cast<double>(first_row(kh + 1) - first_row(kh)) * static_cast<double>(edge[kw + 1] - edge[kw]);
+    }
+};
+
+struct Task {
+    int64_t n, piece, first, last;  // rows first .. last - 1
+
+    Task(const Geometry& g, int64_t index)
+        : n(index / (g.pieces() * g.row_blocks)),
+          piece(index / g.row_blocks % g.pieces()),
+          first(index % g.row_blocks * g.rows_per_task),
+          last(std::min(first + g.rows_per_task, g.H)) {}
+};
+
+int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// A row with gaps between its elements is packed first; all others are read in place.
+template <class T>
+const T* packed_row(const View<const T>& view, int64_t offset, int64_t count, T* buffer) {
+    if (view.stride[4] == 1) return view.data + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = view.data[offset + i * view.stride[4]];
+    return buffer;
+}
+
+template <class... Views>
+bool rows_follow_each_other(int64_t W, const Views&... views) {
+    return ((views.stride[4] == 1 && views.stride[3] == W) && ...);
+}
+
+// ---- forward
+
+// Adds the accumulators of a task patch by patch in double: first down the rows, then along the row.
+template <class A>
+void fold(const Geometry& g, const Task& task, const A* sum, double* column, double* partial) {
+    for (int64_t row = task.first; row < task.last;) {
+        const int64_t end = std::min(task.last, g.first_row(g.patch_of_row(row) + 1));
+        double* to = partial + ((task.n * g.pieces() + task.piece) * g.H + row) * g.w;
+        std::fill(column, column + g.W, 0.0);
+        for (; row < end; ++row) {
+            const A* from = sum + (row - task.first) * g.W;
+            for (int64_t i = 0; i < g.W; ++i) column[i] += static_cast<double>(from[i]);
+        }
+        for (int64_t k = 0; k < g.w; ++k) {
+            double total = 0.0;
+            for (int64_t i = g.edge[k]; i < g.edge[k + 1]; ++i) total += column[i];
+            to[k] = total;
+        }
+    }
+}
+
+template <class A>
+void finish(const Geometry& g, const double* partial, A* out, int threads) {
+    [[maybe_unused]] const int team = threads;
+#pragma omp parallel for num_threads(team) schedule(static) if (g.N * g.f * g.h * g.w > 4096)
+    for (int64_t box = 0; box < g.N * g.f * g.h; ++box) {
+        const int64_t n = box / (g.f * g.h), kf = box / g.h % g.f, kh = box % g.h;
+        for (int64_t kw = 0; kw < g.w; ++kw) {
+            double total = 0.0;
+            for (int64_t piece = 0; piece < g.pieces(); ++piece) {
+                if (g.frames[piece].patch != kf) continue;
+                for (int64_t row = g.first_row(kh); row < g.first_row(kh + 1); row += g.rows_per_task - row % g.rows_per_task)
+                    total += partial[((n * g.pieces() + piece) * g.H + row) * g.w + kw];
+            }
+            out[box * g.w + kw] = static_cast<A>(total / g.elements(kf, kh, kw));
+        }
+    }
+}
+
+template <class T>
+void forward(const Geometry& g, View<const T> policy, View<const T> reference, View<const T> target, Accumulate<T>* out,
+             int threads) {
+    using A = Accumulate<T>;
+    const Rows<T> rows = rows_in_use<T>();
+    const int64_t block = g.rows_per_task * g.W;
+    std::vector<A> sums(threads * block);
+    std::vector<double> columns(threads * g.W);
+    std::vector<T> packs(threads * 3 * g.W);
+    std::vector<double> partial(g.N * g.pieces() * g.H * g.w);
+    const bool error_only = reference.data == nullptr;
+    const bool whole = rows_follow_each_other(g.W, policy, target) && (error_only || rows_follow_each_other(g.W, reference));
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t index = 0; index < g.tasks(); ++index) {
+        const Task task(g, index);
+        A* sum = sums.data() + thread_index() * block;
+        T* pack = packs.data() + thread_index() * 3 * g.W;
+        std::fill(sum, sum + block, A(0));
+        const int64_t step = whole ? task.last - task.first : 1;
+        for (int64_t c = 0; c < g.C; ++c)
+            for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
+                for (int64_t h = task.first; h < task.last; h += step) {
+                    A* to = sum + (h - task.first) * g.W;
+                    const T* o = packed_row(policy, policy.at(task.n, c, f, h), g.W, pack);
+                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
+                    if (error_only) {
+                        rows.error(to, o, tau, step * g.W);
+                        continue;
+                    }
+                    const T* o_ref = packed_row(reference, reference.at(task.n, c, f, h), g.W, pack + 2 * g.W);
+                    rows.log_ratio(to, o, o_ref, tau, step * g.W);
+                }
+        fold(g, task, sum, columns.data() + thread_index() * g.W, partial.data());
+    }
+    finish(g, partial.data(), out, threads);
+}
+
+// ---- backward: 2 (o - tau) grad_p / Z_p
+
+template <class A>
+void spread(const Geometry& g, const Task& task, const A* grad, A* scale) {
+    const int64_t kf = g.frames[task.piece].patch;
+    for (int64_t row = task.first; row < task.last; ++row) {
+        const int64_t kh = g.patch_of_row(row);
+        A* to = scale + (row - task.first) * g.W;
+        if (row > task.first && kh == g.patch_of_row(row - 1)) {
+            std::copy(to - g.W, to, to);
+            continue;
+        }
+        for (int64_t kw = 0; kw < g.w; ++kw) {
+            const double value = static_cast<double>(grad[((task.n * g.f + kf) * g.h + kh) * g.w + kw]);
+            std::fill(to + g.edge[kw], to + g.edge[kw + 1], static_cast<A>(2.0 * value / g.elements(kf, kh, kw)));
+        }
+    }
+}
+
+template <class T>
+void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> prediction, View<const T> target, View<T> gradient,
+              int threads) {
+    using A = Accumulate<T>;
+    const Rows<T> rows = rows_in_use<T>();
+    const int64_t block = g.rows_per_task * g.W;
+    std::vector<A> scales(threads * block);
+    std::vector<T> packs(threads * 3 * g.W);
+    const bool whole = rows_follow_each_other(g.W, prediction, target, gradient);
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t index = 0; index < g.tasks(); ++index) {
+        const Task task(g, index);
+        A* scale = scales.data() + thread_index() * block;
+        T* pack = packs.data() + thread_index() * 3 * g.W;
+        spread(g, task, grad, scale);
+        const int64_t step = whole ? task.last - task.first : 1;
+        for (int64_t c = 0; c < g.C; ++c)
+            for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
+                for (int64_t h = task.first; h < task.last; h += step) {
+                    const T* o = packed_row(prediction, prediction.at(task.n, c, f, h), g.W, pack);
+                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
+                    T* to = gradient.data + gradient.at(task.n, c, f, h);
+                    const bool gaps = gradient.stride[4] != 1;
+                    rows.gradient(gaps ? pack + 2 * g.W : to, o, tau, scale + (h - task.first) * g.W, step * g.W);
+                    for (int64_t i = 0; gaps && i < g.W; ++i) to[i * gradient.stride[4]] = pack[2 * g.W + i];
+                }
+    }
+}
+
+enum Status { ok = 0, out_of_memory = 1, unknown_dtype = 2 };
+
+template <class Run>
+int by_dtype(int dtype, const Run& run) {
+    try {
+        switch (dtype) {
+            case 0: run(double{}); return ok;
+            case 1: run(float{}); return ok;
+            case 2: run(bf16{}); return ok;
+            case 3: run(fp16{}); return ok;
+            default: return unknown_dtype;
+        }
+    } catch (const std::bad_alloc&) {
+        return out_of_memory;
+    }
+}
+
+}  // namespace
+
+// A null reference gives the plain patch error. out: [N, f, h, w], double for double inputs, else float.
+HALO_EXPORT int halo_patch_forward(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* policy,
+                                   const int64_t* policy_stride, const void* reference, const int64_t* reference_stride,
+                                   const void* target, const int64_t* target_stride, void* out) {
+    return by_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        forward<T>(Geometry(shape, grid), {static_cast<const T*>(policy), policy_stride},
+                   {static_cast<const T*>(reference), reference_stride}, {static_cast<const T*>(target), target_stride},
+                   static_cast<Accumulate<T>*>(out), threads);
+    });
+}
+
+HALO_EXPORT int halo_patch_backward(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* grad,
+                                    const void* prediction, const int64_t* prediction_stride, const void* target,
+                                    const int64_t* target_stride, void* gradient, const int64_t* gradient_stride) {
+    return by_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        backward<T>(Geometry(shape, grid), static_cast<const Accumulate<T>*>(grad),
+                    {static_cast<const T*>(prediction), prediction_stride}, {static_cast<const T*>(target), target_stride},
+                    {static_cast<T*>(gradient), gradient_stride}, threads);
+    });
+}
+
+// Restricts the instruction set (0 portable, 1 AVX2, 2 AVX-512) to what the machine has; returns the one in use.
+HALO_EXPORT int halo_instruction_set(int wanted) {
+    if (wanted >= 0) level = std::min(static_cast<Level>(std::min(wanted, 2)), supported);
+    return level;
+}
+
+HALO_EXPORT int halo_has_openmp() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,124 @@
+"""C++ kernels for CPU tensors, bound with ctypes.
+
+Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is differentiable.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_STATUS = {1: MemoryError("halo_fast C++ kernels: not enough memory for the workspace"), 2: TypeError("unknown dtype")}
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bind(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    integer, pointer = ctypes.c_int, ctypes.c_void_p
+    library.halo_patch_forward.argtypes = [integer, integer] + [pointer] * 9
+    library.halo_patch_backward.argtypes = [integer, integer] + [pointer] * 9
+    library.halo_instruction_set.argtypes = [integer]
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # find_spec is right for wheels, sdists and editable installs, where the library does not lie beside this file.
+    spec = importlib.util.find_spec(f"{__package__}._cpu")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "the C++ kernels were not built: install halo_fast with a C++ compiler and without -Ccmake.define.HALO_FAST_CPU=OFF"
+        )
+    return _bind(spec.origin)
+
+
+def unavailable_reason() -> str | None:
+    """Why the C++ kernels cannot be used, or None."""
+    try:
+        _library()
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def instruction_set(wanted: str | None = None) -> str:
+    """The vector instructions in use; `wanted` restricts them (to nothing the machine lacks)."""
+    return INSTRUCTION_SETS[_library().halo_instruction_set(-1 if wanted is None else INSTRUCTION_SETS.index(wanted))]
+
+
+def describe() -> str:
+    """Instruction set and threads, in words."""
+    threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if _library().halo_has_openmp() else "1 thread, no OpenMP"
+    return f"C++, {instruction_set()}, {threads}"
+
+
+def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise _STATUS[status]
+
+
+def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Sequence[int]) -> Tensor:
+    out = policy.new_empty((policy.shape[0], *grid), dtype=_accumulate_dtype(policy.dtype))
+    if out.numel() == 0:
+        return out
+    status = _library().halo_patch_forward(
+        _DTYPES[policy.dtype],
+        torch.get_num_threads(),
+        _integers(policy.shape),
+        _integers(grid),
+        policy.data_ptr(),
+        _integers(policy.stride()),
+        None if reference is None else reference.data_ptr(),
+        None if reference is None else _integers(reference.stride()),
+        target.data_ptr(),
+        _integers(target.stride()),
+        out.data_ptr(),
+    )
+    _check(status)
+    return out
+
+
+def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """E_p(reference) - E_p(policy) in the factored form, [N, f, h, w]."""
+    return _forward(policy, reference, target, grid)
+
+
+def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """Mean squared error of each patch, [N, f, h, w]."""
+    return _forward(prediction, None, target, grid)
+
+
+def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """2 (prediction - target) grad_p / Z_p, in the dtype and memory order of prediction; grad is [N, f, h, w]."""
+    gradient = torch.empty_like(prediction)
+    if gradient.numel() == 0:
+        return gradient
+    grad = grad.to(_accumulate_dtype(prediction.dtype)).contiguous()
+    status = _library().halo_patch_backward(
+        _DTYPES[prediction.dtype],
+        torch.get_num_threads(),
+        _integers(prediction.shape),
+        _integers(grad.shape[1:]),
+        grad.data_ptr(),
+        prediction.data_ptr(),
+        _integers(prediction.stride()),
+        target.data_ptr(),
+        _integers(target.stride()),
+        gradient.data_ptr(),
+        _integers(gradient.stride()),
+    )
+    _check(status)
+    return gradient
