@@ -1,6 +1,166 @@
-"""The command line: `halo VERB [CONFIG.yaml] [--section.setting value]`."""
+"""The command line: `halo VERB [CONFIG.yaml] [--section.setting value ...]`."""
+
+import errno
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from halo_fast.config import Config, to_yaml
+from halo_fast.runs import Run, UserError, versions
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["main"]
+
+# verb: module, function, what it does; in the order of a run
+_STAGES = {
+    "generate": ("halo_fast.generate", "generate", "sample candidates of every prompt"),
+    "annotate": ("halo_fast.teachers", "annotate", "have a teacher score videos and patches"),
+    "reward": ("halo_fast.rewards", "train_reward", "train the reward model on the teacher's scores"),
+    "score": ("halo_fast.rewards", "score", "reward all candidates and their patches"),
+    "pairs": ("halo_fast.data", "build_pairs", "build preference pairs out of the scored candidates"),
+    "cache": ("halo_fast.data", "build_cache", "keep latents and text embeddings for training"),
+    "train": ("halo_fast.train", "train", "align the model on the pairs: LoRA and Gran-DPO"),
+    "evaluate": ("halo_fast.evaluate", "evaluate", "compare base and aligned model on held-out prompts"),
+    "report": ("halo_fast.report", "write_report", "write the HTML page of the run"),
+}
+_DEMO = {
+    "pretrain": ("halo_fast.demo.pretrain", "pretrain", "train the demo's base model anew"),
+    "compare": ("halo_fast.demo.compare", "compare", "align by every method and tabulate the results"),
+}
+_USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
-def main() -> int:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted.
+
+    Args:
+        arguments: words after `halo`; those of the process by default.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in _USERS_ERRNO:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
+    except ModuleNotFoundError as error:
+        if (error.name or "halo_fast").split(".")[0] == "halo_fast":
+            raise
+        return _refuse(f"{error.name} is not installed; pip install 'halo_fast[all]'")
+    except KeyboardInterrupt:
+        print("halo: interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"halo: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> None:
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        print(versions()["halo_fast"])
+    elif verb == "doctor":
+        _doctor(rest)
+    elif verb == "demo":
+        _demo(rest)
+    elif verb == "run":
+        _stages(verb, list(_STAGES), "run all stages, one after another", rest)
+    elif verb in _STAGES:
+        _stages(verb, [verb], _STAGES[verb][2], rest)
+    else:
+        raise UserError(f"unknown verb {verb!r}; expected one of {', '.join([*_STAGES, 'run', 'doctor', 'demo'])}")
+
+
+def _overview() -> str:
+    stages = "\n".join(f"  {verb:<16}{text}" for verb, (_, _, text) in _STAGES.items())
+    demos = "\n".join(f"  {'demo ' + verb:<16}{text}" for verb, (_, _, text) in _DEMO.items())
+    return (
+        "usage: halo VERB [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]\n\n"
+        f"stages of a run, prompts in, LoRA and report out:\n{stages}\n\n  {'run':<16}all stages, one after another\n\n"
+        f"others:\n  {'doctor':<16}versions and compute backends of this machine\n{demos}\n\n"
+        "Finished stages are kept, unfinished ones continue. `halo VERB --help` lists the settings."
+    )
+
+
+def _load(module: str, function: str) -> Callable[..., Any]:
+    return getattr(import_module(module), function)
+
+
+def _stages(verb: str, names: Sequence[str], description: str, arguments: list[str]) -> None:
+    parser = _parser(f"halo {verb}", description)
+    parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]"
+    parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
+    parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
+    parser.add_class_arguments(Config)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    settings = _parse(parser, arguments)
+    try:
+        config = Config(**{field.name: settings[field.name] for field in fields(Config)})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if settings.print_config:
+        print(to_yaml(config), end="")
+        return
+    run = Run(config, force=settings.force)
+    for name in names:
+        module, function, _ = _STAGES[name]
+        _load(module, function)(config, run)
+
+
+def _demo(arguments: list[str]) -> None:
+    verb, *rest = arguments or [""]
+    if verb not in _DEMO:
+        raise UserError(f"halo demo: unknown verb {verb!r}; expected one of {', '.join(_DEMO)}")
+    module, name, description = _DEMO[verb]
+    function = _load(module, name)
+    parser = _parser(f"halo demo {verb}", description)
+    parser.add_function_arguments(function)
+    settings = _parse(parser, rest)
+    settings.pop("config")
+    function(**settings.as_dict())
+
+
+def _doctor(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"halo doctor takes no arguments, got {' '.join(arguments)!r}")
+    from halo_fast import backends
+
+    for package, found in versions().items():
+        print(f"{package:<14}{found}")
+    print()
+    print(backends.report())
+
+
+def _parser(program: str, description: str) -> "ArgumentParser":
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the word --config may be left out.")
+    return parser
+
+
+def _parse(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
+    """The parsed and built settings; jsonargparse's errors become a UserError of one line."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, ValueError) as error:
+        message = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)"', r"\1", str(error)))
+        if arguments[:1] == ["--config"]:
+            message = message.replace('"<unicode string>"', " ".join(arguments[1:2]))
+        raise UserError(f"{message}; `{parser.prog} --help` lists the settings") from None

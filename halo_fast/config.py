@@ -1,6 +1,7 @@
 """The settings of a run as dataclasses; the command line and the YAML files are built from these."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 __all__ = [
     "AnnotateConfig",
@@ -14,6 +15,7 @@ __all__ = [
     "RewardConfig",
     "ScoreConfig",
     "TrainConfig",
+    "to_yaml",
 ]
 
 
@@ -231,6 +233,13 @@ class Config:
         clip = (self.generate.num_frames, self.generate.height, self.generate.width)
         if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
             raise ValueError(
-                f"grid: expected 1 to {clip} patches along frames, height and width of the clip, got {tuple(self.grid)}; "
-                "use fewer patches or larger clips"
+                f"grid: expected 1 to {clip} patches along frames, height and width of the clip, "
+                f"got {tuple(self.grid)}; use fewer patches or larger clips"
             )
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as a YAML text that `halo VERB CONFIG.yaml` reads back."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)

@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
 
 
 def progress(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield the items and show on stderr how far it is: a bar after two seconds, or a line every 30 s off a terminal."""
+    """Yield the items and report on stderr: a bar after two seconds, or a line every 30 s where there is no terminal."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -195,8 +195,8 @@ class Stage:
             ...  # write into stage.folder, skipping what is there already
             stage.finish({"clips": 192})
 
-    Partial work of the same settings and inputs stays in the folder and is continued. Other settings, or another outside
-    input (a prompt file, a model), raise UserError; another input out of the run directory makes the stage start afresh.
+    Partial work of the same settings and inputs stays in the folder and is continued. Other settings, or another input
+    from outside (a prompt file, a model), raise UserError; another input out of the run directory starts the stage afresh.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Stage:
             raise RuntimeError(f"stage {self.name} ended without finish()")
 
     def finish(self, counts: Mapping[str, int | float]) -> None:
-        """Write the manifest (settings, hashes of inputs and outputs, counts, versions, times), the last act of a stage."""
+        """Write the manifest, the last act of a stage: settings, hashes of inputs and outputs, counts, versions, times."""
         outputs = {
             path.relative_to(self.folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
             for path in sorted(self.folder.rglob("*"))
@@ -278,7 +278,7 @@ class Stage:
             raise UserError(f"{path}: not JSON ({error}); delete {self.folder} or choose another output_dir") from None
 
     def _outdated(self, known: dict[str, Any]) -> bool:
-        """Whether an earlier stage was redone since; UserError if it is the user's own settings or files that differ."""
+        """Whether an earlier stage was redone since; UserError if settings or outside files differ."""
         cure = "pass --force to redo the stage, or choose another output_dir"
         before, now = _flat(known["settings"]), _flat(self._key["settings"])
         for name in [*now, *before]:

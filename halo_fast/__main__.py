@@ -1,0 +1,8 @@
+"""`python -m halo_fast` is the command `halo`."""
+
+import sys
+
+from halo_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
