@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
 
 
 def progress(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield the items and report on stderr: a bar after two seconds, or a line every 30 s where there is no terminal."""
+    """Yield the items and report on stderr: a bar after two seconds, or without a terminal a line every 30 s."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -196,7 +196,7 @@ class Stage:
             stage.finish({"clips": 192})
 
     Partial work of the same settings and inputs stays in the folder and is continued. Other settings, or another input
-    from outside (a prompt file, a model), raise UserError; another input out of the run directory starts the stage afresh.
+    from outside (a prompt file, a model), raise UserError; another input out of the run directory redoes the stage.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Stage:
             raise RuntimeError(f"stage {self.name} ended without finish()")
 
     def finish(self, counts: Mapping[str, int | float]) -> None:
-        """Write the manifest, the last act of a stage: settings, hashes of inputs and outputs, counts, versions, times."""
+        """Write the manifest, a stage's last act: settings, hashes of inputs and outputs, counts, versions, times."""
         outputs = {
             path.relative_to(self.folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
             for path in sorted(self.folder.rglob("*"))

@@ -1,0 +1,39 @@
+# Every target sets up what it needs: a virtual environment with the tested versions and the native build.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow gpu lint format clean
+
+demo: $(READY)
+	$(BIN)/halo run --output_dir runs/demo
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/pytest -m "slow and not gpu"
+
+gpu: $(READY)
+	$(BIN)/pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# the build tools come first and pinned, so that the build needs no unpinned environment of its own
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.cpp) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,teacher,dev]"
+	touch $@
