@@ -148,8 +148,12 @@ class TrainConfig:
         train_batch_size: pairs in a step.
         rank: of the LoRA matrices.
         lora_alpha: LoRA scale times rank.
+        target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
         max_grad_norm: gradients are clipped to this norm.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        mixed_precision: "no" or "bf16", as in accelerate.
         checkpointing_steps: steps between two checkpoints.
+        logging_steps: steps between two readings of the log from the device; every step has its row.
         seed: of LoRA weights, order of pairs, noise and timesteps.
     """
 
@@ -160,8 +164,12 @@ class TrainConfig:
     train_batch_size: int = 16
     rank: int = 16
     lora_alpha: int = 16
+    target_modules: list[str] | None = None
     max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
     checkpointing_steps: int = 50
+    logging_steps: int = 10
     seed: int = 0
 
 

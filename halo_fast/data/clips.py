@@ -1,0 +1,57 @@
+"""Clips on disk: lossless H.264 in mp4, read and written with PyAV."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halo_fast.runs import UserError, replacing
+
+__all__ = ["read_clip", "write_clip"]
+
+
+def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
+    """Write an mp4 atomically: H.264, yuv444p, quantiser 0, so that only colour conversion rounds, by 2 levels.
+
+    Args:
+        path: the mp4 file.
+        video: uint8 [F, H, W, 3].
+        fps: frames a second.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    import av
+
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+        raise ValueError(f"video: expected uint8 [F, H, W, 3], got {video.dtype} {list(video.shape)}")
+    with (
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container,
+    ):
+        # One thread: x264 divides its work by threads, and the bytes must not depend on the machine.
+        options = {"qp": "0", "x264-params": "threads=1"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv444p"
+        for frame in video.cpu().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_clip(path: Path | str) -> Tensor:
+    """All frames of a video file, uint8 [F, H, W, 3].
+
+    Raises:
+        UserError: the file is missing, holds no video, or cannot be decoded.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error
+    if not frames:
+        raise UserError(f"clip {path}: expected a readable video, got one without frames; make it again or remove it")
+    return torch.stack(frames)
