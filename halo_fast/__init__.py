@@ -1,0 +1,32 @@
+"""Preference alignment of text-to-video diffusion models at patch granularity."""
+
+from halo_fast.backends import using_backend
+from halo_fast.functional import (
+    GranDPOOutput,
+    gran_dpo,
+    gran_dpo_coefficients,
+    patch_error,
+    patch_log_ratio,
+    patch_weighted_mse,
+    unpack_tokens,
+)
+from halo_fast.objectives import PRESETS, AutoBeta, GranDPO, convert_beta, timestep_weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "AutoBeta",
+    "GranDPO",
+    "GranDPOOutput",
+    "__version__",
+    "convert_beta",
+    "gran_dpo",
+    "gran_dpo_coefficients",
+    "patch_error",
+    "patch_log_ratio",
+    "patch_weighted_mse",
+    "timestep_weight",
+    "unpack_tokens",
+    "using_backend",
+]

@@ -1,0 +1,146 @@
+"""Which implementation runs, and why another one cannot.
+
+Order of choice: explicit argument > ``using_backend`` > HALO_FAST_BACKEND > the device's default (triton on cuda and
+xpu, cpp on cpu, reference elsewhere). A backend that was asked for and cannot run raises with the reason; the automatic
+choice falls back to the reference and logs the reason once.
+
+A backend is a module with patch_log_ratio, patch_error, patch_error_backward and, if it has a fused one, gran_dpo_table,
+with the signatures of ``halo_fast.reference``. It may define ``unavailable_reason() -> str | None``, why it cannot run on
+this machine, and ``describe() -> str``, its row in ``halo doctor``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+
+from halo_fast import reference
+
+NAMES = ("reference", "cpp", "triton")
+_MODULES = {"cpp": "halo_fast.kernels.cpu_patch_dpo", "triton": "halo_fast.kernels.triton_patch_dpo"}
+_DEFAULTS = {"cuda": "triton", "xpu": "triton", "cpu": "cpp"}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_log = logging.getLogger("halo_fast")
+
+# A plain global, not a context variable: autograd runs the backward of CUDA tensors in threads of its own.
+_forced: str | None = None
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | str:
+    """The module of a backend, or the reason why it cannot be imported."""
+    if name == "reference":
+        return reference
+    try:
+        return importlib.import_module(_MODULES[name])
+    except (ImportError, OSError) as error:
+        return f"cannot import {_MODULES[name]}: {error}"
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why backend ``name`` cannot run on ``device`` with ``dtype``, or None if it can."""
+    device = torch.device(device)
+    _check_name(name, "backend")
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of float64, float32, bfloat16, float16"
+    if name == "reference":
+        return None
+    if name == "cpp" and device.type != "cpu":
+        return f"runs on cpu tensors only, not on {device.type}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and not (device.type in ("cuda", "xpu") or (device.type == "cpu" and interpreted)):
+        return f"runs on cuda and xpu tensors, on {device.type} only as the cpu interpreter with TRITON_INTERPRET=1"
+    module = _load(name)
+    if isinstance(module, str):
+        return module
+    reason = getattr(module, "unavailable_reason", None)
+    return reason() if reason else None
+
+
+def available(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Every backend's name with None if it can run on ``device``, else the reason why not."""
+    return {name: unavailable(name, device, dtype) for name in NAMES}
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def select(device: torch.device, dtype: torch.dtype, name: str | None = None) -> ModuleType:
+    """The module that runs tensors of ``device`` and ``dtype``; RuntimeError if the one asked for cannot."""
+    asked = name or _forced or os.environ.get("HALO_FAST_BACKEND") or None
+    chosen = _check_name(asked, "backend") if asked else _DEFAULTS.get(device.type, "reference")
+    reason = unavailable(chosen, device, dtype)
+    if reason is None:
+        module = _load(chosen)
+        assert isinstance(module, ModuleType)
+        return module
+    if asked:
+        raise RuntimeError(f"backend {chosen!r} was asked for but {reason}; choose another of {', '.join(NAMES)}")
+    _warn_once(f"backend {chosen!r} is not used on {device.type} ({reason}); the slower reference runs instead")
+    return reference
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """Run every halo_fast call inside the ``with`` block on backend ``name``: "reference", "cpp" or "triton".
+
+    A backward that runs after the block has ended uses the default again; the results differ by rounding only.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> list[tuple[str, str, str]]:
+    """Rows (what, state, detail) for ``halo doctor``: backends with reasons, devices, versions, threads."""
+    rows: list[tuple[str, str, str]] = []
+    for name in NAMES:
+        devices = [kind for kind in ("cpu", "cuda", "xpu") if kind == "cpu" or getattr(torch, kind).is_available()]
+        reasons = {kind: unavailable(name, kind) for kind in devices}
+        runs = [kind for kind, reason in reasons.items() if reason is None]
+        module = _load(name) if runs else None
+        describe = getattr(module, "describe", None)
+        detail = (
+            describe() if describe else "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items() if reason)
+        )
+        rows.append((f"backend {name}", f"runs on {', '.join(runs)}" if runs else "unavailable", detail))
+    asked = _forced or os.environ.get("HALO_FAST_BACKEND")
+    for kind in ("cpu", "cuda", "xpu"):
+        present = kind == "cpu" or getattr(torch, kind).is_available()
+        default = asked or _DEFAULTS[kind]
+        state = f"uses {default if unavailable(default, kind) is None else 'reference'}" if present else "not present"
+        detail = f"{torch.get_num_threads()} threads" if kind == "cpu" else ""
+        if kind == "cuda" and present:
+            detail = f"{torch.cuda.get_device_name()}, {torch.version.hip or torch.version.cuda}"
+        rows.append((f"device {kind}", state, detail))
+    rows.append(("python", platform.python_version(), platform.platform()))
+    rows.extend((package, _version(package), "") for package in ("torch", "triton", "xformers", "numpy"))
+    return rows
