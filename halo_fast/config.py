@@ -53,10 +53,14 @@ class AnnotateConfig:
     Args:
         teacher: name of the teacher; "demo" is the defect meter of the demo.
         noisy_share: share of clips on which the demo teacher errs as a person would.
+        num_clips: clips that are annotated, drawn at random; null for all.
+        batch_size: clips in one question to the teacher; each answer is kept at once.
     """
 
     teacher: str = "demo"
     noisy_share: float = 0.2
+    num_clips: int | None = None
+    batch_size: int = 32
 
 
 @dataclass
@@ -66,14 +70,22 @@ class RewardConfig:
     Args:
         video_steps: optimiser steps of the video phase.
         patch_steps: optimiser steps of the patch phase.
-        learning_rate: of AdamW, both phases.
+        learning_rate: peak of the schedule of either phase.
         batch_size: clips in a step.
+        video_weight: weight of the video loss in the patch phase, where it keeps the video scores from being forgotten.
+        patch_weight: weight of the patch loss in the patch phase.
+        swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
+        checkpointing_steps: steps between two checkpoints.
     """
 
-    video_steps: int = 200
+    video_steps: int = 100
     patch_steps: int = 400
-    learning_rate: float = 1e-3
-    batch_size: int = 32
+    learning_rate: float = 4e-3
+    batch_size: int = 16
+    video_weight: float = 1.0
+    patch_weight: float = 3.0
+    swap_weight: float = 1.0
+    checkpointing_steps: int = 50
 
 
 @dataclass
