@@ -1,0 +1,137 @@
+"""The page of a run: what changed, shown, drawn and tabulated in one HTML file."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halo_fast.config import Config, to_yaml
+from halo_fast.report.chart import Series, line_chart
+from halo_fast.report.clips import browser_video, read_clip, severity_strip
+from halo_fast.runs import Run, UserError, versions, write_bytes
+
+__all__ = ["write_report"]
+
+_STAGES = ("generate", "annotate", "reward", "score", "pairs", "cache", "train", "evaluate")
+
+# a chart gets the columns of a log whose name holds one of its words; the first chart that claims a column has it
+_TRAINING_CHARTS = (
+    ("Loss", ("loss",)),
+    ("Share of preferences the model has learned", ("acc",)),
+    ("Margins", ("margin",)),
+    ("Prediction error", ("mse",)),
+    ("Gradient norm", ("grad_norm",)),
+)
+_REWARD_CHARTS = (("loss", ("loss",)), ("agreement", ("acc", "spearman", "correlation")))
+
+
+def write_report(config: Config, run: Run) -> None:
+    """Write `report/report.html`, one self-contained page; reads the stages reward, train and evaluate.
+
+    Args:
+        config: settings; `config.report.num_clips` clips are shown.
+        run: the run directory.
+    """
+    inputs: dict[str, Path | str] = {stage: run.require(stage) for stage in ("reward", "train", "evaluate")}
+    with run.stage("report", config, inputs) as stage:
+        if not stage.done:
+            clips = _clips(run, config.report.num_clips)
+            metrics = json.loads((run.path / "evaluate" / "metrics.json").read_text())
+            page = _page(
+                title=config.output_dir,
+                metrics=metrics,
+                clips=clips,
+                training=_training_charts(run.path / "train" / "log.csv"),
+                reward=_reward_charts(run.path / "reward" / "history.csv"),
+                counts=_counts(run),
+                settings=to_yaml(config),
+                versions=versions(),
+            )
+            write_bytes(stage.folder / "report.html", page.encode())
+            stage.finish({"clips": len(clips)})
+    print(f"report: {stage.folder / 'report.html'}")
+
+
+def _page(**content: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
+    return environment.get_template("page.html.j2").render(**content)
+
+
+def _clips(run: Run, count: int) -> list[dict[str, Any]]:
+    """The first `count` evaluated prompts and seeds that both arms have: video, frames with severities, means."""
+    import pyarrow.parquet
+
+    folder = run.path / "evaluate"
+    rows = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
+    grid = tuple(run.config.grid)
+    aligned = {(row["prompt"], row["seed"]): row for row in rows if row["arm"] == "aligned"}
+    pairs = [
+        (row, aligned[row["prompt"], row["seed"]])
+        for row in rows
+        if row["arm"] == "base" and (row["prompt"], row["seed"]) in aligned
+    ]
+    if not pairs:
+        raise UserError(f"{folder / 'clips.parquet'}: no prompt has both a base and an aligned clip; redo evaluate")
+    return [
+        {"prompt": pair[0]["prompt"], "seed": pair[0]["seed"], "arms": [_arm(folder, row, grid) for row in pair]}
+        for pair in pairs[:count]
+    ]
+
+
+def _arm(folder: Path, row: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
+    frames, rate = read_clip(folder / row["video"])
+    severity = row.get("severity")
+    if severity is not None and len(severity) != grid[0] * grid[1] * grid[2]:
+        raise UserError(
+            f"{folder / 'clips.parquet'}: {row['clip_id']} has {len(severity)} severities, expected one for each patch "
+            f"of grid {grid}; redo evaluate"
+        )
+    return {
+        "name": row["arm"],
+        "video": browser_video(frames, rate),
+        "strip": severity_strip(frames, severity, grid) if severity is not None else None,
+        "mean": sum(severity) / len(severity) if severity is not None else None,
+    }
+
+
+def _columns(rows: list[dict[str, str]], charts: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, list[Series]]:
+    """For each chart the curves of the columns it claims, over the column `step`; empty cells are left out."""
+    names = [name for name in rows[0] if name not in ("step", "phase")] if rows else []
+    found: dict[str, list[Series]] = {}
+    for title, words in charts:
+        for name in [name for name in names if any(word in name.lower() for word in words)]:
+            names.remove(name)
+            points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                found.setdefault(title, []).append(Series(name, points))
+    return found
+
+
+def _training_charts(log: Path) -> Sequence[str]:
+    rows = _read_csv(log)
+    return [line_chart(title, curves) for title, curves in _columns(rows, _TRAINING_CHARTS).items()]
+
+
+def _reward_charts(history: Path) -> Sequence[str]:
+    rows = _read_csv(history)
+    charts = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        curves_of = _columns([row for row in rows if row["phase"] == phase], _REWARD_CHARTS)
+        charts += [line_chart(f"Reward model, {phase} phase: {title}", curves) for title, curves in curves_of.items()]
+    return charts
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _counts(run: Run) -> dict[str, dict[str, int | float]]:
+    manifests = {stage: run.path / stage / "manifest.json" for stage in _STAGES}
+    return {stage: json.loads(path.read_text())["counts"] for stage, path in manifests.items() if path.exists()}

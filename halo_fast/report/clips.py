@@ -1,0 +1,108 @@
+"""Clips and frames in the form a browser shows: data: URIs and inline SVG."""
+
+import base64
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from halo_fast.runs import UserError
+
+__all__ = ["browser_video", "read_clip", "severity_strip"]
+
+_SIDE = 160  # height in pixels at which small clips are shown
+_DEFECTIVE = 0.25  # a patch above this severity counts as defective
+
+
+def read_clip(path: Path) -> tuple[np.ndarray[Any, Any], Fraction]:
+    """Frames (uint8 [F, H, W, 3]) and frames per second of a video file; UserError if it cannot be read."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            rate = stream.average_rate
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error}); redo the stage that wrote it") from None
+    if not frames or rate is None:
+        raise UserError(f"{path}: has no frames; redo the stage that wrote it")
+    return np.stack(frames), rate
+
+
+def browser_video(frames: np.ndarray[Any, Any], rate: Fraction) -> str:
+    """H.264 in yuv420p as a data: URI, small clips enlarged without smoothing so that their pixels stay visible."""
+    import av
+
+    _, height, width, _ = frames.shape
+    scale = max(1, round(_SIDE / height))
+    shape = tuple(side * scale - side * scale % 2 for side in (height, width))  # yuv420p needs even sides
+    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)[:, : shape[0], : shape[1]]
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        # one thread: the bytes must not depend on the machine
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "slow", "threads": "1"})
+        stream.height, stream.width = shape
+        stream.pix_fmt = "yuv420p"
+        bt709 = 1
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = bt709
+        stream.codec_context.colorspace = bt709
+        for picture in large:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=bt709)))
+        container.mux(stream.encode())
+    return _data_uri("video/mp4", file.getvalue())
+
+
+def severity_strip(frames: np.ndarray[Any, Any], severity: Sequence[float], grid: tuple[int, ...]) -> list[Markup]:
+    """Frames of the first, middle and last time patch as SVG, each patch shaded by its severity.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        severity: of every patch, in [0, 1], the order of grid [f, h, w].
+        grid: patches along time, height and width.
+    """
+    _, height, width, _ = frames.shape
+    cells = np.asarray(severity, dtype=float).reshape(grid)
+    times = sorted({0, (grid[0] - 1) // 2, grid[0] - 1})
+    pictures = []
+    for time in times:
+        frame = round(time * (len(frames) - 1) / max(grid[0] - 1, 1))
+        shades = [
+            Markup(
+                "<rect class='{}' x='{}' y='{}' width='{}' height='{}' fill-opacity='{:.2f}'>"
+                "<title>severity {:.2f}</title></rect>"
+            ).format("cell defective" if cells[time, row, column] > _DEFECTIVE else "cell", x0, y0, x1 - x0, y1 - y0,
+                     0.85 * min(max(cells[time, row, column], 0), 1), cells[time, row, column])
+            for row in range(grid[1])
+            for column in range(grid[2])
+            for y0, y1 in [(row * height // grid[1], (row + 1) * height // grid[1])]
+            for x0, x1 in [(column * width // grid[2], (column + 1) * width // grid[2])]
+        ]  # fmt: skip
+        label = (
+            f"frame {frame + 1}: {(cells[time] > _DEFECTIVE).sum()} of {cells[time].size} patches defective, "
+            f"mean severity {cells[time].mean():.2f}"
+        )
+        pictures.append(
+            Markup(
+                "<svg viewBox='0 0 {0} {1}' role='img' aria-label='{2}'>"
+                "<image href='{3}' width='{0}' height='{1}'/>{4}</svg>"
+            ).format(width, height, label, _png(frames[frame]), Markup("").join(shades))
+        )
+    return pictures
+
+
+def _png(frame: np.ndarray[Any, Any]) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return _data_uri("image/png", file.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,282 @@
+"""The run directory: kept, continued, redone, refused; atomic files; the same hashes after kill -9."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from halo_fast.config import Config, TrainConfig
+from halo_fast.runs import (
+    Run,
+    UserError,
+    hash_bytes,
+    hash_file,
+    hash_text,
+    progress,
+    replacing,
+    write_bytes,
+    write_csv,
+    write_json,
+    write_parquet,
+    write_safetensors,
+)
+
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(output_dir=str(tmp_path / "run"))
+
+
+def work(config, settings=None, inputs=None, name="score", force=False, text="x") -> bool:
+    """One stage that writes a file; whether it had anything to do."""
+    with Run(config, force=force).stage(name, settings or {"batch_size": 2}, inputs or {}) as stage:
+        if stage.done:
+            return False
+        write_bytes(stage.folder / "out.txt", text.encode())
+        stage.finish({"files": 1})
+    return True
+
+
+def manifest(config, name="score") -> dict:
+    return json.loads((Run(config).path / name / "manifest.json").read_text())
+
+
+def test_finished_stage_is_kept(config):
+    assert work(config)
+    before = manifest(config)
+    assert not work(config)
+    assert manifest(config) == before
+    assert before["settings"] == {"batch_size": 2} and before["counts"] == {"files": 1}
+    assert before["outputs"] == {"out.txt": {"sha256": hash_text("x"), "bytes": 1}}
+    assert before["versions"]["torch"] == torch.__version__
+    assert not (Run(config).path / "score" / "pending.json").exists()
+
+
+def test_partial_work_is_continued(config):
+    with pytest.raises(KeyboardInterrupt), Run(config).stage("score", {"a": 1}, {}) as stage:
+        write_bytes(stage.folder / "part.txt", b"1")
+        (stage.folder / ".next.txt.1.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert not (stage.folder / "manifest.json").exists()
+    with Run(config).stage("score", {"a": 1}, {}) as stage:
+        assert not stage.done
+        assert sorted(path.name for path in stage.folder.iterdir()) == ["part.txt", "pending.json"]
+        stage.finish({})
+    assert list(manifest(config)["outputs"]) == ["part.txt"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_by_name(config, finished):
+    settings = dataclasses.asdict(TrainConfig())
+    with Run(config).stage("train", settings, {}) as stage:
+        write_bytes(stage.folder / "part.txt", b"1")
+        stage.finish({})
+    if not finished:
+        key = manifest(config, "train")
+        write_json(stage.folder / "pending.json", {name: key[name] for name in ("settings", "inputs", "started")})
+        (stage.folder / "manifest.json").unlink()
+    files = {path: hash_file(path) for path in stage.folder.iterdir()}
+    other = TrainConfig()
+    other.objective.video_beta = 7.0
+    with pytest.raises(UserError, match=r"objective\.video_beta = 400\.0, now it is 7\.0; pass --force"):
+        work(config, other, name="train")
+    assert {path: hash_file(path) for path in stage.folder.iterdir()} == files
+
+
+def test_dict_and_dataclass_and_tuple_and_list_are_the_same_settings(config):
+    assert work(config, Config())
+    assert not work(config, dataclasses.asdict(Config()))
+
+
+def test_settings_that_one_side_lacks_are_named(config):
+    work(config, {"a": 1})
+    with pytest.raises(UserError, match="with b = unset, now it is 2"):
+        work(config, {"a": 1, "b": 2})
+
+
+def test_force_redoes_with_an_empty_folder(config):
+    work(config)
+    write_bytes(Run(config).path / "score" / "older.txt", b"")
+    assert work(config, {"batch_size": 3}, force=True)
+    assert list(manifest(config)["outputs"]) == ["out.txt"]
+    assert [path.name for path in Run(config).path.iterdir()] == ["score"]
+
+
+def test_stage_is_redone_when_the_stage_before_it_changed(config):
+    earlier = Run(config).path / "pairs"
+    work(config, name="pairs")
+    assert work(config, inputs={"pairs": earlier})
+    assert not work(config, inputs={"pairs": earlier})
+    work(config, name="pairs", force=True)
+    assert not work(config, inputs={"pairs": earlier}), "the same content made again is no change"
+    work(config, name="pairs", force=True, text="y")
+    write_bytes(Run(config).path / "score" / "older.txt", b"")
+    assert work(config, inputs={"pairs": earlier})
+    assert list(manifest(config)["outputs"]) == ["out.txt"]
+
+
+def test_changed_outside_input_is_refused(config, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    work(config, inputs={"prompts": prompts})
+    prompts.write_text("a dog")
+    with pytest.raises(UserError, match="was made from other prompts; pass --force"):
+        work(config, inputs={"prompts": prompts})
+    with pytest.raises(UserError, match="was made from other prompts"):
+        work(config, inputs={"prompts": "demo:train"})
+
+
+def test_missing_input_is_named(config, tmp_path):
+    with pytest.raises(UserError, match=r"prompts: .*nowhere\.txt does not exist"):
+        work(config, inputs={"prompts": tmp_path / "nowhere.txt"})
+    assert not Run(config).path.exists()
+
+
+def test_folder_input_is_hashed_by_content_and_name(config, tmp_path):
+    model = tmp_path / "model"
+    write_bytes(model / "a" / "weights", b"1")
+    work(config, inputs={"model": model})
+    os.utime(model / "a" / "weights", (0, 0))
+    assert not work(config, inputs={"model": model})
+    (model / "a" / "weights").rename(model / "a" / "other")
+    with pytest.raises(UserError, match="other model"):
+        work(config, inputs={"model": model})
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_damaged_output_is_made_again(config, damage):
+    work(config)
+    before = manifest(config)["outputs"]
+    output = Run(config).path / "score" / "out.txt"
+    output.unlink() if damage == "gone" else output.write_bytes(b"")
+    assert work(config)
+    assert manifest(config)["outputs"] == before
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_files_of_others_are_never_touched(config, force):
+    own = Run(config).path / "score" / "thesis.txt"
+    write_bytes(own, b"mine")
+    with pytest.raises(UserError, match="no stage has written"):
+        work(config, force=force)
+    assert own.read_bytes() == b"mine"
+
+
+def test_stage_must_finish(config):
+    with pytest.raises(RuntimeError, match="without finish"), Run(config).stage("score", {}, {}):
+        pass
+
+
+def test_require_names_the_stage_to_run(config):
+    with pytest.raises(UserError, match="run `halo score`"):
+        Run(config).require("score/out.txt")
+    work(config)
+    assert Run(config).require("score/out.txt").read_text() == "x"
+
+
+def test_damaged_manifest_is_named(config):
+    work(config)
+    (Run(config).path / "score" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json: not JSON"):
+        work(config)
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "table.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="NaN|JSON"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_files_read_back(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from safetensors import safe_open
+
+    table = pyarrow.table({"clip_id": ["p0", "p1"], "patch_quality": [[1.0, 2.0], [3.0, 4.0]]})
+    write_parquet(tmp_path / "t.parquet", table)
+    assert pyarrow.parquet.read_table(tmp_path / "t.parquet").equals(table)
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(1, dtype=torch.bfloat16)}
+    write_safetensors(tmp_path / "t.safetensors", tensors, {"format": "pt", "step": "3"})
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "3"}
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    write_csv(tmp_path / "t.csv", [{"step": 0, "loss": 0.5}, {"step": 1, "lr": 0.1}])
+    assert (tmp_path / "t.csv").read_text() == "step,loss,lr\n0,0.5,\n1,,0.1\n"
+
+
+def test_safetensors_metadata_has_one_order(tmp_path):
+    metadata = {letter: letter for letter in "zyxwvutsrq"}
+    hashes = set()
+    for number in range(5):
+        write_safetensors(tmp_path / f"{number}", {"a": torch.zeros(3)}, metadata)
+        hashes.add(hash_file(tmp_path / f"{number}"))
+    assert len(hashes) == 1
+
+
+def test_hashes_are_sha256(tmp_path):
+    write_bytes(tmp_path / "empty", b"")
+    assert hash_file(tmp_path / "empty") == hash_bytes(b"") == hash_text("") == EMPTY_SHA256
+
+
+def test_progress_passes_items_on_and_reports_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(progress(iter("abcd"), 4, "clips")) == list("abcd")
+    assert capsys.readouterr().err.splitlines() == ["clips: 1/4, 120 s left", "clips: 3/4, 27 s left"]
+
+
+KILLED = """
+import sys, time
+from halo_fast.config import Config
+from halo_fast.runs import Run, write_bytes
+with Run(Config(output_dir=sys.argv[1])).stage("generate", {"clips": 6}, {}) as stage:
+    for number in range(6):
+        path = stage.folder / f"clip{number}.bin"
+        if not path.exists():
+            write_bytes(path, bytes(range(256)) * 1000 + str(number).encode())
+            print(number, flush=True)
+            time.sleep(float(sys.argv[2]))
+    stage.finish({"clips": 6})
+"""
+
+
+def test_killed_stage_continues_to_the_same_hashes(tmp_path):
+    def start(folder, pause):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder), str(pause)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = start("killed", 60)
+    assert killed.stdout.readline() == "0\n"
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "generate" / "manifest.json").exists()
+    again, undisturbed = start("killed", 0), start("whole", 0)
+    assert again.communicate()[0].split() == ["1", "2", "3", "4", "5"]
+    assert undisturbed.communicate()[0].split() == ["0", "1", "2", "3", "4", "5"]
+    outputs = [
+        json.loads((tmp_path / folder / "generate" / "manifest.json").read_text())["outputs"]
+        for folder in ("killed", "whole")
+    ]
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 6
+
+
+def test_kill_while_discarding_leaves_no_partial_work_behind(config, monkeypatch):
+    work(config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        work(config, force=True)
+    assert work(config)
+    assert sorted(path.name for path in Run(config).path.iterdir()) == ["score"]
