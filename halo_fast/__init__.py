@@ -11,6 +11,7 @@ from halo_fast.functional import (
     unpack_tokens,
 )
 from halo_fast.objectives import PRESETS, AutoBeta, GranDPO, convert_beta, timestep_weight
+from halo_fast.patches import PatchGrid, guard_band
 
 __version__ = "0.1.0"
 
@@ -19,10 +20,12 @@ __all__ = [
     "AutoBeta",
     "GranDPO",
     "GranDPOOutput",
+    "PatchGrid",
     "__version__",
     "convert_beta",
     "gran_dpo",
     "gran_dpo_coefficients",
+    "guard_band",
     "patch_error",
     "patch_log_ratio",
     "patch_weighted_mse",

@@ -4,9 +4,9 @@ Order of choice: explicit argument > ``using_backend`` > HALO_FAST_BACKEND > the
 xpu, cpp on cpu, reference elsewhere). A backend that was asked for and cannot run raises with the reason; the automatic
 choice falls back to the reference and logs the reason once.
 
-A backend is a module with patch_log_ratio, patch_error, patch_error_backward and, if it has a fused one, gran_dpo_table,
-with the signatures of ``halo_fast.reference``. It may define ``unavailable_reason() -> str | None``, why it cannot run on
-this machine, and ``describe() -> str``, its row in ``halo doctor``.
+A backend is a module with patch_log_ratio, patch_error, patch_error_backward and, if it has a fused one,
+gran_dpo_table, with the signatures of ``halo_fast.reference``. It may define ``unavailable_reason() -> str | None``,
+why it cannot run on this machine, and ``describe() -> str``, its row in ``halo doctor``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -119,28 +118,34 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def report() -> list[tuple[str, str, str]]:
-    """Rows (what, state, detail) for ``halo doctor``: backends with reasons, devices, versions, threads."""
-    rows: list[tuple[str, str, str]] = []
+def report() -> str:
+    """The table that ``halo doctor`` prints: backends with reasons, devices, threads, and what speeds them up."""
+    rows = []
     for name in NAMES:
-        devices = [kind for kind in ("cpu", "cuda", "xpu") if kind == "cpu" or getattr(torch, kind).is_available()]
+        devices = [kind for kind in _DEFAULTS if _present(kind)]
         reasons = {kind: unavailable(name, kind) for kind in devices}
         runs = [kind for kind, reason in reasons.items() if reason is None]
-        module = _load(name) if runs else None
-        describe = getattr(module, "describe", None)
+        describe = getattr(_load(name), "describe", None) if runs else None
         detail = (
             describe() if describe else "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items() if reason)
         )
         rows.append((f"backend {name}", f"runs on {', '.join(runs)}" if runs else "unavailable", detail))
-    asked = _forced or os.environ.get("HALO_FAST_BACKEND")
-    for kind in ("cpu", "cuda", "xpu"):
-        present = kind == "cpu" or getattr(torch, kind).is_available()
-        default = asked or _DEFAULTS[kind]
-        state = f"uses {default if unavailable(default, kind) is None else 'reference'}" if present else "not present"
+    for kind, default in _DEFAULTS.items():
+        chosen = _forced or os.environ.get("HALO_FAST_BACKEND") or default
+        uses = chosen if unavailable(chosen, kind) is None else "reference"
         detail = f"{torch.get_num_threads()} threads" if kind == "cpu" else ""
-        if kind == "cuda" and present:
-            detail = f"{torch.cuda.get_device_name()}, {torch.version.hip or torch.version.cuda}"
-        rows.append((f"device {kind}", state, detail))
-    rows.append(("python", platform.python_version(), platform.platform()))
-    rows.extend((package, _version(package), "") for package in ("torch", "triton", "xformers", "numpy"))
-    return rows
+        if kind == "cuda" and _present(kind):
+            detail = f"{torch.cuda.get_device_name()}, {'ROCm' if torch.version.hip else 'CUDA'} {_cuda()}"
+        rows.append((f"device {kind}", f"uses {uses}" if _present(kind) else "not present", detail))
+    rows.append(("torch", _version("torch"), f"built for {_cuda() or 'cpu'}"))
+    rows.extend((package, _version(package), "") for package in ("triton", "xformers"))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{what:<{widths[0]}}  {state:<{widths[1]}}  {detail}".rstrip() for what, state, detail in rows)
+
+
+def _present(kind: str) -> bool:
+    return kind == "cpu" or bool(getattr(torch, kind).is_available())
+
+
+def _cuda() -> str | None:
+    return torch.version.hip or torch.version.cuda

@@ -12,25 +12,22 @@ from torch import Tensor
 from halo_fast import objectives, ops, reference
 from halo_fast.objectives import GranDPO
 
-# The strided view [N, C, F, H, W] of each layout; no layout is copied.
-_LAYOUTS = {
-    "BCFHW": lambda latent: latent,
-    "BFCHW": lambda latent: latent.transpose(1, 2),
-    "BCHW": lambda latent: latent.unsqueeze(2),
-}
+_LAYOUTS = ("BCFHW", "BFCHW", "BCHW")
 
 
 @dataclass(frozen=True)
 class GranDPOOutput:
     """What ``gran_dpo`` returns; every tensor but ``loss`` is detached.
 
-    loss: 0-d, the mean over the pairs that have at least one group that is not a tie. Averaging this over ranks is exact
-        only if all have the same ``num_pairs``; for exact means scale it by num_pairs * world_size / (num_pairs summed
-        over ranks) before backward, which DDP's average of gradients then turns into the global mean.
+    loss: 0-d, the mean over the pairs that have at least one group that is not a tie. Averaging this over ranks is
+        exact only if all have the same ``num_pairs``; for exact means scale it by num_pairs * world_size / (num_pairs
+        summed over ranks) before backward, which DDP's average of gradients then turns into the global mean.
     patch_logits: z_p [B, f, h, w], signed by the patch's own preference: above 0 where the policy agrees.
     video_logits: z_v [B], likewise.
-    log_ratio: -d_p [2B, f, h, w], how much closer to the target the policy is than the reference; None without reference.
-    active: [B], 1 for each pair that counts in the mean, else 0. Unpaired objectives have N samples in place of B pairs.
+    log_ratio: -d_p [2B, f, h, w], how much closer to the target the policy is than the reference; None without
+        reference.
+    active: [B], 1 for each pair that counts in the mean, else 0. Unpaired objectives have N samples in place of B
+        pairs.
     """
 
     loss: Tensor
@@ -41,6 +38,7 @@ class GranDPOOutput:
     _objective: GranDPO
     _patch_rewards: Tensor | None
     _video_rewards: Tensor | None
+    _kappa: Tensor | None
     _error: Tensor | None
     _prediction: Tensor
     _target: Tensor
@@ -101,8 +99,7 @@ class GranDPOOutput:
         gain = _video(volume, self.log_ratio)
         a, b = reference.halves(gain)
         chosen, rejected = torch.where(video > 0, a, b), torch.where(video > 0, b, a)
-        # z_v = beta kappa / 2 (chosen - rejected), which also gives beta kappa / 2 without keeping it.
-        scale = 0.5 * self._objective.video_beta
+        scale = 0.5 * self._objective.video_beta * (1.0 if self._kappa is None else self._kappa)
         values["rewards/chosen"] = _mean(scale * chosen, labelled)
         values["rewards/rejected"] = _mean(scale * rejected, labelled)
         values["win_gap"], values["lose_gap"] = _mean(-chosen, labelled), _mean(-rejected, labelled)
@@ -121,7 +118,7 @@ def _agreement(logits: Tensor) -> Tensor:
     return (logits > 0).to(logits.dtype) + 0.5 * (logits == 0).to(logits.dtype)
 
 
-def _tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+def _tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if hasattr(value, "to_local"):
@@ -136,7 +133,14 @@ def _constant(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must not require grad, only prediction is differentiated; pass {name}.detach()")
 
 
-def _latent(name: str, value: Any, layout: str, like: Tensor | None = None) -> Tensor:
+def _view(latent: Tensor, layout: str) -> Tensor:
+    """The strided view [N, C, F, H, W]; no layout is copied."""
+    if layout == "BFCHW":
+        return latent.transpose(1, 2)
+    return latent.unsqueeze(2) if layout == "BCHW" else latent
+
+
+def _latent(name: str, value: object, layout: str, like: Tensor | None = None) -> Tensor:
     """``value`` as a [N, C, F, H, W] view, after every check of a latent-shaped argument."""
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}")
@@ -172,7 +176,7 @@ def _same_dtype(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.to(common), target.to(common)
 
 
-def _reference(value: Any, prediction: Tensor, layout: str) -> Tensor:
+def _reference(value: object, prediction: Tensor, layout: str) -> Tensor:
     latent = _latent("reference", value, layout, prediction)
     _constant("reference", latent)
     if latent.dtype != prediction.dtype:
@@ -183,7 +187,7 @@ def _reference(value: Any, prediction: Tensor, layout: str) -> Tensor:
     return latent
 
 
-def _rewards(name: str, value: Any, shape: tuple[int, ...], prediction: Tensor) -> Tensor:
+def _rewards(name: str, value: object, shape: tuple[int, ...], prediction: Tensor) -> Tensor:
     value = _tensor(name, value, prediction)
     _constant(name, value)
     if value.dtype == torch.bool or value.is_complex():
@@ -206,7 +210,8 @@ def patch_log_ratio(
 
     prediction, target, reference: [N, C, F, H, W] (layout BCFHW), [N, F, C, H, W] (BFCHW) or [N, C, H, W] (BCHW), any
         strides, read in place; float64, float32, bfloat16 or float16. reference has prediction's dtype.
-    grid: (f, h, w) patches along frames, rows, columns; patch k of n along length L covers floor(kL/n)..floor((k+1)L/n).
+    grid: (f, h, w) patches along frames, rows, columns; patch k of n along length L covers
+        floor(kL/n)..floor((k+1)L/n).
     Returns [N, f, h, w], float32 (float64 for float64). Differentiable in prediction, once; not under torch.func.
     Raises ValueError or TypeError naming the argument.
     """
@@ -215,10 +220,10 @@ def patch_log_ratio(
     _constant("target", target)
     reference = _reference(reference, prediction, layout)
     prediction, target = _same_dtype(prediction, target)
-    view = _LAYOUTS[layout]
-    policy = view(prediction)
-    grid = _grid(grid, policy, "grid")
-    return ops.patch_log_ratio(policy, view(reference.to(prediction.dtype)), view(target), grid)
+    policy = _view(prediction, layout)
+    reference = _view(reference.to(prediction.dtype), layout)
+    ratio: Tensor = ops.patch_log_ratio(policy, reference, _view(target, layout), _grid(grid, policy, "grid"))
+    return ratio
 
 
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout: str = "BCFHW") -> Tensor:
@@ -231,16 +236,16 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout:
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
     prediction, target = _same_dtype(prediction, target)
-    view = _LAYOUTS[layout]
-    policy = view(prediction)
-    return ops.patch_error(policy, view(target), _grid(grid, policy, "grid"))
+    policy = _view(prediction, layout)
+    error: Tensor = ops.patch_error(policy, _view(target, layout), _grid(grid, policy, "grid"))
+    return error
 
 
 def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor, layout: str = "BCFHW") -> Tensor:
     """sum_p c_p E_p over the batch, 0-d: with coefficients of ``gran_dpo_coefficients`` its gradient is Gran-DPO's.
 
-    d/do = 2 (o - tau) c_p / Z_p. The value itself is not the loss: that is ``out.loss``. Samples couple only through the
-    coefficients, so one sample at a time may run forward and backward, summing the gradients.
+    d/do = 2 (o - tau) c_p / Z_p. The value itself is not the loss: that is ``out.loss``. Samples couple only through
+    the coefficients, so one sample at a time may run forward and backward, summing the gradients.
 
     prediction, target: [N, C, F, H, W] or another ``layout``; coefficients: [N, f, h, w] float, its shape is the grid.
     Differentiable in prediction. Raises ValueError or TypeError naming the argument.
@@ -249,15 +254,15 @@ def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor,
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
     prediction, target = _same_dtype(prediction, target)
-    view = _LAYOUTS[layout]
-    policy, target = view(prediction), view(target)
+    policy, target = _view(prediction, layout), _view(target, layout)
     coefficients = _table("coefficients", coefficients, policy)
     with torch.no_grad():
         value = (coefficients * ops.patch_error(policy, target, coefficients.shape[1:])).sum()
-    return ops.attach_gradient(value, coefficients, policy, target)
+    loss: Tensor = ops.attach_gradient(value, coefficients, policy, target)
+    return loss
 
 
-def _table(name: str, value: Any, latent: Tensor) -> Tensor:
+def _table(name: str, value: object, latent: Tensor) -> Tensor:
     """A [N, f, h, w] argument that must not be rounded: float32 or float64."""
     value = _tensor(name, value, latent)
     _constant(name, value)
@@ -312,7 +317,7 @@ def _evaluate(
         kappa, shape,
     )  # fmt: skip
     out = GranDPOOutput(
-        loss, patch_logits, video_logits, log_ratio, active, objective, patch_rewards, video_rewards, error,
+        loss, patch_logits, video_logits, log_ratio, active, objective, patch_rewards, video_rewards, kappa, error,
         prediction.detach(), target,
     )  # fmt: skip
     return coefficients, out
@@ -343,8 +348,8 @@ def _checked(
     given = (reference_prediction is not None) + (reference_error is not None)
     if objective.needs_reference and given != 1:
         raise ValueError(
-            f"exactly one of reference and reference_error must be given; got {'both' if given else 'neither'}: pass the "
-            "reference's prediction, or its cached patch_error with reference=None"
+            f"exactly one of reference and reference_error must be given; got {'both' if given else 'neither'}: pass "
+            "the reference's prediction, or its cached patch_error with reference=None"
         )
     if not objective.needs_reference and given:
         raise ValueError(
@@ -352,13 +357,12 @@ def _checked(
         )
     if objective.anchor_weight and reference_prediction is None:
         raise ValueError("anchor_weight needs the reference's prediction; cached errors do not give it: pass reference")
-    view = _LAYOUTS[layout]
     if reference_prediction is not None:
         reference_prediction = _reference(reference_prediction, prediction, layout)
     prediction, target = _same_dtype(prediction, target)
-    policy = view(prediction)
+    policy = _view(prediction, layout)
     if reference_prediction is not None:
-        reference_prediction = view(reference_prediction.to(prediction.dtype))
+        reference_prediction = _view(reference_prediction.to(prediction.dtype), layout)
     grid: tuple[int, ...] = (1, 1, 1)
     if reference_error is not None:
         reference_error = _table("reference_error", reference_error, policy)
@@ -379,7 +383,7 @@ def _checked(
         kappa = _rewards("kappa", kappa, (samples // 2 if objective.paired else samples,), policy)
     return {
         "prediction": policy,
-        "target": view(target),
+        "target": _view(target, layout),
         "reference_prediction": reference_prediction,
         "reference_error": reference_error,
         "patch_rewards": patch_rewards,
@@ -419,22 +423,23 @@ def gran_dpo(
     and the result its mean over the pairs that have at least one group that is not a tie (0 if there is none).
 
     prediction, target, reference: [2B, C, F, H, W], samples a first and then their partners b, which share prompt,
-        timestep and noise; what the model regresses to (eps, v, x0 or the flow velocity), in the model's own head. Layout
-        "BFCHW" for CogVideoX, "BCHW" for images; strided inputs are read in place. float64 is computed in float64, all
-        else is accumulated in float32. reference comes from the frozen model in eval mode, in prediction's dtype.
-    patch_rewards: [2B, f, h, w], any real scale; its shape is the patch grid, as fine as the latent for masks. NaN is "not
-        labelled" and a tie. None: no patch term.
+        timestep and noise; what the model regresses to (eps, v, x0 or the flow velocity), in the model's own head.
+        Layout "BFCHW" for CogVideoX, "BCHW" for images; strided inputs are read in place. float64 is computed in
+        float64, all else is accumulated in float32. reference comes from the frozen model in eval mode, in prediction's
+        dtype.
+    patch_rewards: [2B, f, h, w], any real scale; its shape is the patch grid, as fine as the latent for masks. NaN is
+        "not labelled" and a tie. None: no patch term.
     video_rewards: [2B], likewise. At least one of the two is given.
-    objective: a preset's name (``objectives.PRESETS``) or a ``GranDPO``. Unpaired ones (diffusion_kto, rwr, patch_dpo) take
-        N samples, each with its own label; mapo, rwr and patch_dpo no reference.
-    reference_error: [2B, f, h, w] float32, cached ``patch_error`` of the reference for the same timestep and noise; then
-        reference is None.
+    objective: a preset's name (``objectives.PRESETS``) or a ``GranDPO``. Unpaired ones (diffusion_kto, rwr, patch_dpo)
+        take N samples, each with its own label; mapo, rwr and patch_dpo no reference.
+    reference_error: [2B, f, h, w] float32, cached ``patch_error`` of the reference for the same timestep and noise;
+        then reference is None.
     kappa: [B] timestep weight of each pair ([N] unpaired), default 1; see ``objectives.timestep_weight``.
 
-    Returns ``GranDPOOutput``; its loss is differentiable in prediction only, once, and the gradient has prediction's dtype:
-    dL/do = 2 (o - tau) c_p / Z_p with the coefficients c of ``gran_dpo_coefficients``.
-    Raises ValueError or TypeError naming the argument, what was expected, what came and what to do. Infinite rewards are
-    refused on the CPU; on an accelerator, where looking would stall it, they make the loss NaN.
+    Returns ``GranDPOOutput``; its loss is differentiable in prediction only, once, and the gradient has prediction's
+    dtype: dL/do = 2 (o - tau) c_p / Z_p with the coefficients c of ``gran_dpo_coefficients``.
+    Raises ValueError or TypeError naming the argument, what was expected, what came and what to do. Infinite rewards
+    are refused on the CPU; on an accelerator, where looking would stall it, they make the loss NaN.
     Source: own formulation after HALO, arXiv 2502.06812, and Diffusion-DPO, arXiv 2311.12908.
     """
     arguments = _checked(
@@ -465,10 +470,10 @@ def gran_dpo_coefficients(
 ) -> tuple[Tensor, GranDPOOutput]:
     """The first half of ``gran_dpo``, without a graph: c_p = dL/dE_p [2B, f, h, w] and the output (its loss detached).
 
-    Samples couple only through these coefficients: forward all of them without a graph, form c, then forward and backward
-    one sample at a time through ``patch_weighted_mse``. The gradients add up to ``gran_dpo``'s exactly; a sample whose
-    coefficients are all 0 needs no backward. Arguments and errors as in ``gran_dpo``; anchor_weight must be 0, because its
-    gradient is no function of E_p.
+    Samples couple only through these coefficients: forward all of them without a graph, form c, then forward and
+    backward one sample at a time through ``patch_weighted_mse``. The gradients add up to ``gran_dpo``'s exactly; a
+    sample whose coefficients are all 0 needs no backward. Arguments and errors as in ``gran_dpo``; anchor_weight must
+    be 0, because its gradient is no function of E_p.
     """
     arguments = _checked(
         prediction, target, reference, patch_rewards, video_rewards, objective, reference_error, layout, kappa
@@ -489,9 +494,9 @@ def unpack_tokens(tokens: Tensor, latent_shape: Sequence[int], patch_size: Seque
     sides = [length // patch for length, patch in zip(latent_shape, patch_size, strict=True)]
     if tokens.ndim != 3 or any(length % patch for length, patch in zip(latent_shape, patch_size, strict=True)):
         raise ValueError(
-            f"tokens must be [N, S, D] and patch_size {tuple(patch_size)} divide latent_shape {tuple(latent_shape)}; got "
-            f"shape {tuple(tokens.shape)}"
+            f"tokens must be [N, S, D] and patch_size {tuple(patch_size)} divide latent_shape {tuple(latent_shape)}; "
+            f"got shape {tuple(tokens.shape)}"
         )
     if tokens.shape[1] != sides[0] * sides[1] * sides[2]:
         raise ValueError(f"tokens must have {' * '.join(map(str, sides))} tokens along dim 1; got {tokens.shape[1]}")
-    return tokens.unflatten(1, sides).movedim(-1, 1)
+    return tokens.view(tokens.shape[0], *sides, tokens.shape[2]).movedim(-1, 1)

@@ -38,7 +38,8 @@ class GranDPO:
     video_weight, patch_weight: weights of the two terms, >= 0.
     video_beta, patch_beta: > 0; multiply half a MEAN squared error (``convert_beta`` translates other conventions). A
         0-d tensor may stand for a float: a schedule then compiles once. patch_beta None is video_beta / sqrt(P).
-    link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto; label_smoothing in [0, 1/2) serves the 2nd and 3rd.
+    link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto; label_smoothing in [0, 1/2) serves the 2nd and
+        3rd.
     video_gamma, patch_gamma: exponents of the weights; video_delta, patch_delta: a reward gap up to this is a tie.
     sft_weight, patch_sft_weight, anchor_weight: supervised terms and pull to the reference, 0 unless asked for.
     loser_guard: None, or "video" or "patch": scale the loser's gradient by clip((1 - loser_guard_mu) |g_w|^2 /
@@ -199,6 +200,7 @@ def preferences(
     else:
         patch = weights(patch_rewards, objective.patch_gamma, objective.patch_delta)
     if objective.form == "H4":
+        assert objective.defect_threshold is not None
         patch = torch.where(torch.minimum(*halves(patch_rewards)) < objective.defect_threshold, patch, 0.0)
     return video, patch
 
@@ -246,7 +248,7 @@ def evaluate(
         assert patch is not None
         patch_rewards, patch_gamma, patch_delta = torch.cat([patch, torch.zeros_like(patch)]), 1.0, 0.0
     video_beta, patch_beta, scale = _betas(objective, kappa, log_ratio, log_ratio.shape[0] // 2)
-    return ops.gran_dpo_table(
+    table: Table = ops.gran_dpo_table(
         log_ratio,
         patch_rewards,
         video_rewards,
@@ -267,6 +269,7 @@ def evaluate(
         objective.sft_weight,
         objective.patch_sft_weight,
     )
+    return table
 
 
 def volume_share(latent_shape: tuple[int, ...], table: Tensor) -> Tensor:
@@ -449,9 +452,9 @@ def _regression(
 def video_dpo_rewards(video_rewards: Tensor, scores: Tensor, alpha: float = 1.0, bin_width: float = 0.01) -> Tensor:
     """Rewards [2B] for the "video_dpo" preset, whose gap is VideoDPO's pair weight (p_max / sqrt(p_a p_b))^alpha.
 
-    p is the frequency of a reward in the histogram of ``scores`` (all candidates' rewards, 1-d) with ``bin_width``: pairs
-    of rare scores weigh more. Both arguments on any scale, float. Not differentiable. A score outside the histogram
-    takes the rarest bin's frequency. Source: VideoDPO, arXiv 2412.14167.
+    p is the frequency of a reward in the histogram of ``scores`` (all candidates' rewards, 1-d) with ``bin_width``:
+    pairs of rare scores weigh more. Both arguments on any scale, float. Not differentiable. A score outside the
+    histogram takes the rarest bin's frequency. Source: VideoDPO, arXiv 2412.14167.
     """
     low = scores.min()
     bins = ((scores - low) / bin_width).floor().long()
@@ -486,8 +489,8 @@ _CONVENTIONS = ("half_mean", "mean", "half_sum", "sum")
 def convert_beta(beta: float, source: str, target: str = "half_mean", num_elements: int | None = None) -> float:
     """A beta of one convention in another, so that beta times the error gap is the same logit.
 
-    A convention says what beta multiplies: "half_mean" (beta/2 times a mean squared error: here, Diffusion-DPO, VideoDPO,
-    LocalDPO), "mean" (DenseDPO, VideoGPA, diffusers' SD script), "half_sum" (SimpleTuner's default), "sum".
+    A convention says what beta multiplies: "half_mean" (beta/2 times a mean squared error: here, Diffusion-DPO,
+    VideoDPO, LocalDPO), "mean" (DenseDPO, VideoGPA, diffusers' SD script), "half_sum" (SimpleTuner's default), "sum".
     num_elements: elements of one sample's latent, C F H W; needed between a mean and a sum.
     """
     _check_choice("source", source, _CONVENTIONS)
@@ -508,8 +511,9 @@ def convert_beta(beta: float, source: str, target: str = "half_mean", num_elemen
 def timestep_weight(head: str, space: str, signal: Tensor, noise: Tensor, maximum: float = 100.0) -> Tensor:
     """kappa [B] that turns the squared error of the model's ``head`` into that of ``space``, clipped at ``maximum``.
 
-    With x_t = signal x0 + noise eps: |eps error|^2 = signal^2 |v error|^2 and |x0 error|^2 = noise^2 |v error|^2, for the
-    variance-preserving v = signal eps - noise x0 (signal^2 = abar) as for the flow's eps - x0 (signal 1-t, noise t).
+    With x_t = signal x0 + noise eps: |eps error|^2 = signal^2 |v error|^2 and |x0 error|^2 = noise^2 |v error|^2, for
+    the variance-preserving v = signal eps - noise x0 (signal^2 = abar) as for the flow's eps - x0 (signal 1-t, noise
+    t).
     head, space: "epsilon", "sample", "v_prediction" or "flow" (the last two are the v error of their own schedule).
     signal, noise: [B] coefficients at each sample's timestep, computed before any cast to bf16.
     """
@@ -525,9 +529,9 @@ class AutoBeta:
     """A beta steered so that the mean gradient factor sigma(-|z|) of the labelled logits is ``target``.
 
     beta starts at ``initial``; ``update`` multiplies it by exp(rate (mean sigma(-|z|) - target)) within [minimum,
-    maximum]. The mean is summed over all ranks when torch.distributed is initialised, so every rank holds the same beta,
-    and ``state_dict`` saves it. ``beta`` is a 0-d float32 tensor: GranDPO(video_beta=auto.beta) never compiles again, and
-    nothing here waits for the device.
+    maximum]. The mean is summed over all ranks when torch.distributed is initialised, so every rank holds the same
+    beta, and ``state_dict`` saves it. ``beta`` is a 0-d float32 tensor: GranDPO(video_beta=auto.beta) never compiles
+    again, and nothing here waits for the device.
     """
 
     def __init__(
@@ -543,7 +547,8 @@ class AutoBeta:
             _check_number(name, value, above=0.0)
         if not (target < 0.5 and minimum <= initial <= maximum):
             raise ValueError(
-                f"target must be below 1/2 and minimum <= initial <= maximum; got {target}, {minimum}, {initial}, {maximum}"
+                f"target must be below 1/2 and minimum <= initial <= maximum; got target {target}, minimum {minimum}, "
+                f"initial {initial}, maximum {maximum}"
             )
         self.target, self.rate, self.minimum, self.maximum = target, rate, minimum, maximum
         self.beta = torch.tensor(float(initial), device=device)

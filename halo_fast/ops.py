@@ -19,7 +19,9 @@ from halo_fast.reference import accumulate_dtype
 @torch.library.custom_op("halo_fast::patch_log_ratio", mutates_args=())
 def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """-d_p [N, f, h, w] of [N, C, F, H, W] views; differentiable in ``policy``."""
-    return backends.select(policy.device, policy.dtype).patch_log_ratio(policy, reference, target, tuple(grid))
+    backend = backends.select(policy.device, policy.dtype)
+    ratio: Tensor = backend.patch_log_ratio(policy, reference, target, tuple(grid))
+    return ratio
 
 
 @patch_log_ratio.register_fake
@@ -30,7 +32,8 @@ def _(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) ->
 @torch.library.custom_op("halo_fast::patch_error", mutates_args=())
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """E_p [N, f, h, w] of [N, C, F, H, W] views; differentiable in ``prediction``."""
-    return backends.select(prediction.device, prediction.dtype).patch_error(prediction, target, tuple(grid))
+    error: Tensor = backends.select(prediction.device, prediction.dtype).patch_error(prediction, target, tuple(grid))
+    return error
 
 
 @patch_error.register_fake
@@ -42,7 +45,8 @@ def _(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
 def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """2 (o - tau) grad_p / Z_p, allocated as ``torch.empty_like(prediction)``."""
     backend = backends.select(prediction.device, prediction.dtype)
-    return backend.patch_error_backward(grad, prediction, target)
+    gradient: Tensor = backend.patch_error_backward(grad, prediction, target)
+    return gradient
 
 
 @patch_error_backward.register_fake

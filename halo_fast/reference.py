@@ -6,6 +6,7 @@ Nothing here is differentiable by itself: ``ops`` attaches the gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,6 @@ LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over elements of ``dtype`` are taken: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def side_lengths(length: int, parts: int) -> list[int]:
-    """Lengths of the ``parts`` patches along a side: patch k covers floor(k L/n) .. floor((k+1) L/n)."""
-    return [(k + 1) * length // parts - k * length // parts for k in range(parts)]
 
 
 def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor) -> Tensor:
@@ -39,9 +35,11 @@ def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor) 
 def _pool(values: Tensor, dim: int, parts: int) -> Tensor:
     length = values.shape[dim]
     if length % parts == 0:
-        return values.unflatten(dim, (parts, length // parts)).sum(dim + 1)
-    pieces = values.split(side_lengths(length, parts), dim)
-    return torch.stack([piece.sum(dim) for piece in pieces], dim)
+        shape = (*values.shape[:dim], parts, length // parts, *values.shape[dim + 1 :])
+        return values.reshape(shape).sum(dim + 1)
+    edges = [k * length // parts for k in range(parts + 1)]
+    pieces = [values.narrow(dim, start, end - start).sum(dim) for start, end in itertools.pairwise(edges)]
+    return torch.stack(pieces, dim)
 
 
 def _spread(values: Tensor, dim: int, length: int) -> Tensor:

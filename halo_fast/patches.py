@@ -1,0 +1,149 @@
+"""Which pixels and frames a latent patch covers, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool3d
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """A patch grid on the latent of a video, with the pixel box of every patch.
+
+    grid: (f, h, w) patches along latent frames, rows, columns; patch k of n along a latent side of length L covers
+        latent positions floor(k L/n) .. floor((k+1) L/n).
+    num_frames, height, width: the video in frames and pixels; height and width are multiples of spatial_factor.
+    spatial_factor, temporal_factor: what the autoencoder compresses by, 8 and 4 for Wan, CogVideoX and HunyuanVideo, 32
+        and 8 for LTX, temporal 1 for image autoencoders.
+    causal: whether the first latent frame holds one frame alone, and each other temporal_factor of them; num_frames is
+        then 1 more than a multiple of temporal_factor, else a multiple.
+    Raises ValueError naming the side that does not fit.
+    """
+
+    grid: tuple[int, int, int]
+    num_frames: int
+    height: int
+    width: int
+    spatial_factor: int = 8
+    temporal_factor: int = 4
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3:
+            raise ValueError(f"grid must be (frames, rows, columns); got {self.grid!r}")
+        for name in ("num_frames", "height", "width", "spatial_factor", "temporal_factor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("height", "width"):
+            if getattr(self, name) % self.spatial_factor:
+                raise ValueError(
+                    f"{name} must be a multiple of {self.spatial_factor}; got {getattr(self, name)}: crop the video"
+                )
+        alone = int(self.causal)
+        if (self.num_frames - alone) % self.temporal_factor:
+            raise ValueError(
+                f"num_frames must be a multiple of {self.temporal_factor}{' plus 1' * alone}; got {self.num_frames}: "
+                "trim the video, or check temporal_factor and causal"
+            )
+        for side, count, length in zip(("frames", "rows", "columns"), self.grid, self.latent_shape, strict=True):
+            if not 1 <= count <= length:
+                raise ValueError(f"grid must have 1 to {length} patches along {length} latent {side}; got {count}")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(F, H, W) of the latent."""
+        frames = (self.num_frames - self.causal) // self.temporal_factor + self.causal
+        return frames, self.height // self.spatial_factor, self.width // self.spatial_factor
+
+    def latent_edges(self, axis: int) -> list[int]:
+        """Latent positions where patches begin and end along ``axis`` (0 frames, 1 rows, 2 columns): n + 1 numbers."""
+        count, length = self.grid[axis], self.latent_shape[axis]
+        return [k * length // count for k in range(count + 1)]
+
+    def pixel_edges(self, axis: int) -> list[int]:
+        """Frames or pixels where patches begin and end along ``axis``: n + 1 numbers."""
+        edges = self.latent_edges(axis)
+        if axis:
+            return [edge * self.spatial_factor for edge in edges]
+        first = self.temporal_factor - 1 if self.causal else 0
+        return [max(edge * self.temporal_factor - first, 0) for edge in edges]
+
+    def latent_box(self, patch: Sequence[int]) -> tuple[slice, slice, slice]:
+        """The latent positions of patch (i, j, k), as slices of a [..., F, H, W] tensor."""
+        return self._box(patch, [self.latent_edges(axis) for axis in range(3)])
+
+    def pixel_box(self, patch: Sequence[int]) -> tuple[slice, slice, slice]:
+        """The frames, rows and columns of patch (i, j, k), as slices of a [..., frames, height, width] tensor."""
+        return self._box(patch, [self.pixel_edges(axis) for axis in range(3)])
+
+    def _box(self, patch: Sequence[int], edges: list[list[int]]) -> tuple[slice, slice, slice]:
+        if len(patch) != 3 or any(not 0 <= index < count for index, count in zip(patch, self.grid, strict=True)):
+            raise ValueError(f"patch must lie within the grid {self.grid}; got {tuple(patch)}")
+        frames, rows, columns = (slice(line[index], line[index + 1]) for line, index in zip(edges, patch, strict=True))
+        return frames, rows, columns
+
+    def patch_of(self, frame: int, row: int, column: int) -> tuple[int, int, int]:
+        """The patch that covers a pixel of a frame."""
+        found = []
+        for axis, place in enumerate((frame, row, column)):
+            edges = self.pixel_edges(axis)
+            if not 0 <= place < edges[-1]:
+                raise ValueError(f"pixel ({frame}, {row}, {column}) lies outside the video {self._pixels()}")
+            found.append(sum(edge <= place for edge in edges) - 1)
+        return found[0], found[1], found[2]
+
+    def _pixels(self) -> tuple[int, int, int]:
+        return self.num_frames, self.height, self.width
+
+    def pool(self, heatmap: Tensor) -> Tensor:
+        """Mean of a heatmap [..., T, Y, X] over the pixel box of each patch: [..., f, h, w].
+
+        The heatmap may have any resolution: its cells divide the video evenly, and a cell counts by the share of its
+        area inside the patch. NaN cells are unlabelled and left out; a patch of nothing else is NaN. Float;
+        differentiable.
+        """
+        if heatmap.ndim < 3 or not heatmap.is_floating_point():
+            raise ValueError(f"heatmap must be float [..., T, Y, X]; got {heatmap.dtype} {tuple(heatmap.shape)}")
+        labelled = ~heatmap.isnan()
+        sums = self._overlap_sum(torch.where(labelled, heatmap, 0.0))
+        return sums / self._overlap_sum(labelled.to(heatmap.dtype))
+
+    def _overlap_sum(self, heatmap: Tensor) -> Tensor:
+        for axis, length in enumerate(self._pixels()):
+            cells = heatmap.shape[axis - 3]
+            edges = torch.tensor(self.pixel_edges(axis), dtype=heatmap.dtype, device=heatmap.device)
+            borders = torch.arange(cells + 1, dtype=heatmap.dtype, device=heatmap.device) * (length / cells)
+            ends = torch.minimum(edges[1:, None], borders[1:])
+            overlap = (ends - torch.maximum(edges[:-1, None], borders[:-1])).clamp(min=0)
+            heatmap = (heatmap.movedim(axis - 3, -1) @ overlap.T).movedim(-1, axis - 3)
+        return heatmap
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each patch's value [..., f, h, w] on every pixel it covers: [..., frames, height, width]."""
+        if tuple(values.shape[-3:]) != tuple(self.grid):
+            raise ValueError(f"values must end in the grid {self.grid}; got {tuple(values.shape)}")
+        for axis in range(3):
+            edges = torch.tensor(self.pixel_edges(axis), device=values.device)
+            values = values.repeat_interleave(edges.diff(), dim=axis - 3)
+        return values
+
+
+def guard_band(labels: Tensor, width: int = 1, tolerance: float = 0.0) -> Tensor:
+    """``labels`` [..., f, h, w] with NaN (unlabelled) wherever a label within ``width`` patches differs by > tolerance.
+
+    An autoencoder's receptive field mixes neighbouring patches, so labels at the border of a mask are not to be
+    trusted. NaN labels stay NaN and guard nothing. Float; not differentiable. Raises ValueError for a negative width.
+    """
+    if width < 0:
+        raise ValueError(f"width must be at least 0 patches; got {width}")
+    maps = labels.detach().reshape(-1, 1, *labels.shape[-3:])
+    missing = maps.isnan()
+    window = 2 * width + 1
+    highest = max_pool3d(maps.masked_fill(missing, -torch.inf), window, stride=1, padding=width)
+    lowest = -max_pool3d((-maps).masked_fill(missing, -torch.inf), window, stride=1, padding=width)
+    guarded = torch.where(highest - lowest > tolerance, torch.nan, maps)
+    return guarded.reshape(labels.shape)
