@@ -1,0 +1,61 @@
+"""What every teacher answers: the rubric, the label, and the protocol that all teachers share."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "VIDEO_DIMENSIONS", "Label", "Teacher"]
+
+VIDEO_DIMENSIONS = ("visual_quality", "text_alignment", "dynamic_degree")
+PATCH_DIMENSIONS = ("quality",)
+RUBRIC = files("halo_fast.teachers").joinpath("rubric.md").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A teacher's answer about one clip, on the rubric's scale from 1 to 5; NaN is "not scored".
+
+    Args:
+        video: score of each of VIDEO_DIMENSIONS; a missing one is not scored.
+        patches: for each of PATCH_DIMENSIONS the scores of all patches, f-major.
+        status: "ok", or why there are no scores ("refused", "malformed", ...): such a label has none.
+
+    Raises:
+        ValueError: a score outside 1 to 5, a dimension that the rubric does not have, scores without "ok".
+    """
+
+    video: Mapping[str, float] = field(default_factory=dict)
+    patches: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    status: str = "ok"
+
+    def __post_init__(self) -> None:
+        if self.status != "ok" and (self.video or self.patches):
+            raise ValueError(f"status: {self.status!r} with scores; only an ok label has scores")
+        for given, known in ((self.video, VIDEO_DIMENSIONS), (self.patches, PATCH_DIMENSIONS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"dimension: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        scores = [*self.video.values(), *(score for patches in self.patches.values() for score in patches)]
+        outside = [score for score in scores if not (math.isnan(score) or 1 <= score <= 5)]
+        if outside:
+            raise ValueError(f"score: expected 1 to 5 or NaN, got {outside[0]}")
+
+
+class Teacher(Protocol):
+    """Whoever scores clips and their patches by the rubric.
+
+    Attributes:
+        name: who answers and how (model, version, whatever changes the answers): answers are stored under it.
+        grid: patches along time, height and width that the teacher scores.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+
+    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
+        """One label for each clip of videos, uint8 [N, F, H, W, 3], in order; a clip without an answer says why."""
+        ...

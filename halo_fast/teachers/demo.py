@@ -1,0 +1,82 @@
+"""The demo's teacher: the demo world's meters, put in the rubric's terms, erring on some clips as people do."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from halo_fast.teachers.base import Label
+
+__all__ = ["DemoTeacher"]
+
+_RATER_BIASES = (-0.5, -0.25, 0.0, 0.25, 0.5)
+_SLIP_SHARE = 0.1  # scores of a noisy label that are off by a whole grade
+_CLEAR_MOTION = 2.0  # pixels travelled from which motion is plain to see
+
+
+class DemoTeacher:
+    """Rubric scores out of the defect and the fidelity meter: patch quality is 5 - 4 severity.
+
+    visual_quality is the same of the mean severity, text_alignment 1 + 4 times the mean probability of the digit and
+    the colour that the prompt names, dynamic_degree 1 + 4 times the probability of the motion it names (less if next to
+    nothing moves). A share of the clips gets the label of a fallible person instead: the bias of one of five raters,
+    one score in ten a grade off, everything rounded to half grades. Which clips and how follows from their pixels.
+
+    Args:
+        defects: videos, prompts -> (severity [N, f, h, w] in [0, 1], anything else).
+        fidelity: videos, prompts -> digit, colour, motion (probabilities [N]) and motion_amount (pixels [N]).
+        grid: patches that `defects` measures.
+        noisy_share: share of clips with a fallible label, in [0, 1].
+        seed: of the errors.
+    """
+
+    def __init__(
+        self,
+        defects: Callable[[Tensor, list[str]], tuple[Tensor, Tensor]],
+        fidelity: Callable[[Tensor, list[str]], Mapping[str, Tensor]],
+        grid: tuple[int, int, int],
+        noisy_share: float,
+        seed: int,
+    ) -> None:
+        if not 0 <= noisy_share <= 1:
+            raise ValueError(f"noisy_share: expected a share from 0 to 1, got {noisy_share}")
+        self.name = f"demo noisy_share={noisy_share} seed={seed}"
+        self.grid = grid
+        self._defects, self._fidelity = defects, fidelity
+        self._noisy_share, self._seed = noisy_share, seed
+
+    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
+        """One label for each clip of videos, uint8 [N, F, H, W, 3]."""
+        severity = self._defects(videos, list(prompts))[0].flatten(1).double().numpy()
+        fidelity = {name: value.double().numpy() for name, value in self._fidelity(videos, list(prompts)).items()}
+        moving = np.minimum(fidelity["motion_amount"] / _CLEAR_MOTION, 1)
+        video = 1 + 4 * np.stack(
+            [1 - severity.mean(1), (fidelity["digit"] + fidelity["colour"]) / 2, fidelity["motion"] * moving], axis=1
+        )
+        labels = []
+        for index, prompt in enumerate(prompts):
+            scores = np.concatenate((video[index], 5 - 4 * severity[index]))
+            rng = np.random.default_rng(_clip_seed(videos[index], prompt, self._seed))
+            if rng.random() < self._noisy_share:
+                scores = _as_a_person(scores, rng)
+            quality, alignment, motion, *patches = scores.clip(1, 5).tolist()
+            labels.append(
+                Label(
+                    {"visual_quality": quality, "text_alignment": alignment, "dynamic_degree": motion},
+                    {"quality": patches},
+                )
+            )
+        return labels
+
+
+def _clip_seed(video: Tensor, prompt: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed} {prompt} ".encode() + video.contiguous().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def _as_a_person(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The scores as one of five raters might have given them, before they are kept within the scale."""
+    bias = rng.choice(_RATER_BIASES)
+    slips = rng.choice((-1, 1), len(scores)) * (rng.random(len(scores)) < _SLIP_SHARE)
+    return np.round(2 * (scores + bias + slips)) / 2
