@@ -5,6 +5,7 @@
 // every sum is fixed by the shape alone: neither the vector width nor the number of threads can change a bit.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -180,7 +181,7 @@ struct Geometry {
 
     Geometry(const int64_t* shape, const int64_t* grid)
         : N(shape[0]), C(shape[1]), F(shape[2]), H(shape[3]), W(shape[4]), f(grid[0]), h(grid[1]), w(grid[2]) {
-        constexpr int64_t accumulators = 6144, elements_per_task = 65536;  // 24 KiB: half of a first-level cache
+    constexpr int64_t accumulators = 8192, elements_per_task = 65536;  // 32 KiB of floats stay in the first-level cache
         row_blocks = ceil_div(H, std::max<int64_t>(1, accumulators / std::max<int64_t>(1, W)));
         rows_per_task = ceil_div(H, row_blocks);
         row_blocks = ceil_div(H, rows_per_task);
@@ -358,6 +359,150 @@ void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> predic
     }
 }
 
+// ---- the H1 loss and its coefficients on the [2B, P] table
+
+enum Link { sigmoid, conservative, robust, hinge, ipo, kto };
+
+struct Parameters {
+    double label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma, patch_delta,
+        sft_weight, patch_sft_weight;
+};
+
+double sigma(double z) {
+    const double e = std::exp(-std::abs(z));
+    return (z >= 0 ? 1.0 : e) / (1.0 + e);
+}
+
+double softplus(double z) { return (z > 0 ? z : 0.0) + std::log1p(std::exp(-std::abs(z))); }
+
+struct Value {
+    double value, slope;
+};
+
+Value apply_link(Link link, double e, double z) {
+    switch (link) {
+        case conservative:
+            return {(1 - e) * softplus(-z) + e * softplus(z), -(1 - e) * sigma(-z) + e * sigma(z)};
+        case robust:
+            return {((1 - e) * softplus(-z) - e * softplus(z)) / (1 - 2 * e), (-(1 - e) * sigma(-z) - e * sigma(z)) / (1 - 2 * e)};
+        case hinge:
+            return {z >= 1 ? 0.0 : 1 - z, z < 1 ? -1.0 : 0.0};
+        case ipo:
+            return {(z - 0.5) * (z - 0.5), 2 * (z - 0.5)};
+        case kto:
+            return {sigma(-z), -sigma(z) * sigma(-z)};
+        default:
+            return {softplus(-z), -sigma(-z)};
+    }
+}
+
+// s w of one group: a comparison with NaN is false, so an unlabelled entry is a tie.
+template <class A>
+double signed_weight(const A* rewards, int64_t a, int64_t b, double gamma, double delta) {
+    if (rewards == nullptr) return 0.0;
+    const double margin = static_cast<double>(rewards[a]) - static_cast<double>(rewards[b]);
+    if (!(std::abs(margin) > delta)) return 0.0;
+    const double size = gamma == 1.0 ? std::abs(margin) : gamma == 0.0 ? 1.0 : std::pow(std::abs(margin), gamma);
+    return margin > 0 ? size : -size;
+}
+
+double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : 0.0; }
+
+// Long tables are cut into blocks of this many patches, summed in order: bits do not depend on the number of threads.
+constexpr int64_t table_block = 2048;
+
+struct PairSums {
+    double margin = 0, weight = 0, labelled = 0, loss = 0;
+};
+
+template <class A>
+void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const A* video_rewards, const A* kappa, const A* error,
+           const A* loser_scale, Link link, const Parameters& to, A* loss, A* coefficients, A* video_logits, A* patch_logits,
+           A* active, int threads) {
+    const int64_t P = g.f * g.h * g.w, B = g.N / 2, blocks = ceil_div(P, table_block), work = B * blocks;
+    [[maybe_unused]] const int team = P * B > table_block ? threads : 1;
+    const double latent = static_cast<double>(g.C) * static_cast<double>(g.F) * static_cast<double>(g.H) * static_cast<double>(g.W);
+    const auto volume = [&](int64_t p) { return g.elements(p / (g.h * g.w), p / g.w % g.h, p % g.w) / latent; };
+    std::vector<PairSums> parts(work), pairs(B);
+    std::vector<double> weights(B * P), video(B), share(B);
+
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t index = 0; index < work; ++index) {
+        const int64_t i = index / blocks, first = index % blocks * table_block;
+        PairSums sum;
+        for (int64_t p = first; p < std::min(first + table_block, P); ++p) {
+            const int64_t a = i * P + p, b = (B + i) * P + p;
+            const double weight = signed_weight(patch_rewards, a, b, to.patch_gamma, to.patch_delta);
+            weights[a] = weight;
+            sum.margin += volume(p) * (static_cast<double>(log_ratio[a]) - static_cast<double>(log_ratio[b]));
+            sum.weight += std::abs(weight);
+            sum.labelled += weight != 0;
+        }
+        parts[index] = sum;
+    }
+
+    double count = 0;
+    for (int64_t i = 0; i < B; ++i) {
+        for (int64_t k = 0; k < blocks; ++k) {
+            pairs[i].margin += parts[i * blocks + k].margin;
+            pairs[i].weight += parts[i * blocks + k].weight;
+            pairs[i].labelled += parts[i * blocks + k].labelled;
+        }
+        video[i] = signed_weight(video_rewards, i, B + i, to.video_gamma, to.video_delta);
+        const bool by_video = video[i] != 0 && (to.video_weight != 0 || to.sft_weight != 0);
+        const bool by_patch = pairs[i].labelled > 0 && (to.patch_weight != 0 || to.patch_sft_weight != 0);
+        share[i] = by_video || by_patch;
+        active[i] = static_cast<A>(share[i]);
+        count += share[i];
+    }
+    for (double& one : share) one /= std::max(count, 1.0);
+
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t index = 0; index < work; ++index) {
+        const int64_t i = index / blocks, first = index % blocks * table_block;
+        const double video_scale = 0.5 * to.video_beta * (kappa ? static_cast<double>(kappa[i]) : 1.0);
+        const double patch_scale = 0.5 * to.patch_beta * (kappa ? static_cast<double>(kappa[B + i]) : 1.0);
+        const double video_logit = video_scale * sign(video[i]) * pairs[i].margin;
+        const Value video_link = apply_link(link, to.label_smoothing, video_logit);
+        const double patch_share = to.patch_weight / (pairs[i].weight > 0 ? pairs[i].weight : 1.0);
+        const double patch_rho = to.patch_sft_weight / std::max(pairs[i].labelled, 1.0);
+        double sum = first == 0 ? to.video_weight * std::abs(video[i]) * video_link.value : 0.0;
+        for (int64_t p = first; p < std::min(first + table_block, P); ++p) {
+            const int64_t a = i * P + p, b = (B + i) * P + p;
+            const double margin = static_cast<double>(log_ratio[a]) - static_cast<double>(log_ratio[b]), weight = weights[a];
+            const double logit = patch_scale * sign(weight) * margin;
+            const Value patch_link = apply_link(link, to.label_smoothing, logit);
+            patch_logits[a] = static_cast<A>(logit);
+            sum += patch_share * std::abs(weight) * patch_link.value;
+            const double slope = -to.video_weight * video[i] * video_link.slope * video_scale * volume(p) -
+                                 patch_share * patch_scale * weight * patch_link.slope;
+            double c_a = slope, c_b = -slope;
+            if (loser_scale != nullptr && c_a < 0) c_a *= static_cast<double>(loser_scale[a]);
+            if (loser_scale != nullptr && c_b < 0) c_b *= static_cast<double>(loser_scale[b]);
+            if (error != nullptr) {
+                const double rho = to.sft_weight * volume(p);
+                const double rho_a = (weight > 0 ? patch_rho : 0.0) + (video[i] > 0 ? rho : 0.0);
+                const double rho_b = (weight < 0 ? patch_rho : 0.0) + (video[i] < 0 ? rho : 0.0);
+                sum += rho_a * static_cast<double>(error[a]) + rho_b * static_cast<double>(error[b]);
+                c_a += rho_a;
+                c_b += rho_b;
+            }
+            coefficients[a] = static_cast<A>(c_a * share[i]);
+            coefficients[b] = static_cast<A>(c_b * share[i]);
+        }
+        parts[index].loss = sum;
+        if (first == 0) video_logits[i] = static_cast<A>(video_logit);
+    }
+
+    double total = 0;
+    for (int64_t i = 0; i < B; ++i) {
+        double pair = 0;
+        for (int64_t k = 0; k < blocks; ++k) pair += parts[i * blocks + k].loss;
+        total += pair * share[i];
+    }
+    *loss = static_cast<A>(total);
+}
+
 enum Status { ok = 0, out_of_memory = 1, unknown_dtype = 2 };
 
 template <class Run>
@@ -397,6 +542,23 @@ HALO_EXPORT int halo_patch_backward(int dtype, int threads, const int64_t* shape
         backward<T>(Geometry(shape, grid), static_cast<const Accumulate<T>*>(grad),
                     {static_cast<const T*>(prediction), prediction_stride}, {static_cast<const T*>(target), target_stride},
                     {static_cast<T*>(gradient), gradient_stride}, threads);
+    });
+}
+
+// parameters: the eleven numbers of Parameters, in order. Null tables are absent; the outputs are as in the reference.
+HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* log_ratio,
+                                    const void* patch_rewards, const void* video_rewards, const void* kappa, const void* error,
+                                    const void* loser_scale, int link, const double* parameters, void* loss, void* coefficients,
+                                    void* video_logits, void* patch_logits, void* active) {
+    return by_dtype(dtype, [&](auto element) {
+        using A = Accumulate<decltype(element)>;
+        const auto in = [](const void* data) { return static_cast<const A*>(data); };
+        const auto out = [](void* data) { return static_cast<A*>(data); };
+        Parameters values;
+        std::memcpy(&values, parameters, sizeof values);
+        table<A>(Geometry(shape, grid), in(log_ratio), in(patch_rewards), in(video_rewards), in(kappa), in(error), in(loser_scale),
+                 static_cast<Link>(link), values, out(loss), out(coefficients), out(video_logits), out(patch_logits), out(active),
+                 threads);
     });
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -26,6 +27,7 @@ def _bind(path: str) -> ctypes.CDLL:
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     library.halo_patch_forward.argtypes = [integer, integer] + [pointer] * 9
     library.halo_patch_backward.argtypes = [integer, integer] + [pointer] * 9
+    library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 8 + [integer] + [pointer] * 6
     library.halo_instruction_set.argtypes = [integer]
     return library
 
@@ -41,8 +43,10 @@ def _library() -> ctypes.CDLL:
     return _bind(spec.origin)
 
 
-def unavailable_reason() -> str | None:
-    """Why the C++ kernels cannot be used, or None."""
+def unavailable(device: torch.device) -> str | None:
+    """Why the C++ kernels cannot run on `device`, or None."""
+    if device.type != "cpu":
+        return f"runs on cpu tensors only, not on {device.type}"
     try:
         _library()
     except (ImportError, OSError) as error:
@@ -122,3 +126,38 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     )
     _check(status)
     return gradient
+
+
+def gran_dpo_table(
+    log_ratio: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    error: Tensor | None,
+    loser_scale: Tensor | None,
+    latent_shape: Sequence[int],
+    link_name: str,
+    *parameters: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.reference.gran_dpo_table."""
+    samples, *grid = log_ratio.shape
+    # Names keep the contiguous tables alive while the kernel reads them.
+    tables = [
+        None if table is None else table.contiguous()
+        for table in (log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale)
+    ]
+    pairs = samples // 2
+    outputs = [log_ratio.new_empty(shape) for shape in ((), (samples, *grid), (pairs,), (pairs, *grid), (pairs,))]
+    status = _library().halo_gran_dpo_table(
+        _DTYPES[log_ratio.dtype],
+        torch.get_num_threads(),
+        _integers((samples, *latent_shape)),
+        _integers(grid),
+        *(None if table is None else table.data_ptr() for table in tables),
+        LINKS.index(link_name),
+        (ctypes.c_double * len(parameters))(*parameters),
+        *(output.data_ptr() for output in outputs),
+    )
+    _check(status)
+    loss, coefficients, video_logits, patch_logits, active = outputs
+    return loss, coefficients, video_logits, patch_logits, active
