@@ -108,40 +108,40 @@ def fit(
         base = family.predict(transformer, first.noisy, first.t, first.conditions)
     with _eval_mode(transformer, config), _adapter(family, config) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-        model, optimizer = accelerator.prepare(transformer, optimizer)
-        with accelerator.autocast(), torch.no_grad():
-            _check_start(family, model, first, base, objective)
-        log = _resume(folder, parameters, optimizer, config, len(pairs))
-        rows: list[Tensor] = []
-        names: list[str] = []
-        for step in progress(range(len(log), config.max_train_steps), config.max_train_steps - len(log), "train"):
-            batch = _batch(family, pairs, _draws(step, len(pairs), config), config.seed, accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, config)
-            with accelerator.autocast():
-                prediction, reference = _predict(family, model, batch, objective)
-            out = gran_dpo(
-                prediction, batch.target, reference, batch.patch_rewards, batch.video_rewards,
-                objective=objective, layout=family.layout,
-            )  # fmt: skip
-            accelerator.backward(out.loss)
-            norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            # Rows stay on the device until they are read together: the step itself never waits for it.
-            metrics = {"loss": out.loss, "grad_norm": norm, **out.metrics()}
-            names = list(metrics)
-            rows.append(torch.stack([value.detach().float() for value in metrics.values()]))
-            saving = (step + 1) % config.checkpointing_steps == 0
-            if saving or (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps:
-                log += _read_rows(rows, names, len(log), config)
-                rows.clear()
-                if folder is not None:
-                    write_csv(folder / "log.csv", log)
-            if saving and folder is not None:
-                _save(folder, step + 1, parameters, optimizer, config, len(pairs))
+        with _prepared(accelerator, transformer, optimizer) as (model, optimizer):
+            with accelerator.autocast(), torch.no_grad():
+                _check_switch(family, model, parameters, first, base)
+                _check_first_loss(family, model, first, base, objective)
+            log = _resume(folder, parameters, optimizer, config, len(pairs))
+            rows: list[Tensor] = []
+            names: list[str] = []
+            for step in progress(range(len(log), config.max_train_steps), config.max_train_steps - len(log), "train"):
+                batch = _batch(family, pairs, _draws(step, len(pairs), config), config.seed, accelerator.device)
+                for group in optimizer.param_groups:
+                    group["lr"] = _learning_rate(step, config)
+                with accelerator.autocast():
+                    prediction, reference = _predict(family, model, batch, objective)
+                out = gran_dpo(
+                    prediction, batch.target, reference, batch.patch_rewards, batch.video_rewards,
+                    objective=objective, layout=family.layout,
+                )  # fmt: skip
+                accelerator.backward(out.loss)
+                norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                # Rows stay on the device until they are read together: the step itself never waits for it.
+                metrics = {"loss": out.loss, "grad_norm": norm, **out.metrics()}
+                names = list(metrics)
+                rows.append(torch.stack([value.detach().float() for value in metrics.values()]))
+                saving = (step + 1) % config.checkpointing_steps == 0
+                if saving or (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps:
+                    log += _read_rows(rows, names, len(log), config)
+                    rows.clear()
+                    if folder is not None:
+                        write_csv(folder / "log.csv", log)
+                if saving and folder is not None:
+                    _save(folder, step + 1, parameters, optimizer, config, len(pairs))
         lora = _export(family, parameters, config)
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return Fit(lora, log)
 
 
@@ -271,26 +271,54 @@ def _eval_mode(model: Any, config: TrainConfig) -> Iterator[None]:
             module.training = training
 
 
-def _check_start(family: Family, model: nn.Module, batch: _Batch, base: Tensor, objective: GranDPO) -> None:
-    """Hold that the adapter switch works and that a fresh adapter changes nothing, so the loss starts at log 2."""
-    advice = "this model's adapter cannot serve as its own reference; use it uncompiled and unquantised"
+@contextmanager
+def _prepared(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Module, Any]]:
+    """Model and optimizer as accelerate runs them; the model's own forward is put back at the end."""
+    try:
+        yield accelerator.prepare(model, optimizer)
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+_ADVICE = "this model's adapter cannot serve as its own reference; use it uncompiled and unquantised"
+
+
+def _check_switch(
+    family: Family, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: _Batch, base: Tensor
+) -> None:
+    """Hold that the adapter acts when it is on and leaves exactly the base model when it is off."""
+    if not base.isfinite().all():
+        raise UserError("train: the base model's prediction on the first pair is not finite; check its latents and dtype")
+    # A fresh adapter adds nothing, so a switch without effect would go unnoticed: the weights are moved for the check.
+    fresh = [parameter.clone() for parameter in parameters.values()]
+    for parameter in parameters.values():
+        parameter.add_(0.01)
+    on = family.predict(model, batch.noisy, batch.t, batch.conditions)
     with adapters_off(model):
         off = family.predict(model, batch.noisy, batch.t, batch.conditions)
+    for parameter, value in zip(parameters.values(), fresh, strict=True):
+        parameter.copy_(value)
     if not torch.equal(off, base):
         raise UserError(
-            f"model: with the adapter off it must equal the base, differs by {(off - base).abs().max()}; {advice}"
+            f"model: with the adapter off, expected the base, got {(off - base).abs().max()} off; {_ADVICE}"
         )
+    if torch.equal(on, base):
+        raise UserError(f"model: with the adapter on, expected another output than the base's; {_ADVICE}")
+
+
+def _check_first_loss(family: Family, model: nn.Module, batch: _Batch, base: Tensor, objective: GranDPO) -> None:
+    """Hold that a fresh adapter starts at a preference loss of log 2 per unit weight."""
     policy = family.predict(model, batch.noisy, batch.t, batch.conditions)
     preference = replace(objective, sft_weight=0.0, patch_sft_weight=0.0)
     loss = gran_dpo(
-        policy, batch.target, off, batch.patch_rewards, batch.video_rewards, objective=preference, layout=family.layout
+        policy, batch.target, base, batch.patch_rewards, batch.video_rewards, objective=preference, layout=family.layout
     ).loss.item()
     # Comparisons with NaN, which is "not labelled", are False: a tie.
     margin = batch.video_rewards.diff().abs() > objective.video_delta
     margins = batch.patch_rewards.diff(dim=0).abs() > objective.patch_delta
     weight = objective.video_weight * bool(margin.any()) + objective.patch_weight * bool(margins.any())
     if not math.isclose(loss, weight * math.log(2), rel_tol=1e-6, abs_tol=1e-12):
-        raise UserError(f"model: the loss of a fresh adapter must be {weight:g} x log 2, got {loss}; {advice}")
+        raise UserError(f"model: expected a first loss of {weight:g} x log 2, got {loss}; {_ADVICE}")
 
 
 def _read_rows(rows: list[Tensor], names: list[str], done: int, config: TrainConfig) -> list[dict[str, float]]:

@@ -153,7 +153,7 @@ def test_pairs_that_tie_throughout_are_left_out_and_counted(tmp_path):
 def test_scores_that_do_not_fit_are_named(tmp_path, dimensions, clips, message):
     config, run = unscored_run(tmp_path, candidates=2)
     config.pairs.dimensions = dimensions
-    scores_of(run, {clip: (3, 3) for clip in clips})
+    scores_of(run, dict.fromkeys(clips, (3, 3)))
     with pytest.raises(UserError, match=message):
         build_pairs(config, run)
 

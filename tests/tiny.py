@@ -55,7 +55,7 @@ def tiny_wan(seed: int = 0, max_words: int = 12) -> WanPipeline:
 
 
 def tiny_config(folder: Path, **train: Any) -> Config:
-    """A run of 4 prompts with 2 candidates on a tiny Wan pipeline, which is saved in `folder` if it is not there yet."""
+    """A run of 4 prompts with 2 candidates on a tiny Wan pipeline, which is saved in `folder` if not there yet."""
     model, prompts = folder / "model", folder / "prompts.txt"
     if not model.exists():
         tiny_wan().save_pretrained(model)
