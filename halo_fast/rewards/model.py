@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halo_fast.patches import PatchGrid
 from halo_fast.runs import UserError, write_json, write_safetensors
 
-__all__ = ["RewardModel", "RewardModelConfig", "Rewards", "area_weights", "patch_edges", "word_ids"]
+__all__ = ["RewardModel", "RewardModelConfig", "Rewards", "word_ids"]
 
 _CHANGE_SCALE = 4.0  # changes between frames are small next to the pixels themselves
 
@@ -35,8 +36,9 @@ class RewardModelConfig:
     Args:
         video_dimensions: names of the video scores, in the order of Rewards.video.
         patch_dimensions: names of the patch scores, in the order of Rewards.patches.
-        temporal_compression: frames that one latent frame stands for; the first stands for one alone (causal).
-        spatial_compression: pixels a side that one latent position stands for.
+        spatial_factor: pixels a side that one position of the latent stands for, as in PatchGrid.
+        temporal_factor: frames that one latent frame stands for.
+        causal: whether the first latent frame stands for one frame alone.
         width: channels of the finest stage; the next two have 3/2 and 2 times as many.
         vocabulary: buckets that words are hashed into.
         text_width: channels of a word.
@@ -44,8 +46,9 @@ class RewardModelConfig:
 
     video_dimensions: tuple[str, ...]
     patch_dimensions: tuple[str, ...] = ("quality",)
-    temporal_compression: int = 4
-    spatial_compression: int = 8
+    spatial_factor: int = 8
+    temporal_factor: int = 4
+    causal: bool = True
     width: int = 32
     vocabulary: int = 2048
     text_width: int = 64
@@ -58,39 +61,6 @@ def word_ids(prompts: Sequence[str], vocabulary: int) -> Tensor:
     ]
     longest = max(1, max(map(len, rows), default=1))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(-1, longest)
-
-
-def patch_edges(
-    size: Sequence[int], grid: Sequence[int], temporal_compression: int, spatial_compression: int
-) -> tuple[list[int], ...]:
-    """Pixel edges of patches along time, height and width: whole latent positions, the first latent frame one frame.
-
-    Patch k of n along L latent positions begins at position floor(k L / n).
-
-    Raises:
-        ValueError: more patches than latent positions.
-    """
-    starts = [[0, *range(1, size[0], temporal_compression), size[0]]]
-    starts += [[*range(0, length, spatial_compression), length] for length in size[1:]]
-    if any(not 1 <= patches < len(axis) for patches, axis in zip(grid, starts, strict=True)):
-        most = tuple(len(axis) - 1 for axis in starts)
-        raise ValueError(f"grid: expected 1 to {most} patches, got {tuple(grid)}; use a coarser grid")
-    return tuple(
-        [axis[k * (len(axis) - 1) // patches] for k in range(patches + 1)]
-        for patches, axis in zip(grid, starts, strict=True)
-    )
-
-
-def area_weights(cells: int, edges: Sequence[float]) -> Tensor:
-    """Weights [patches, cells] that average `cells` equal cells of the unit interval over patches between `edges`.
-
-    A cell cut by an edge counts by the part inside, so patches may be larger or smaller than cells; rows sum to 1.
-    """
-    left = torch.arange(cells, dtype=torch.float64) / cells
-    edge = torch.as_tensor(edges, dtype=torch.float64)
-    low, high = edge[:-1, None], edge[1:, None]
-    overlap = (torch.minimum(left + 1 / cells, high) - torch.maximum(left, low)).clamp(min=0)
-    return (overlap / (high - low)).float()
 
 
 class _Residual(nn.Module):
@@ -153,7 +123,8 @@ class RewardModel(nn.Module):
         """Scores of videos, uint8 [N, F, H, W, 3], and of their patches, from one pass over the pixels.
 
         Raises:
-            ValueError: videos of another dtype or shape, not one prompt each, a grid finer than the latent's.
+            ValueError: videos of another dtype or shape, not one prompt each, a grid finer than
+                the latent, sides that are not multiples of 8.
         """
         if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos: expected uint8 [N, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
@@ -165,10 +136,8 @@ class RewardModel(nn.Module):
         return Rewards(1 + 4 * self.video_logits(whole, text).sigmoid(), 1 + 4 * patches.sigmoid())
 
     def encode(self, videos: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Feature maps [N, c, F, ceil(H/s), ceil(W/s)] at s = 2, 4, 8, and the whole clip's features [N, hidden]."""
+        """Feature maps of uint8 videos, [N, c, F, H/s, W/s] at s = 2, 4, 8, and features of the whole, [N, hidden]."""
         x = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % 8, 0, -height % 8, 0, 0), mode="replicate")
         change = F.pad(x[:, :, 1:] - x[:, :, :-1], (0, 0, 0, 0, 1, 1))
         x = torch.cat((x, _CHANGE_SCALE * change[:, :, :-1], _CHANGE_SCALE * change[:, :, 1:]), dim=1)
         x = F.pixel_unshuffle(x.transpose(1, 2), 2).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
@@ -192,23 +161,24 @@ class RewardModel(nn.Module):
         self, maps: Sequence[Tensor], whole: Tensor, text: Tensor, size: Sequence[int], grid: Sequence[int]
     ) -> Tensor:
         """[N, Q, f, h, w] logits of the patch scores of clips of size (F, H, W)."""
-        edges = patch_edges(size, grid, self.config.temporal_compression, self.config.spatial_compression)
-        padded = (size[0], size[1] + -size[1] % 8, size[2] + -size[2] % 8)
         fine, middle, coarse = maps
         # what the prompt leads to expect is compared before averaging: afterwards a foreign colour is a mere tint
         scale, shift = self.expect(text)[:, :, None, None, None].chunk(2, dim=1)
         middle = F.gelu(self.compare(middle * (1 + scale) + shift))
-        pooled = []
-        for x in (fine, middle, coarse):
-            along = [
-                area_weights(cells, [edge / length for edge in axis]).to(x)
-                for cells, axis, length in zip(x.shape[2:], edges, padded, strict=True)
-            ]
-            pooled.append(torch.einsum("ncthw,ft,ih,jw->nfijc", x, *along))
-        local = self.local(torch.cat(pooled, dim=-1))
-        local = self.neighbours(local.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        patches = PatchGrid(
+            (grid[0], grid[1], grid[2]),
+            num_frames=size[0],
+            height=size[1],
+            width=size[2],
+            spatial_factor=self.config.spatial_factor,
+            temporal_factor=self.config.temporal_factor,
+            causal=self.config.causal,
+        )
+        pooled = torch.cat([patches.pool(x) for x in (fine, middle, coarse)], dim=1)
+        local = self.local(pooled.movedim(1, -1))
+        local = self.neighbours(local.movedim(-1, 1)).movedim(1, -1)
         scale, shift = self.modulate(torch.cat((whole, text), dim=1))[:, None, None, None].chunk(2, dim=-1)
-        return self.patch_head(F.gelu(local * (1 + scale) + shift)).permute(0, 4, 1, 2, 3)
+        return self.patch_head(F.gelu(local * (1 + scale) + shift)).movedim(-1, 1)
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and config.json."""

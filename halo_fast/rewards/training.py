@@ -111,14 +111,20 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
         video_dimensions,
         patch_dimensions,
     )
+    if not found[0]["latents"]:
+        return RewardModelConfig(video_dimensions, patch_dimensions), data
     with safe_open(clips / found[0]["latents"], framework="pt") as file:
-        latent = file.get_slice("latents").get_shape()[-3:]
-    frames, height = data.videos.shape[1:3]
-    compression = {
-        "temporal_compression": (frames - 1) // max(latent[0] - 1, 1) or 1,
-        "spatial_compression": height // latent[1],
-    }
-    return RewardModelConfig(video_dimensions, patch_dimensions, **compression), data
+        latent_shape = file.get_slice("latents").get_shape()
+    factors = _factors(data.videos.shape[1:4], latent_shape[-3:])
+    return RewardModelConfig(video_dimensions, patch_dimensions, *factors), data
+
+
+def _factors(video: Sequence[int], latent: Sequence[int]) -> tuple[int, int, bool]:
+    """What the autoencoder compresses space and time by, and whether it is causal, from (frames, height, width)."""
+    spatial = video[1] // latent[1]
+    if latent[0] > 1 and (video[0] - 1) % (latent[0] - 1) == 0:
+        return spatial, (video[0] - 1) // (latent[0] - 1), True
+    return spatial, video[0] // latent[0], False
 
 
 def fit(
