@@ -107,6 +107,7 @@ def _stages(verb: str, names: Sequence[str], description: str, arguments: list[s
         arguments = ["--config", *arguments]
     settings = _parse(parser, arguments)
     try:
+        settings = parser.instantiate(settings)
         config = Config(**{field.name: settings[field.name] for field in fields(Config)})
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -154,13 +155,18 @@ def _parser(program: str, description: str) -> "ArgumentParser":
 
 
 def _parse(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
-    """The parsed and built settings; jsonargparse's errors become a UserError of one line."""
+    """The parsed settings; jsonargparse's errors become a UserError of one line."""
     from jsonargparse import ArgumentError
 
+    file = arguments[1] if arguments[:1] == ["--config"] and arguments[1:] else ""
+    place = f"{file}: " if file else ""
     try:
-        return parser.instantiate(parser.parse_args(arguments))
+        if file:
+            # alone first, so that its mistakes are told under its name
+            parser.parse_args(arguments[:2])
+            place = ""
+        return parser.parse_args(arguments)
     except (ArgumentError, ValueError) as error:
-        message = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)"', r"\1", str(error)))
-        if arguments[:1] == ["--config"]:
-            message = message.replace('"<unicode string>"', " ".join(arguments[1:2]))
-        raise UserError(f"{message}; `{parser.prog} --help` lists the settings") from None
+        message = re.sub(r'Parser key "([\w.]+)"', r"\1", str(error)).removeprefix("config: ")
+        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace('in "<unicode string>", ', "")
+        raise UserError(f"{place}{message}; `{parser.prog} --help` lists the settings") from None
