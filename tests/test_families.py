@@ -51,6 +51,7 @@ def test_saved_pipeline_loads_with_the_same_weights(family, tmp_path):
     assert source(str(tmp_path)) == tmp_path and source("demo:graded") == "demo:graded"
 
 
+@torch.no_grad()
 def test_prompts_are_trimmed_and_stack_restores_the_pipelines_embeddings(family):
     conditions = family.encode_prompts(PROMPTS)
     assert [len(condition["prompt_embeds"]) for condition in conditions] == [5, 2, 0, 6]
