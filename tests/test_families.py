@@ -48,7 +48,7 @@ def test_saved_pipeline_loads_with_the_same_weights(family, tmp_path):
     family.pipeline.save_pretrained(tmp_path)
     loaded = load(str(tmp_path), device="cpu").transformer.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in family.transformer.state_dict().items())
-    assert source(str(tmp_path)) == tmp_path and source("demo:graded") == "demo:graded"
+    assert source(str(tmp_path)) == tmp_path and source("someone/model") == "someone/model"
 
 
 @torch.no_grad()

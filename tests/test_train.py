@@ -98,7 +98,7 @@ def test_every_arm_starts_at_log_2_and_follows_the_plain_formula(pipeline, pairs
     log = fit(spy, pairs, config, progress=quiet).log
     preference = objective.video_weight + objective.patch_weight
     for row, expected in zip(log, plain_losses(spy, pairs, objective), strict=True):
-        assert row["loss"] == pytest.approx(sum(expected), rel=2e-5)
+        assert row["loss"] == pytest.approx(sum(expected), rel=1e-4)
     supervised = plain_losses(spy, pairs, objective)[0][1]
     assert log[0]["loss"] - supervised == pytest.approx(preference * math.log(2), rel=1e-5, abs=1e-6)
     assert log[0]["rewards/margins"] == log[0]["patch/margins"] == 0

@@ -130,6 +130,10 @@ def family_of(pipeline: Any) -> Family:
 
 def source(name: str) -> Path | str:
     """What identifies a model as a stage's input: its folder, or the name of one that is not a local folder."""
+    if name.startswith("demo:"):
+        from halo_fast.demo import WEIGHTS
+
+        return WEIGHTS / name.removeprefix("demo:")
     return Path(name) if Path(name).is_dir() else name
 
 
