@@ -1,8 +1,18 @@
 """A tiny captioned world with planted local damage, drawn by the tests: their truth is how the clips were made."""
 
+import os
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import torch
+
+from halo_fast.data.clips import write_clip
+from halo_fast.runs import Run, write_parquet, write_safetensors
+from halo_fast.teachers import Label
 
 SHAPES = ("square", "disc", "cross", "ring")
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 230), "yellow": (220, 200, 40)}
@@ -86,3 +96,54 @@ def make_clips(count: int, seed: int, damaged_share: float = 0.5) -> Clips:
         videos.append(clip)
         prompts.append(f"a {named_colour} {named_shape} moves {direction}")
     return Clips(np.stack(videos), prompts, severity, kinds, aligned, moving)
+
+
+def write_candidates(run: Run, clips: Clips) -> None:
+    """The clips in the place and form of the stage `generate`, as two candidates of each prompt."""
+    with run.stage("generate", {}, {}) as stage:
+        if stage.done:
+            return
+        rows = []
+        for index, prompt in enumerate(clips.prompts):
+            clip_id = f"p{index // 2:04d}_s{index % 2}"
+            row = {"clip_id": clip_id, "prompt_id": index // 2, "prompt": prompt, "candidate": index % 2, "seed": index}
+            row |= {"video": f"videos/{clip_id}.mp4", "latents": f"latents/{clip_id}.safetensors"}
+            write_clip(stage.folder / row["video"], torch.from_numpy(clips.videos[index]), fps=8)
+            write_safetensors(stage.folder / row["latents"], {"latents": torch.zeros(4, *GRID)})
+            rows.append(row)
+        write_parquet(stage.folder / "clips.parquet", pyarrow.Table.from_pylist(rows))
+        stage.finish({"clips": len(rows)})
+
+
+class PlantedTeacher:
+    """A teacher that knows how the clips were made; it writes every question into a file before it answers."""
+
+    grid = GRID
+    name = "planted"
+
+    def __init__(self, clips: Clips, questions: Path | None = None, patience: int | None = None) -> None:
+        self.clips, self.questions, self.patience = clips, questions, patience
+
+    def label(self, videos: torch.Tensor, prompts: Sequence[str]) -> list[Label]:
+        """Dies by SIGKILL, before it hears the question, when it has answered `patience` times."""
+        if self.patience is not None:
+            if not self.patience:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.patience -= 1
+        labels = []
+        for video, prompt in zip(videos.numpy(), prompts, strict=True):
+            # an mp4 rounds pixels by up to 2 levels: the clip is the nearest one
+            gaps = np.abs(self.clips.videos.astype(np.int16) - video).mean(axis=(1, 2, 3, 4))
+            index = int(gaps.argmin())
+            assert gaps[index] < 2
+            severity = self.clips.severity[index]
+            video_scores = {
+                "visual_quality": 5 - 4 * severity.mean(),
+                "text_alignment": 1 + 4 * self.clips.aligned[index],
+                "dynamic_degree": 5.0 if self.clips.moving[index] else 1.0,
+            }
+            labels.append(Label(video_scores, {"quality": (5 - 4 * severity).ravel().tolist()}))
+            if self.questions is not None:
+                with open(self.questions, "a") as file:
+                    file.write(f"{index}\n")
+        return labels

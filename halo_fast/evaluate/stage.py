@@ -126,7 +126,7 @@ def _sample(config: Config, rows: Sequence[dict[str, Any]], lora: Path, folder: 
     aligned = False
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0]["arm"] == "aligned" and not aligned:
-            family.pipeline.load_lora_weights(lora)
+            family.pipeline.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
             aligned = True
         prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
         _, videos = sample_clips(family, prompts, seeds, config.generate)
