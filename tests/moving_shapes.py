@@ -131,7 +131,7 @@ class PlantedTeacher:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.patience -= 1
         labels = []
-        for video, prompt in zip(videos.numpy(), prompts, strict=True):
+        for video in videos.numpy():
             # an mp4 rounds pixels by up to 2 levels: the clip is the nearest one
             gaps = np.abs(self.clips.videos.astype(np.int16) - video).mean(axis=(1, 2, 3, 4))
             index = int(gaps.argmin())

@@ -128,6 +128,8 @@ class RewardModel(nn.Module):
         """
         if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos: expected uint8 [N, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
+        if videos.shape[2] % 8 or videos.shape[3] % 8:
+            raise ValueError(f"videos: expected sides divisible by 8, got {list(videos.shape[2:4])}; crop them")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
         maps, whole = self.encode(videos)

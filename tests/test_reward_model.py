@@ -1,0 +1,158 @@
+"""The reward model's pass: shapes on any grid, one look at the pixels, captions, files; and its loss."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from moving_shapes import COLOURS, GRID, damage, draw_clip
+
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, score_loss
+from halo_fast.rewards.model import word_ids
+from halo_fast.rewards.training import _batch
+from halo_fast.runs import UserError
+
+CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8)
+
+
+def random_model(config: RewardModelConfig = CONFIG, seed: int = 0) -> RewardModel:
+    """Every weight random, also those that start at zero."""
+    torch.manual_seed(seed)
+    model = RewardModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def videos(count: int, frames: int = 9, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (3, 4, 4), (2, 3, 4), (1, 4, 1), (3, 2, 3)])
+def test_one_pass_gives_video_and_patches_on_any_grid(grid):
+    model, passes = random_model(), []
+    model.stem.register_forward_hook(lambda *_: passes.append(1))
+    rewards = model(videos(2), ["a red square", "a disc"], grid)
+    assert passes == [1]
+    assert rewards.video.shape == (2, 2) and rewards.patches.shape == (2, 1, *grid)
+    for scores in rewards:
+        assert scores.dtype == torch.float32 and (scores > 1).all() and (scores < 5).all()
+        assert scores.std() > 0
+
+
+def test_the_same_weights_take_longer_and_larger_clips():
+    rewards = random_model()(videos(1, 17, 48, 64), ["a red square"], (5, 3, 8))
+    assert rewards.patches.shape == (1, 1, 5, 3, 8)
+
+
+def test_a_clip_is_scored_alike_alone_and_in_a_batch():
+    model, prompts = random_model(), ["a red square moves left", "disc", "a green ring stands still over there"]
+    together = model(videos(3), prompts, GRID)
+    for n in range(3):
+        alone = model(videos(3)[n : n + 1], prompts[n : n + 1], GRID)
+        torch.testing.assert_close(alone.video[0], together.video[n])
+        torch.testing.assert_close(alone.patches[0], together.patches[n])
+
+
+def test_patches_follow_damage_through_the_grid_and_the_rest_hardly_moves():
+    """Random weights already see local change where it is: features are local, whatever they mean."""
+    clip = draw_clip(np.random.default_rng(0), "square", "red", "left", 1.0)
+    model = random_model()
+    for place in [(0, 0, 0), (1, 2, 3), (2, 3, 1)]:
+        pair = torch.from_numpy(np.stack([clip, damage(clip, place, 2, 1.0)]))
+        change = model(pair, ["a red square"] * 2, GRID).patches[:, 0].diff(dim=0).abs()[0]
+        assert np.unravel_index(int(change.argmax()), GRID) == place
+
+
+def test_captions_matter_word_by_word():
+    model, clip = random_model(), videos(1)
+    told = {
+        prompt: model(clip, [prompt], GRID) for prompt in ("a red square", "A square, red!", "a blue square", "zxqv")
+    }
+    torch.testing.assert_close(told["a red square"].video, told["A square, red!"].video)
+    for other in ("a blue square", "zxqv"):
+        assert not torch.allclose(told["a red square"].video, told[other].video)
+        assert not torch.allclose(told["a red square"].patches, told[other].patches)
+
+
+def test_words_are_padded_with_zero_and_never_are_zero():
+    ids = word_ids(["red", "", "green ring of 7 dots"], 64)
+    assert ids.shape == (3, 5)
+    assert (ids > 0).sum(dim=1).tolist() == [1, 0, 5] and ids.max() < 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((videos(1).float(), ["a"], GRID), "expected uint8"),
+        ((videos(1)[0], ["a"], GRID), "expected uint8"),
+        ((videos(2), ["a"], GRID), "prompts: expected one for each of 2 videos, got 1"),
+        ((videos(1), ["a"], (3, 5, 4)), "rows"),
+        ((videos(1, height=33), ["a"], GRID), "sides divisible by 8"),
+    ],
+)
+def test_mistakes_are_named(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        random_model()(*arguments)
+
+
+def test_saved_and_loaded_it_scores_the_same(tmp_path):
+    model = random_model(replace(CONFIG, patch_dimensions=("quality", "sharpness"), temporal_factor=8))
+    model.save(tmp_path)
+    loaded = RewardModel.load(tmp_path)
+    assert loaded.config == model.config
+    before, after = (each(videos(2), ["a", "red disc"], (2, 2, 2)) for each in (model, loaded))
+    assert torch.equal(before.video, after.video) and torch.equal(before.patches, after.patches)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="expected a reward model"):
+        RewardModel.load(tmp_path)
+
+
+def test_score_loss_is_relative_entropy_and_leaves_out_what_is_unknown():
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([4.2, 1.0, 5.0, math.nan], dtype=torch.float64)
+    q, p = 1 / (1 + np.exp(-logits.detach().numpy()[:3])), (scores.numpy()[:3] - 1) / 4
+    expected = p[0] * np.log(p[0] / q[0]) + (1 - p[0]) * np.log((1 - p[0]) / (1 - q[0]))
+    expected = (expected - np.log(1 - q[1]) - np.log(q[2])) / 3
+    loss = score_loss(logits, scores)
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    np.testing.assert_allclose(logits.grad[:3], (q - p) / 3, rtol=1e-6)
+    assert logits.grad[3] == 0
+    assert score_loss(torch.logit(torch.tensor(0.8)), torch.tensor(4.2)).item() == pytest.approx(0, abs=1e-6)
+    assert score_loss(torch.zeros(2), torch.full((2,), math.nan)).item() == 0
+
+
+def test_mirrored_clips_take_labels_and_captions_with_them():
+    """Where a clip differs from its clean self is where its label must say so, and it must move as its caption says."""
+    rng, place = np.random.default_rng(0), (1, 0, 3)
+    colours = list(COLOURS)
+    clean = [draw_clip(rng, "disc", colours[n % 4], ("left", "up")[n % 2], 1.2) for n in range(16)]
+    scores = torch.full((16, 1, *GRID), 5.0)
+    scores[:, 0, *place] = 1.0
+    data = LabelledClips(
+        torch.from_numpy(np.stack([damage(clip, place, 1, 1.0) for clip in clean])),
+        [f"a {colours[n % 4]} disc moves {('left', 'up')[n % 2]} {n}" for n in range(16)],
+        torch.full((16, 2), 4.0),
+        scores,
+        ("visual_quality", "text_alignment"),
+    )
+    batch = _batch(data, 16, seed=0, step=5)
+    places = set()
+    for video, prompt, labels, video_scores in zip(
+        batch.videos.numpy(), batch.prompts, batch.patch_scores[:, 0], batch.video_scores, strict=True
+    ):
+        original = clean[int(prompt.split()[-1])]
+        found = np.unravel_index(int(labels.argmin()), GRID)
+        flips = tuple(axis for axis, there in ((1, found[1] != place[0 + 1]), (2, found[2] != place[2])) if there)
+        changed = np.abs(video.astype(int) - np.flip(original, flips)).sum(-1)
+        rows, columns = 8 * found[1], 8 * found[2]
+        assert changed[1:5, rows : rows + 8, columns : columns + 8].sum() == changed.sum() > 0
+        named = prompt.split()[-2]
+        turned = {(): ("left", "up"), (1,): ("left", "down"), (2,): ("right", "up"), (1, 2): ("right", "down")}
+        assert named in turned[flips]
+        assert video_scores[0] == 4 and math.isnan(video_scores[1]) == bool(flips)
+        places.add(found)
+    assert len(places) == 4

@@ -1,0 +1,153 @@
+"""Training against planted damage, an independent truth; the stages reward and score; continuation after a kill."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from moving_shapes import GRID, Clips, PlantedTeacher, damage, draw_clip, make_clips, write_candidates
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from tiny import kill_when, output_hashes
+
+from halo_fast.config import Config, RewardConfig
+from halo_fast.data.clips import read_clip
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, score, train_reward
+from halo_fast.runs import Run, UserError
+from halo_fast.teachers import VIDEO_DIMENSIONS, annotate
+
+HELD_OUT = make_clips(64, seed=2)
+
+
+def labelled(clips: Clips) -> LabelledClips:
+    severity = torch.from_numpy(clips.severity).float()
+    video_scores = torch.stack(
+        [
+            5 - 4 * severity.mean(dim=(1, 2, 3)),
+            1 + 4 * torch.from_numpy(clips.aligned).float(),
+            1 + 4 * torch.from_numpy(clips.moving).float(),
+        ],
+        dim=1,
+    )
+    return LabelledClips(
+        torch.from_numpy(clips.videos), clips.prompts, video_scores, (5 - 4 * severity)[:, None], VIDEO_DIMENSIONS
+    )
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[RewardModel, list[dict]]:
+    config = RewardConfig(video_steps=40, patch_steps=160, batch_size=12, learning_rate=5e-3)
+    return fit(RewardModelConfig(VIDEO_DIMENSIONS, width=16), labelled(make_clips(160, seed=1)), config, seed=0)
+
+
+@pytest.fixture(scope="module")
+def rewards(trained):
+    return trained[0](torch.from_numpy(HELD_OUT.videos), HELD_OUT.prompts, GRID)
+
+
+def test_patch_scores_follow_planted_damage(rewards):
+    quality = rewards.patches[:, 0].numpy().ravel()
+    assert spearmanr(quality, -HELD_OUT.severity.ravel()).statistic > 0.8
+    assert roc_auc_score(HELD_OUT.severity.ravel() > 0.25, -quality) > 0.95
+
+
+def test_video_scores_follow_what_the_clips_show(rewards):
+    quality, _, motion = rewards.video.T.numpy()
+    assert spearmanr(quality, -HELD_OUT.severity.mean(axis=(1, 2, 3))).statistic > 0.6
+    assert roc_auc_score(HELD_OUT.moving, motion) > 0.9
+
+
+def test_the_patch_phase_starts_from_the_video_phase_and_keeps_its_loss(trained):
+    _, history = trained
+    assert [row["phase"] for row in history] == ["video"] * 40 + ["patch"] * 160
+    assert "patch_loss" not in history[39] and "patch_loss" in history[40]
+    video = [row["video_loss"] for row in history]
+    # the weights are the same ones: the loss does not jump back to where it began
+    assert np.mean(video[40:50]) < np.mean(video[:3])
+    assert np.mean(video[-20:]) < np.mean(video[30:40])
+
+
+def test_damage_lowers_the_damaged_patch_most(trained):
+    rng, hits = np.random.default_rng(5), []
+    for n in range(24):
+        clip = draw_clip(rng, "disc", "green", "left", 1.2)
+        place = tuple(int(rng.integers(side)) for side in GRID)
+        pair = torch.from_numpy(np.stack([clip, damage(clip, place, n % 4, 0.8)]))
+        fall = -trained[0](pair, ["a green disc moves left"] * 2, GRID).patches[:, 0].diff(dim=0)[0]
+        hits.append(np.unravel_index(int(fall.argmax()), GRID) == place)
+    assert np.mean(hits) > 0.9
+
+
+def test_a_frozen_copy_does_not_win_on_motion(trained):
+    rng = np.random.default_rng(6)
+    clips = np.stack([draw_clip(rng, "square", "red", "up", 1.2) for _ in range(8)])
+    prompts = ["a red square moves up"] * 8
+    moving = trained[0](torch.from_numpy(clips), prompts, GRID).video[:, 2]
+    frozen = trained[0](torch.from_numpy(np.repeat(clips[:, 4:5], 9, axis=1)), prompts, GRID).video[:, 2]
+    assert (moving > frozen).float().mean() > 0.8
+
+
+def small_run(folder: Path) -> Run:
+    reward = RewardConfig(video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3)
+    run = Run(Config(output_dir=str(folder), grid=GRID, reward=reward))
+    clips = make_clips(6, seed=4)
+    write_candidates(run, clips)
+    annotate(run.config, run, PlantedTeacher(clips))
+    return run
+
+
+def test_training_killed_in_either_phase_ends_in_the_same_weights(tmp_path):
+    undisturbed = small_run(tmp_path / "undisturbed")
+    train_reward(undisturbed.config, undisturbed)
+    run = small_run(tmp_path / "killed")
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch
+torch.set_num_threads({torch.get_num_threads()})
+from halo_fast.rewards import train_reward, training
+from test_reward_training import small_run
+save = training._save
+def save_slowly(*arguments):
+    save(*arguments)
+    time.sleep(1)
+training._save = save_slowly
+run = small_run(Path({str(tmp_path / "killed")!r}))
+train_reward(run.config, run)
+"""
+    checkpoint, seen = run.path / "reward" / "checkpoint.safetensors", {0}
+    for _ in range(2):
+        kill_when(script, lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns not in seen)
+        seen.add(checkpoint.stat().st_mtime_ns)
+    train_reward(run.config, run)
+    assert output_hashes(run.path / "reward") == output_hashes(undisturbed.path / "reward")
+    assert set(output_hashes(run.path / "reward")) == {"model.safetensors", "config.json", "history.csv"}
+
+
+def test_score_gives_every_candidate_its_rewards(tmp_path):
+    run = small_run(tmp_path)
+    train_reward(run.config, run)
+    score(run.config, run)
+    rows = pyarrow.parquet.read_table(run.path / "score" / "scores.parquet").to_pylist()
+    clips = pyarrow.parquet.read_table(run.path / "generate" / "clips.parquet").to_pylist()
+    assert [row["clip_id"] for row in rows] == [clip["clip_id"] for clip in clips]
+    model = RewardModel.load(run.path / "reward")
+    assert model.config.video_dimensions == VIDEO_DIMENSIONS
+    assert (model.config.spatial_factor, model.config.temporal_factor, model.config.causal) == (8, 4, True)
+    for row, clip in zip(rows, clips, strict=True):
+        video = read_clip(run.path / "generate" / clip["video"])[None]
+        rewards = model(video, [clip["prompt"]], GRID)
+        np.testing.assert_allclose(row["patch_quality"], rewards.patches.flatten(), rtol=1e-4)
+        scores = [row[f"video_{name}"] for name in VIDEO_DIMENSIONS]
+        np.testing.assert_allclose(scores, rewards.video[0], rtol=1e-4)
+
+
+def test_missing_stages_and_clips_are_named(tmp_path):
+    run = small_run(tmp_path)
+    with pytest.raises(UserError, match="run `halo reward` with this config first"):
+        score(run.config, run)
+    (run.path / "generate" / "videos" / "p0001_s1.mp4").unlink()
+    with pytest.raises(UserError, match=r"p0001_s1\.mp4"):
+        train_reward(run.config, run)
