@@ -48,6 +48,10 @@ def evaluate(config: Config, run: Run) -> None:
         "lora": lora,
         "reward": reward,
     }
+    if settings.meter == "demo":
+        from halo_fast.demo.meters import WEIGHTS
+
+        inputs |= {name: WEIGHTS / f"{name}.safetensors" for name in ("defect_meter", "fidelity_meter")}
     keys = asdict(settings) | {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}
     with run.stage("evaluate", keys, inputs) as stage:
         if not stage.done:

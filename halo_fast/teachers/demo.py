@@ -29,6 +29,7 @@ class DemoTeacher:
         grid: patches that `defects` measures.
         noisy_share: share of clips with a fallible label, in [0, 1].
         seed: of the errors.
+        version: of the meters; part of the teacher's name.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class DemoTeacher:
         grid: tuple[int, int, int],
         noisy_share: float,
         seed: int,
+        version: str = "",
     ) -> None:
         if not 0 <= noisy_share <= 1:
             raise ValueError(f"noisy_share: expected a share from 0 to 1, got {noisy_share}")
-        self.name = f"demo noisy_share={noisy_share} seed={seed}"
+        self.name = f"demo {version} noisy_share={noisy_share} seed={seed}"
         self.grid = grid
         self._defects, self._fidelity = defects, fidelity
         self._noisy_share, self._seed = noisy_share, seed

@@ -9,7 +9,7 @@ import torch
 
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
-from halo_fast.runs import Run, UserError, hash_file, progress, write_parquet
+from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, write_parquet
 from halo_fast.teachers.base import PATCH_DIMENSIONS, VIDEO_DIMENSIONS, Label, Teacher
 from halo_fast.teachers.store import LabelStore, label_key
 
@@ -24,12 +24,13 @@ def load_teacher(config: Config) -> Teacher:
     """
     if config.annotate.teacher != "demo":
         raise UserError(f'annotate.teacher: expected "demo", got {config.annotate.teacher!r}')
-    from halo_fast.demo.meters import DefectMeter, FidelityMeter
+    from halo_fast.demo.meters import WEIGHTS, DefectMeter, FidelityMeter
     from halo_fast.teachers.demo import DemoTeacher
 
-    meter = DefectMeter.load()
+    meter, noisy_share = DefectMeter.load(), config.annotate.noisy_share
+    version = hash_text("".join(hash_file(WEIGHTS / f"{name}_meter.safetensors") for name in ("defect", "fidelity")))
     try:
-        return DemoTeacher(meter, FidelityMeter.load(), meter.grid, config.annotate.noisy_share, config.seed)
+        return DemoTeacher(meter, FidelityMeter.load(), meter.grid, noisy_share, config.seed, version[:12])
     except ValueError as error:
         raise UserError(f"annotate.{error}") from error
 
@@ -52,13 +53,11 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     import pyarrow.parquet
 
     folder = run.require("generate/clips.parquet").parent
-    settings = asdict(config.annotate) | {"grid": config.grid, "seed": config.seed}
-    if teacher is not None:
-        settings["teacher"] = teacher.name
+    teacher = teacher or load_teacher(config)
+    settings = asdict(config.annotate) | {"teacher": teacher.name, "grid": config.grid, "seed": config.seed}
     with run.stage("annotate", settings, {"clips": folder}) as stage:
         if stage.done:
             return
-        teacher = teacher or load_teacher(config)
         if tuple(teacher.grid) != tuple(config.grid):
             raise UserError(f"grid: teacher {teacher.name!r} scores {teacher.grid}, got {config.grid}; set it to that")
         clips = _chosen(pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist(), config)

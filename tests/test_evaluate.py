@@ -1,0 +1,198 @@
+"""The figures against closed forms and scipy, and the stage on a tiny pipeline with a LoRA."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import scipy.stats
+import torch
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from tiny import kill_when, output_hashes, tiny_config, tiny_wan
+
+from halo_fast.config import EvaluateConfig
+from halo_fast.data.clips import read_clip
+from halo_fast.evaluate import bootstrap_interval, compare_arms, evaluate, load_meter, severity_mitigated, spearman
+from halo_fast.families import load
+from halo_fast.generate import clip_seed, sample_clips
+from halo_fast.rewards import RewardModel, RewardModelConfig
+from halo_fast.runs import Run, UserError
+
+
+@pytest.mark.parametrize(
+    ("base", "aligned", "clean", "expected"),
+    [(0.4, 0.4, 0.0, 0.0), (0.4, 0.1, 0.0, 0.75), (0.5, 0.1, 0.1, 1.0), (0.3, 0.5, 0.1, -1.0), (0.5, 0.3, 0.1, 0.5)],
+)
+def test_severity_mitigated(base, aligned, clean, expected):
+    assert severity_mitigated(base, aligned, clean) == pytest.approx(expected)
+
+
+def test_severity_mitigated_of_a_clean_base_is_not_a_number():
+    assert np.isnan(severity_mitigated(0.05, 0.01, 0.05))
+
+
+@pytest.mark.parametrize("levels", [1000, 4])
+def test_spearman_is_scipys(levels):
+    rng = np.random.default_rng(levels)
+    x, y = rng.integers(levels, size=(2, 20, 15))
+    y = y + x
+    assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x.ravel(), y.ravel()).statistic)
+    assert spearman(x, -np.exp(x / levels)) == pytest.approx(-1)
+    assert np.isnan(spearman(x, np.zeros_like(x)))
+
+
+def test_bootstrap_interval_is_scipys_and_repeats():
+    values = np.random.default_rng(0).gamma(2, size=200)
+    interval = bootstrap_interval(lambda rows: values[rows].mean(), 200, 4000, seed=1)
+    expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=2)
+    width = expected.confidence_interval.high - expected.confidence_interval.low
+    np.testing.assert_allclose(interval, expected.confidence_interval, atol=0.06 * width)
+    assert interval == bootstrap_interval(lambda rows: values[rows].mean(), 200, 4000, seed=1)
+    assert bootstrap_interval(lambda rows: values[rows].mean(), 200, 100, seed=1, level=0.5)[0] > interval[0]
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(3), 0
+    for trial in range(200):
+        values = rng.normal(size=60)
+        low, high = bootstrap_interval(lambda rows, values=values: values[rows].mean(), 60, 200, seed=trial)
+        covered += low < 0 < high
+    assert 0.88 < covered / 200 < 0.985
+
+
+def arm(severity: float, correct: list[float], motion: float) -> dict[str, np.ndarray]:
+    """Four clips of three patches, whose severities are the given one, its half and nothing."""
+    patches = np.tile([severity, severity / 2, 0.0], (4, 1))
+    columns = {"severity": patches, "severity_smear": patches / 2, "motion_amount": np.full(4, motion)}
+    return columns | {f"{name}_correct": np.array(correct) for name in ("digit", "colour", "motion", "fidelity")}
+
+
+def test_compare_arms_by_hand():
+    metrics = compare_arms(arm(0.8, [1, 1, 0, 0], 8.0), arm(0.4, [1, 1, 1, 0], 6.0), 0.1, resamples=50, seed=0)
+    assert metrics["num_prompts"] == 4
+    assert metrics["base_severity"] == pytest.approx(0.4) and metrics["aligned_severity"] == pytest.approx(0.2)
+    assert metrics["base_defect_rate"] == pytest.approx(2 / 3)
+    assert metrics["aligned_defect_rate"] == pytest.approx(1 / 3)
+    assert metrics["per_kind"]["smear"] == {"base_rate": pytest.approx(1 / 3), "aligned_rate": 0}
+    assert metrics["mitigated"] == pytest.approx(2 / 3)
+    # every clip is alike, so every resample is
+    np.testing.assert_allclose(metrics["mitigated_interval"], 2 / 3)
+    assert (metrics["fidelity_base"], metrics["fidelity_aligned"]) == (0.5, 0.75)
+    assert metrics["fidelity"]["colour"] == {"base": 0.5, "aligned": 0.75}
+    assert metrics["motion_ratio"] == 0.75
+
+
+def test_a_figure_that_is_not_defined_is_left_out():
+    metrics = compare_arms(arm(0.2, [1] * 4, 0.0), arm(0.1, [1] * 4, 0.0), 0.1, resamples=50, seed=0)
+    assert not {"mitigated", "mitigated_interval", "motion_ratio"} & metrics.keys()
+    json.dumps(metrics, allow_nan=False)
+
+
+def aligned_run(folder: Path, scale: float = 0.5) -> Run:
+    """A run directory as it is before evaluate: a random LoRA and a random reward model."""
+    config = tiny_config(folder)
+    config.evaluation_prompts = config.prompts
+    config.evaluate = EvaluateConfig(num_prompts=3, meter="reward", bootstrap=20)
+    run = Run(config)
+    with run.stage("train", {}, {}) as stage:
+        if not stage.done:
+            transformer = tiny_wan().transformer
+            torch.manual_seed(1)
+            transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+            lora = {name: scale * value for name, value in get_peft_model_state_dict(transformer).items()}
+            WanPipeline.save_lora_weights(stage.folder / "lora", transformer_lora_layers=lora)
+            stage.finish({})
+    with run.stage("reward", {}, {}) as stage:
+        if not stage.done:
+            torch.manual_seed(2)
+            model = RewardModel(RewardModelConfig(("visual_quality", "text_alignment"), width=8))
+            model.save(stage.folder)
+            stage.finish({})
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> Run:
+    run = aligned_run(tmp_path_factory.mktemp("evaluated"))
+    evaluate(run.config, run)
+    return run
+
+
+def clips_of(run: Run) -> list[dict]:
+    return pyarrow.parquet.read_table(run.path / "evaluate" / "clips.parquet").to_pylist()
+
+
+def test_both_models_are_sampled_from_the_same_noise(evaluated):
+    rows = clips_of(evaluated)
+    base, aligned = ([row for row in rows if row["arm"] == arm] for arm in ("base", "aligned"))
+    assert [(row["prompt"], row["seed"]) for row in base] == [(row["prompt"], row["seed"]) for row in aligned]
+    assert len(base) == 3 and len({row["seed"] for row in base}) == 3
+    trained_on = {clip_seed(evaluated.config.seed, prompt, candidate) for prompt in range(4) for candidate in range(2)}
+    assert not trained_on & {row["seed"] for row in base}
+    family = load(evaluated.config.pretrained_model_name_or_path, device="cpu")
+    for row, other in zip(base, aligned, strict=True):
+        _, videos = sample_clips(family, [row["prompt"]], [row["seed"]], evaluated.config.generate)
+        shown, moved = (read_clip(evaluated.path / "evaluate" / each["video"]).int() for each in (row, other))
+        # an mp4 rounds by up to 2 levels, and a batch rounds otherwise than a clip alone
+        assert (shown - videos[0].int()).abs().max() <= 3
+        assert (shown - moved).abs().float().mean() > 1
+
+
+def test_metrics_are_those_of_the_clips(evaluated):
+    metrics = json.loads((evaluated.path / "metrics.json").read_text())
+    assert metrics == json.loads((evaluated.path / "evaluate" / "metrics.json").read_text())
+    rows = clips_of(evaluated)
+    model = RewardModel.load(evaluated.path / "reward")
+    severity = {"base": [], "aligned": []}
+    for row in rows:
+        video = read_clip(evaluated.path / "evaluate" / row["video"])[None]
+        quality = model(video, [row["prompt"]], evaluated.config.grid).patches[0, 0]
+        np.testing.assert_allclose(row["severity"], (5 - quality.flatten()) / 4, atol=1e-5)
+        severity[row["arm"]].append((5 - quality.double()) / 4)
+    means = {name: torch.stack(values).mean().item() for name, values in severity.items()}
+    assert metrics["base_severity"] == pytest.approx(means["base"], abs=1e-6)
+    assert metrics["aligned_severity"] == pytest.approx(means["aligned"], abs=1e-6)
+    assert metrics["mitigated"] == pytest.approx(1 - means["aligned"] / means["base"], abs=1e-5)
+    assert metrics["num_prompts"] == 3 and metrics["patch_grid"] == [3, 2, 2]
+    expected = np.mean([row["video_text_alignment"] for row in rows if row["arm"] == "aligned"])
+    assert metrics["reward_aligned"]["video_text_alignment"] == pytest.approx(expected)
+    assert "patch_spearman" not in metrics
+
+
+def test_a_lora_of_nothing_changes_nothing(tmp_path):
+    run = aligned_run(tmp_path, scale=0.0)
+    evaluate(run.config, run)
+    files = output_hashes(run.path / "evaluate")
+    for file in [file for file in files if file.startswith("videos/base")]:
+        assert files[file] == files[file.replace("base", "aligned")]
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    assert metrics["mitigated"] == 0 and metrics["mitigated_interval"] == [0, 0]
+
+
+def test_evaluation_killed_among_the_aligned_clips_ends_the_same(tmp_path, evaluated):
+    run = aligned_run(tmp_path)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch
+torch.set_num_threads({torch.get_num_threads()})
+from test_evaluate import aligned_run, evaluate
+run = aligned_run(Path({str(tmp_path)!r}))
+evaluate(run.config, run)
+"""
+    kill_when(script, lambda: any((run.path / "evaluate" / "videos" / "aligned").glob("p*.mp4")))
+    evaluate(run.config, run)
+    assert output_hashes(run.path / "evaluate") == output_hashes(evaluated.path / "evaluate")
+
+
+def test_mistakes_are_named(tmp_path):
+    run = aligned_run(tmp_path)
+    run.config.evaluate.meter = "eye"
+    with pytest.raises(UserError, match='evaluate.meter: expected "demo" or "reward", got \'eye\''):
+        load_meter(run.config, RewardModel.load(run.path / "reward"))
+    (run.path / "train" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="run `halo train` with this config first"):
+        evaluate(run.config, run)
