@@ -32,8 +32,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# the build tools come first and pinned, so that the build needs no unpinned environment of its own
+# The build tools come first and pinned, so that the build needs no unpinned environment of its own;
+# torch built for CUDA brings the triton that it was made for.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.cpp) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
+	$(BIN)/python -m pip show --quiet triton || $(BIN)/python -m pip install --quiet triton==3.9.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,teacher,dev]"
 	touch $@
