@@ -406,7 +406,24 @@ def test_bf16_base_trains_float32_adapters(pairs):
         pipeline, pairs, dataclasses.replace(CONFIG, objective=ObjectiveConfig(**ARMS["both"])), progress=quiet
     )
     assert {value.dtype for value in result.lora.values()} == {torch.float32}
-    assert result.log[0]["loss"] == pytest.approx(1.25 * math.log(2), rel=1e-6)
+    # kernels may differ with and without a graph, so in bfloat16 policy and reference agree up to rounding only
+    assert result.log[0]["loss"] == pytest.approx(1.25 * math.log(2), rel=1e-3)
+
+
+def test_mixed_precision_computes_in_bf16_and_leaves_the_model_in_float32(pairs):
+    from accelerate.state import AcceleratorState
+
+    pipeline = tiny_wan()
+    before, exact = run_model(pipeline), fit(pipeline, pairs, CONFIG, progress=quiet)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        mixed = fit(pipeline, pairs, dataclasses.replace(CONFIG, mixed_precision="bf16"), progress=quiet)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert mixed.log[0]["model_mse"] != exact.log[0]["model_mse"]
+    assert mixed.log[0]["model_mse"] == pytest.approx(exact.log[0]["model_mse"], rel=2e-2)
+    assert {value.dtype for value in mixed.lora.values()} == {torch.float32}
+    assert torch.equal(run_model(pipeline), before)
 
 
 class Plain(Family):
