@@ -12,12 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 from halo_fast.config import Config
+from halo_fast.data.clips import write_clip
 from halo_fast.report import write_report
 from halo_fast.report.chart import Series, line_chart
-from halo_fast.report.clips import browser_video, read_clip, severity_strip
-from halo_fast.runs import Run, UserError, hash_file, write_bytes, write_csv, write_json, write_parquet
+from halo_fast.report.clips import browser_video, severity_strip
+from halo_fast.runs import Run, UserError, hash_file, write_csv, write_json, write_parquet
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -42,6 +44,8 @@ METRICS = {
     "num_prompts": 5,
     "base_severity": 0.41,
     "aligned_severity": 0.08,
+    "reward_base": {"video_visual_quality": 2.75, "patch_quality": 3.4},
+    "reward_aligned": {"video_visual_quality": 4.5, "patch_quality": 4.6},
 }
 
 
@@ -54,18 +58,6 @@ def clip(number: int, arm: str) -> np.ndarray:
         if arm == "base" and time_ > 3:
             frame[8:16, 16:24] = frame[16:24, 8:16]
     return frames
-
-
-def write_clip(path, frames: np.ndarray) -> None:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=8, options={"qp": "0"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    write_bytes(path, file.getvalue())
 
 
 def make_run(folder, metrics=METRICS, prompts=5) -> Run:
@@ -101,7 +93,7 @@ def make_run(folder, metrics=METRICS, prompts=5) -> Run:
         for number in range(prompts):
             for arm in ("base", "aligned"):
                 name = f"videos/{arm}/p{number}.mp4"
-                write_clip(stage.folder / name, clip(number, arm))
+                write_clip(stage.folder / name, torch.from_numpy(clip(number, arm)), 8)
                 severity = generator.uniform(0, 0.15, GRID)
                 if arm == "base":
                     severity[1:, 1, 2] = 0.9, 0.6
@@ -161,6 +153,7 @@ def test_page_holds_headline_tables_and_every_setting(page):
         "0.93 patch rewards",
         "flicker 31.0% 2.0%",
         "digit 74.0% 80.0%",
+        "video visual quality 2.75 4.50",
         "train 100 steps, 96 pairs",
     ):
         assert words in text
@@ -223,17 +216,11 @@ def test_odd_clip_sides_are_made_even():
         assert container.streams.video[0].height % 2 == container.streams.video[0].width % 2 == 0
 
 
-def test_lossless_clip_is_read_back(tmp_path):
-    frames = clip(1, "aligned")
-    write_clip(tmp_path / "clip.mp4", frames)
-    read, rate = read_clip(tmp_path / "clip.mp4")
-    assert rate == 8 and np.abs(read.astype(int) - frames).max() <= 3
-
-
 def test_unreadable_clip_is_named(tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(b"not a video")
-    with pytest.raises(UserError, match=r"clip\.mp4: cannot be read as a video"):
-        read_clip(tmp_path / "clip.mp4")
+    run = make_run(tmp_path, prompts=1)
+    (run.path / "evaluate" / "videos" / "base" / "p0.mp4").write_bytes(b"not a video")
+    with pytest.raises(UserError, match=r"videos/base/p0\.mp4"):
+        write_report(run.config, run)
 
 
 def test_severity_strip_places_every_patch():

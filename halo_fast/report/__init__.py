@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from halo_fast.config import Config, to_yaml
+from halo_fast.data.clips import read_clip
+from halo_fast.evaluate.statistics import DEFECTIVE
 from halo_fast.report.chart import Series, line_chart
-from halo_fast.report.clips import browser_video, read_clip, severity_strip
+from halo_fast.report.clips import browser_video, severity_strip
 from halo_fast.runs import Run, UserError, versions, write_bytes
 
 __all__ = ["write_report"]
@@ -18,7 +20,7 @@ _STAGES = ("generate", "annotate", "reward", "score", "pairs", "cache", "train",
 # a chart gets the columns of a log whose name holds one of its words; the first chart that claims a column has it
 _TRAINING_CHARTS = (
     ("Loss", ("loss",)),
-    ("Share of preferences the model has learned", ("acc",)),
+    ("Share of preferences the model has learned", ("accuracies",)),
     ("Margins", ("margin",)),
     ("Prediction error", ("mse",)),
     ("Gradient norm", ("grad_norm",)),
@@ -41,6 +43,7 @@ def write_report(config: Config, run: Run) -> None:
             page = _page(
                 title=config.output_dir,
                 metrics=metrics,
+                defective=DEFECTIVE,
                 clips=clips,
                 training=_training_charts(run.path / "train" / "log.csv"),
                 reward=_reward_charts(run.path / "reward" / "history.csv"),
@@ -69,7 +72,6 @@ def _clips(run: Run, count: int) -> list[dict[str, Any]]:
 
     folder = run.path / "evaluate"
     rows = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
-    grid = tuple(run.config.grid)
     aligned = {(row["prompt"], row["seed"]): row for row in rows if row["arm"] == "aligned"}
     pairs = [
         (row, aligned[row["prompt"], row["seed"]])
@@ -79,13 +81,14 @@ def _clips(run: Run, count: int) -> list[dict[str, Any]]:
     if not pairs:
         raise UserError(f"{folder / 'clips.parquet'}: no prompt has both a base and an aligned clip; redo evaluate")
     return [
-        {"prompt": pair[0]["prompt"], "seed": pair[0]["seed"], "arms": [_arm(folder, row, grid) for row in pair]}
+        {"prompt": pair[0]["prompt"], "seed": pair[0]["seed"], "arms": [_arm(run.config, folder, row) for row in pair]}
         for pair in pairs[:count]
     ]
 
 
-def _arm(folder: Path, row: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
-    frames, rate = read_clip(folder / row["video"])
+def _arm(config: Config, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    frames = read_clip(folder / row["video"]).numpy()
+    grid = tuple(config.grid)
     severity = row.get("severity")
     if severity is not None and len(severity) != grid[0] * grid[1] * grid[2]:
         raise UserError(
@@ -94,7 +97,7 @@ def _arm(folder: Path, row: dict[str, Any], grid: tuple[int, ...]) -> dict[str, 
         )
     return {
         "name": row["arm"],
-        "video": browser_video(frames, rate),
+        "video": browser_video(frames, config.generate.fps),
         "strip": severity_strip(frames, severity, grid) if severity is not None else None,
         "mean": sum(severity) / len(severity) if severity is not None else None,
     }

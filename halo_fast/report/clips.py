@@ -3,38 +3,19 @@
 import base64
 import io
 from collections.abc import Sequence
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from halo_fast.runs import UserError
+from halo_fast.evaluate.statistics import DEFECTIVE
 
-__all__ = ["browser_video", "read_clip", "severity_strip"]
+__all__ = ["browser_video", "severity_strip"]
 
 _SIDE = 160  # height in pixels at which small clips are shown
-_DEFECTIVE = 0.25  # a patch above this severity counts as defective
 
 
-def read_clip(path: Path) -> tuple[np.ndarray[Any, Any], Fraction]:
-    """Frames (uint8 [F, H, W, 3]) and frames per second of a video file; UserError if it cannot be read."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            rate = stream.average_rate
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error}); redo the stage that wrote it") from None
-    if not frames or rate is None:
-        raise UserError(f"{path}: has no frames; redo the stage that wrote it")
-    return np.stack(frames), rate
-
-
-def browser_video(frames: np.ndarray[Any, Any], rate: Fraction) -> str:
+def browser_video(frames: np.ndarray[Any, Any], fps: int) -> str:
     """H.264 in yuv420p as a data: URI, small clips enlarged without smoothing so that their pixels stay visible."""
     import av
 
@@ -45,7 +26,7 @@ def browser_video(frames: np.ndarray[Any, Any], rate: Fraction) -> str:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # one thread: the bytes must not depend on the machine
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "slow", "threads": "1"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "slow", "threads": "1"})
         stream.height, stream.width = shape
         stream.pix_fmt = "yuv420p"
         bt709 = 1
@@ -76,7 +57,7 @@ def severity_strip(frames: np.ndarray[Any, Any], severity: Sequence[float], grid
             Markup(
                 "<rect class='{}' x='{}' y='{}' width='{}' height='{}' fill-opacity='{:.2f}'>"
                 "<title>severity {:.2f}</title></rect>"
-            ).format("cell defective" if cells[time, row, column] > _DEFECTIVE else "cell", x0, y0, x1 - x0, y1 - y0,
+            ).format("cell defective" if cells[time, row, column] > DEFECTIVE else "cell", x0, y0, x1 - x0, y1 - y0,
                      0.85 * min(max(cells[time, row, column], 0), 1), cells[time, row, column])
             for row in range(grid[1])
             for column in range(grid[2])
@@ -84,7 +65,7 @@ def severity_strip(frames: np.ndarray[Any, Any], severity: Sequence[float], grid
             for x0, x1 in [(column * width // grid[2], (column + 1) * width // grid[2])]
         ]  # fmt: skip
         label = (
-            f"frame {frame + 1}: {(cells[time] > _DEFECTIVE).sum()} of {cells[time].size} patches defective, "
+            f"frame {frame + 1}: {(cells[time] > DEFECTIVE).sum()} of {cells[time].size} patches defective, "
             f"mean severity {cells[time].mean():.2f}"
         )
         pictures.append(
