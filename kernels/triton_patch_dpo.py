@@ -29,16 +29,29 @@ class LaunchConfig(NamedTuple):
     num_warps: int
 
 
-def launch_config(positions: int, lines: int, itemsize: int) -> LaunchConfig:
+def launch_config(positions: int, lines: int, align_bytes: int, itemsize: int) -> LaunchConfig:
     """Launch sizes for slabs of `positions` plane positions with `lines` (channel, frame) planes each.
 
-    Sums are cut by these sizes, so they depend on the shape alone: the bits do not change from one GPU to the next.
+    A thread holds eight positions (four where nothing is aligned and each needs an address of its own). Sums are cut by these
+    sizes, so they depend on the shape alone: the bits do not change from one NVIDIA GPU to the next.
     """
-    widest = 512 if itemsize == 8 else 1024
+    widest = 1024 if align_bytes >= 8 and itemsize < 8 else 512
     block = min(widest, max(128, triton.next_power_of_2(positions)))
     if INTERPRETED:
         return LaunchConfig(block, 64, 1)
-    return LaunchConfig(block, 8 if lines * math.ceil(positions / block) <= 512 else 32, max(1, block // 256))
+    per_program = 8 if lines * math.ceil(positions / block) <= 512 else 32
+    threads = triton.runtime.driver.active.get_current_target().warp_size
+    return LaunchConfig(block, per_program, max(1, block * 128 // widest // threads))
+
+
+def forward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int, inputs: int = 3) -> int:
+    """Bytes that patch_log_ratio (inputs 3) or patch_error (2) must move: every input once, the table once."""
+    return inputs * math.prod(shape) * itemsize + shape[0] * math.prod(grid) * max(4, itemsize)
+
+
+def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> int:
+    """Bytes that patch_error_backward must move: two inputs and the gradient once, the table once."""
+    return forward_bytes(shape, grid, itemsize, 3)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -543,7 +556,7 @@ def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Seq
     lines = channels * math.ceil(frames / grid[0])
     # The slab may begin up to align - 1 positions before its own first one.
     stretch = math.ceil(height / grid_h) * width + (align - 1 if grid_h > 1 else 0)
-    config = launch_config(stretch, lines, policy.element_size())
+    config = launch_config(stretch, lines, align * policy.element_size(), policy.element_size())
     chunks = math.ceil(stretch / config.block)
     splits = 1 if positions else math.ceil(lines / config.lines)
     slabs = samples * grid[0] * grid_h
@@ -609,7 +622,7 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     align = _alignment(*views) if flat else 1
     positions, height, width, grid_h, grid_w = _plane(prediction.shape, grid, flat)
     lines = channels * math.ceil(frames / grid[0])
-    config = launch_config(height * width, lines, prediction.element_size())
+    config = launch_config(height * width, lines, align * prediction.element_size(), prediction.element_size())
     chunks, splits = math.ceil(height * width / config.block), math.ceil(lines / config.lines)
     with _on(prediction.device):
         _backward_kernel[(samples * grid[0] * chunks * splits,)](

@@ -1,0 +1,11 @@
+"""Measurements of the kernels: what they cost on this machine, and what compilers make of them for machines that are not here."""
+
+# Latents (C, F, H, W): 480p CogVideoX and Wan, 720p Wan and HunyuanVideo, LTX, VideoCrafter2.
+LATENTS = {
+    "cogvideox": (16, 13, 60, 90),
+    "wan": (16, 21, 60, 104),
+    "wan-720p": (16, 21, 90, 160),
+    "hunyuanvideo": (16, 33, 90, 160),
+    "ltx": (128, 13, 16, 24),
+    "videocrafter2": (4, 16, 40, 64),
+}
