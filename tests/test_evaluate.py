@@ -85,12 +85,12 @@ def test_compare_arms_by_hand():
 
 
 def test_a_figure_that_is_not_defined_is_left_out():
-    metrics = compare_arms(arm(0.2, [1] * 4, 0.0), arm(0.1, [1] * 4, 0.0), 0.1, resamples=50, seed=0)
+    metrics = compare_arms(arm(0.2, [1] * 4, 0.0), arm(0.1, [1] * 4, 0.0), 0.11, resamples=50, seed=0)
     assert not {"mitigated", "mitigated_interval", "motion_ratio"} & metrics.keys()
     json.dumps(metrics, allow_nan=False)
 
 
-def aligned_run(folder: Path, scale: float = 0.5) -> Run:
+def aligned_run(folder: Path, scale: float = 2.0) -> Run:
     """A run directory as it is before evaluate: a random LoRA and a random reward model."""
     config = tiny_config(folder)
     config.evaluation_prompts = config.prompts
@@ -137,7 +137,7 @@ def test_both_models_are_sampled_from_the_same_noise(evaluated):
         shown, moved = (read_clip(evaluated.path / "evaluate" / each["video"]).int() for each in (row, other))
         # an mp4 rounds by up to 2 levels, and a batch rounds otherwise than a clip alone
         assert (shown - videos[0].int()).abs().max() <= 3
-        assert (shown - moved).abs().float().mean() > 1
+        assert (shown - moved).abs().max() > 8
 
 
 def test_metrics_are_those_of_the_clips(evaluated):

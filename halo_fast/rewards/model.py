@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
         self.middle = _Residual(middle)
         self.shrink_middle = nn.Conv3d(middle, coarse, (1, 2, 2), stride=(1, 2, 2))
         self.coarse = _Residual(coarse)
-        self.words = nn.Embedding(config.vocabulary, text, padding_idx=0)
+        self.words = nn.Embedding(config.vocabulary, text)
         self.text = nn.Sequential(nn.Linear(text, text), nn.GELU(), nn.Linear(text, hidden))
         self.whole = nn.Linear(2 * coarse, hidden)
         self.match = nn.Linear(hidden, hidden)
@@ -152,8 +152,8 @@ class RewardModel(nn.Module):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as [N, hidden]; the order of words does not matter, their number hardly."""
         ids = word_ids(prompts, self.config.vocabulary).to(self.words.weight.device)
-        count = (ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
-        return self.text(self.words(ids).sum(dim=1) / count.sqrt())
+        known = (ids > 0).unsqueeze(-1)
+        return self.text((self.words(ids) * known).sum(dim=1) / known.sum(dim=1).clamp(min=1).sqrt())
 
     def video_logits(self, whole: Tensor, text: Tensor) -> Tensor:
         """[N, D] logits of the video scores."""
@@ -194,6 +194,7 @@ class RewardModel(nn.Module):
         Raises:
             UserError: files that are missing or are no reward model.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
@@ -203,6 +204,6 @@ class RewardModel(nn.Module):
             )
             model = cls(config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: expected a reward model ({error}); run `halo reward` to train one") from error
         return model.eval().requires_grad_(False)
