@@ -109,8 +109,10 @@ def fit(
     with _eval_mode(transformer, config), _adapter(family, config) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
         with _prepared(accelerator, transformer, optimizer) as (model, optimizer):
+            # A context each: autocast keeps low-precision copies of weights, which the first check moves, until it ends.
             with accelerator.autocast(), torch.no_grad():
                 _check_switch(family, model, parameters, first, base)
+            with accelerator.autocast(), torch.no_grad():
                 _check_first_loss(family, model, first, base, objective)
             log = _resume(folder, parameters, optimizer, config, len(pairs))
             rows: list[Tensor] = []
