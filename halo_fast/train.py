@@ -109,7 +109,7 @@ def fit(
     with _eval_mode(transformer, config), _adapter(family, config) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
         with _prepared(accelerator, transformer, optimizer) as (model, optimizer):
-            # A context each: autocast keeps low-precision copies of weights, which the first check moves, until it ends.
+            # A context each: until it ends, autocast keeps copies of weights, and the first check moves those.
             with accelerator.autocast(), torch.no_grad():
                 _check_switch(family, model, parameters, first, base)
             with accelerator.autocast(), torch.no_grad():
@@ -290,7 +290,7 @@ def _check_switch(
 ) -> None:
     """Hold that the adapter acts when it is on and leaves exactly the base model when it is off."""
     if not base.isfinite().all():
-        raise UserError("train: the base model's prediction on the first pair is not finite; check its latents and dtype")
+        raise UserError("train: the base model's prediction on the first pair is not finite; check latents and dtype")
     # A fresh adapter adds nothing, so a switch without effect would go unnoticed: the weights are moved for the check.
     fresh = [parameter.clone() for parameter in parameters.values()]
     for parameter in parameters.values():
