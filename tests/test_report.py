@@ -163,7 +163,12 @@ def test_page_holds_headline_tables_and_every_setting(page):
 
 def test_page_is_self_contained_and_accessible(page):
     elements = Elements(page)
-    links = [value for _, attributes in elements.found for key, value in attributes.items() if key in ("src", "href")]
+    links = [
+        value
+        for _, attributes in elements.found
+        for key, value in attributes.items()
+        if key in ("src", "href", "poster")
+    ]
     assert links and all(link.startswith("data:") for link in links)
     assert not re.search(r"url\(|@import|https?://", page)
     assert len(elements.all("video")) == 8

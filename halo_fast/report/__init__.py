@@ -10,7 +10,7 @@ from halo_fast.config import Config, to_yaml
 from halo_fast.data.clips import read_clip
 from halo_fast.evaluate.statistics import DEFECTIVE
 from halo_fast.report.chart import Series, line_chart
-from halo_fast.report.clips import browser_video, severity_strip
+from halo_fast.report.clips import browser_picture, browser_video, severity_strip
 from halo_fast.runs import Run, UserError, versions, write_bytes
 
 __all__ = ["write_report"]
@@ -98,6 +98,7 @@ def _arm(config: Config, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": row["arm"],
         "video": browser_video(frames, config.generate.fps),
+        "poster": browser_picture(frames[0]),
         "strip": severity_strip(frames, severity, grid) if severity is not None else None,
         "mean": sum(severity) / len(severity) if severity is not None else None,
     }

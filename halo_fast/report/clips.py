@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from halo_fast.evaluate.statistics import DEFECTIVE
 
-__all__ = ["browser_video", "severity_strip"]
+__all__ = ["browser_picture", "browser_video", "severity_strip"]
 
 _SIDE = 160  # height in pixels at which small clips are shown
 
@@ -72,12 +72,13 @@ def severity_strip(frames: np.ndarray[Any, Any], severity: Sequence[float], grid
             Markup(
                 "<svg viewBox='0 0 {0} {1}' role='img' aria-label='{2}'>"
                 "<image href='{3}' width='{0}' height='{1}'/>{4}</svg>"
-            ).format(width, height, label, _png(frames[frame]), Markup("").join(shades))
+            ).format(width, height, label, browser_picture(frames[frame]), Markup("").join(shades))
         )
     return pictures
 
 
-def _png(frame: np.ndarray[Any, Any]) -> str:
+def browser_picture(frame: np.ndarray[Any, Any]) -> str:
+    """A frame (uint8 [H, W, 3]) in PNG as a data: URI."""
     from PIL import Image
 
     file = io.BytesIO()
