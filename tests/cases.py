@@ -31,7 +31,7 @@ SMALL = (
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Relative L2 error of a gradient in its own dtype against float64 on the same rounded inputs: one unit in the last place.
+# Relative L2 error of a gradient in its own dtype against float64 on the same rounded inputs: about one last place.
 GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
