@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,47 +102,48 @@ def fit(
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"train: one process is expected, got {accelerator.num_processes}; launch without accelerate")
-    transformer = family.transformer.to(accelerator.device)
-    first = _batch(family, pairs, [(0, 0)], config.seed, accelerator.device)
-    with accelerator.autocast(), torch.no_grad(), _eval_mode(transformer, config):
-        base = family.predict(transformer, first.noisy, first.t, first.conditions)
-    with _eval_mode(transformer, config), _adapter(family, config) as parameters:
+    with ExitStack() as stack:
+        transformer = stack.enter_context(_ready(family.transformer, config, accelerator.device))
+        first = _batch(family, pairs, [(0, 0)], config.seed, accelerator.device)
+        with accelerator.autocast(), torch.no_grad():
+            base = family.predict(transformer, first.noisy, first.t, first.conditions)
+        parameters = stack.enter_context(_adapter(family, config))
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-        with _prepared(accelerator, transformer, optimizer) as (model, optimizer):
-            # A context each: until it ends, autocast keeps copies of weights, and the first check moves those.
-            with accelerator.autocast(), torch.no_grad():
-                _check_switch(family, model, parameters, first, base)
-            with accelerator.autocast(), torch.no_grad():
-                _check_first_loss(family, model, first, base, objective)
-            log = _resume(folder, parameters, optimizer, config, len(pairs))
-            rows: list[Tensor] = []
-            names: list[str] = []
-            for step in progress(range(len(log), config.max_train_steps), config.max_train_steps - len(log), "train"):
-                batch = _batch(family, pairs, _draws(step, len(pairs), config), config.seed, accelerator.device)
-                for group in optimizer.param_groups:
-                    group["lr"] = _learning_rate(step, config)
-                with accelerator.autocast():
-                    prediction, reference = _predict(family, model, batch, objective)
-                out = gran_dpo(
-                    prediction, batch.target, reference, batch.patch_rewards, batch.video_rewards,
-                    objective=objective, layout=family.layout,
-                )  # fmt: skip
-                accelerator.backward(out.loss)
-                norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                # Rows stay on the device until they are read together: the step itself never waits for it.
-                metrics = {"loss": out.loss, "grad_norm": norm, **out.metrics()}
-                names = list(metrics)
-                rows.append(torch.stack([value.detach().float() for value in metrics.values()]))
-                saving = (step + 1) % config.checkpointing_steps == 0
-                if saving or (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps:
-                    log += _read_rows(rows, names, len(log), config)
-                    rows.clear()
-                    if folder is not None:
-                        write_csv(folder / "log.csv", log)
-                if saving and folder is not None:
-                    _save(folder, step + 1, parameters, optimizer, config, len(pairs))
+        model, optimizer = stack.enter_context(_prepared(accelerator, transformer, optimizer))
+        # A context each: until it ends, autocast keeps copies of weights, and the first check moves those.
+        with accelerator.autocast(), torch.no_grad():
+            _check_switch(family, model, parameters, first, base)
+        with accelerator.autocast(), torch.no_grad():
+            _check_first_loss(family, model, first, base, objective)
+        log = _resume(folder, parameters, optimizer, config, len(pairs))
+        rows: list[Tensor] = []
+        names: list[str] = []
+        for step in progress(range(len(log), config.max_train_steps), config.max_train_steps - len(log), "train"):
+            batch = _batch(family, pairs, _draws(step, len(pairs), config), config.seed, accelerator.device)
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(step, config)
+            with accelerator.autocast():
+                prediction, reference = _predict(family, model, batch, objective)
+            out = gran_dpo(
+                prediction, batch.target, reference, batch.patch_rewards, batch.video_rewards,
+                objective=objective, layout=family.layout,
+            )  # fmt: skip
+            accelerator.backward(out.loss)
+            norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # Rows stay on the device until they are read together: the step itself never waits for it.
+            metrics = {"loss": out.loss, "grad_norm": norm, **out.metrics()}
+            names = list(metrics)
+            rows.append(torch.stack([value.detach().float() for value in metrics.values()]))
+            saving = (step + 1) % config.checkpointing_steps == 0
+            if saving or (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps:
+                log += _read_rows(rows, names, len(log), config)
+                rows.clear()
+                if folder is not None:
+                    write_csv(folder / "log.csv", log)
+            if saving and folder is not None:
+                _save(folder, step + 1, parameters, optimizer, config, len(pairs))
         lora = _export(family, parameters, config)
     return Fit(lora, log)
 
@@ -258,19 +259,21 @@ def _adapter(family: Family, config: TrainConfig) -> Iterator[dict[str, nn.Param
 
 
 @contextmanager
-def _eval_mode(model: Any, config: TrainConfig) -> Iterator[None]:
-    """Eval mode and, if asked for, activation checkpointing; every module's own mode is put back at the end."""
+def _ready(model: Any, config: TrainConfig, device: torch.device) -> Iterator[Any]:
+    """The model on the device, in eval mode and with activation checkpointing if asked for; all put back at the end."""
+    home = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     try:
-        yield
+        model.to(device).eval()
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        yield model
     finally:
         if config.gradient_checkpointing:
             model.disable_gradient_checkpointing()
         for module, training in modes:
             module.training = training
+        model.to(home)
 
 
 @contextmanager
