@@ -1,12 +1,12 @@
-"""gran_dpo against a loop over pairs and patches, its properties, and the mistakes that other training code makes.
+"""gran_dpo against a loop over pairs and patches, its properties, and the mistakes other training code makes.
 
-Of the thirteen mistakes found in public code these can be made inside a loss call, and have a test here: 1 (an axis left
-after the reduction), 3 (logsigmoid of a mean), 5 (mask normalised over the batch, NaN on an empty one), 6 (an option that
-does not exist), 11 (a NaN rewritten to 0), 12 (a tie counted as a failure); of 8 the adaptive beta that differs between
-ranks is tested in test_ops.py. The others are the trainer's: 2 (a pair with two timesteps or noises), 4 (Wan latents
-multiplied by std), 7 (reference in train mode), 8 (caption dropout drawn per sample, resume that freezes the wrong
-adapter, cache keys), 9 and 10 (adapter toggling that unfreezes, is not undone, or is ignored under compile; the check
-"margins are exactly 0 at the start" is here), 13 (LoRA replicas not synchronised).
+Of the thirteen mistakes found in public code these can be made inside a loss call, and have a test here: 1 (an axis
+left after the reduction), 3 (logsigmoid of a mean), 5 (mask normalised over the batch, NaN on an empty one), 6 (an
+option that does not exist), 11 (a NaN rewritten to 0), 12 (a tie counted as a failure), and of 10 the check "margins
+are exactly 0 at the start"; of 8 the adaptive beta that differs between ranks is tested in test_ops.py. The others are
+the trainer's: 2 (a pair with two timesteps or noises), 4 (Wan latents multiplied by std), 7 (reference in train mode),
+8 (caption dropout drawn per sample, resume that freezes the wrong adapter, cache keys), 9 and 10 (adapter toggling that
+unfreezes, is not undone, or is ignored under compile), 13 (LoRA replicas not synchronised).
 """
 
 import math

@@ -1,4 +1,6 @@
-"""Every argument wrong in the ways that happen: the error names the argument, what was expected, what came, what to do."""
+"""Every argument wrong in the ways that happen: the error names the argument, what was expected, what came, what to
+do.
+"""
 
 import pytest
 import torch

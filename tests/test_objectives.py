@@ -50,7 +50,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 @both
 def test_diffusion_dpo(dtype):
-    """-log sigma(-beta/2 [(E_w - E_l) - (E_ref,w - E_ref,l)]), Wallace et al., arXiv 2311.12908, eq. 14 and its code."""
+    """-log sigma(-beta/2 [(E_w - E_l) - (E_ref,w - E_ref,l)]), Wallace et al., arXiv 2311.12908, and its code."""
     policy, target, ref, video_rewards = problem(dtype)
 
     def formula(o):
@@ -81,7 +81,9 @@ def test_flow_dpo(dtype, constant):
 
 @both
 def test_video_dpo(dtype):
-    """Diffusion-DPO with pair weights (p_max / sqrt(p_w p_l))^alpha, p from a histogram: arXiv 2412.14167, section 3.3."""
+    """Diffusion-DPO with pair weights (p_max / sqrt(p_w p_l))^alpha, p from a histogram: arXiv 2412.14167, section
+    3.3.
+    """
     policy, target, ref, _ = problem(dtype)
     scores = torch.tensor([0.10, 0.105, 0.11, 0.31, 0.32, 0.325, 0.5, 0.9, 0.1, 0.3251], dtype=dtype)
     video_rewards = torch.tensor([0.105, 0.5, 0.9, 0.325, 0.11, 0.1], dtype=dtype)
@@ -91,7 +93,9 @@ def test_video_dpo(dtype):
         place = math.floor((score - scores.min().item()) / width)
         histogram[place] = histogram.get(place, 0) + 1
     p = [histogram[math.floor((r - scores.min().item()) / width)] for r in video_rewards.tolist()]
-    weight = torch.tensor([(max(histogram.values()) / math.sqrt(p[i] * p[i + 3])) ** alpha for i in range(3)]).double()
+    weight = torch.tensor(
+        [(max(histogram.values()) / math.sqrt(p[i] * p[i + 3])) ** alpha for i in range(3)], dtype=torch.float64
+    )
 
     def formula(o):
         losses_w, losses_l = by_winner(mean((o - target.double()) ** 2), video_rewards)
@@ -124,7 +128,9 @@ def test_dense_dpo(dtype, segments):
 
 @both
 def test_local_dpo(dtype):
-    """Two sigmoids, over the video and over the mask times the strength, and both errors of the winner: arXiv 2601.04068."""
+    """Two sigmoids, over the video and over the mask times the strength, and both errors of the winner: arXiv
+    2601.04068.
+    """
     policy, target, ref, video_rewards = problem(dtype, samples=2)
     mask = torch.rand(1, *SHAPE[1:], generator=torch.Generator().manual_seed(3)).double().to(dtype)
     mask[mask < 0.6] = 0
@@ -208,7 +214,7 @@ def test_diffusion_kto(dtype):
 
 @both
 def test_mapo(dtype):
-    """E_w - beta log sigma(T (f(E_w) - f(E_l))), f(E) = aE / (e^{aE} - 1): Hong et al., arXiv 2406.06424 and its code."""
+    """E_w - beta log sigma(T (f(E_w) - f(E_l))), f(E) = aE / (e^{aE} - 1): arXiv 2406.06424 and its code."""
     policy, target, _, video_rewards = problem(dtype, nearness=0)
     with torch.no_grad():
         policy[3:] = target[3:] + 1.002 * (policy[:3] - target[:3])
@@ -305,7 +311,7 @@ def test_h1_bounds_the_video_term_from_above_when_all_signs_agree():
 
 @pytest.mark.parametrize("guard", ["video", "patch"])
 def test_the_guard_keeps_the_winners_error_from_rising_to_first_order(guard):
-    """A step -g in output space, shared by both samples, must not raise the winner's error; without the guard it does."""
+    """A step -g in output space, shared by both samples, must not raise the winner's error; unguarded it does."""
     _, target, ref, _ = problem(torch.float64, samples=2)
     residual = target[0] - ref[0]
     target = torch.stack([ref[0] + residual, ref[1] + 3 * residual])  # the loser's error dwarfs the winner's
@@ -411,15 +417,15 @@ def curve(loss_of, dtype):
     frozen.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator, losses = torch.Generator().manual_seed(1), []
-    videos = torch.randn(6, *SHAPE, generator=generator, dtype=dtype)
+    videos = torch.randn(6, *SHAPE, generator=generator)
     for _ in range(20):
-        t = torch.rand(3, generator=generator, dtype=dtype)
-        noise = torch.randn(3, *SHAPE, generator=generator, dtype=dtype).repeat(2, 1, 1, 1, 1)
+        t = torch.rand(3, generator=generator)
+        noise = torch.randn(3, *SHAPE, generator=generator).repeat(2, 1, 1, 1, 1)
         weight = t.repeat(2)[:, None, None, None, None]
-        noisy = (1 - weight) * videos + weight * noise
+        noisy = ((1 - weight) * videos + weight * noise).to(dtype)
         with torch.no_grad():
             reference = frozen(noisy)
-        loss = loss_of(model(noisy), reference, noise - videos, t)
+        loss = loss_of(model(noisy), reference, (noise - videos).to(dtype), t.to(dtype))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -166,7 +166,9 @@ def loss_of(model, noisy, target, ref, patch_rewards, video_rewards):
 
 
 def rank_main(rank, world):
-    """One rank's share of six pairs, one of them unlabelled: gradients and the adaptive beta equal the single process's."""
+    """One rank's share of six pairs, one of them unlabelled: gradients and the adaptive beta equal the single
+    process's.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
