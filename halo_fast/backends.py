@@ -5,8 +5,8 @@ xpu, cpp on cpu, reference elsewhere). A backend that was asked for and cannot r
 choice falls back to the reference and logs the reason once.
 
 A backend is a module with patch_log_ratio, patch_error, patch_error_backward and, if it has a fused one,
-gran_dpo_table, with the signatures of ``halo_fast.reference``. It may define ``unavailable_reason() -> str | None``,
-why it cannot run on this machine, and ``describe() -> str``, its row in ``halo doctor``.
+gran_dpo_table, with the signatures of ``halo_fast.reference``. It may define ``unavailable(device) -> str | None``, why
+it cannot run there, and ``describe() -> str``, its row in ``halo doctor``.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torc
     module = _load(name)
     if isinstance(module, str):
         return module
-    reason = getattr(module, "unavailable_reason", None)
-    return reason() if reason else None
+    reason = getattr(module, "unavailable", None)
+    return reason(device) if reason else None
 
 
 def available(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
