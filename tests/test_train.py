@@ -26,7 +26,6 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 KILLED = """
 import time, torch
-from dataclasses import replace
 from pathlib import Path
 from tiny import tiny_config
 from halo_fast import train as module
@@ -34,7 +33,7 @@ from halo_fast.runs import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}), max_train_steps=12)
 original = module._draws
-module._draws = lambda *args: time.sleep(0.2) or original(*args)  # time to be killed in
+module._draws = lambda step, *args: time.sleep(1000 * (step == 5)) or original(step, *args)  # time to be killed in
 module.train(config, Run(config))
 """
 
