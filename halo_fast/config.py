@@ -104,7 +104,7 @@ class PairsConfig:
     """Preference pairs out of the scored candidates.
 
     Args:
-        patch_delta: patches whose rewards differ by no more than this are ties; the loss has its own in train.objective.
+        patch_delta: patches whose rewards differ by no more than this are ties; the loss has its own, train.objective.
         video_delta: videos whose rewards differ by no more than this are ties; a pair of nothing but ties is left out.
         dimensions: weight of each video dimension in the video reward.
     """
