@@ -1,4 +1,4 @@
-"""Measurements of the kernels: what they cost on this machine, and what compilers make of them for machines that are not here."""
+"""What the kernels cost on this machine, and what compilers make of them for GPUs that are not here."""
 
 # Latents (C, F, H, W): 480p CogVideoX and Wan, 720p Wan and HunyuanVideo, LTX, VideoCrafter2.
 LATENTS = {

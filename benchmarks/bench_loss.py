@@ -1,12 +1,12 @@
-"""The Gran-DPO loss on this machine's CPU: ours against eager PyTorch, torch.compile and a public training loop's arithmetic.
+"""The Gran-DPO loss on this CPU: ours, eager PyTorch, torch.compile and a public training loop's arithmetic.
 
     python -m benchmarks.bench_loss                # the published table: writes benchmarks/results/loss_cpu.csv
     python -m benchmarks.bench_loss --rounds 5 --latents cogvideox --dtypes float32 --threads 2 --check
 
-All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient within one
-round, so a disturbance that lasts longer than a round falls out. No time is printed before every provider's loss and gradient
-have been compared with float64. "floor" is what the memory needs: two streaming additions over tensors as large as those that
-the forward and the backward must move.
+All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
+within one round, so a disturbance that lasts longer than a round falls out. No time is printed before every provider's
+loss and gradient have been compared with float64. "floor" is what the memory needs: two streaming additions over
+tensors as large as those that the forward and the backward must move.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from benchmarks import LATENTS
-from halo_fast import backends, gran_dpo, reference, using_backend
+from halo_fast import backends, gran_dpo, reference
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (4, 3, 3)
@@ -56,7 +56,9 @@ def pair_loss(log_ratio: Tensor, latent_shape: Any, patch_rewards: Tensor, video
     return (video + (weight * patch).flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
 
 
-def training_loop(prediction: Tensor, target: Tensor, ref: Tensor, patch_rewards: Tensor, video_rewards: Tensor) -> Tensor:
+def training_loop(
+    prediction: Tensor, target: Tensor, ref: Tensor, patch_rewards: Tensor, video_rewards: Tensor
+) -> Tensor:
     """As published Diffusion-DPO loops do it, by patch: two full error maps in float32, averaged, then subtracted."""
     model_losses = reference.patch_mean((prediction.float() - target.float()).pow(2), GRID)
     with torch.no_grad():
@@ -169,7 +171,13 @@ def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[
     for name, taken in times.items():
         for mode in ("forward", "backward", "both"):
             low, middle, high = _quantiles([one[mode] for one in taken])
-            row: dict[str, Any] = {"latent": latent, "dtype": str(dtype)[6:], "threads": threads, "provider": name, "mode": mode}
+            row: dict[str, Any] = {
+                "latent": latent,
+                "dtype": str(dtype)[6:],
+                "threads": threads,
+                "provider": name,
+                "mode": mode,
+            }
             row |= {"p50_ms": f"{middle:.3f}", "p20_ms": f"{low:.3f}", "p80_ms": f"{high:.3f}"}
             quotients = [one[mode] / ours[mode] for one, ours in zip(taken, times["ours"], strict=True)]
             row["ours_is_faster_by"] = f"{statistics.median(quotients):.2f}"
@@ -189,7 +197,9 @@ def conditions() -> dict[str, str]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model
+        )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "cpu": f"{model}, {os.cpu_count()} cores",
@@ -204,7 +214,9 @@ def conditions() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", nargs="+", choices=LATENTS, default=["cogvideox", "wan", "wan-720p", "ltx", "videocrafter2"])
+    parser.add_argument(
+        "--latents", nargs="+", choices=LATENTS, default=["cogvideox", "wan", "wan-720p", "ltx", "videocrafter2"]
+    )
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40)

@@ -1,10 +1,11 @@
 """Compile matrix: what the Triton kernels cost on GPUs, found without a GPU.
 
-    python -m benchmarks.resources                 # the whole matrix: prints it and writes benchmarks/results/resources*.csv
+    python -m benchmarks.resources        # the whole matrix: prints it and writes benchmarks/results/resources*.csv
     python -m benchmarks.resources --targets sm_90 --latents cogvideox --check     # a part of it, writes nothing
 
-The library's own launchers run on CPU tensors under a driver that only compiles, so every kernel is compiled with exactly the
-specialisation a user would get. Needs the triton package with its bundled ptxas and cuobjdump, and TRITON_INTERPRET unset.
+The library's own launchers run on CPU tensors under a driver that only compiles, so every kernel is compiled with
+exactly the specialisation a user would get. Needs the triton package with its bundled ptxas and cuobjdump, and
+TRITON_INTERPRET unset.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from typing import Any
 
 import torch
 import triton
+from halo_fast.kernels import triton_patch_dpo as kernels
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import LATENTS
-from halo_fast.kernels import triton_patch_dpo as kernels
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,8 +45,8 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
-# Registers a thread may use, by kernel. 64 keep 32 warps of 32 threads on a multiprocessor of 65,536 registers; the table kernel
-# runs as one program, so only spills would cost it time.
+# Registers a thread may use, by kernel. 64 keep 32 warps of 32 threads on a multiprocessor of 65,536 registers; the
+# table kernel runs as one program, so only spills would cost it time.
 REGISTERS = {"forward": 64, "backward": 64, "table": 255}
 SHARED = 16 * 1024
 # Peak memory bandwidth in bytes a second, from the vendors' data sheets.
@@ -103,7 +104,9 @@ def launch_all(latent: str, grid: tuple[int, ...], dtype: torch.dtype) -> None:
     log_ratio = kernels.patch_log_ratio(policy, reference, target, grid)
     kernels.patch_error(policy, target, grid)
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-    kernels.gran_dpo_table(log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", *numbers)
+    kernels.gran_dpo_table(
+        log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", *numbers
+    )
     kernels.patch_error_backward(log_ratio, policy, target)
 
 
@@ -116,14 +119,19 @@ def _inspect_cubin(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", "-sass", file.name], check=True, capture_output=True, text=True
+            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", "-sass", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
 
     def widest(stem: str) -> int:
         found = [name for name in instructions if name.split(".")[0] == stem]
-        widths = [next((int(part) for part in name.split(".")[1:] if part in ("64", "128", "256")), 32) for name in found]
+        widths = [
+            next((int(part) for part in name.split(".")[1:] if part in ("64", "128", "256")), 32) for name in found
+        ]
         narrow = [16 if ".U16" in name or ".S16" in name else 8 if ".U8" in name else 32 for name in found]
         return max((min(w, n) if n < 32 else w for w, n in zip(widths, narrow, strict=True)), default=0)
 
@@ -144,7 +152,9 @@ def _inspect_amdgcn(text: str) -> dict[str, int]:
     def widest(kind: str) -> int:
         found = re.findall(rf"(?:global|buffer|flat)_{kind}_(dwordx?\d*|b\d+|u?short|u16|u?byte|u8)", text)
         sizes = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "short": 16, "ushort": 16, "u16": 16}
-        return max((sizes.get(one) or int(one.strip("bu") or 0) if one[:4] != "byte" else 8 for one in found), default=0)
+        return max(
+            (sizes.get(one) or int(one.strip("bu") or 0) if one[:4] != "byte" else 8 for one in found), default=0
+        )
 
     body = [line.strip() for line in text.splitlines()]
     return {
@@ -209,7 +219,9 @@ def matrix(targets: list[str], latents: list[str], dtypes: list[str]) -> list[di
                 launches.clear()
                 launch_all(latent, grid, DTYPES[dtype])
                 key = {"target": target, "latent": latent, "grid": "x".join(map(str, grid)), "dtype": dtype}
-                found += [(key | _describe(target, dtype, name, options), kernel) for name, kernel, _, options in launches]
+                found += [
+                    (key | _describe(target, dtype, name, options), kernel) for name, kernel, _, options in launches
+                ]
         unique = {id(kernel): kernel for _, kernel in found}
         with ThreadPoolExecutor() as pool:
             inspected = dict(zip(unique, pool.map(inspect, unique.values()), strict=True))
@@ -230,11 +242,15 @@ def predictions(latents: list[str]) -> list[dict[str, Any]]:
         for name in ("bf16", "fp32"):
             shape, itemsize = (2, *SHAPES[latent]), DTYPES[name].itemsize
             for grid in ((1, 1, 1), (4, 3, 3)):
-                forward, backward = kernels.forward_bytes(shape, grid, itemsize), kernels.backward_bytes(shape, grid, itemsize)
+                forward, backward = (
+                    kernels.forward_bytes(shape, grid, itemsize),
+                    kernels.backward_bytes(shape, grid, itemsize),
+                )
                 row: dict[str, Any] = {"latent": latent, "dtype": name, "grid": "x".join(map(str, grid))}
                 row |= {"forward_bytes": forward, "backward_bytes": backward}
                 row |= {
-                    f"{gpu}_predicted_us": round(1e6 * (forward + backward) / rate, 1) for gpu, rate in BANDWIDTH.items()
+                    f"{gpu}_predicted_us": round(1e6 * (forward + backward) / rate, 1)
+                    for gpu, rate in BANDWIDTH.items()
                 }
                 rows.append(row)
     return rows

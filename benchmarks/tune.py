@@ -1,9 +1,10 @@
 """Times the Triton kernels on a GPU for several launch sizes, beside the rate of a plain copy on the same GPU.
 
-    python -m benchmarks.tune                      # table per latent: the library's own sizes first, then the others, best marked
+    python -m benchmarks.tune        # a table for each latent: the library's own sizes first, then the others
 
-The library never tunes at run time: sums are cut by the launch sizes, so a change of `launch_config` changes last bits. Put
-what wins on several GPUs into that table, then commit the new compile matrix (python -m benchmarks.resources).
+The library never tunes at run time: sums are cut by the launch sizes, so a change of `launch_config` changes last
+bits. Put what wins on several GPUs into that table, then commit the new compile matrix (python -m
+benchmarks.resources).
 """
 
 import argparse
@@ -16,9 +17,9 @@ from contextlib import contextmanager
 
 import torch
 import triton
+from halo_fast.kernels import triton_patch_dpo as kernels
 
 from benchmarks import LATENTS
-from halo_fast.kernels import triton_patch_dpo as kernels
 
 GRID = (4, 3, 3)
 
@@ -47,7 +48,9 @@ def launch_sizes(config: kernels.LaunchConfig | None) -> Iterator[None]:
         kernels.launch_config = own
 
 
-def table(shape: tuple[int, ...], dtype: torch.dtype, device: str, configs: list[kernels.LaunchConfig | None]) -> list[str]:
+def table(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, configs: list[kernels.LaunchConfig | None]
+) -> list[str]:
     """One line for each launch size: forward and backward in microseconds, GB/s, share of a plain copy's rate."""
     policy, reference, target = (torch.randn(2, *shape, device=device).to(dtype) for _ in range(3))
     grad = torch.randn(2, *GRID, device=device)
@@ -58,9 +61,13 @@ def table(shape: tuple[int, ...], dtype: torch.dtype, device: str, configs: list
         with launch_sizes(config):
             forward = milliseconds(lambda: kernels.patch_log_ratio(policy, reference, target, GRID), device)
             backward = milliseconds(lambda: kernels.patch_error_backward(grad, policy, target), device)
-        moved = kernels.forward_bytes(policy.shape, GRID, dtype.itemsize) + kernels.backward_bytes(policy.shape, GRID, dtype.itemsize)
+        moved = kernels.forward_bytes(policy.shape, GRID, dtype.itemsize) + kernels.backward_bytes(
+            policy.shape, GRID, dtype.itemsize
+        )
         rate = moved / (forward + backward)
-        name = "library's own" if config is None else f"block {config.block} lines {config.lines} warps {config.num_warps}"
+        name = (
+            "library's own" if config is None else f"block {config.block} lines {config.lines} warps {config.num_warps}"
+        )
         lines.append(
             f"{name:<32} forward {1e3 * forward:9.1f} us  backward {1e3 * backward:9.1f} us  {rate / 1e6:8.1f} GB/s  "
             f"{rate / copy_rate:5.0%} of copy"

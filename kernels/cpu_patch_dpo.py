@@ -1,6 +1,7 @@
 """C++ kernels for CPU tensors, bound with ctypes.
 
-Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is differentiable.
+Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is
+differentiable.
 """
 
 import ctypes
@@ -38,15 +39,14 @@ def _library() -> ctypes.CDLL:
     spec = importlib.util.find_spec(f"{__package__}._cpu")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "the C++ kernels were not built: install halo_fast with a C++ compiler and without -Ccmake.define.HALO_FAST_CPU=OFF"
+            "the C++ kernels were not built: install halo_fast with a C++ compiler "
+            "and without -Ccmake.define.HALO_FAST_CPU=OFF"
         )
     return _bind(spec.origin)
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why the C++ kernels cannot run on `device`, or None."""
-    if device.type != "cpu":
-        return f"runs on cpu tensors only, not on {device.type}"
+def unavailable_reason() -> str | None:
+    """Why the C++ kernels cannot be used, or None."""
     try:
         _library()
     except (ImportError, OSError) as error:
@@ -61,7 +61,11 @@ def instruction_set(wanted: str | None = None) -> str:
 
 def describe() -> str:
     """Instruction set and threads, in words."""
-    threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if _library().halo_has_openmp() else "1 thread, no OpenMP"
+    threads = (
+        f"{torch.get_num_threads()} threads of torch's OpenMP"
+        if _library().halo_has_openmp()
+        else "1 thread, no OpenMP"
+    )
     return f"C++, {instruction_set()}, {threads}"
 
 

@@ -1,11 +1,12 @@
 """Triton kernels for GPUs (and, with TRITON_INTERPRET=1, for CPU tensors in tests).
 
-Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is differentiable.
+Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is
+differentiable.
 
-A program of the forward kernel reads whole stretches of the (row, column) plane, not patches: its loads are as wide as the
-memory layout allows, however short and ragged the patches are. It keeps one sum per position over channels and frames, and
-adds them patch by patch at the end. The program that arrives last at a slab adds the slab's parts in their fixed order, so
-there is one launch, no float atomic, and the same bits on every run.
+A program of the forward kernel reads whole stretches of the (row, column) plane, not patches: its loads are as wide as
+the memory layout allows, however short and ragged the patches are. It keeps one sum per position over channels and
+frames, and adds them patch by patch at the end. The program that arrives last at a slab adds the slab's parts in their
+fixed order, so there is one launch, no float atomic, and the same bits on every run.
 """
 
 import contextlib
@@ -32,10 +33,11 @@ class LaunchConfig(NamedTuple):
 def launch_config(positions: int, lines: int, align_bytes: int, itemsize: int) -> LaunchConfig:
     """Launch sizes for slabs of `positions` plane positions with `lines` (channel, frame) planes each.
 
-    A thread holds eight positions (four where nothing is aligned and each needs an address of its own). Sums are cut by these
-    sizes, so they depend on the shape alone: the bits do not change from one NVIDIA GPU to the next.
+    A thread holds eight positions, four in float64, and two where nothing is aligned and each needs an address of its
+    own. Sums are cut by these sizes, so they depend on the shape alone: the bits do not change from one NVIDIA GPU to
+    the next.
     """
-    widest = 1024 if align_bytes >= 8 and itemsize < 8 else 512
+    widest = 256 if align_bytes < 8 else 512 if itemsize == 8 else 1024
     block = min(widest, max(128, triton.next_power_of_2(positions)))
     if INTERPRETED:
         return LaunchConfig(block, 64, 1)
@@ -54,10 +56,12 @@ def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> 
     return forward_bytes(shape, grid, itemsize, 3)
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`, or None."""
-    if device.type == "cpu" and not INTERPRETED:
-        return "Triton has no CPU code generator: it runs on cpu tensors only interpreted, with TRITON_INTERPRET=1 (for tests)"
+def unavailable_reason() -> str | None:
+    """Why Triton cannot run here, or None."""
+    if not INTERPRETED and not torch.accelerator.is_available():
+        return (
+            "Triton has no code generator for CPUs: there it only runs interpreted, with TRITON_INTERPRET=1 (for tests)"
+        )
     return None
 
 
@@ -68,13 +72,24 @@ def describe() -> str:
 
 # ---- device code
 
+# Sizes and strides are plain numbers to the compiler, so that a new shape does not compile a new kernel; what loads
+# need to know about alignment is in ALIGN.
+_SIZES = ["C", "F", "H", "W", "B", "P", "grid_f", "grid_h", "grid_w", "chunks", "splits"]
+_VIEWS = ["policy", "reference", "target", "prediction", "gradient"]
+_STRIDES = [f"{view}_{side}" for view in _VIEWS for side in "ncfhw"]
+
+
+def _jit(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in (*_SIZES, *_STRIDES)])
+
 
 @triton.jit
 def _length(index, side, parts):
     return (index + 1) * side // parts - index * side // parts
 
 
-@triton.jit
+@_jit
 def _forward_kernel(
     policy,
     reference,
@@ -155,7 +170,9 @@ def _forward_kernel(
         tau = tl.load(target + (n * target_n + c * target_c + f * target_f) * ALIGN, mask=readable, other=0.0)
         o, tau = o.to(ACCUMULATE), tau.to(ACCUMULATE)
         if HAS_REFERENCE:
-            o_ref = tl.load(reference + (n * reference_n + c * reference_c + f * reference_f) * ALIGN, mask=readable, other=0.0)
+            o_ref = tl.load(
+                reference + (n * reference_n + c * reference_c + f * reference_f) * ALIGN, mask=readable, other=0.0
+            )
             o_ref = o_ref.to(ACCUMULATE)
             total += (o_ref - o) * ((o - tau) + (o_ref - tau))
         else:
@@ -175,7 +192,8 @@ def _forward_kernel(
             else:
                 tl.store(parts + (slab * count + part) * grid_w + k, value)
         if not SINGLE:
-            # The barrier puts every thread's stores before the release; the acquire lets the last program see all parts.
+            # The barrier puts every thread's stores before the release; the acquire lets the last program see all
+            # parts.
             tl.debug_barrier()
             if tl.atomic_add(arrivals + slab, 1, sem="acq_rel") == count - 1:
                 for k in range(grid_w):
@@ -183,13 +201,18 @@ def _forward_kernel(
                     for at in range(0, count, 128):
                         which = at + tl.arange(0, 128)
                         value += tl.load(
-                            parts + (slab * count + which) * grid_w + k, mask=which < count, other=0.0, cache_modifier=".cg"
+                            parts + (slab * count + which) * grid_w + k,
+                            mask=which < count,
+                            other=0.0,
+                            cache_modifier=".cg",
                         )
-                    tl.store(out + slab * grid_w + k, tl.sum(value) / (depth * area * _length(k, W, grid_w).to(ACCUMULATE)))
+                    tl.store(
+                        out + slab * grid_w + k, tl.sum(value) / (depth * area * _length(k, W, grid_w).to(ACCUMULATE))
+                    )
                 tl.store(arrivals + slab, 0)
 
 
-@triton.jit
+@_jit
 def _backward_kernel(
     grad,  # [N, f, h, w]
     prediction,
@@ -247,7 +270,9 @@ def _backward_kernel(
     else:
         kh, kw = ((row + 1) * grid_h - 1) // H, ((column + 1) * grid_w - 1) // W
         patch = kh * grid_w + kw
-        size = (C * frames).to(ACCUMULATE) * _length(kh, H, grid_h).to(ACCUMULATE) * _length(kw, W, grid_w).to(ACCUMULATE)
+        size = (
+            (C * frames).to(ACCUMULATE) * _length(kh, H, grid_h).to(ACCUMULATE) * _length(kw, W, grid_w).to(ACCUMULATE)
+        )
     scale = tl.load(grad + (n * grid_f + kf) * grid_h * grid_w + patch, mask=live, other=0.0)
     scale = 2.0 * scale / size
     if FLAT:
@@ -350,8 +375,8 @@ def _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE: tl.constexpr):
 
 @triton.jit
 def _pair_sums(
-    log_ratio, patch_rewards, pair, B, P, F, H, W, grid_f, grid_h, grid_w, patch_gamma: tl.constexpr, patch_delta: tl.constexpr,
-    PAIRS: tl.constexpr, PATCHES: tl.constexpr, ACCUMULATE: tl.constexpr
+    log_ratio, patch_rewards, pair, B, P, F, H, W, grid_f, grid_h, grid_w, patch_gamma: tl.constexpr, patch_delta:
+    tl.constexpr, PAIRS: tl.constexpr, PATCHES: tl.constexpr, ACCUMULATE: tl.constexpr
 ):  # fmt: skip
     """Video margin, sum of patch weights and number of labelled patches of each pair [pairs]."""
     margin_sum = tl.zeros([PAIRS], ACCUMULATE)
@@ -378,7 +403,7 @@ def _video_weights(video_rewards, pair, B, like, GAMMA: tl.constexpr, DELTA: tl.
     return weight
 
 
-@triton.jit
+@_jit
 def _table_kernel(
     log_ratio,
     patch_rewards,
@@ -475,7 +500,9 @@ def _table_kernel(
                 rho = sft_weight * volume
                 rho_a = tl.where(weight > 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] > 0, rho, 0.0)
                 rho_b = tl.where(weight < 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] < 0, rho, 0.0)
-                term += rho_a * tl.load(error + a, mask=live, other=0.0) + rho_b * tl.load(error + b, mask=live, other=0.0)
+                term += rho_a * tl.load(error + a, mask=live, other=0.0) + rho_b * tl.load(
+                    error + b, mask=live, other=0.0
+                )
                 c_a += rho_a
                 c_b += rho_b
             tl.store(coefficients + a, c_a * share[:, None], mask=live)
@@ -539,7 +566,9 @@ def _plane(shape: Sequence[int], grid: Sequence[int], flat: bool) -> tuple[bool,
 
 def _wide(height: int, width: int, grid_h: int, grid_w: int, positions: bool) -> bool:
     """Whether index arithmetic within a plane needs 64 bits."""
-    products = [(height + 1) * width + 2048] if positions else [(height + 2) * (width + 2048), height * height, width * width]
+    products = (
+        [(height + 1) * width + 2048] if positions else [(height + 2) * (width + 2048), height * height, width * width]
+    )
     return max(products) >= 2**31
 
 

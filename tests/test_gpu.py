@@ -1,4 +1,4 @@
-"""Checks that need a GPU: `make gpu` runs them. On a machine without one their bodies run on small CPU tensors, so they do not rot."""
+"""Checks for a GPU: `make gpu` runs them. Elsewhere their bodies run on small CPU tensors, so that they do not rot."""
 
 import contextlib
 import os
@@ -29,7 +29,9 @@ def sizes(device):
     """Real latents on a GPU, a small one on the CPU."""
     if device == "cpu":
         return [(SMALL, SMALL_GRID)]
-    return [(shape, grid) for shape in cases.LATENTS.values() for grid in (*cases.GRIDS, shape[1:]) if grid[0] <= shape[1]]
+    return [
+        (shape, grid) for shape in cases.LATENTS.values() for grid in (*cases.GRIDS, shape[1:]) if grid[0] <= shape[1]
+    ]
 
 
 def kernels(device):
@@ -95,7 +97,7 @@ def test_the_same_bits_on_many_streams_at_once(device):
 
 
 def test_captured_in_a_graph(device):
-    """Replays on new inputs equal eager calls: nothing in the call waits for the device or keeps a value of the capture."""
+    """Replays on new inputs equal eager calls: nothing waits for the device or keeps a value of the capture."""
     shape, grid = sizes(device)[0]
     static = [x.to(device) for x in cases.latents(shape, 2, torch.bfloat16)]
     labels = [x.to(device) for x in cases.rewards(grid, 2)]

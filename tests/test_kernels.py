@@ -1,4 +1,4 @@
-"""What the kernels promise beside their values: memory safety, fixed bits, wide offsets, and clear words when they cannot run."""
+"""What the kernels promise beside their values: memory safety, fixed bits, wide offsets, clear words if missing."""
 
 import functools
 import importlib.util
@@ -11,9 +11,9 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+from halo_fast.kernels import cpu_patch_dpo
 
 from halo_fast import backends, ops, using_backend
-from halo_fast.kernels import cpu_patch_dpo
 
 ROOT = Path(__file__).parents[1]
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
@@ -52,7 +52,9 @@ def test_gradcheck_through_the_kernels(backend):
     policy, ref, target = inputs(backend, (2, 3, 3, 4), 2, torch.float64)
     policy.requires_grad_()
     with using_backend(backend):
-        assert torch.autograd.gradcheck(lambda o: ops.patch_log_ratio(o, ref, target, (2, 2, 3)), policy, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda o: ops.patch_log_ratio(o, ref, target, (2, 2, 3)), policy, fast_mode=True
+        )
         assert torch.autograd.gradcheck(lambda o: ops.patch_error(o, target, (2, 2, 3)), policy, fast_mode=True)
 
 
@@ -80,7 +82,9 @@ def guarded(monkeypatch):
 
     def allocate(shape, stride, dtype, device):
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
-        room = torch.full((extent + 2 * guard,), float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device)
+        room = torch.full(
+            (extent + 2 * guard,), float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device
+        )
         room[:guard] = room[guard + extent :] = 7
         rooms.append(room)
         return room.as_strided(shape, stride, guard)
@@ -97,7 +101,9 @@ def guarded(monkeypatch):
 
     like = torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x: allocate(x.shape, like(x, device="meta").stride(), x.dtype, x.device))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x: allocate(x.shape, like(x, device="meta").stride(), x.dtype, x.device)
+    )
 
     def check():
         assert rooms
@@ -109,7 +115,8 @@ def guarded(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_write_all_of_their_outputs_and_nothing_else(backend, guarded, dtype):
-    for shape, grid in (*cases.SMALL, ((40, 3, 30, 45), (2, 2, 2))):
+    # the last has patches that several programs share
+    for shape, grid in (*cases.SMALL[1:4], ((3, 3, 30, 45), (1, 1, 2))):
         policy, ref, target = inputs(backend, shape, dtype=dtype)
         for prediction in (policy, policy.contiguous(memory_format=torch.channels_last_3d)):
             for out in everything(module(backend), prediction, ref, target, grid):
@@ -132,7 +139,7 @@ def test_kernels_do_not_read_what_lies_between_rows(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_repeat_the_same_bits(backend, dtype):
-    policy, ref, target = inputs(backend, (20, 4, 30, 45), dtype=dtype)
+    policy, ref, target = inputs(backend, (3, 4, 30, 45), dtype=dtype)
     first, second = (everything(module(backend), policy, ref, target) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -150,11 +157,13 @@ with tempfile.NamedTemporaryFile(dir=sys.argv[2]) as file:
     near, target = torch.randn(2, 1, 3, 1, 4, 16).half()
     far.copy_(near)
     zero = torch.zeros_like(near)
-    assert torch.equal(kernels.patch_log_ratio(far, zero, target, (1, 2, 3)), kernels.patch_log_ratio(near, zero, target, (1, 2, 3)))
+    grid = (1, 2, 3)
+    expected = kernels.patch_log_ratio(near, zero, target, grid)
+    assert torch.equal(kernels.patch_log_ratio(far, zero, target, grid), expected)
     assert torch.equal(kernels.patch_error(near, far, (1, 2, 3)), torch.zeros(1, 1, 2, 3))
     grad = torch.randn(1, 1, 2, 3)
-    got = kernels.patch_error_backward(grad, near, far + target)
-    assert torch.equal(kernels.patch_error_backward(grad, target, far), kernels.patch_error_backward(grad, target, near))
+    expected = kernels.patch_error_backward(grad, target, near)
+    assert torch.equal(kernels.patch_error_backward(grad, target, far), expected)
 """
 
 
@@ -202,7 +211,9 @@ def test_kernels_in_cpp_convert_every_half_like_torch(instruction_sets, dtype):
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 1, 1, 1, -1)
     zero, patches = torch.zeros_like(halves), (1, 1, 2**16)
     generator = torch.Generator().manual_seed(0)
-    scale = torch.randn(1, *patches, generator=generator) * 10 ** torch.empty(1, *patches).uniform_(-6, 3, generator=generator)
+    scale = torch.randn(1, *patches, generator=generator) * 10 ** torch.empty(1, *patches).uniform_(
+        -6, 3, generator=generator
+    )
     for name in instruction_sets:
         cpu_patch_dpo.instruction_set(name)
         for grad in (torch.full((1, *patches), 0.5), scale):
@@ -216,7 +227,7 @@ def test_kernels_in_cpp_convert_every_half_like_torch(instruction_sets, dtype):
 def test_kernels_in_cpp_say_why_they_are_missing(monkeypatch):
     monkeypatch.setattr(cpu_patch_dpo, "_library", functools.cache(cpu_patch_dpo._library.__wrapped__))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "HALO_FAST_CPU=OFF" in cpu_patch_dpo.unavailable(torch.device("cpu"))
+    assert "HALO_FAST_CPU=OFF" in cpu_patch_dpo.unavailable_reason()
     with pytest.raises(RuntimeError, match="not built"):
         backends.select(torch.device("cpu"), torch.float32, "cpp")
     assert backends.select(torch.device("cpu"), torch.float32).__name__ == "halo_fast.reference"
@@ -273,7 +284,8 @@ def test_kernels_in_cpp_are_clean_under_the_sanitizers(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, str(tmp_path / "_cpu.so"), str(ROOT / "tests")],
         # the interpreter itself never frees all it has, so leaks are not looked for
-        env=os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "TRITON_INTERPRET": "1"},
+        env=os.environ
+        | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,4 @@
-"""The C++ kernels, and the Triton kernels (interpreted where there is no GPU), against loops over patches in float64."""
+"""The C++ kernels and the Triton kernels (interpreted where there is no GPU) against loops over patches."""
 
 import math
 
@@ -105,7 +105,9 @@ def test_parity_of_expanded_inputs(backend):
     assert_gradient(gradient, cases.loop_gradient(grad, ref, policy))
 
 
-@pytest.mark.parametrize(("shape", "grid"), [((3, 3, 40, 90), (2, 3, 4)), ((40, 5, 9, 24), (2, 2, 2)), ((2, 2, 30, 45), (1, 30, 45))])
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((3, 3, 40, 90), (2, 3, 4)), ((70, 2, 3, 6), (2, 1, 2)), ((2, 2, 30, 45), (1, 30, 45))]
+)
 def test_parity_where_a_patch_is_shared_by_several_programs(backend, shape, grid):
     policy, ref, target = cases.latents(shape, samples=2, dtype=torch.bfloat16, nearness=0.05)
     device = DEVICES[backend]
@@ -169,13 +171,17 @@ def test_parity_of_the_table_without_labels_or_at_extremes(backend):
     ties = torch.zeros_like(patch), torch.full_like(video, float("nan"))
     assert_same_table(backend, (log_ratio, *ties, *rest[:3]), *rest[3:], *NUMBERS)
     far = (log_ratio.float() * 1e6, patch.float(), video.float(), *rest[:3])
-    found = module(backend).gran_dpo_table(*(x if x is None else x.to(DEVICES[backend]) for x in far), *rest[3:], *NUMBERS)
+    found = module(backend).gran_dpo_table(
+        *(x if x is None else x.to(DEVICES[backend]) for x in far), *rest[3:], *NUMBERS
+    )
     assert all(table.isfinite().all() for table in found)
     nothing = tuple(x[:0] for x in (log_ratio, patch, video))
     assert_same_table(backend, (*nothing, *rest[:3]), *rest[3:], *NUMBERS)
 
 
-@pytest.mark.parametrize("objective", [GranDPO(), GranDPO(link="ipo", patch_sft_weight=0.3, loser_guard="patch")], ids=("halo", "all"))
+@pytest.mark.parametrize(
+    "objective", [GranDPO(), GranDPO(link="ipo", sft_weight=0.3, loser_guard="patch")], ids=("halo", "all")
+)
 def test_parity_of_the_whole_call(backend, objective):
     shape, grid, device = (3, 5, 7, 9), (2, 3, 4), DEVICES[backend]
     policy, ref, target = (x.to(device) for x in cases.latents(shape))

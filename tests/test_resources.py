@@ -26,7 +26,17 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_resources_stay_in_budget_when_compiled_now():
     """A part of the matrix; `python -m benchmarks.resources` compiles all of it."""
     done = compiled(
-        "-m", "benchmarks.resources", "--check", "--targets", "sm_80", "sm_90", "gfx942", "--latents", "cogvideox", "--dtypes", "bf16"
+        "-m",
+        "benchmarks.resources",
+        "--check",
+        "--targets",
+        "sm_80",
+        "sm_90",
+        "gfx942",
+        "--latents",
+        "cogvideox",
+        "--dtypes",
+        "bf16",
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 over budget" in done.stdout
@@ -55,7 +65,7 @@ from halo_fast.kernels import triton_patch_dpo as kernels
 shape, grid = (2, 16, 13, 60, 90), (4, 3, 3)
 policy, reference, target = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
 
-def moved(args, names):
+def moved(args):
     tensors = {id(x): x for x in args if isinstance(x, torch.Tensor)}
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
@@ -64,23 +74,23 @@ with compile_only(TARGETS["sm_90"]) as launches:
     (_, _, args, _), = launches
     # parts and arrivals are the launcher's own workspace, which stays in the cache
     workspace = sum(x.numel() * x.element_size() for x in args[4:6])
-    assert moved(args, ()) - workspace == kernels.forward_bytes(shape, grid, 2), (moved(args, ()), workspace)
+    assert moved(args) - workspace == kernels.forward_bytes(shape, grid, 2), (moved(args), workspace)
     assert workspace < 0.02 * kernels.forward_bytes(shape, grid, 2), workspace
     launches.clear()
     kernels.patch_error(policy, target, grid)
     (_, _, args, _), = launches
     workspace = sum(x.numel() * x.element_size() for x in args[4:6])
-    assert moved(args, ()) - workspace == kernels.forward_bytes(shape, grid, 2, inputs=2)
+    assert moved(args) - workspace == kernels.forward_bytes(shape, grid, 2, inputs=2)
     launches.clear()
     kernels.patch_error_backward(table, policy, target)
     (_, _, args, _), = launches
-    assert moved(args, ()) == kernels.backward_bytes(shape, grid, 2)
+    assert moved(args) == kernels.backward_bytes(shape, grid, 2)
     launches.clear()
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-    kernels.gran_dpo_table(table, table, table[:, 0, 0, 0].contiguous(), None, None, None, shape[1:], "sigmoid", *numbers)
+    videos = table[:, 0, 0, 0].contiguous()
+    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", *numbers)
     assert len(launches) == 1
     launches.clear()
-    # one call: the latents twice forward, once backward
     strided = policy.transpose(1, 2).contiguous().transpose(1, 2)
     assert kernels.patch_error_backward(table, strided, target).stride() == strided.stride()
     (name, compiled, _, options), = launches
