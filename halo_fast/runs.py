@@ -267,6 +267,8 @@ class Stage:
         write_json(self.folder / _MANIFEST, manifest)
         (self.folder / _PENDING).unlink()
         self.done = True
+        told = ", ".join(f"{value:,g} {label.replace('_', ' ')}" for label, value in counts.items())
+        print(f"{self.name}: finished, {told or 'nothing to count'} ({self.folder})", file=sys.stderr)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name

@@ -60,6 +60,13 @@ def test_finished_stage_is_kept(config):
     assert not (Run(config).path / "score" / "pending.json").exists()
 
 
+def test_stages_say_what_they_did(config, capsys):
+    work(config)
+    assert "score: finished, 1 files" in capsys.readouterr().err
+    work(config)
+    assert "score: finished before, kept" in capsys.readouterr().err
+
+
 def test_partial_work_is_continued(config):
     with pytest.raises(KeyboardInterrupt), Run(config).stage("score", {"a": 1}, {}) as stage:
         write_bytes(stage.folder / "part.txt", b"1")
