@@ -48,7 +48,6 @@ class GranDPOOutput:
         """Number of pairs in the mean, 0-d."""
         return self.active.sum()
 
-    @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """What to log, as 0-d device tensors: no host sync; docs/dropin.md says what healthy values are.
 

@@ -89,6 +89,8 @@ class GranDPO:
         for name in ("patch_share", "loser_guard_mu"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        if self.defect_threshold is not None:
+            _check_number("defect_threshold", self.defect_threshold)
         if self.form == "H4" and self.defect_threshold is None:
             raise ValueError('form "H4" needs defect_threshold, the reward under which a patch counts as defective')
         if not self.paired_by_reference and (self.sft_weight or self.patch_sft_weight or self.loser_guard):
@@ -128,8 +130,10 @@ def _check_number(name: str, value: Any, above: float = -math.inf, least: float 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
     if not (value > above and value >= least and math.isfinite(value)):
-        bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {bound}; got {value}")
+        bound = (
+            f" and above {above:g}" if above > -math.inf else f" and at least {least:g}" if least > -math.inf else ""
+        )
+        raise ValueError(f"{name} must be finite{bound}; got {value}")
 
 
 PRESETS: dict[str, GranDPO] = {

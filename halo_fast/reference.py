@@ -219,7 +219,7 @@ def gran_dpo_table(
 
     supervision = None
     if error is not None:
-        patch_share = (patch_sft_weight / labelled.clamp(min=1))[:, None, None, None].expand_as(patch)
+        patch_share = (patch_sft_weight / labelled.clamp(min=1).to(patch.dtype))[:, None, None, None].expand_as(patch)
         supervision = winner_share(patch, patch_share)
         supervision = (
             supervision + winner_share(video, torch.full_like(video, sft_weight))[:, None, None, None] * volume

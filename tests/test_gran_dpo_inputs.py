@@ -297,6 +297,7 @@ SETTINGS = {
     ),
     "share above one": ({"patch_share": 1.5}, ValueError, "patch_share must be between 0 and 1"),
     "H4 without threshold": ({"form": "H4"}, ValueError, "defect_threshold"),
+    "infinite threshold": ({"defect_threshold": INF}, ValueError, "defect_threshold must be finite; got inf"),
     "supervised KTO": ({"form": "kto", "sft_weight": 1.0}, ValueError, "sft_weight"),
     "beta_dpo": ({"beta_dpo": 1.0}, TypeError, "beta_dpo"),
 }
