@@ -79,7 +79,7 @@ class RewardConfig:
     """
 
     video_steps: int = 100
-    patch_steps: int = 400
+    patch_steps: int = 800
     learning_rate: float = 4e-3
     batch_size: int = 16
     video_weight: float = 1.0

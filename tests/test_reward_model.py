@@ -10,7 +10,7 @@ from moving_shapes import COLOURS, GRID, damage, draw_clip
 
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, score_loss
 from halo_fast.rewards.model import word_ids
-from halo_fast.rewards.training import _batch
+from halo_fast.rewards.training import _MIRRORS, _batch
 from halo_fast.runs import UserError
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8)
@@ -129,7 +129,7 @@ def test_mirrored_clips_take_labels_and_captions_with_them():
         scores,
         ("visual_quality", "text_alignment"),
     )
-    batch = _batch(data, 16, seed=0, step=5)
+    batch = _batch(data, 16, seed=0, step=5, mirrors=_MIRRORS)
     places = set()
     for video, prompt, labels, video_scores in zip(
         batch.videos.numpy(), batch.prompts, batch.patch_scores[:, 0], batch.video_scores, strict=True

@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         self.coarse = _Residual(coarse)
         self.words = nn.Embedding(config.vocabulary, text)
         self.text = nn.Sequential(nn.Linear(text, text), nn.GELU(), nn.Linear(text, hidden))
-        self.whole = nn.Linear(2 * coarse, hidden)
+        self.whole = nn.Linear(fine + middle + 2 * coarse, hidden)
         self.match = nn.Linear(hidden, hidden)
         self.video_head = nn.Sequential(
             nn.Linear(3 * hidden, hidden), nn.GELU(), nn.Linear(hidden, len(config.video_dimensions))
@@ -146,8 +146,9 @@ class RewardModel(nn.Module):
         fine = F.gelu(self.fine(self.stem(x)))
         middle = F.gelu(self.middle(self.shrink_fine(fine)))
         coarse = F.gelu(self.coarse(self.shrink_middle(middle)))
-        whole = self.whole(torch.cat((coarse.mean(dim=(2, 3, 4)), coarse.amax(dim=(2, 3, 4))), dim=1))
-        return (fine, middle, coarse), whole
+        maps = (fine, middle, coarse)
+        summary = [*(x.mean(dim=(2, 3, 4)) for x in maps), coarse.amax(dim=(2, 3, 4))]
+        return maps, self.whole(torch.cat(summary, dim=1))
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as [N, hidden]; the order of words does not matter, their number hardly."""

@@ -23,10 +23,14 @@ __all__ = ["LabelledClips", "fit", "read_labels", "score_loss", "train_reward"]
 _WEIGHT_DECAY = 0.05
 _EMA_DECAY = 0.98
 _MAX_GRAD_NORM = 1.0
+_LEAST_SCALE = 1e-3  # labels that hardly differ are not blown up
 _PROMPT_DIMENSION = "text_alignment"
 _MIRROR_SHARE = 0.5
-_SIDEWAYS = {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}
-_UPRIGHT = {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}
+# axis of the patch grid, and the words of direction that its mirror exchanges
+_MIRRORS: tuple[tuple[int, dict[str, str]], ...] = (
+    (-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
+    (-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,10 @@ def fit(
         model, average = RewardModel(model_config), RewardModel(model_config)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, eps=1e-6)
+    sides = {axis: data.videos.shape[axis - 1] // model_config.spatial_factor for axis, _ in _MIRRORS}
+    # patches of unequal size do not map onto each other in a mirror
+    mirrors = [mirror for mirror in _MIRRORS if sides[mirror[0]] % data.patch_scores.shape[mirror[0]] == 0]
+    scales = _scales(data.video_scores), _scales(data.patch_scores)
     history = _resume(checkpoint, model, average, optimizer) if checkpoint and checkpoint.exists() else []
     total = config.video_steps + config.patch_steps
     for step in progress(range(len(history), total), total - len(history), "reward"):
@@ -163,7 +171,7 @@ def fit(
         learning_rate = config.learning_rate * _one_cycle(phase_step, phase_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        losses = _losses(model, _batch(data, config.batch_size, seed, step), patch_phase)
+        losses = _losses(model, _batch(data, config.batch_size, seed, step, mirrors), scales, patch_phase)
         weights = {
             "video": config.video_weight if patch_phase else 1.0,
             "swap": config.swap_weight * (config.video_weight if patch_phase else 1.0),
@@ -208,7 +216,9 @@ def _one_cycle(step: int, steps: int) -> float:
     return min(1, (step + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _batch(data: LabelledClips, size: int, seed: int, step: int) -> LabelledClips:
+def _batch(
+    data: LabelledClips, size: int, seed: int, step: int, mirrors: Sequence[tuple[int, dict[str, str]]]
+) -> LabelledClips:
     """The batch of one step: clips drawn without replacement, some mirrored, labels and captions with them."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     chosen = torch.randperm(len(data), generator=generator)[:size]
@@ -219,7 +229,7 @@ def _batch(data: LabelledClips, size: int, seed: int, step: int) -> LabelledClip
         video_scores=data.video_scores[chosen],
         patch_scores=data.patch_scores[chosen],
     )
-    for axis, words in ((-1, _SIDEWAYS), (-2, _UPRIGHT)):
+    for axis, words in mirrors:
         batch = _mirror(batch, torch.rand(len(chosen), generator=generator) < _MIRROR_SHARE, axis, words)
     return batch
 
@@ -245,19 +255,35 @@ def _mirror(batch: LabelledClips, which: Tensor, axis: int, words: Mapping[str, 
     )
 
 
-def _losses(model: RewardModel, batch: LabelledClips, patch_phase: bool) -> dict[str, Tensor]:
-    """The loss terms of a batch, 0-d each."""
+def _scales(scores: Tensor) -> list[float]:
+    """For each dimension [N, D, ...] the loss of the best constant: relative to it, 1 is "nothing learned"."""
+    scales = []
+    for values in scores.unbind(1):
+        constant = ((values.nanmean() - 1) / 4).nan_to_num(0.5).clamp(1e-3, 1 - 1e-3).logit()
+        scales.append(max(score_loss(constant.expand_as(values), values).item(), _LEAST_SCALE))
+    return scales
+
+
+def _losses(
+    model: RewardModel, batch: LabelledClips, scales: tuple[list[float], list[float]], patch_phase: bool
+) -> dict[str, Tensor]:
+    """The loss terms of a batch, 0-d each, relative to what a constant would lose."""
+
+    def relative(logits: Tensor, scores: Tensor, scale: list[float]) -> Tensor:
+        pairs = zip(logits.unbind(1), scores.unbind(1), scale, strict=True)
+        return torch.stack([score_loss(*pair) / unit for *pair, unit in pairs]).mean()
+
     maps, whole = model.encode(batch.videos)
     text = model.encode_text(batch.prompts)
     logits = model.video_logits(whole, text)
-    losses = {"video": score_loss(logits, batch.video_scores)}
+    losses = {"video": relative(logits, batch.video_scores, scales[0])}
     if _PROMPT_DIMENSION in model.config.video_dimensions:
         column = model.config.video_dimensions.index(_PROMPT_DIMENSION)
         other = model.video_logits(whole, text.roll(1, 0))[:, column]
         losses["swap"] = _swap_loss(logits[:, column] - other, batch, column)
     if patch_phase:
         patches = model.patch_logits(maps, whole, text, batch.videos.shape[1:4], batch.patch_scores.shape[2:])
-        losses["patch"] = score_loss(patches, batch.patch_scores)
+        losses["patch"] = relative(patches, batch.patch_scores, scales[1])
     return losses
 
 
