@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         self.coarse = _Residual(coarse)
         self.words = nn.Embedding(config.vocabulary, text)
         self.text = nn.Sequential(nn.Linear(text, text), nn.GELU(), nn.Linear(text, hidden))
-        self.whole = nn.Linear(fine + middle + 2 * coarse, hidden)
+        self.whole = nn.Linear(2 * (fine + middle) + 3 * coarse, hidden)
         self.match = nn.Linear(hidden, hidden)
         self.video_head = nn.Sequential(
             nn.Linear(3 * hidden, hidden), nn.GELU(), nn.Linear(hidden, len(config.video_dimensions))
@@ -147,7 +147,9 @@ class RewardModel(nn.Module):
         middle = F.gelu(self.middle(self.shrink_fine(fine)))
         coarse = F.gelu(self.coarse(self.shrink_middle(middle)))
         maps = (fine, middle, coarse)
-        summary = [*(x.mean(dim=(2, 3, 4)) for x in maps), coarse.amax(dim=(2, 3, 4))]
+        # what moves shows in the mean change of features over time, which their mean cannot tell
+        changes = [x.diff(dim=2).abs().sum(dim=(2, 3, 4)) / x[0, 0].numel() for x in maps]
+        summary = [*(x.mean(dim=(2, 3, 4)) for x in maps), coarse.amax(dim=(2, 3, 4)), *changes]
         return maps, self.whole(torch.cat(summary, dim=1))
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
