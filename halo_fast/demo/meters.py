@@ -151,15 +151,17 @@ class FidelityMeter(nn.Module):
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """Videos uint8 [N, 9, 32, 32, 3] -> probabilities and verdicts [N] of digit, colour, motion; travel."""
+        """Videos uint8 [N, 9, 32, 32, 3] -> probabilities, verdicts [N] of digit, colour, direction; travel."""
         rows: dict[str, list[Tensor]] = {}
         for chunk, attributes in _batches(videos, prompts):
             digit, colour, motion, travel = self.forward(world.from_uint8(chunk))
+            # how fast is told by the travel; the verdict on motion is about where to
+            direction = motion.softmax(-1).unflatten(1, (len(world.SPEEDS), -1)).sum(1)
             named = targets(attributes)
-            for name, logits in (("digit", digit), ("colour", colour), ("motion", motion)):
-                probability = logits.softmax(dim=-1).gather(1, named[name][:, None])[:, 0]
-                rows.setdefault(name, []).append(probability)
-                rows.setdefault(f"{name}_correct", []).append((logits.argmax(-1) == named[name]).float())
+            named["motion"] %= len(world.DIRECTIONS)
+            for name, chances in (("digit", digit.softmax(-1)), ("colour", colour.softmax(-1)), ("motion", direction)):
+                rows.setdefault(name, []).append(chances.gather(1, named[name][:, None])[:, 0])
+                rows.setdefault(f"{name}_correct", []).append((chances.argmax(-1) == named[name]).float())
             rows.setdefault("motion_amount", []).append(travel.norm(dim=-1))
         result = {name: torch.cat(values) for name, values in rows.items()}
         result["fidelity_correct"] = result["digit_correct"] * result["colour_correct"] * result["motion_correct"]

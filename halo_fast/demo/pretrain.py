@@ -1,14 +1,14 @@
 """The base models of the demo: ordinary WanPipelines trained on corpora that carry local defects.
 
-A model first learns the world from clean clips, then goes on with a corpus that carries defects until it reproduces
-them: "graded" (80% of patches defective at graded strength) or "patchy" (40% at full strength). Both are shipped in
-`weights/`, each with `recipe.json` beside it.
+A model first learns the world from clean clips: strokes and colours, then, at times shifted towards noise, shapes and
+what the caption has to do with them. It goes on with a corpus that carries defects until it reproduces them: "graded"
+(80% of patches defective at graded strength) or "patchy" (40% at full strength). Both are shipped in `weights/`, each
+with `recipe.json` beside it.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,35 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from halo_fast.demo import defects, world
 from halo_fast.demo.autoencoder import BlockAutoencoder
 from halo_fast.demo.defects import Regime
-from halo_fast.runs import replacing, write_json
+from halo_fast.runs import progress, replacing, write_json
 
 MAX_WORDS = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base is trained: flow matching on a corpus of clips, AdamW, cosine decay, averaged weights."""
+    """One phase of training: flow matching on a corpus of clips, AdamW, cosine decay, averaged weights."""
 
+    regime: Regime | None = None
     corpus_size: int = 12288
     steps: int = 3600
+    shift: float = 1.0
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
     average_decay: float = 0.999
     caption_dropout: float = 0.1
+    checkpointing_steps: int = 500
     seed: int = 0
 
 
-CLEAN = Recipe()
-GRADED = Recipe(steps=2000, learning_rate=7e-4, seed=1)
-PATCHY = Recipe(steps=2000, learning_rate=7e-4, seed=2)
+RECIPES = {
+    "strokes": Recipe(),
+    "shapes": Recipe(steps=2400, shift=4.0, seed=1),
+    "graded": Recipe(regime="graded", steps=1400, shift=2.0, learning_rate=7e-4, seed=2),
+    "patchy": Recipe(regime="patchy", steps=1400, shift=2.0, learning_rate=7e-4, seed=3),
+}
 WANDER = 0.25  # a corpus keeps digits near the middle: few tokens and few steps must do
 
 
@@ -75,7 +81,7 @@ def build_pipeline(seed: int = 0, corpus_size: int = 3000) -> WanPipeline:
     )  # fmt: skip
     return WanPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae, transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 
@@ -98,47 +104,33 @@ def encode_clips(vae: BlockAutoencoder, video: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def build_corpus(vae: BlockAutoencoder, regime: Regime | None, recipe: Recipe) -> tuple[Tensor, list[str]]:
-    """Latents [corpus_size, 96, 3, 4, 4] and captions of clips that carry a regime's defects, or none."""
+def build_corpus(vae: BlockAutoencoder, recipe: Recipe) -> tuple[Tensor, list[str]]:
+    """Latents [corpus_size, 96, 3, 4, 4] and captions of clips that carry the recipe's defects, or none."""
     latents, prompts = [], []
     for start in range(0, recipe.corpus_size, 64):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + start)
         clips = world.draw("train", min(64, recipe.corpus_size - start), generator, WANDER)
-        video = defects.plant(clips, regime, generator).video if regime else clips.video
+        video = defects.plant(clips, recipe.regime, generator).video if recipe.regime else clips.video
         latents.append(encode_clips(vae, video))
         prompts += clips.prompts
     return torch.cat(latents), prompts
 
 
-def train_base(pipeline: WanPipeline, regime: Regime | None, recipe: Recipe, folder: Path) -> None:
-    """Train transformer and text encoder in place; continues from `folder`/state.safetensors if a run was cut off."""
+def train_phase(pipeline: WanPipeline, recipe: Recipe, state_file: Path) -> None:
+    """Train transformer and text encoder in place; continues from `state_file` if a run was cut off."""
     modules = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    # only the state is random: corpus, order and noise follow from the recipe's seed and the step
-    state_file, started, losses = folder / "state.safetensors", 0, []
-    if state_file.exists():
-        started = _restore(state_file, parameters, average, optimizer)
-    corpus, captions = build_corpus(pipeline.vae, regime, recipe) if started < recipe.steps else (torch.empty(0), [])
-    transformer = torch.compile(pipeline.transformer)
-    modules.train()
-    begin = time.monotonic()
-    for step in range(started, recipe.steps):
-        generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)
-        rows = torch.randint(recipe.corpus_size, (recipe.batch_size,), generator=generator)
-        latents = corpus[rows]
-        dropped = (torch.rand(recipe.batch_size, generator=generator) < recipe.caption_dropout).tolist()
-        prompts = ["" if drop else captions[row] for drop, row in zip(dropped, rows.tolist(), strict=True)]
-        time_fraction = torch.sigmoid(torch.randn(recipe.batch_size, generator=generator))
-        noise = torch.randn(latents.shape, generator=generator)
-        mix = time_fraction.view(-1, 1, 1, 1, 1)
-        prediction = transformer(
-            latents * (1 - mix) + noise * mix, time_fraction * 1000, encode_words(pipeline, prompts), return_dict=False
-        )[0]
-        loss = (prediction - (noise - latents)).square().mean()
+    started = _restore(state_file, parameters, average, optimizer) if state_file.exists() else 0
+    if started < recipe.steps:
+        corpus = build_corpus(pipeline.vae, recipe)
+        transformer = torch.compile(pipeline.transformer)
+        modules.train()
+    for step in progress(range(started, recipe.steps), recipe.steps - started, f"pretrain {state_file.stem}"):
+        loss = _loss(pipeline, transformer, corpus, recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe)
         optimizer.zero_grad(set_to_none=True)
@@ -148,20 +140,32 @@ def train_base(pipeline: WanPipeline, regime: Regime | None, recipe: Recipe, fol
         decay = min(recipe.average_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            left = (time.monotonic() - begin) / (step + 1 - started) * (recipe.steps - step - 1)
-            print(
-                f"{regime or 'clean'} {step + 1}/{recipe.steps} loss {sum(losses) / len(losses):.4f} left {left:.0f} s",
-                flush=True,
-            )
-            losses = []
-        if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
+        if (step + 1) % recipe.checkpointing_steps == 0 or step + 1 == recipe.steps:
+            print(f"{state_file.stem}: step {step + 1}, loss {loss.item():.4f}", flush=True)
             _save(state_file, parameters, average, optimizer, step + 1)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(average[name])
     modules.eval()
+
+
+def _loss(
+    pipeline: WanPipeline, transformer: nn.Module, corpus: tuple[Tensor, list[str]], recipe: Recipe, step: int
+) -> Tensor:
+    """Flow matching loss of a step; whatever is random in it follows from the recipe's seed and the step."""
+    generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)
+    latents, captions = corpus
+    rows = torch.randint(recipe.corpus_size, (recipe.batch_size,), generator=generator)
+    latents = latents[rows]
+    dropped = (torch.rand(recipe.batch_size, generator=generator) < recipe.caption_dropout).tolist()
+    prompts = ["" if drop else captions[row] for drop, row in zip(dropped, rows.tolist(), strict=True)]
+    t = torch.sigmoid(torch.randn(recipe.batch_size, generator=generator))
+    t = recipe.shift * t / (1 + (recipe.shift - 1) * t)
+    noise = torch.randn(latents.shape, generator=generator)
+    mix = t.view(-1, 1, 1, 1, 1)
+    noisy = latents * (1 - mix) + noise * mix
+    prediction = transformer(noisy, t * 1000, encode_words(pipeline, prompts), return_dict=False)[0]
+    return (prediction - (noise - latents)).square().mean()
 
 
 def _schedule(step: int, recipe: Recipe) -> float:
@@ -236,19 +240,17 @@ def pretrain(output_dir: str = "runs/pretrain") -> None:
     Args:
         output_dir: training states, and what is shipped as halo_fast/demo/weights: graded, patchy and the meters.
     """
-    from halo_fast.demo import calibrate, read_pipeline
+    from halo_fast.demo import BASES, calibrate, read_pipeline
 
     folder = Path(output_dir)
     if not (folder / "meters.json").exists():
         calibrate.train_meters(build_pipeline().vae, folder)
-    for regime, recipe in (("graded", GRADED), ("patchy", PATCHY)):
+    for base in BASES:
         pipeline = build_pipeline()
-        train_base(pipeline, None, CLEAN, folder / "clean.training")
-        train_base(pipeline, regime, recipe, folder / f"{regime}.training")
-        save_base(pipeline, folder / regime)
-        written = {
-            "clean": asdict(CLEAN),
-            regime: asdict(recipe),
-            "measured": measure_base(read_pipeline(folder / regime)),
-        }
-        write_json(folder / regime / "recipe.json", written)
+        phases = ("strokes", "shapes", base)
+        for phase in phases:
+            train_phase(pipeline, RECIPES[phase], folder / "states" / f"{phase}.safetensors")
+        save_base(pipeline, folder / base)
+        measured = measure_base(read_pipeline(folder / base))
+        recipe = {"phases": {phase: asdict(RECIPES[phase]) for phase in phases}, "measured": measured}
+        write_json(folder / base / "recipe.json", recipe)
