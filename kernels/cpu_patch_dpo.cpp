@@ -75,49 +75,79 @@ HALO_INLINE void narrow(float x, fp16& to) {
     to.bits = static_cast<uint16_t>((magnitude >= 0x477ff000u ? large : finite) | ((bits >> 16) & 0x8000u));
 }
 
+constexpr int64_t cache_line = 64;
+
 // ---- rows: the only loops over latent elements
 
+// Four lines of the latent are read at a time: the sums are loaded and stored less often, and more reads are under way at once.
+
 template <class T>
-HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, const T* __restrict policy, const T* __restrict reference,
-                               const T* __restrict target, int64_t count) {
+struct Lines {
+    const T* data;
+    int64_t step;  // elements from one line to the next
+};
+
+template <int lines, class T>
+HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, Lines<T> policy, Lines<T> reference, Lines<T> target, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const auto o = widen(policy[i]), o_ref = widen(reference[i]), tau = widen(target[i]);
-        sum[i] += (o_ref - o) * ((o - tau) + (o_ref - tau));
+        auto total = sum[i];
+        for (int k = 0; k < lines; ++k) {
+            const auto o = widen(policy.data[i + k * policy.step]), o_ref = widen(reference.data[i + k * reference.step]);
+            const auto tau = widen(target.data[i + k * target.step]);
+            total += (o_ref - o) * ((o - tau) + (o_ref - tau));
+        }
+        sum[i] = total;
     }
 }
 
-template <class T>
-HALO_INLINE void add_error(Accumulate<T>* __restrict sum, const T* __restrict prediction, const T* __restrict target,
-                           int64_t count) {
+template <int lines, class T>
+HALO_INLINE void add_error(Accumulate<T>* __restrict sum, Lines<T> prediction, Lines<T> target, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const auto residual = widen(prediction[i]) - widen(target[i]);
-        sum[i] += residual * residual;
+        auto total = sum[i];
+        for (int k = 0; k < lines; ++k) {
+            const auto residual = widen(prediction.data[i + k * prediction.step]) - widen(target.data[i + k * target.step]);
+            total += residual * residual;
+        }
+        sum[i] = total;
     }
 }
 
+template <class T, class... Others>
+HALO_INLINE void advance(int64_t lines, Lines<T>& first, Others&... others) {
+    first.data += lines * first.step;
+    if constexpr (sizeof...(others) > 0) advance(lines, others...);
+}
+
+// Stores that cross a cache line are dear, so the first few elements are taken apart.
 template <class T>
 HALO_INLINE void write_gradient(T* __restrict gradient, const T* __restrict prediction, const T* __restrict target,
                                 const Accumulate<T>* __restrict scale, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(gradient) % cache_line);
+    const int64_t head = std::min(count, (cache_line - past) % cache_line / static_cast<int64_t>(sizeof(T)));
+    for (int64_t i = 0; i < head; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
+    for (int64_t i = head; i < count; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
 }
 
 template <class T>
 struct Rows {
-    void (*log_ratio)(Accumulate<T>*, const T*, const T*, const T*, int64_t);
-    void (*error)(Accumulate<T>*, const T*, const T*, int64_t);
+    void (*log_ratio)(Accumulate<T>*, Lines<T>, Lines<T>, Lines<T>, int64_t, int64_t);
+    void (*error)(Accumulate<T>*, Lines<T>, Lines<T>, int64_t, int64_t);
     void (*gradient)(T*, const T*, const T*, const Accumulate<T>*, int64_t);
 };
 
 #define HALO_ROWS(NAME, TARGET)                                                                                         \
     template <class T>                                                                                                  \
     struct NAME {                                                                                                       \
-        TARGET static void log_ratio(Accumulate<T>* sum, const T* o, const T* o_ref, const T* tau, int64_t count) {     \
-            add_log_ratio(sum, o, o_ref, tau, count);                                                                   \
+        using A = Accumulate<T>;                                                                                        \
+        TARGET static void log_ratio(A* sum, Lines<T> o, Lines<T> o_ref, Lines<T> tau, int64_t lines, int64_t count) {  \
+            for (; lines >= 4; lines -= 4, advance(4, o, o_ref, tau)) add_log_ratio<4>(sum, o, o_ref, tau, count);      \
+            for (; lines >= 1; lines -= 1, advance(1, o, o_ref, tau)) add_log_ratio<1>(sum, o, o_ref, tau, count);      \
         }                                                                                                               \
-        TARGET static void error(Accumulate<T>* sum, const T* o, const T* tau, int64_t count) {                         \
-            add_error(sum, o, tau, count);                                                                              \
+        TARGET static void error(A* sum, Lines<T> o, Lines<T> tau, int64_t lines, int64_t count) {                      \
+            for (; lines >= 4; lines -= 4, advance(4, o, tau)) add_error<4>(sum, o, tau, count);                        \
+            for (; lines >= 1; lines -= 1, advance(1, o, tau)) add_error<1>(sum, o, tau, count);                        \
         }                                                                                                               \
-        TARGET static void gradient(T* out, const T* o, const T* tau, const Accumulate<T>* scale, int64_t count) {      \
+        TARGET static void gradient(T* out, const T* o, const T* tau, const A* scale, int64_t count) {                  \
             write_gradient(out, o, tau, scale, count);                                                                  \
         }                                                                                                               \
         static constexpr Rows<T> rows{log_ratio, error, gradient};                                                      \
@@ -272,15 +302,32 @@ void finish(const Geometry& g, const double* partial, A* out, int threads) {
     }
 }
 
+// One stretch of `size` elements for each thread, beginning on a cache line.
+template <class A>
+class PerThread {
+   public:
+    PerThread(int threads, int64_t size)
+        : step_((size * static_cast<int64_t>(sizeof(A)) + cache_line - 1) / cache_line * cache_line), room_(threads * step_ + cache_line) {}
+
+    A* mine() {
+        const auto at = reinterpret_cast<uintptr_t>(room_.data()) + cache_line - 1;
+        return reinterpret_cast<A*>(at / cache_line * cache_line + static_cast<uintptr_t>(thread_index() * step_));
+    }
+
+   private:
+    int64_t step_;
+    std::vector<char> room_;
+};
+
 template <class T>
 void forward(const Geometry& g, View<const T> policy, View<const T> reference, View<const T> target, Accumulate<T>* out,
              int threads) {
     using A = Accumulate<T>;
     const Rows<T> rows = rows_in_use<T>();
     const int64_t block = g.rows_per_task * g.W;
-    std::vector<A> sums(threads * block);
-    std::vector<double> columns(threads * g.W);
-    std::vector<T> packs(threads * 3 * g.W);
+    PerThread<A> sums(threads, block);
+    PerThread<double> columns(threads, g.W);
+    PerThread<T> packs(threads, 3 * g.W);
     std::vector<double> partial(g.N * g.pieces() * g.H * g.w);
     const bool error_only = reference.data == nullptr;
     const bool whole = rows_follow_each_other(g.W, policy, target) && (error_only || rows_follow_each_other(g.W, reference));
@@ -288,24 +335,28 @@ void forward(const Geometry& g, View<const T> policy, View<const T> reference, V
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
         const Task task(g, index);
-        A* sum = sums.data() + thread_index() * block;
-        T* pack = packs.data() + thread_index() * 3 * g.W;
+        A* sum = sums.mine();
+        T* pack = packs.mine();
         std::fill(sum, sum + block, A(0));
-        const int64_t step = whole ? task.last - task.first : 1;
-        for (int64_t c = 0; c < g.C; ++c)
-            for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
-                for (int64_t h = task.first; h < task.last; h += step) {
+        const Span frames = g.frames[task.piece];
+        const int64_t rows_at_once = whole ? task.last - task.first : 1, depth = frames.end - frames.begin;
+        // Lines in the order channel, frame: all channels of one frame, or the frames of one channel, in one go.
+        const int along = whole ? (depth == 1 ? 1 : 2) : 4;
+        const int64_t lines = along == 1 ? g.C : along == 2 ? depth : 1;
+        for (int64_t c = 0; c < g.C; c += along == 1 ? g.C : 1)
+            for (int64_t f = frames.begin; f < frames.end; f += along == 2 ? depth : 1)
+                for (int64_t h = task.first; h < task.last; h += rows_at_once) {
+                    const auto at = [&](const View<const T>& view, T* buffer) {
+                        return Lines<T>{packed_row(view, view.at(task.n, c, f, h), g.W, buffer), view.stride[along]};
+                    };
                     A* to = sum + (h - task.first) * g.W;
-                    const T* o = packed_row(policy, policy.at(task.n, c, f, h), g.W, pack);
-                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
-                    if (error_only) {
-                        rows.error(to, o, tau, step * g.W);
-                        continue;
-                    }
-                    const T* o_ref = packed_row(reference, reference.at(task.n, c, f, h), g.W, pack + 2 * g.W);
-                    rows.log_ratio(to, o, o_ref, tau, step * g.W);
+                    const Lines<T> o = at(policy, pack), tau = at(target, pack + g.W);
+                    if (error_only)
+                        rows.error(to, o, tau, lines, rows_at_once * g.W);
+                    else
+                        rows.log_ratio(to, o, at(reference, pack + 2 * g.W), tau, lines, rows_at_once * g.W);
                 }
-        fold(g, task, sum, columns.data() + thread_index() * g.W, partial.data());
+        fold(g, task, sum, columns.mine(), partial.data());
     }
     finish(g, partial.data(), out, threads);
 }
@@ -335,15 +386,15 @@ void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> predic
     using A = Accumulate<T>;
     const Rows<T> rows = rows_in_use<T>();
     const int64_t block = g.rows_per_task * g.W;
-    std::vector<A> scales(threads * block);
-    std::vector<T> packs(threads * 3 * g.W);
+    PerThread<A> scales(threads, block);
+    PerThread<T> packs(threads, 3 * g.W);
     const bool whole = rows_follow_each_other(g.W, prediction, target, gradient);
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
         const Task task(g, index);
-        A* scale = scales.data() + thread_index() * block;
-        T* pack = packs.data() + thread_index() * 3 * g.W;
+        A* scale = scales.mine();
+        T* pack = packs.mine();
         spread(g, task, grad, scale);
         const int64_t step = whole ? task.last - task.first : 1;
         for (int64_t c = 0; c < g.C; ++c)
