@@ -45,8 +45,10 @@ def _library() -> ctypes.CDLL:
     return _bind(spec.origin)
 
 
-def unavailable_reason() -> str | None:
-    """Why the C++ kernels cannot be used, or None."""
+def unavailable(device: torch.device) -> str | None:
+    """Why the C++ kernels cannot run on `device`, or None."""
+    if device.type != "cpu":
+        return f"they run on cpu tensors only, not on {device.type}"
     try:
         _library()
     except (ImportError, OSError) as error:

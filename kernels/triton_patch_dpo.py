@@ -56,12 +56,10 @@ def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> 
     return forward_bytes(shape, grid, itemsize, 3)
 
 
-def unavailable_reason() -> str | None:
-    """Why Triton cannot run here, or None."""
-    if not INTERPRETED and not torch.accelerator.is_available():
-        return (
-            "Triton has no code generator for CPUs: there it only runs interpreted, with TRITON_INTERPRET=1 (for tests)"
-        )
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, or None."""
+    if device.type == "cpu" and not INTERPRETED:
+        return "Triton has no code generator for CPUs: there it only runs interpreted, with TRITON_INTERPRET=1 (for tests)"
     return None
 
 
