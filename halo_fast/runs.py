@@ -267,7 +267,11 @@ class Stage:
         write_json(self.folder / _MANIFEST, manifest)
         (self.folder / _PENDING).unlink()
         self.done = True
-        told = ", ".join(f"{value:,g} {label.replace('_', ' ')}" for label, value in counts.items())
+        rounded = {
+            label.replace("_", " "): f"{value:.3g}" if isinstance(value, float) else value
+            for label, value in counts.items()
+        }
+        told = ", ".join(f"{value} {label}" for label, value in rounded.items())
         print(f"{self.name}: finished, {told or 'nothing to count'} ({self.folder})", file=sys.stderr)
 
     def _read(self, name: str) -> dict[str, Any] | None:

@@ -186,11 +186,11 @@ def test_text_from_users_is_escaped(page):
 
 
 def test_a_missing_key_leaves_its_row_out(tmp_path):
-    few = {"base_defect_rate": 0.5, "aligned_defect_rate": 0.25}
+    few = {"base_defect_rate": 0.5, "aligned_defect_rate": -0.001}
     run = make_run(tmp_path, few, prompts=1)
     write_report(run.config, run)
     text = " ".join(Elements((run.path / "report" / "report.html").read_text()).text.split())
-    assert "50% → 25%" in text
+    assert "50% → 0%" in text
     for words in ("mitigated", "Spearman", "what the prompt names", "motion"):
         assert words not in text
 

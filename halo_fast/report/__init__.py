@@ -62,7 +62,7 @@ def _page(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
+    environment.filters["percent"] = lambda share: f"{round(100 * share)}%"
     return environment.get_template("page.html.j2").render(**content)
 
 
