@@ -274,7 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--latents", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--check", action="store_true", help="print and judge, but leave the committed CSV alone")
     choice = parser.parse_args()
     rows = matrix(choice.targets, choice.latents, choice.dtypes)
@@ -287,7 +287,11 @@ def main() -> int:
     _print(model)
     if not choice.check:
         stamp = {"source": source_hash(), "triton": triton.__version__}
-        _write(RESULTS / "resources.csv", [row | stamp for row in rows])
+        path = RESULTS / "resources.csv"
+        before = list(csv.DictReader(path.open())) if path.exists() else []
+        # targets that were compiled earlier from the same source stay, so that the matrix can be made target by target
+        kept = [row for row in before if row["source"] == stamp["source"] and row["target"] not in choice.targets]
+        _write(path, [*kept, *(row | stamp for row in rows)])
         _write(RESULTS / "resources_predicted.csv", model)
     broken = {key: overruns(row) for key, row in short.items() if overruns(row)}
     for key, reasons in broken.items():
