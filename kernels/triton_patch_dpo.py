@@ -59,7 +59,9 @@ def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> 
 def unavailable(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`, or None."""
     if device.type == "cpu" and not INTERPRETED:
-        return "Triton has no code generator for CPUs: there it only runs interpreted, with TRITON_INTERPRET=1 (for tests)"
+        return (
+            "Triton has no code generator for CPUs: there it only runs interpreted, with TRITON_INTERPRET=1 (for tests)"
+        )
     return None
 
 
@@ -738,7 +740,7 @@ def gran_dpo_table(
             sft_weight=sft_weight,
             patch_sft_weight=patch_sft_weight,
             PAIRS=pair_block,
-            PATCHES=min(2048 // pair_block, max(16, triton.next_power_of_2(patches))),
+            PATCHES=min((1024 if pair_block > 1 else 2048) // pair_block, max(16, triton.next_power_of_2(patches))),
             ACCUMULATE=_accumulate(log_ratio.dtype)[1],
             num_warps=8,
             enable_fp_fusion=True,

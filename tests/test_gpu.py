@@ -106,7 +106,7 @@ def test_captured_in_a_graph(device):
     def step():
         with using_backend("triton"):
             loss = gran_dpo(static[0], static[2], static[1], *labels).loss
-        return loss.detach(), torch.autograd.grad(loss, static[0])[0]
+            return loss.detach(), torch.autograd.grad(loss, static[0])[0]
 
     if device == "cuda":
         side = torch.cuda.Stream()
