@@ -35,7 +35,7 @@ class GenerateConfig:
         fps: frames a second of the mp4 files.
     """
 
-    num_prompts: int = 96
+    num_prompts: int = 192
     num_videos_per_prompt: int = 2
     batch_size: int = 32
     num_inference_steps: int = 16
@@ -137,10 +137,10 @@ class ObjectiveConfig:
         patch_sft_weight: supervised term on the winning patches.
     """
 
-    video_weight: float = 1.0
+    video_weight: float = 0.05
     patch_weight: float = 1.0
-    video_beta: float = 400.0
-    patch_beta: float | None = 40.0
+    video_beta: float = 100.0
+    patch_beta: float | None = 10.0
     patch_gamma: float = 0.0
     patch_delta: float = 0.4
     video_delta: float = 0.0
@@ -170,9 +170,9 @@ class TrainConfig:
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-3
     lr_warmup_steps: int = 10
-    max_train_steps: int = 100
+    max_train_steps: int = 120
     train_batch_size: int = 16
     rank: int = 16
     lora_alpha: int = 16

@@ -101,8 +101,9 @@ def test_meters_on_clean_clips():
     assert DefectMeter.load()(videos, prompts)[0].mean() < 0.02
     shown = FidelityMeter.load()(videos, prompts)
     assert shown["fidelity_correct"].mean() > 0.95
-    expected = torch.tensor([world.SPEEDS[world.parse(prompt)[2]] * 8 for prompt in prompts])
-    torch.testing.assert_close(shown["motion_amount"].mean(), expected.mean(), atol=0.4, rtol=0)
+    travel = torch.tensor([world.SPEEDS[world.parse(prompt)[2]] * 8 for prompt in prompts])
+    for speed in travel.unique():
+        torch.testing.assert_close(shown["motion_amount"][travel == speed].mean(), speed, atol=1.0, rtol=0)
     others = prompts[1:] + prompts[:1]
     digits = torch.tensor([world.parse(a)[0] != world.parse(b)[0] for a, b in zip(prompts, others, strict=True)])
     assert FidelityMeter.load()(videos, others)["digit_correct"][digits].mean() < 0.05

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 __all__ = ["BlockAutoencoder"]
 
 
-class BlockAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class BlockAutoencoder(ModelMixin, ConfigMixin):
     """Video [N, 3, 1 + 4k, 8h, 8w] in [-1, 1] <-> latent [N, z_dim, 1 + k, h, w], both maps linear."""
 
     @register_to_config
@@ -48,28 +48,29 @@ class BlockAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, video: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The code of a video; its distribution has no spread to speak of."""
-        first, groups = self.blocks(video)
-        code = torch.cat(
-            (
-                ((first - self.first_mean) @ self.first_basis)[:, None],
-                (groups - self.group_mean) @ self.group_basis,
-            ),
-            dim=1,
-        ).permute(0, 4, 1, 2, 3)
+        code = self.code(video)
         posterior = DiagonalGaussianDistribution(torch.cat((code, torch.full_like(code, -30.0)), dim=1))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """The video of a code, clamped to [-1, 1]."""
-        size, group = self.config.scale_factor_spatial, self.config.scale_factor_temporal
-        code = latent.permute(0, 2, 3, 4, 1)
-        first = code[:, :1] @ self.first_basis.T + self.first_mean  # [N, 1, h, w, 3*64]
-        groups = code[:, 1:] @ self.group_basis.T + self.group_mean
-        first = first.unflatten(-1, (1, 3, size, size))
-        groups = groups.unflatten(-1, (group, 3, size, size))
-        frames = torch.cat([part.permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 2) for part in (first, groups)], dim=1)
-        video = frames.permute(0, 4, 1, 2, 5, 3, 6).flatten(-2).flatten(-3, -2).clamp(-1, 1)
+        video = self.pixels(latent)
         return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def code(self, video: Tensor) -> Tensor:
+        """`encode` without the wrapping: [N, z_dim, 1 + k, h, w]."""
+        first, groups = self.blocks(video)
+        code = ((first - self.first_mean) @ self.first_basis)[:, None], (groups - self.group_mean) @ self.group_basis
+        return torch.cat(code, dim=1).permute(0, 4, 1, 2, 3)
+
+    def pixels(self, code: Tensor) -> Tensor:
+        """`decode` without the wrapping: [N, 3, 1 + 4k, 8h, 8w], clamped to [-1, 1]."""
+        size, group = self.config.scale_factor_spatial, self.config.scale_factor_temporal
+        code = code.permute(0, 2, 3, 4, 1)
+        first = (code[:, :1] @ self.first_basis.T + self.first_mean).unflatten(-1, (1, 3, size, size))
+        groups = (code[:, 1:] @ self.group_basis.T + self.group_mean).unflatten(-1, (group, 3, size, size))
+        frames = torch.cat([part.permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 2) for part in (first, groups)], dim=1)
+        return frames.permute(0, 4, 1, 2, 5, 3, 6).flatten(-2).flatten(-3, -2).clamp(-1, 1)
 
     @classmethod
     @torch.no_grad()
@@ -88,7 +89,7 @@ class BlockAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             mean.copy_(rows.mean(dim=0))
             centred = (rows - mean).double()
             basis.copy_(torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :z_dim])
-        code = model.encode(video).latent_dist.mode()
+        code = model.code(video)
         deviation = code.std(dim=(0, 2, 3, 4))
         scale = deviation.sqrt() * (deviation / deviation.sqrt()).square().mean().sqrt()
         model.register_to_config(latents_mean=code.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=scale.tolist())

@@ -168,14 +168,14 @@ def _section(regime: str, folder: Path, bootstrap: int) -> dict[str, Any]:
     count = base["severity"].shape[1]
     draws = []
     for _ in range(bootstrap):
-        columns = rng.integers(count, size=count)
+        columns = np.asarray(rng.integers(count, size=count), dtype=np.int64)
         # seeds are resampled within each arm, prompts alike in all of them, so that differences are paired by prompt
         rows = {arm: rng.integers(len(arms[arm]["severity"]), size=len(arms[arm]["severity"])) for arm in ARMS}
         draws.append({arm: (mitigated(arm, rows[arm], columns), fidelity(arm, rows[arm], columns)) for arm in ARMS})
-    everything = np.arange(count)
+    everything = np.arange(count, dtype=np.int64)
     result: dict[str, Any] = {"regime": regime, "clean": clean, "rows": [], "differences": []}
     for arm in ARMS:
-        seeds = np.arange(len(arms[arm]["severity"]))
+        seeds = np.arange(len(arms[arm]["severity"]), dtype=np.int64)
         values = np.array([draw[arm] for draw in draws])
         low, high = np.quantile(values, [0.025, 0.975], axis=0)
         best = np.array([draw[BEST] for draw in draws]) - values
@@ -187,7 +187,7 @@ def _section(regime: str, folder: Path, bootstrap: int) -> dict[str, Any]:
                 "mitigated": (mitigated(arm, seeds, everything), low[0], high[0]),
                 "fidelity": (fidelity(arm, seeds, everything), low[1], high[1]),
                 "motion_ratio": means["motion_amount"] / float(base["motion_amount"].mean()),
-                "by_seed": [mitigated(arm, seeds[[index]], everything) for index in range(len(seeds))],
+                "by_seed": [mitigated(arm, np.array([seed]), everything) for seed in seeds],
                 **{name: means[name] for name in ("severity", "defective", "digit", "colour", "motion")},
             }
         )

@@ -61,6 +61,21 @@ def evidence(video: Tensor, attributes: tuple[world.Attributes, ...]) -> Tensor:
     return torch.cat((difference, ink, foreign, ink - expected), dim=2).flatten(1, 2)
 
 
+class _Stage(nn.Module):
+    """Two convolutions, the first told what the prompt names."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(inner, outer, 3, stride=stride, padding=1)
+        self.refine = nn.Conv2d(outer, outer, 3, padding=1)
+        self.prompt = nn.Linear(25, outer)
+        self.norm = nn.GroupNorm(8, outer)
+
+    def forward(self, hidden: Tensor, code: Tensor) -> Tensor:
+        hidden = F.silu(self.norm(self.mix(hidden) + self.prompt(code)[:, :, None, None]))
+        return hidden + F.silu(self.refine(hidden))
+
+
 class DefectMeter(nn.Module):
     """Severity of each patch, in [0, 1], and its split by kind of defect, from pixels and prompt."""
 
@@ -71,15 +86,8 @@ class DefectMeter(nn.Module):
         super().__init__()
         widths = (6 * world.NUM_FRAMES, 48, 64, 96, 128)
         self.stages = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "mix": nn.Conv2d(inner, outer, 3, stride=1 if stage == 0 else 2, padding=1),
-                    "refine": nn.Conv2d(outer, outer, 3, padding=1),
-                    "prompt": nn.Linear(25, outer),
-                    "norm": nn.GroupNorm(8, outer),
-                }
-            )
-            for stage, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            _Stage(inner, outer, stride=1 if index == 0 else 2)
+            for index, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True))
         )
         self.head = nn.Conv2d(widths[-1], GRID[0] * (1 + len(KINDS)), 3, padding=1)
 
@@ -93,9 +101,7 @@ class DefectMeter(nn.Module):
         """Video [N, 9, 3, 32, 32] in [0, 1] -> raw estimates [N, 1 + K, 3, 4, 4]: total severity, then by kind."""
         hidden, code = evidence(video, attributes), _attribute_codes(attributes)
         for stage in self.stages:
-            hidden = stage["mix"](hidden) + stage["prompt"](code)[:, :, None, None]
-            hidden = F.silu(stage["norm"](hidden))
-            hidden = hidden + F.silu(stage["refine"](hidden))
+            hidden = stage(hidden, code)
         return self.head(hidden).unflatten(1, (1 + len(KINDS), GRID[0]))
 
     @torch.no_grad()

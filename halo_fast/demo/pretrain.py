@@ -9,6 +9,7 @@ with `recipe.json` beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def encode_words(pipeline: WanPipeline, prompts: list[str]) -> Tensor:
 
 def encode_clips(vae: BlockAutoencoder, video: Tensor) -> Tensor:
     """Clips [N, 9, 3, 32, 32] in [0, 1] -> normalised latents [N, 96, 3, 4, 4]."""
-    code = vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    code = vae.code(video.transpose(1, 2) * 2 - 1)
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
@@ -150,7 +151,7 @@ def train_phase(pipeline: WanPipeline, recipe: Recipe, state_file: Path) -> None
 
 
 def _loss(
-    pipeline: WanPipeline, transformer: nn.Module, corpus: tuple[Tensor, list[str]], recipe: Recipe, step: int
+    pipeline: WanPipeline, transformer: Callable[..., Any], corpus: tuple[Tensor, list[str]], recipe: Recipe, step: int
 ) -> Tensor:
     """Flow matching loss of a step; whatever is random in it follows from the recipe's seed and the step."""
     generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)

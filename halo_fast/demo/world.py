@@ -51,7 +51,7 @@ def parse(prompt: str) -> Attributes:
     well_formed = len(words) == 9 and (words[0], words[5], words[6], words[8]) == ("a", "over", "a", "field")
     if well_formed:
         attributes: Attributes = (words[2], words[1], words[3], words[4], words[7])
-        known = (DIGITS, COLOURS, SPEEDS, DIRECTIONS, BACKGROUNDS)
+        known = (DIGITS, tuple(COLOURS), tuple(SPEEDS), tuple(DIRECTIONS), BACKGROUNDS)
         if all(word in names for word, names in zip(attributes, known, strict=True)):
             return attributes
     raise ValueError(
