@@ -740,7 +740,7 @@ def gran_dpo_table(
             sft_weight=sft_weight,
             patch_sft_weight=patch_sft_weight,
             PAIRS=pair_block,
-            PATCHES=min((1024 if pair_block > 1 else 2048) // pair_block, max(16, triton.next_power_of_2(patches))),
+            PATCHES=min(1024 // pair_block, max(16, triton.next_power_of_2(patches))),
             ACCUMULATE=_accumulate(log_ratio.dtype)[1],
             num_warps=8,
             enable_fp_fusion=True,
