@@ -11,6 +11,7 @@ tensors as large as those that the forward and the backward must move.
 
 import argparse
 import csv
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -126,23 +127,28 @@ def peak_bytes(loss: Loss, data: tuple[Tensor, ...]) -> int:
     return peak
 
 
-def one_round(name: str, loss: Loss, data: tuple[Tensor, ...]) -> dict[str, float]:
-    start = time.perf_counter()
+def now() -> float:
+    """With one thread its own CPU time, to which other programs on the machine add nothing; else the wall clock."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def one_round(loss: Loss, data: tuple[Tensor, ...]) -> dict[str, float]:
+    start = now()
     value = loss(*data)
-    middle = time.perf_counter()
+    middle = now()
     gradient = torch.autograd.grad(value, data[0])
-    end = time.perf_counter()
+    end = now()
     del gradient
     return {"forward": middle - start, "backward": end - middle, "both": end - start}
 
 
 def floor_round(data: tuple[Tensor, ...], out: Tensor) -> dict[str, float]:
     prediction, target, ref = (x.detach() for x in data[:3])
-    start = time.perf_counter()
+    start = now()
     torch.add(prediction, ref, out=out)
-    middle = time.perf_counter()
+    middle = now()
     torch.add(prediction, target, out=out)
-    end = time.perf_counter()
+    end = now()
     return {"forward": middle - start, "backward": end - middle, "both": end - start}
 
 
@@ -164,7 +170,7 @@ def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[
     names = list(times)
     for turn in range(rounds + 3):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = floor_round(data, out) if name == "floor" else one_round(name, providers[name], data)
+            took = floor_round(data, out) if name == "floor" else one_round(providers[name], data)
             if turn >= 3:
                 times[name].append(took)
     rows = []
@@ -173,7 +179,7 @@ def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[
             low, middle, high = _quantiles([one[mode] for one in taken])
             row: dict[str, Any] = {
                 "latent": latent,
-                "dtype": str(dtype)[6:],
+                "dtype": str(dtype).removeprefix("torch."),
                 "threads": threads,
                 "provider": name,
                 "mode": mode,
@@ -192,6 +198,16 @@ def _quantiles(seconds: list[float]) -> tuple[float, float, float]:
     return cuts[1], cuts[4], cuts[7]
 
 
+def keep_freed_memory() -> str:
+    """Lets glibc keep what is freed: else each provider pays page faults that depend on who ran before it."""
+    if platform.libc_ver()[0] != "glibc":
+        return "as the system does"
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_threshold, 2**25)
+    return "kept by the process" if done else "as the system does"
+
+
 def conditions() -> dict[str, str]:
     """What the numbers depend on."""
     model = platform.processor() or platform.machine()
@@ -207,6 +223,7 @@ def conditions() -> dict[str, str]:
         "torch": torch.__version__,
         "halo_fast": importlib.metadata.version("halo_fast"),
         "commit": commit,
+        "freed memory": keep_freed_memory(),
         "load": f"{os.getloadavg()[0]:.2f}",
         "date": time.strftime("%Y-%m-%d"),
     }
