@@ -163,6 +163,7 @@ def _metrics(config: Config, columns: dict[str, np.ndarray], count: int, clean: 
         metrics[name] = {key: float(arm[key].mean()) for key in arm if key.startswith(("video_", "patch_"))}
     # against a meter that is the reward model itself this would say nothing
     if config.evaluate.meter != "reward":
-        metrics["patch_spearman"] = spearman(columns["patch_quality"], -columns["severity"])
-        metrics["patch_spearman_base"] = spearman(base["patch_quality"], -base["severity"])
+        # the reward model judges candidates of the base; on aligned clips, nearly all sound, ranks are mostly noise
+        metrics["patch_spearman"] = spearman(base["patch_quality"], -base["severity"])
+        metrics["patch_spearman_aligned"] = spearman(aligned["patch_quality"], -aligned["severity"])
     return metrics

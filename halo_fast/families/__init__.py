@@ -130,6 +130,12 @@ def family_of(pipeline: Any) -> Family:
 
 def source(name: str) -> Path | str:
     """What identifies a model as a stage's input: its folder, or the name of one that is not a local folder."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    # their bars tell of files, not of work, and would stand between ours
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if name.startswith("demo:"):
         from halo_fast.demo import WEIGHTS
 
@@ -147,6 +153,12 @@ def load(name: str, device: str | None = None) -> Family:
     Raises:
         UserError: nothing loadable under that name, or no family for it.
     """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    # their bars tell of files, not of work, and would stand between ours
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if name.startswith("demo:"):
         from halo_fast.demo import load_pipeline
 
