@@ -214,6 +214,9 @@ def _document(
         "*Mitigated* is the share of the base's mean severity that is gone, less the meter's reading on clean clips. "
         "*Fidelity* is the share of clips that show digit, colour and motion of the prompt, all three, by a classifier "
         "that has never seen a defect. All figures but the motion ratio are percentages.",
+        "",
+        "Weights, betas and learning rate were chosen on prompts of the training split, with the graded base, and are the "
+        "same for all arms; rewards are the trained reward model's, not the meter's.",
     ]
     for section in sections:
         lines += [
