@@ -33,9 +33,13 @@ class PatchGrid:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 3:
+        if not isinstance(self.grid, tuple | list) or len(self.grid) != 3:
             raise ValueError(f"grid must be (frames, rows, columns); got {self.grid!r}")
+        if any(isinstance(count, float) for count in self.grid):
+            raise ValueError(f"grid must be three integers; got {self.grid!r}")
         for name in ("num_frames", "height", "width", "spatial_factor", "temporal_factor"):
+            if isinstance(getattr(self, name), float):
+                raise ValueError(f"{name} must be an integer; got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("height", "width"):
@@ -103,20 +107,27 @@ class PatchGrid:
         """Mean of a heatmap [..., T, Y, X] over the pixel box of each patch: [..., f, h, w].
 
         The heatmap may have any resolution: its cells divide the video evenly, and a cell counts by the share of its
-        area inside the patch. NaN cells are unlabelled and left out; a patch of nothing else is NaN. Float;
-        differentiable.
+        area inside the patch. NaN cells are unlabelled and left out; a patch of nothing else is NaN. Float, summed in
+        float32 or float64 and returned in its own dtype; differentiable.
         """
-        if heatmap.ndim < 3 or not heatmap.is_floating_point():
-            raise ValueError(f"heatmap must be float [..., T, Y, X]; got {heatmap.dtype} {tuple(heatmap.shape)}")
-        labelled = ~heatmap.isnan()
-        sums = self._overlap_sum(torch.where(labelled, heatmap, 0.0))
-        return sums / self._overlap_sum(labelled.to(heatmap.dtype))
+        if heatmap.ndim < 3 or not heatmap.is_floating_point() or 0 in heatmap.shape[-3:]:
+            raise ValueError(
+                f"heatmap must be float [..., T, Y, X] with no empty side; got {heatmap.dtype} {tuple(heatmap.shape)}"
+            )
+        # pixel numbers are no bfloat16 numbers, and a sum of pixels no float16 number
+        wide = heatmap.to(torch.promote_types(heatmap.dtype, torch.float32))
+        labelled = ~wide.isnan()
+        sums = self._overlap_sum(torch.where(labelled, wide, 0.0))
+        areas = self._overlap_sum(labelled.to(wide.dtype))
+        # 0 / 0 would be the same NaN, but its gradient would reach the cells of every other patch
+        mean = torch.where(areas > 0, sums / torch.where(areas > 0, areas, 1.0), torch.nan)
+        return mean.to(heatmap.dtype)
 
     def _overlap_sum(self, heatmap: Tensor) -> Tensor:
         for axis, length in enumerate(self._pixels()):
             cells = heatmap.shape[axis - 3]
             edges = torch.tensor(self.pixel_edges(axis), dtype=heatmap.dtype, device=heatmap.device)
-            borders = torch.arange(cells + 1, dtype=heatmap.dtype, device=heatmap.device) * (length / cells)
+            borders = torch.arange(cells + 1, dtype=heatmap.dtype, device=heatmap.device) * length / cells
             ends = torch.minimum(edges[1:, None], borders[1:])
             overlap = (ends - torch.maximum(edges[:-1, None], borders[:-1])).clamp(min=0)
             heatmap = (heatmap.movedim(axis - 3, -1) @ overlap.T).movedim(-1, axis - 3)
@@ -136,10 +147,12 @@ def guard_band(labels: Tensor, width: int = 1, tolerance: float = 0.0) -> Tensor
     """``labels`` [..., f, h, w] with NaN (unlabelled) wherever a label within ``width`` patches differs by > tolerance.
 
     An autoencoder's receptive field mixes neighbouring patches, so labels at the border of a mask are not to be
-    trusted. NaN labels stay NaN and guard nothing. Float; not differentiable. Raises ValueError for a negative width.
+    trusted. NaN labels stay NaN and guard nothing. Float; not differentiable. Raises ValueError naming the argument.
     """
     if width < 0:
         raise ValueError(f"width must be at least 0 patches; got {width}")
+    if labels.ndim < 3 or not labels.is_floating_point():
+        raise ValueError(f"labels must be float [..., f, h, w]; got {labels.dtype} {tuple(labels.shape)}")
     maps = labels.detach().reshape(-1, 1, *labels.shape[-3:])
     missing = maps.isnan()
     window = 2 * width + 1

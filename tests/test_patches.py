@@ -102,6 +102,32 @@ def test_unlabelled_pixels_are_left_out():
     assert pooled[0, 0, 0] == 2.0 and pooled[1, 1, 1].isnan() and pooled.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heatmaps_of_low_precision_are_pooled_in_float32(dtype):
+    grid = GRIDS["cogvideox, ragged"]
+    heatmap = torch.rand(49, 240, 360, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pooled = grid.pool(heatmap)
+    assert pooled.dtype == dtype
+    # one rounding of the result, not of the borders and sums on the way there
+    assert torch.equal(pooled, grid.pool(heatmap.float()).to(dtype))
+    for index in ((0, 0, 0), (3, 2, 6)):
+        frames, rows, columns = grid.pixel_box(index)
+        box = heatmap.double().repeat_interleave(2, 1).repeat_interleave(2, 2)[frames, rows, columns]
+        assert pooled[index].item() == pytest.approx(box.mean().item(), rel=torch.finfo(dtype).eps)
+
+
+def test_an_unlabelled_patch_spoils_no_gradient():
+    grid = GRIDS["demo"]
+    heatmap = torch.rand(9, 32, 32, dtype=torch.float64)
+    heatmap[1:5, 8:16, 8:16] = float("nan")
+    heatmap.requires_grad_()
+    grid.pool(heatmap).nansum().backward()
+    expected = torch.full((9, 32, 32), 1 / (4 * 64), dtype=torch.float64)
+    expected[0] = 1 / 64  # the first latent frame is one frame
+    expected[1:5, 8:16, 8:16] = 0.0
+    torch.testing.assert_close(heatmap.grad, expected)
+
+
 def test_the_guard_band_removes_labels_beside_a_border():
     labels = torch.zeros(1, 1, 8)
     labels[..., 4:] = 1.0
@@ -124,6 +150,9 @@ def test_the_guard_band_removes_labels_beside_a_border():
         (((4, 4, 4), 9, 32, 32), "grid must have 1 to 3 patches along 3 latent frames; got 4"),
         (((3, 0, 4), 9, 32, 32), "grid must have 1 to 4 patches along 4 latent rows; got 0"),
         (((3, 4), 9, 32, 32), "grid must be"),
+        ((4, 9, 32, 32), "grid must be"),
+        (((3, 4.0, 4), 9, 32, 32), "grid must be three integers"),
+        (((3, 4, 4), 9.0, 32, 32), "num_frames must be an integer; got 9.0"),
         (((3, 4, 4), 0, 32, 32), "num_frames must be at least 1"),
     ],
 )
@@ -140,6 +169,10 @@ def test_wrong_maps_and_places_say_so():
         grid.pixel_box((3, 0, 0))
     with pytest.raises(ValueError, match="heatmap must be float"):
         grid.pool(torch.zeros(9, 32, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match="heatmap must be float.*no empty side"):
+        grid.pool(torch.zeros(0, 32, 32))
+    with pytest.raises(ValueError, match="labels must be float"):
+        guard_band(torch.zeros(1, 1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="values must end"):
         grid.spread(torch.zeros(3, 4, 5))
     with pytest.raises(ValueError, match="width"):
