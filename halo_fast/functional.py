@@ -23,7 +23,8 @@ class GranDPOOutput:
         exact only if all have the same ``num_pairs``; for exact means scale it by num_pairs * world_size / (num_pairs
         summed over ranks) before backward, which DDP's average of gradients then turns into the global mean.
     patch_logits: z_p [B, f, h, w], signed by the patch's own preference: above 0 where the policy agrees.
-    video_logits: z_v [B], likewise.
+    video_logits: z_v [B], likewise; form H2, and form pooled with video_weight 0 (dense_dpo), have one logit for all
+        labels of a pair, and it stands here.
     log_ratio: -d_p [2B, f, h, w], how much closer to the target the policy is than the reference; None without
         reference.
     active: [B], 1 for each pair that counts in the mean, else 0. Unpaired objectives have N samples in place of B
@@ -67,9 +68,18 @@ class GranDPOOutput:
             values["ref_mse"] = _video(volume, error + self.log_ratio).mean()
         video, patch = objectives.preferences(self._objective, self._patch_rewards, self._video_rewards)
         logits, weights = [], []
-        if video is not None and self._objective.form != "regression":
+        if self._objective.one_logit:
+            # one logit for all labels of a pair
+            labelled = self.active
+        elif video is not None and self._objective.form != "regression":
+            labelled = (video != 0).to(error.dtype)
+        if self._objective.one_logit or (video is not None and self._objective.form != "regression"):
             logits.append(self.video_logits)
-            weights.append((video != 0).to(error.dtype))
+            weights.append(labelled)
+            accuracy = _mean(_agreement(self.video_logits), labelled)
+            values["rewards/margins"] = _mean(self.video_logits, labelled)
+            values["rewards/accuracies"] = values["implicit_acc"] = accuracy
+        if video is not None and self._objective.form != "regression":
             values |= self._video_metrics(video, volume)
         if patch is not None and self._objective.form not in ("regression", "mapo"):
             labelled = (patch != 0).to(error.dtype)
@@ -86,13 +96,7 @@ class GranDPOOutput:
 
     def _video_metrics(self, video: Tensor, volume: Tensor) -> dict[str, Tensor]:
         labelled = (video != 0).to(self.video_logits.dtype)
-        accuracy = _mean(_agreement(self.video_logits), labelled)
-        values = {
-            "rewards/margins": _mean(self.video_logits, labelled),
-            "rewards/accuracies": accuracy,
-            "implicit_acc": accuracy,
-            "video/ties": 1 - labelled.mean(),
-        }
+        values = {"video/ties": 1 - labelled.mean()}
         if self.log_ratio is None or not self._objective.paired:
             return values
         gain = _video(volume, self.log_ratio)
@@ -122,6 +126,8 @@ def _tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if hasattr(value, "to_local"):
         raise TypeError(f"{name} must be a local tensor; got a DTensor: pass {name}.to_local()")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}: pass {name}.to_dense()")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on prediction's device {like.device}; got {value.device}: move it there")
     return value
@@ -160,6 +166,8 @@ def _latent(name: str, value: object, layout: str, like: Tensor | None = None) -
 def _grid(grid: Sequence[int], latent: Tensor, name: str) -> tuple[int, ...]:
     if not isinstance(grid, tuple | list | torch.Size) or len(grid) != 3:
         raise ValueError(f"{name} must be three patch counts (frames, rows, columns); got {grid!r}")
+    if any(isinstance(count, float | str | bool | Tensor) for count in grid):
+        raise TypeError(f"{name} must be three integers (frames, rows, columns); got {grid!r}: convert them with int()")
     for side, count, length in zip(("frames", "rows", "columns"), grid, latent.shape[2:], strict=True):
         if not 1 <= count <= length:
             raise ValueError(
@@ -186,16 +194,22 @@ def _reference(value: object, prediction: Tensor, layout: str) -> Tensor:
     return latent
 
 
-def _rewards(name: str, value: object, shape: tuple[int, ...], prediction: Tensor) -> Tensor:
+def _numbers(
+    name: str, value: object, shape: tuple[int, ...], prediction: Tensor, missing: str = ", or NaN for 'not labelled'"
+) -> Tensor:
+    """Rewards or kappa in the accumulate dtype; ``missing`` says what a NaN means, "" if there must be none."""
     value = _tensor(name, value, prediction)
     _constant(name, value)
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} must be real numbers; got {value.dtype}: use 1.0 and 0.0")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
-    # Looking at values would make an accelerator wait: there an infinite reward shows as a NaN loss instead.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(torch.isinf(value).any()):
-        raise ValueError(f"{name} must be finite, or NaN for 'not labelled'; got an infinite value: drop or clip it")
+    # Looking at values would make an accelerator wait, and break a graph.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(value.isinf().any()):
+            raise ValueError(f"{name} must be finite{missing}; got an infinite value: drop or clip it")
+        if not missing and bool(value.isnan().any()):
+            raise ValueError(f"{name} must be finite; got NaN: clip it where it diverges, as timestep_weight does")
     return value.to(reference.accumulate_dtype(prediction.dtype))
 
 
@@ -374,12 +388,12 @@ def _checked(
         if reference_error is not None and shape != grid:
             raise ValueError(f"reference_error must have the patch grid {shape} of patch_rewards; got {grid}")
         grid = shape
-        patch_rewards = _rewards("patch_rewards", patch_rewards, (samples, *grid), policy)
+        patch_rewards = _numbers("patch_rewards", patch_rewards, (samples, *grid), policy)
     if video_rewards is not None:
-        video_rewards = _rewards("video_rewards", video_rewards, (samples,), policy)
+        video_rewards = _numbers("video_rewards", video_rewards, (samples,), policy)
     _check_labels(objective, patch_rewards, video_rewards)
     if kappa is not None:
-        kappa = _rewards("kappa", kappa, (samples // 2 if objective.paired else samples,), policy)
+        kappa = _numbers("kappa", kappa, (samples // 2 if objective.paired else samples,), policy, missing="")
     return {
         "prediction": policy,
         "target": _view(target, layout),
@@ -400,6 +414,21 @@ def _check_labels(objective: GranDPO, patch_rewards: Tensor | None, video_reward
         raise ValueError(f"video_rewards must be given: form {objective.form!r} takes the video's winner")
     if patch_rewards is None and objective.form in ("H3", "H4"):
         raise ValueError(f"patch_rewards must be given: form {objective.form!r} weighs patches by them")
+    if objective.form == "H2":
+        return
+    # An objective of one kind of label only, given the other kind, would be 0 for ever.
+    video = bool(objective.video_weight or objective.sft_weight)
+    patch = bool(objective.patch_weight or objective.patch_sft_weight)
+    if video_rewards is None and video and not patch:
+        raise ValueError(
+            "video_rewards must be given: the objective's patch_weight is 0, got patch_rewards only; pass "
+            "video_rewards or choose an objective with a patch term"
+        )
+    if patch_rewards is None and patch and not video:
+        raise ValueError(
+            "patch_rewards must be given: the objective's video_weight is 0, got video_rewards only; pass "
+            "patch_rewards or choose an objective with a video term"
+        )
 
 
 def gran_dpo(
@@ -438,7 +467,9 @@ def gran_dpo(
     Returns ``GranDPOOutput``; its loss is differentiable in prediction only, once, and the gradient has prediction's
     dtype: dL/do = 2 (o - tau) c_p / Z_p with the coefficients c of ``gran_dpo_coefficients``.
     Raises ValueError or TypeError naming the argument, what was expected, what came and what to do. Infinite rewards
-    are refused on the CPU; on an accelerator, where looking would stall it, they make the loss NaN.
+    are refused on the CPU. On an accelerator and inside torch.compile nobody looks, because it would stall or break the
+    graph: there an infinite gap of weight |gap|^0 is a preference like any other (the video's default), and with any
+    other gamma the loss is not finite.
     Source: own formulation after HALO, arXiv 2502.06812, and Diffusion-DPO, arXiv 2311.12908.
     """
     arguments = _checked(
@@ -490,6 +521,9 @@ def unpack_tokens(tokens: Tensor, latent_shape: Sequence[int], patch_size: Seque
     model packs inside a token. Differentiable. Raises ValueError if S is not the number of tokens.
     """
     tokens = _tensor("tokens", tokens)
+    for name, sides in (("latent_shape", latent_shape), ("patch_size", patch_size)):
+        if not isinstance(sides, tuple | list | torch.Size) or len(sides) != 3 or any(side < 1 for side in sides):
+            raise ValueError(f"{name} must be three positive integers (frames, rows, columns); got {sides!r}")
     sides = [length // patch for length, patch in zip(latent_shape, patch_size, strict=True)]
     if tokens.ndim != 3 or any(length % patch for length, patch in zip(latent_shape, patch_size, strict=True)):
         raise ValueError(

@@ -38,8 +38,8 @@ class GranDPO:
     video_weight, patch_weight: weights of the two terms, >= 0.
     video_beta, patch_beta: > 0; multiply half a MEAN squared error (``convert_beta`` translates other conventions). A
         0-d tensor may stand for a float: a schedule then compiles once. patch_beta None is video_beta / sqrt(P).
-    link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto; label_smoothing in [0, 1/2) serves the 2nd and
-        3rd.
+    link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto; label_smoothing in [0, 1/2) is for the 2nd and
+        3rd, and refused with the others.
     video_gamma, patch_gamma: exponents of the weights; video_delta, patch_delta: a reward gap up to this is a tie.
     sft_weight, patch_sft_weight, anchor_weight: supervised terms and pull to the reference, 0 unless asked for.
     loser_guard: None, or "video" or "patch": scale the loser's gradient by clip((1 - loser_guard_mu) |g_w|^2 /
@@ -66,8 +66,8 @@ class GranDPO:
     patch_sft_weight: float = 0.0
     anchor_weight: float = 0.0
     loser_guard: str | None = None
-    loser_guard_mu: float = 0.9
     form: str = "H1"
+    loser_guard_mu: float = 0.9
     patch_share: float = 0.5
     patch_temperature: float = 1.0
     defect_threshold: float | None = None
@@ -85,6 +85,11 @@ class GranDPO:
         if self.label_smoothing >= 0.5:
             raise ValueError(
                 f"label_smoothing must be below 1/2, the share of wrong labels; got {self.label_smoothing}"
+            )
+        if self.label_smoothing and self.link not in ("conservative", "robust"):
+            raise ValueError(
+                f"label_smoothing must be 0 with link {self.link!r}, which has none; got {self.label_smoothing}: "
+                'choose link="conservative" (TRL\'s "sigmoid" with label_smoothing) or "robust"'
             )
         for name in ("patch_share", "loser_guard_mu"):
             if getattr(self, name) > 1:
@@ -108,6 +113,11 @@ class GranDPO:
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference."""
         return self.form not in ("mapo", "regression")
+
+    @property
+    def one_logit(self) -> bool:
+        """Whether all labels of a pair share one logit."""
+        return self.form == "H2" or (self.form == "pooled" and not self.video_weight)
 
     @property
     def paired_by_reference(self) -> bool:
@@ -134,6 +144,10 @@ def _check_number(name: str, value: Any, above: float = -math.inf, least: float 
             f" and above {above:g}" if above > -math.inf else f" and at least {least:g}" if least > -math.inf else ""
         )
         raise ValueError(f"{name} must be finite{bound}; got {value}")
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
 
 
 PRESETS: dict[str, GranDPO] = {
@@ -354,7 +368,7 @@ def _pooled(
             supervision = supervision * _per_patch(kappa.repeat(2))
     active = active.to(margin.dtype)
     loss, coefficients = reduce_pairs(pair_loss, slope, active, supervision, error, loser_scale)
-    return loss, coefficients, logits[0], patch_logits, active
+    return loss, coefficients, logits[-1 if objective.one_logit else 0], patch_logits, active
 
 
 def _mapo(
@@ -460,6 +474,14 @@ def video_dpo_rewards(video_rewards: Tensor, scores: Tensor, alpha: float = 1.0,
     pairs of rare scores weigh more. Both arguments on any scale, float. Not differentiable. A score outside the
     histogram takes the rarest bin's frequency. Source: VideoDPO, arXiv 2412.14167.
     """
+    for name, values in (("video_rewards", video_rewards), ("scores", scores)):
+        if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
+            raise ValueError(f"{name} must be a 1-d float tensor; got {_kind(values)}")
+    if video_rewards.numel() % 2:
+        raise ValueError(f"video_rewards must be [2B], all a and then their partners b; got {_kind(video_rewards)}")
+    if not scores.numel() or not bool(scores.isfinite().all()):
+        raise ValueError(f"scores must be finite and at least one; got {_kind(scores)}: drop what is not finite")
+    _check_number("bin_width", bin_width, above=0.0)
     low = scores.min()
     bins = ((scores - low) / bin_width).floor().long()
     counts = torch.bincount(bins)
@@ -480,6 +502,11 @@ def local_dpo_rewards(mask: Tensor, video_rewards: Tensor, strength: Tensor | fl
     The gap of a pair is y M |Omega| / sum M, signed by the video's winner; y is the region ``strength``, a number or
     [B]. The sum is taken per sample and an empty mask gives a tie. Source: LocalDPO, arXiv 2601.04068.
     """
+    if mask.ndim != 4 or tuple(video_rewards.shape) != (2 * mask.shape[0],):
+        raise ValueError(
+            f"mask must be [B, F, H, W] and video_rewards [2B]: one mask for a pair; got {_kind(mask)} and "
+            f"{_kind(video_rewards)}"
+        )
     total = mask.flatten(1).sum(1)
     size = math.prod(mask.shape[1:])
     scale = strength * size / torch.where(total > 0, total, 1.0)
@@ -524,6 +551,11 @@ def timestep_weight(head: str, space: str, signal: Tensor, noise: Tensor, maximu
     names = ("epsilon", "sample", "v_prediction", "flow")
     _check_choice("head", head, names)
     _check_choice("space", space, names)
+    for name, value in (("signal", signal), ("noise", noise)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, the coefficient at each timestep; got {_kind(value)}")
+    if head == space:
+        return torch.ones_like(signal)  # at the ends of the schedule the quotient would be 0 / 0
     factor = {"epsilon": signal.square(), "sample": noise.square()}
     one = torch.ones_like(signal)
     return (factor.get(space, one) / factor.get(head, one)).clamp(max=maximum)
@@ -561,9 +593,10 @@ class AutoBeta:
     def update(self, logits: Tensor) -> None:
         """Move beta after a step with these logits (``out.video_logits`` or ``out.patch_logits``); exact 0 is a tie.
 
-        At the very start policy equals reference, all logits are 0, and beta stays.
+        At the very start policy equals reference, all logits are 0, and beta stays. NaN logits are left out: one
+        broken step, which the loss shows, must not leave beta NaN for ever.
         """
-        labelled = logits != 0
+        labelled = (logits != 0) & ~logits.isnan()
         factor = torch.sigmoid(-logits.abs().float())
         sums = torch.stack([torch.where(labelled, factor, 0.0).sum(), labelled.sum().float()])
         if dist.is_available() and dist.is_initialized():

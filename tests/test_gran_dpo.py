@@ -116,7 +116,8 @@ def test_gradcheck(form, link):
     anchor = {"anchor_weight": 0.5} if form not in ("mapo", "regression") else {}
     threshold = 1.0 if form == "H4" else None
     objective = GranDPO(
-        video_beta=3.0 if form != "mapo" else 0.1, patch_beta=2.0, link=link, label_smoothing=0.1, form=form,
+        video_beta=3.0 if form != "mapo" else 0.1, patch_beta=2.0, link=link, form=form,
+        label_smoothing=0.1 if link in ("conservative", "robust") else 0.0,
         defect_threshold=threshold, **extra, **anchor,
     )  # fmt: skip
     ref = ref if objective.needs_reference else None
@@ -328,7 +329,8 @@ def test_finite_for_huge_logits(size):
     base = gran_dpo(policy, target, ref, *labels, objective=GranDPO(video_beta=1.0, patch_beta=1.0))
     beta = size / base.video_logits.abs().max().item()
     for link in ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto"):
-        objective = GranDPO(video_beta=beta, patch_beta=beta, link=link, label_smoothing=0.1)
+        smoothing = 0.1 if link in ("conservative", "robust") else 0.0
+        objective = GranDPO(video_beta=beta, patch_beta=beta, link=link, label_smoothing=smoothing)
         out = gran_dpo(policy, target, ref, *labels, objective=objective)
         assert out.video_logits.abs().max() > 0.99 * size
         assert out.loss.isfinite() and gradient(out.loss, policy).isfinite().all()
@@ -439,6 +441,31 @@ def test_metrics_mean_what_their_names_say():
     assert metrics["gradient_factor"].item() == pytest.approx(torch.sigmoid(-z).mean().item())
     assert metrics["saturation"].item() == pytest.approx((z.abs() > 10).double().mean().item())
     assert not any("patch" in name for name in gran_dpo(policy, target, ref, None, video_rewards).metrics())
+
+
+@pytest.mark.parametrize("objective", ["dense_dpo", GranDPO(form="H2")], ids=["dense_dpo", "H2"])
+def test_an_objective_of_one_logit_shows_it_and_its_accuracy(objective):
+    policy, target, ref, patch_rewards, _ = batch(8)
+    patch_rewards[[0, 4]] = NAN
+    out = gran_dpo(policy, target, ref, patch_rewards, None, objective=objective)
+    assert out.active.tolist() == [0, 1, 1, 1] and (out.video_logits[1:] != 0).all()
+    # the loss is that of these logits and of nothing else
+    torch.testing.assert_close(out.loss, torch.nn.functional.softplus(-out.video_logits[1:]).mean())
+    metrics = out.metrics()
+    assert metrics["rewards/accuracies"].item() == (out.video_logits[1:] > 0).double().mean().item()
+    assert metrics["rewards/margins"].item() == pytest.approx(out.video_logits[1:].mean().item())
+
+
+def test_infinite_rewards_where_nobody_looks_do_as_the_docstring_says(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    policy, target, ref, patch_rewards, video_rewards = batch()
+    video_rewards[:] = torch.tensor([2.0, 1.0, 1.0, 0.0])
+    plain = gran_dpo(policy, target, ref, None, video_rewards).loss
+    video_rewards[0] = math.inf
+    assert torch.equal(gran_dpo(policy, target, ref, None, video_rewards).loss, plain)
+    assert not gran_dpo(policy, target, ref, None, video_rewards, objective=GranDPO(video_gamma=1.0)).loss.isfinite()
+    patch_rewards[0, 0, 0, 0] = -math.inf
+    assert not gran_dpo(policy, target, ref, patch_rewards, None).loss.isfinite()
 
 
 # --- mistakes found in public code ----------------------------------------------------------------------------------

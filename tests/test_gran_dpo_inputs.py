@@ -12,9 +12,11 @@ from halo_fast import (
     patch_error,
     patch_log_ratio,
     patch_weighted_mse,
+    timestep_weight,
     unpack_tokens,
     using_backend,
 )
+from halo_fast.objectives import local_dpo_rewards, video_dpo_rewards
 
 SHAPE, GRID = (4, 3, 4, 5, 6), (2, 2, 3)
 INF = float("inf")
@@ -56,6 +58,7 @@ BAD = {
         ["prediction", "5", "BCFHW", "(3, 4, 5, 6)"],
     ),
     "prediction with an empty side": ({"prediction": torch.ones(4, 3, 0, 5, 6)}, ValueError, ["prediction", "empty"]),
+    "sparse prediction": ({"prediction": torch.ones(SHAPE).to_sparse()}, TypeError, ["prediction", "dense", "sparse"]),
     "odd batch": (
         {name: torch.ones(3, *SHAPE[1:]) for name in ("prediction", "target", "reference")},
         ValueError,
@@ -185,6 +188,32 @@ BAD = {
     "unknown layout": ({"layout": "BTCHW"}, ValueError, ["layout", "BFCHW", "'BTCHW'"]),
     "wrong layout": ({"layout": "BCHW"}, ValueError, ["prediction", "4", "BCHW"]),
     "kappa per sample": ({"kappa": torch.ones(4)}, ValueError, ["kappa", "(2,)", "(4,)"]),
+    "kappa infinite": (
+        {"kappa": torch.tensor([1.0, INF])},
+        ValueError,
+        ["kappa must be finite; got an infinite", "clip"],
+    ),
+    "kappa NaN": ({"kappa": torch.tensor([1.0, float("nan")])}, ValueError, ["kappa", "finite", "NaN", "clip"]),
+    "diffusion_dpo on patch labels only": (
+        {"objective": "diffusion_dpo", "video_rewards": None},
+        ValueError,
+        ["video_rewards must be given", "patch_weight is 0", "patch_rewards only", "pass"],
+    ),
+    "dense_dpo on video labels only": (
+        {"objective": "dense_dpo", "patch_rewards": None},
+        ValueError,
+        ["patch_rewards must be given", "video_weight is 0", "video_rewards only", "pass"],
+    ),
+    "rwr on patch labels only": (
+        without_reference(objective="rwr", video_rewards=None),
+        ValueError,
+        ["video_rewards must be given"],
+    ),
+    "patch_dpo on video labels only": (
+        without_reference(objective="patch_dpo", patch_rewards=None),
+        ValueError,
+        ["patch_rewards must be given"],
+    ),
     "kappa is a float": ({"kappa": 0.5}, TypeError, ["kappa", "torch.Tensor", "float"]),
     "mapo with a reference": ({"objective": "mapo"}, ValueError, ["reference", "mapo", "leave out"]),
     "mapo without video_rewards": (
@@ -228,6 +257,8 @@ OTHER = {
         ValueError,
         ["grid", "5 rows", "6", "coarser"],
     ),
+    "grid of floats": (lambda x: patch_error(x, x, (2.0, 2, 2)), TypeError, ["grid", "integers", "2.0", "int()"]),
+    "grid of text": (lambda x: patch_error(x, x, ("2", 2, 2)), TypeError, ["grid", "integers", "'2'"]),
     "grid of zero": (lambda x: patch_log_ratio(x, x, x, (0, 1, 1)), ValueError, ["grid", "frames", "0"]),
     "log ratio without reference": (lambda x: patch_log_ratio(x, x, None, GRID), TypeError, ["reference", "NoneType"]),
     "log ratio in two precisions": (
@@ -259,6 +290,37 @@ OTHER = {
         lambda x: unpack_tokens(torch.ones(2, 8, 3), (2, 3, 2), (1, 2, 2)),
         ValueError,
         ["patch_size"],
+    ),
+    "latent shape of two sides": (
+        lambda x: unpack_tokens(torch.ones(2, 8, 3), (2, 4)),
+        ValueError,
+        ["latent_shape", "three", "(2, 4)"],
+    ),
+    "patch size of zero": (
+        lambda x: unpack_tokens(torch.ones(2, 8, 3), (2, 2, 2), (0, 1, 1)),
+        ValueError,
+        ["patch_size", "positive", "(0, 1, 1)"],
+    ),
+    "timestep weight of floats": (
+        lambda x: timestep_weight("flow", "epsilon", 0.5, 0.5),
+        TypeError,
+        ["signal", "float tensor", "0.5"],
+    ),
+    "odd scores": (
+        lambda x: video_dpo_rewards(torch.ones(3), torch.ones(4)),
+        ValueError,
+        ["video_rewards", "2B", "(3,)"],
+    ),
+    "no scores": (lambda x: video_dpo_rewards(torch.ones(4), torch.ones(0)), ValueError, ["scores", "at least one"]),
+    "scores with NaN": (
+        lambda x: video_dpo_rewards(torch.ones(4), torch.tensor([1.0, float("nan")])),
+        ValueError,
+        ["scores", "finite", "drop"],
+    ),
+    "a mask for each sample": (
+        lambda x: local_dpo_rewards(torch.ones(4, 2, 2, 2), torch.ones(4)),
+        ValueError,
+        ["mask", "[B, F, H, W]", "(4, 2, 2, 2)"],
     ),
     "unknown backend": (lambda x: using_backend("cuda").__enter__(), ValueError, ["backend", "triton", "'cuda'"]),
     "coefficients with an anchor": (
@@ -294,6 +356,11 @@ SETTINGS = {
         {"link": "robust", "label_smoothing": 0.5},
         ValueError,
         "label_smoothing must be below 1/2",
+    ),
+    "smoothing without a link for it": (
+        {"label_smoothing": 0.1},
+        ValueError,
+        "label_smoothing must be 0 with link 'sigmoid'.*conservative",
     ),
     "share above one": ({"patch_share": 1.5}, ValueError, "patch_share must be between 0 and 1"),
     "H4 without threshold": ({"form": "H4"}, ValueError, "defect_threshold"),

@@ -355,7 +355,10 @@ def test_head_conversions_agree():
             for space in error:
                 weight = timestep_weight(source, space, a, s)
                 torch.testing.assert_close(weight * error[source], error[space], rtol=1e-10, atol=0)
-    assert timestep_weight("sample", "v_prediction", torch.ones(1), torch.zeros(1)).item() == 100.0
+    one, zero = torch.ones(1), torch.zeros(1)
+    assert timestep_weight("sample", "v_prediction", one, zero).item() == 100.0
+    # the model's own head weighs 1, at the ends of the schedule as well
+    assert timestep_weight("sample", "sample", one, zero) == timestep_weight("epsilon", "epsilon", zero, one) == 1
 
 
 @pytest.mark.parametrize("source", ["half_mean", "mean", "half_sum", "sum"])
@@ -400,6 +403,7 @@ def test_auto_beta_reaches_its_gradient_factor_and_continues_from_its_state():
 def test_auto_beta_stays_where_nothing_is_labelled_and_within_its_bounds():
     auto = AutoBeta(initial=100.0, maximum=110.0, rate=1.0)
     auto.update(torch.zeros(8))
+    auto.update(torch.full((8,), float("nan")))
     assert auto.beta == 100.0
     for _ in range(9):
         auto.update(torch.full((8,), 1e-3))
