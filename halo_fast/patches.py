@@ -117,8 +117,9 @@ class PatchGrid:
         # pixel numbers are no bfloat16 numbers, and a sum of pixels no float16 number
         wide = heatmap.to(torch.promote_types(heatmap.dtype, torch.float32))
         labelled = ~wide.isnan()
-        sums = self._overlap_sum(torch.where(labelled, wide, 0.0))
-        areas = self._overlap_sum(labelled.to(wide.dtype))
+        with torch.autocast(heatmap.device.type, enabled=False):
+            sums = self._overlap_sum(torch.where(labelled, wide, 0.0))
+            areas = self._overlap_sum(labelled.to(wide.dtype))
         # 0 / 0 would be the same NaN, but its gradient would reach the cells of every other patch
         mean = torch.where(areas > 0, sums / torch.where(areas > 0, areas, 1.0), torch.nan)
         return mean.to(heatmap.dtype)

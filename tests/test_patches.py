@@ -110,6 +110,8 @@ def test_heatmaps_of_low_precision_are_pooled_in_float32(dtype):
     assert pooled.dtype == dtype
     # one rounding of the result, not of the borders and sums on the way there
     assert torch.equal(pooled, grid.pool(heatmap.float()).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pooled, grid.pool(heatmap))
     for index in ((0, 0, 0), (3, 2, 6)):
         frames, rows, columns = grid.pixel_box(index)
         box = heatmap.double().repeat_interleave(2, 1).repeat_interleave(2, 2)[frames, rows, columns]
