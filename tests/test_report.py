@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from halo_fast.config import Config
+from halo_fast.config import Config, TrainConfig
 from halo_fast.data.clips import write_clip
 from halo_fast.report import write_report
 from halo_fast.report.chart import Series, line_chart
@@ -157,7 +157,12 @@ def test_page_holds_headline_tables_and_every_setting(page):
         "train 100 steps, 96 pairs",
     ):
         assert words in text
-    for setting in ("learning_rate: 0.0002", "patch_sft_weight: 0.5", "num_inference_steps: 16", "teacher: demo"):
+    for setting in (
+        f"learning_rate: {TrainConfig.learning_rate}",
+        "patch_sft_weight: 0.5",
+        "num_inference_steps: 16",
+        "teacher: demo",
+    ):
         assert setting in text
 
 

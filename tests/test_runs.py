@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from halo_fast.config import Config, TrainConfig
+from halo_fast.config import Config, ObjectiveConfig, TrainConfig
 from halo_fast.runs import (
     Run,
     UserError,
@@ -93,7 +93,9 @@ def test_other_settings_are_refused_by_name(config, finished):
     files = {path: hash_file(path) for path in stage.folder.iterdir()}
     other = TrainConfig()
     other.objective.video_beta = 7.0
-    with pytest.raises(UserError, match=r"objective\.video_beta = 400\.0, now it is 7\.0; pass --force"):
+    with pytest.raises(
+        UserError, match=rf"objective\.video_beta = {ObjectiveConfig.video_beta}, now it is 7\.0; pass --force"
+    ):
         work(config, other, name="train")
     assert {path: hash_file(path) for path in stage.folder.iterdir()} == files
 

@@ -215,8 +215,8 @@ def _document(
         "*Fidelity* is the share of clips that show digit, colour and motion of the prompt, all three, by a classifier "
         "that has never seen a defect. All figures but the motion ratio are percentages.",
         "",
-        "Weights, betas and learning rate were chosen on prompts of the training split, with the graded base, and are the "
-        "same for all arms; rewards are the trained reward model's, not the meter's.",
+        "Weights, betas and learning rate were chosen on prompts of the training split, with the graded base; they are "
+        "the same for all arms. Rewards are the trained reward model's, not the meter's.",
     ]
     for section in sections:
         lines += [
