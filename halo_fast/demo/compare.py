@@ -203,10 +203,12 @@ def _percent(value: float) -> str:
 def _document(
     sections: list[dict[str, Any]], num_seeds: int, num_prompts: int, max_train_steps: int, output_dir: str
 ) -> str:
+    regimes = ", ".join(section["regime"] for section in sections)
     lines = [
         "# Does the idea hold?",
         "",
-        f"Made by `halo demo compare --output_dir {output_dir} --num_seeds {num_seeds} --num_prompts {num_prompts} "
+        f"Made by `halo demo compare --output_dir {output_dir} --regimes '[{regimes}]' --num_seeds {num_seeds} "
+        f"--num_prompts {num_prompts} "
         f"--max_train_steps {max_train_steps}`: {max_train_steps} steps of {TrainConfig.train_batch_size} pairs for "
         f"every arm, {num_seeds} seeds, {num_prompts} held-out prompts with the same noise for all. Intervals are 95%, "
         "bootstrapped over seeds and prompts.",
