@@ -211,7 +211,6 @@ def test_a_wider_target_is_not_rounded():
     assert gradient(out.loss, policy).dtype == torch.bfloat16
 
 
-# --- properties -----------------------------------------------------------------------------------------------------
 shapes = st.tuples(*(st.integers(1, 5) for _ in range(4)))
 quick = settings(deadline=None, derandomize=True, max_examples=15)
 
@@ -336,7 +335,6 @@ def test_finite_for_huge_logits(size):
         assert out.loss.isfinite() and gradient(out.loss, policy).isfinite().all()
 
 
-# --- ties, missing labels, reduction --------------------------------------------------------------------------------
 def test_a_batch_of_ties_gives_zero_loss_and_zero_gradient():
     policy, target, ref, patch_rewards, video_rewards = batch()
     labels = torch.full_like(patch_rewards, 2.0), torch.full_like(video_rewards, NAN)
@@ -403,7 +401,6 @@ def test_the_anchor_is_the_distance_to_the_reference():
     torch.testing.assert_close(gradient(anchored.loss, policy), expected)
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
 def test_metrics_mean_what_their_names_say():
     policy, target, ref, patch_rewards, video_rewards = batch(6)
     video_rewards[[2, 5]] = 1.0
@@ -468,7 +465,6 @@ def test_infinite_rewards_where_nobody_looks_do_as_the_docstring_says(monkeypatc
     assert not gran_dpo(policy, target, ref, patch_rewards, None).loss.isfinite()
 
 
-# --- mistakes found in public code ----------------------------------------------------------------------------------
 def test_mistake_1_every_axis_is_reduced_and_accuracy_stays_below_one():
     policy, target, ref, _, video_rewards = batch(6)
     out = gran_dpo(policy, target, ref, None, video_rewards)

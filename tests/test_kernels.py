@@ -174,9 +174,6 @@ def test_kernels_reach_beyond_two_to_the_31_elements(backend, tmp_path):
     subprocess.run([sys.executable, "-c", INT64, backend, str(tmp_path)], check=True, cwd=ROOT)
 
 
-# ---- C++ alone
-
-
 @pytest.fixture
 def instruction_sets():
     best = cpu_patch_dpo.instruction_set()

@@ -256,7 +256,6 @@ def test_patch_dpo(dtype):
     check(gran_dpo(policy, target, None, weights, None, objective="patch_dpo"), policy, formula, dtype)
 
 
-# --- the other forms of Gran-DPO ------------------------------------------------------------------------------------
 GRID = (2, 3, 4)
 
 
@@ -331,7 +330,6 @@ def test_the_guard_keeps_the_winners_error_from_rising_to_first_order(guard):
     assert slope(GranDPO(loser_guard=guard)) <= 0
 
 
-# --- conversions ----------------------------------------------------------------------------------------------------
 def test_head_conversions_agree():
     """The same model error seen in eps, x0 and v, for a variance-preserving and a flow schedule."""
     generator = torch.Generator().manual_seed(0)
@@ -412,7 +410,6 @@ def test_auto_beta_stays_where_nothing_is_labelled_and_within_its_bounds():
         AutoBeta(target=0.7)
 
 
-# --- a public training loop whose loss is replaced ------------------------------------------------------------------
 def curve(loss_of, dtype):
     """20 AdamW steps of a tiny video model on fixed pairs; ``loss_of(prediction, reference, target, t)``."""
     torch.manual_seed(0)
