@@ -70,6 +70,8 @@ def describe() -> str:
     return f"Triton {triton.__version__}, {'interpreted (for tests, slow)' if INTERPRETED else 'compiled'}"
 
 
+# ---- device code
+
 # Sizes and strides are plain numbers to the compiler, so that a new shape does not compile a new kernel; what loads
 # need to know about alignment is in ALIGN.
 _SIZES = ["C", "F", "H", "W", "B", "P", "grid_f", "grid_h", "grid_w", "chunks", "splits"]
@@ -509,6 +511,8 @@ def _table_kernel(
         loss_sum += tl.where(pair < B, pair_loss * share, 0.0)
     tl.store(loss, tl.sum(loss_sum))
 
+
+# ---- launchers
 
 _ACCUMULATE = {torch.float64: (torch.float64, tl.float64)}
 _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
