@@ -28,12 +28,12 @@ KILLED = """
 import time, torch
 from pathlib import Path
 from tiny import tiny_config
-from halo_fast import train as module
+from halo_fast.train import loop as module
 from halo_fast.runs import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}), max_train_steps=12)
-original = module._draws
-module._draws = lambda step, *args: time.sleep(1000 * (step == 5)) or original(step, *args)  # time to be killed in
+original = module.draws
+module.draws = lambda step, *args: time.sleep(1000 * (step == 5)) or original(step, *args)  # time to be killed in
 module.train(config, Run(config))
 """
 
