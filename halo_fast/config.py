@@ -135,6 +135,8 @@ class ObjectiveConfig:
         video_delta: videos whose rewards differ by no more than this teach nothing.
         sft_weight: supervised term on the winning clip.
         patch_sft_weight: supervised term on the winning patches.
+        anchor_weight: pull of both samples to the reference's predictions; needs the reference in the loop.
+        loser_guard: "video" or "patch" scales the loser's gradient so that the winner's error does not rise; null: off.
     """
 
     video_weight: float = 0.05
@@ -146,6 +148,8 @@ class ObjectiveConfig:
     video_delta: float = 0.0
     sft_weight: float = 0.0
     patch_sft_weight: float = 0.5
+    anchor_weight: float = 0.0
+    loser_guard: str | None = None
 
 
 @dataclass
@@ -166,6 +170,17 @@ class TrainConfig:
         mixed_precision: "no" or "bf16", as in accelerate.
         checkpointing_steps: steps between two checkpoints.
         logging_steps: steps between two readings of the log from the device; every step has its row.
+        report_to: trackers beside log.csv: "tensorboard", "wandb".
+        loss_spike_factor: training stops when the loss over 5 steps exceeds its median before by this; null: never.
+        winner_alarm: share by which the winners' error may rise above the reference's without a warning; null: none.
+        off_policy_pairs: pairs whose base errors are compared before training, to tell clips that are not the model's.
+        off_policy_fresh: of these, pairs that are also sampled anew for comparison, which costs two clips each.
+        heldout_share: share of the prompts whose pairs are kept out of training for diagnostics.csv.
+        heldout_pairs: pairs of these that are looked at.
+        heldout_draws: noises and times that each of them is looked at with.
+        diagnostics_steps: steps between two rows of diagnostics.csv.
+        validation_prompts: prompts of previews, base beside policy; null for none.
+        validation_steps: steps between two previews; the first is made before training.
         seed: of LoRA weights, order of pairs, noise and timesteps.
     """
 
@@ -182,6 +197,17 @@ class TrainConfig:
     mixed_precision: str = "no"
     checkpointing_steps: int = 50
     logging_steps: int = 10
+    report_to: list[str] = field(default_factory=list)
+    loss_spike_factor: float | None = 5.0
+    winner_alarm: float | None = 0.05
+    off_policy_pairs: int = 16
+    off_policy_fresh: int = 0
+    heldout_share: float = 0.1
+    heldout_pairs: int = 16
+    heldout_draws: int = 4
+    diagnostics_steps: int = 20
+    validation_prompts: list[str] | None = None
+    validation_steps: int = 500
     seed: int = 0
 
 
