@@ -1,10 +1,12 @@
 """The figures that results are told in; plain functions of arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from halo_fast.rewards.agreement import bootstrap_interval, spearman
 
 __all__ = ["DEFECTIVE", "bootstrap_interval", "compare_arms", "severity_mitigated", "spearman"]
 
@@ -27,34 +29,6 @@ def severity_mitigated(base: float, aligned: float, clean: float) -> float:
         no worse than clean ones.
     """
     return 1 - (aligned - clean) / (base - clean) if base > clean else float("nan")
-
-
-def bootstrap_interval(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, resamples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron, 1979) of a statistic of `count` units.
-
-    Args:
-        statistic: its value on the units with the given indices, [count] with repetitions.
-        count: units; here prompts, since the clips and patches of one prompt are not independent.
-        resamples: draws.
-        seed: of the draws.
-        level: share of the resampled values inside the interval.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Rank correlation of two arrays, flattened; ties share their mean rank. NaN if either is constant."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(np.asarray(values).ravel()) for values in (x, y)]
-    centred = [rank - rank.mean() for rank in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
-    return float((centred[0] * centred[1]).sum() / scale) if scale > 0 else float("nan")
 
 
 def compare_arms(
