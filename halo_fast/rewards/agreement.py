@@ -28,6 +28,9 @@ __all__ = [
 
 _BINS = 10
 
+Statistic = Callable[[NDArray[np.int64]], float]
+"""A figure of the rows with the given indices, which may repeat."""
+
 
 class Figure(NamedTuple):
     """A figure and its 95% interval from a bootstrap over prompts; NaN where it is not defined."""
@@ -38,7 +41,7 @@ class Figure(NamedTuple):
 
 
 def bootstrap_interval(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, resamples: int, seed: int, level: float = 0.95
+    statistic: Statistic, count: int, resamples: int, seed: int, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron, 1979) of a statistic of `count` units.
 
@@ -83,12 +86,12 @@ def auc(scores: ArrayLike, positive: ArrayLike) -> float:
     """
     from scipy.stats import rankdata
 
-    positive = np.asarray(positive, dtype=bool).ravel()
-    count = positive.sum()
-    if count in (0, positive.size):
+    chosen = np.asarray(positive, dtype=bool).ravel()
+    count = chosen.sum()
+    if count in (0, chosen.size):
         return float("nan")
     ranks = rankdata(np.asarray(scores).ravel())
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (positive.size - count)))
+    return float((ranks[chosen].sum() - count * (count + 1) / 2) / (count * (chosen.size - count)))
 
 
 def pair_accuracy(score_gaps: ArrayLike, label_gaps: ArrayLike) -> float:
@@ -118,16 +121,16 @@ def pair_accuracy(score_gaps: ArrayLike, label_gaps: ArrayLike) -> float:
 
 def calibration_slope(scores: ArrayLike, labels: ArrayLike) -> float:
     """Least-squares slope of labels on scores: 1 is calibrated, below 1 the scores spread too far. NaN if constant."""
-    scores, labels = np.asarray(scores, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
-    spread = ((scores - scores.mean()) ** 2).sum()
-    return float(((scores - scores.mean()) * (labels - labels.mean())).sum() / spread) if spread > 0 else float("nan")
+    x, y = np.asarray(scores, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
+    spread = ((x - x.mean()) ** 2).sum()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 0 else float("nan")
 
 
 def calibration_error(scores: ArrayLike, labels: ArrayLike) -> float:
     """Mean distance, in points of the scale, between mean score and mean label over ten bins of equally many scores."""
-    scores, labels = np.asarray(scores, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
-    bins = np.array_split(np.argsort(scores, kind="stable"), min(_BINS, len(scores)))
-    return float(sum(len(rows) * abs(scores[rows].mean() - labels[rows].mean()) for rows in bins) / len(scores))
+    x, y = np.asarray(scores, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
+    bins = np.array_split(np.argsort(x, kind="stable"), min(_BINS, len(x)))
+    return float(sum(len(rows) * abs(x[rows].mean() - y[rows].mean()) for rows in bins) / len(x))
 
 
 def centred(values: ArrayLike, *groups: ArrayLike) -> NDArray[np.float64]:
@@ -137,13 +140,13 @@ def centred(values: ArrayLike, *groups: ArrayLike) -> NDArray[np.float64]:
         values: [N].
         groups: for each grouping a label for each value, [N].
     """
-    values = np.asarray(values, dtype=float)
-    columns = [np.ones((len(values), 1))]
+    given = np.asarray(values, dtype=float)
+    columns = [np.ones((len(given), 1))]
     for group in groups:
         _, index = np.unique(np.asarray(group), return_inverse=True)
         columns.append(np.eye(index.max() + 1)[index])
     design = np.concatenate(columns, axis=1)
-    return values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+    return given - design @ np.linalg.lstsq(design, given, rcond=None)[0]
 
 
 def video_agreement(
@@ -169,27 +172,26 @@ def video_agreement(
         the median), calibration_slope, calibration_error, and spearman_centred: what is left when prompt and generator
         means are removed from both sides. A score that knows only which prompt or generator it sees has none of it.
     """
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
-    known = ~(np.isnan(labels) | np.isnan(scores))
-    scores, labels = scores[known], labels[known]
-    _, prompt = np.unique(np.asarray(prompts)[known], return_inverse=True)
-    good = labels > np.median(labels) if len(labels) else labels > 0
-    figures: dict[str, Callable[[NDArray[np.int64]], float]] = {
-        "spearman": lambda rows: spearman(scores[rows], labels[rows]),
-        "kendall": lambda rows: kendall(scores[rows], labels[rows]),
-        "auc": lambda rows: auc(scores[rows], good[rows]),
-        "calibration_slope": lambda rows: calibration_slope(scores[rows], labels[rows]),
-        "calibration_error": lambda rows: calibration_error(scores[rows], labels[rows]),
+    x, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
+    known = ~(np.isnan(x) | np.isnan(y))
+    x, y = x[known], y[known]
+    prompt = _numbered(np.asarray(prompts)[known])
+    good = y > np.median(y) if len(y) else y > 0
+    figures: dict[str, Statistic] = {
+        "spearman": lambda rows: spearman(x[rows], y[rows]),
+        "kendall": lambda rows: kendall(x[rows], y[rows]),
+        "auc": lambda rows: auc(x[rows], good[rows]),
+        "calibration_slope": lambda rows: calibration_slope(x[rows], y[rows]),
+        "calibration_error": lambda rows: calibration_error(x[rows], y[rows]),
     }
     if generators is not None:
-        generator = np.asarray(generators)[known]
-        residuals = [centred(values, prompt, generator) for values in (scores, labels)]
-        figures["spearman_centred"] = lambda rows: _spearman_of(residuals[0][rows], residuals[1][rows])
+        # rounding left over from centring must not be ranked as if it were a score
+        left = [centred(values, prompt, np.asarray(generators)[known]).round(9) for values in (x, y)]
+        figures["spearman_centred"] = lambda rows: spearman(left[0][rows], left[1][rows])
     first, second = np.nonzero(np.triu(prompt[:, None] == prompt[None], 1))
-    result = _figures(figures, prompt, resamples, seed)
-    gaps = [values[first] - values[second] for values in (scores, labels)]
-    pairs = {"pair_accuracy": lambda rows: pair_accuracy(gaps[0][rows], gaps[1][rows])}
-    return result | _figures(pairs, prompt[first], resamples, seed)
+    gaps = [values[first] - values[second] for values in (x, y)]
+    pairs: dict[str, Statistic] = {"pair_accuracy": lambda rows: pair_accuracy(gaps[0][rows], gaps[1][rows])}
+    return _figures(figures, prompt, resamples, seed) | _figures(pairs, prompt[first], resamples, seed)
 
 
 def patch_agreement(
@@ -214,26 +216,18 @@ def patch_agreement(
         spearman (of score and -severity) and auc over all patches, and both within clips: the mean over the clips in
         which they are defined, blind to which clip is the worse.
     """
-    scores, severity = (np.asarray(values, dtype=float).reshape(len(prompts), -1) for values in (scores, severity))
-    scores = np.where(np.isnan(severity), np.nan, scores)
-    known = ~np.isnan(severity)
-    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-    clips = list(zip(scores, severity, known, strict=True))
-    within = {
-        "spearman_within": np.array([spearman(score[k], -damage[k]) for score, damage, k in clips]),
-        "auc_within": np.array([auc(-score[k], damage[k] > defective) for score, damage, k in clips]),
+    x, y = (np.asarray(values, dtype=float).reshape(len(prompts), -1) for values in (scores, severity))
+    known = ~np.isnan(y)
+    clips = list(zip(-x, y, known, strict=True))
+    ranks = np.array([spearman(score[k], damage[k]) for score, damage, k in clips])
+    areas = np.array([auc(score[k], damage[k] > defective) for score, damage, k in clips])
+    figures: dict[str, Statistic] = {
+        "spearman": lambda rows: spearman(-x[rows][known[rows]], y[rows][known[rows]]),
+        "auc": lambda rows: auc(-x[rows][known[rows]], y[rows][known[rows]] > defective),
+        "spearman_within": lambda rows: _mean(ranks[rows]),
+        "auc_within": lambda rows: _mean(areas[rows]),
     }
-
-    def pooled(statistic: Callable[..., float]) -> Callable[[NDArray[np.int64]], float]:
-        return lambda rows: statistic(-scores[rows][known[rows]], severity[rows][known[rows]])
-
-    figures = {
-        "spearman": pooled(spearman),
-        "auc": pooled(lambda score, damage: auc(score, damage > defective)),
-    }
-    for name, values in within.items():
-        figures[name] = lambda rows, values=values: _mean(values[rows])
-    return _figures(figures, prompt, resamples, seed)
+    return _figures(figures, _numbered(prompts), resamples, seed)
 
 
 def rater_ceiling(ratings: ArrayLike, prompts: Sequence[str], resamples: int = 1000, seed: int = 0) -> Figure:
@@ -245,11 +239,10 @@ def rater_ceiling(ratings: ArrayLike, prompts: Sequence[str], resamples: int = 1
         resamples: draws of the bootstrap.
         seed: of the draws.
     """
-    ratings = np.asarray(ratings, dtype=float)
-    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    given = np.asarray(ratings, dtype=float)
 
     def ceiling(rows: NDArray[np.int64]) -> float:
-        part = ratings[rows]
+        part = given[rows]
         values = []
         for rater in range(part.shape[1]):
             others = np.delete(part, rater, axis=1)
@@ -257,7 +250,7 @@ def rater_ceiling(ratings: ArrayLike, prompts: Sequence[str], resamples: int = 1
             values.append(spearman(part[known, rater], np.nanmean(others[known], axis=1)))
         return _mean(np.array(values))
 
-    return _figures({"ceiling": ceiling}, prompt, resamples, seed)["ceiling"]
+    return _figures({"ceiling": ceiling}, _numbered(prompts), resamples, seed)["ceiling"]
 
 
 def ridge_folds(
@@ -271,18 +264,18 @@ def ridge_folds(
         folds: [N] fold of each row.
         strengths: penalties to choose from by the error on one inner fold after another.
     """
-    features, folds = np.asarray(features, dtype=float), np.asarray(folds)
-    targets = np.asarray(labels, dtype=float).reshape(len(features), -1)
+    rows, fold = np.asarray(features, dtype=float), np.asarray(folds)
+    targets = np.asarray(labels, dtype=float).reshape(len(rows), -1)
     result = np.empty_like(targets)
-    for fold in np.unique(folds):
-        train, test = folds != fold, folds == fold
+    for out in np.unique(fold):
+        train = fold != out
         errors = np.zeros(len(strengths))
-        for inner in np.unique(folds[train]):
-            fitted, left = train & (folds != inner), train & (folds == inner)
-            for index, predicted in enumerate(_ridge(features[fitted], targets[fitted], features[left], strengths)):
-                errors[index] += ((predicted - targets[left]) ** 2).sum()
+        for inner in np.unique(fold[train]):
+            fitted, left = train & (fold != inner), fold == inner
+            predictions = _ridge(rows[fitted], targets[fitted], rows[left], strengths)
+            errors += [((predicted - targets[left]) ** 2).sum() for predicted in predictions]
         best = strengths[int(errors.argmin())]
-        (result[test],) = _ridge(features[train], targets[train], features[test], [best])
+        (result[~train],) = _ridge(rows[train], targets[train], rows[~train], [best])
     return result.reshape(np.shape(labels))
 
 
@@ -299,34 +292,26 @@ def _ridge(
 
 
 def _figures(
-    statistics: Mapping[str, Callable[[NDArray[np.int64]], float]],
-    units: NDArray[np.int64],
-    resamples: int,
-    seed: int,
+    statistics: Mapping[str, Statistic], units: NDArray[np.int64], resamples: int, seed: int
 ) -> dict[str, Figure]:
     """Each statistic of the rows, and its interval when the units that rows belong to are drawn anew."""
-    names = np.unique(units)
-    members = [np.flatnonzero(units == name) for name in names]
+    members = [np.flatnonzero(units == name) for name in np.unique(units)]
+    if not members:
+        return {name: Figure(*[float("nan")] * 3) for name in statistics}
     result = {}
     for name, statistic in statistics.items():
-        if not members:
-            result[name] = Figure(*[float("nan")] * 3)
-            continue
-        value = statistic(np.arange(len(units)))
-        interval = bootstrap_interval(
-            lambda drawn, statistic=statistic: statistic(np.concatenate([members[unit] for unit in drawn])),
-            len(members),
-            resamples,
-            seed,
-        )
-        result[name] = Figure(value, *interval)
+
+        def resampled(drawn: NDArray[np.int64], statistic: Statistic = statistic) -> float:
+            return statistic(np.concatenate([members[unit] for unit in drawn]))
+
+        interval = bootstrap_interval(resampled, len(members), resamples, seed)
+        result[name] = Figure(statistic(np.arange(len(units))), *interval)
     return result
+
+
+def _numbered(names: ArrayLike) -> NDArray[np.int64]:
+    return np.unique(np.asarray(names), return_inverse=True)[1]
 
 
 def _mean(values: NDArray[np.float64]) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-
-
-def _spearman_of(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Spearman of residuals: rounding left over from centring must not be ranked as if it were a score."""
-    return spearman(np.round(x, 9), np.round(y, 9))
