@@ -10,6 +10,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "ObjectiveConfig",
+    "OpenAIConfig",
     "PairsConfig",
     "ReportConfig",
     "RewardConfig",
@@ -47,20 +48,69 @@ class GenerateConfig:
 
 
 @dataclass
+class OpenAIConfig:
+    """GPT-4o, or any model behind an OpenAI-compatible server; the key is read from OPENAI_API_KEY and nowhere else.
+
+    Args:
+        model: name of the model, best a dated one.
+        base_url: address of the server, without credentials.
+        api: "responses"; "chat" for servers that have chat completions only; "batch" for half the price within a day.
+        budget: US dollars that the run directory may cost in all; nothing is sent that could exceed them.
+        input_price: dollars for a million input tokens (gpt-4o's list price since October 2024); 0 for your own server.
+        output_price: likewise of output tokens.
+        tile_tokens: tokens of an image and of each of its 512-pixel tiles, as OpenAI publishes them for gpt-4o.
+        max_concurrency: requests at once.
+        timeout: seconds until a request is given up.
+        max_retries: times that a question is sent again after rate limits, server errors and timeouts.
+        max_attempts: answers that are paid for one question when they are refusals, malformed or cut short.
+        retry_delay: seconds before the first retry, doubled with every other one, unless the server says how long.
+        max_frames: frames that stand for the whole clip, at equal steps.
+        patch_frames: frames that show each span of patches, at equal steps.
+        max_images: images in one request.
+        max_patches: patches of a clip that are scored; null for all.
+        max_output_tokens: length of an answer; models that reason need more.
+        temperature: of sampling; null for models that take none.
+        pairwise: whether the candidates of a prompt are also compared with each other, in both orders.
+    """
+
+    model: str = "gpt-4o-2024-11-20"
+    base_url: str = "https://api.openai.com/v1"
+    api: str = "responses"
+    budget: float = 5.0
+    input_price: float = 2.5
+    output_price: float = 10.0
+    tile_tokens: tuple[int, int] = (85, 170)
+    max_concurrency: int = 8
+    timeout: float = 120.0
+    max_retries: int = 8
+    max_attempts: int = 3
+    retry_delay: float = 1.0
+    max_frames: int = 16
+    patch_frames: int = 2
+    max_images: int = 24
+    max_patches: int | None = None
+    max_output_tokens: int = 2000
+    temperature: float | None = 0.0
+    pairwise: bool = False
+
+
+@dataclass
 class AnnotateConfig:
     """Scores of videos and patches by a teacher.
 
     Args:
-        teacher: name of the teacher; "demo" is the defect meter of the demo.
+        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions.
         noisy_share: share of clips on which the demo teacher errs as a person would.
         num_clips: clips that are annotated, drawn at random; null for all.
-        batch_size: clips in one question to the teacher; each answer is kept at once.
+        batch_size: clips in one question to the demo teacher; each answer is kept at once.
+        openai: the model that is asked, and what it may cost.
     """
 
     teacher: str = "demo"
     noisy_share: float = 0.2
     num_clips: int | None = None
     batch_size: int = 32
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
 
 
 @dataclass

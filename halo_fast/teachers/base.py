@@ -8,9 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "VIDEO_DIMENSIONS", "Label", "Teacher"]
+__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "RUBRIC_DIMENSIONS", "VIDEO_DIMENSIONS", "Label", "Teacher"]
 
-VIDEO_DIMENSIONS = ("visual_quality", "text_alignment", "dynamic_degree")
+VIDEO_DIMENSIONS = ("visual_quality", "text_alignment", "dynamic_degree")  # which every teacher scores
+RUBRIC_DIMENSIONS = (*VIDEO_DIMENSIONS, "temporal_consistency", "factual_consistency")
 PATCH_DIMENSIONS = ("quality",)
 RUBRIC = files("halo_fast.teachers").joinpath("rubric.md").read_text(encoding="utf-8")
 
@@ -20,9 +21,10 @@ class Label:
     """A teacher's answer about one clip, on the rubric's scale from 1 to 5; NaN is "not scored".
 
     Args:
-        video: score of each of VIDEO_DIMENSIONS; a missing one is not scored.
+        video: score of each of RUBRIC_DIMENSIONS; a missing one is not scored.
         patches: for each of PATCH_DIMENSIONS the scores of all patches, f-major.
         status: "ok", or why there are no scores ("refused", "malformed", ...): such a label has none.
+        reason: why scores are missing, in words.
 
     Raises:
         ValueError: a score outside 1 to 5, a dimension that the rubric does not have, scores without "ok".
@@ -31,11 +33,12 @@ class Label:
     video: Mapping[str, float] = field(default_factory=dict)
     patches: Mapping[str, Sequence[float]] = field(default_factory=dict)
     status: str = "ok"
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if self.status != "ok" and (self.video or self.patches):
             raise ValueError(f"status: {self.status!r} with scores; only an ok label has scores")
-        for given, known in ((self.video, VIDEO_DIMENSIONS), (self.patches, PATCH_DIMENSIONS)):
+        for given, known in ((self.video, RUBRIC_DIMENSIONS), (self.patches, PATCH_DIMENSIONS)):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"dimension: expected some of {', '.join(known)}, got {unknown[0]!r}")

@@ -1,7 +1,11 @@
 """The stage that asks a teacher: each question once, whatever happens in between."""
 
 import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,20 +14,28 @@ import torch
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, write_parquet
-from halo_fast.teachers.base import PATCH_DIMENSIONS, VIDEO_DIMENSIONS, Label, Teacher
+from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label, Teacher
+from halo_fast.teachers.openai import Clip, OpenAITeacher
 from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["annotate", "load_teacher"]
 
 
-def load_teacher(config: Config) -> Teacher:
+def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False)) -> Teacher:
     """The teacher that `config.annotate.teacher` names.
 
+    Args:
+        config: of the run.
+        store: where a teacher that is paid keeps answers and spending.
+        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid cuts the clips.
+
     Raises:
-        UserError: no such teacher, or one that does not score config.grid.
+        UserError: no such teacher, or settings that cannot be.
     """
+    if config.annotate.teacher == "openai":
+        return OpenAITeacher(config.annotate.openai, config.grid, store, factors, config.seed)
     if config.annotate.teacher != "demo":
-        raise UserError(f'annotate.teacher: expected "demo", got {config.annotate.teacher!r}')
+        raise UserError(f'annotate.teacher: expected "demo" or "openai", got {config.annotate.teacher!r}')
     from halo_fast.demo.meters import WEIGHTS, DefectMeter, FidelityMeter
     from halo_fast.teachers.demo import DemoTeacher
 
@@ -38,8 +50,9 @@ def load_teacher(config: Config) -> Teacher:
 def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     """Have a teacher score clips and their patches; a stage.
 
-    Reads generate/clips.parquet, writes annotate/labels.parquet. Answers are kept in labels.sqlite of the run directory
-    as they come, batch by batch: a killed stage goes on without asking again, and so does --force.
+    Reads generate/clips.parquet, writes annotate/labels.parquet, and annotate/judgements.parquet if the candidates of a
+    prompt are compared. Answers are kept in labels.sqlite of the run directory as they come: a killed stage goes on
+    without asking again, and so does --force.
 
     Args:
         config: annotate holds the teacher's name and how many clips it sees; they are drawn by config.seed.
@@ -47,44 +60,135 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
         teacher: asked instead of the one that config.annotate.teacher names.
 
     Raises:
-        UserError: unknown teacher, another grid than the teacher's, an unreadable clip, no usable label at all.
+        UserError: unknown teacher, another grid than the teacher's, an unreadable clip, no usable label at all; of a
+            teacher that is paid also that the budget is used up or its server refuses.
     """
-    import pyarrow
     import pyarrow.parquet
 
     folder = run.require("generate/clips.parquet").parent
-    teacher = teacher or load_teacher(config)
-    settings = asdict(config.annotate) | {"teacher": teacher.name, "grid": config.grid, "seed": config.seed}
-    with run.stage("annotate", settings, {"clips": folder}) as stage:
-        if stage.done:
-            return
-        if tuple(teacher.grid) != tuple(config.grid):
-            raise UserError(f"grid: teacher {teacher.name!r} scores {teacher.grid}, got {config.grid}; set it to that")
-        clips = _chosen(pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist(), config)
-        for clip in clips:
-            video = folder / clip["video"]
-            if not video.exists():
-                raise UserError(f"{video}: the clip is gone; run `halo generate` to make it again")
-            clip["key"] = label_key(hash_file(video), clip["prompt"], config.grid, teacher.name)
-        with LabelStore(run.path / "labels.sqlite") as store:
-            known = store.find(clip["key"] for clip in clips)
-            # equal clips of equal prompts are one question
-            unknown = list({clip["key"]: clip for clip in clips if clip["key"] not in known}.values())
-            size = config.annotate.batch_size
-            batches = [unknown[start : start + size] for start in range(0, len(unknown), size)]
-            for batch in progress(batches, len(batches), "annotate"):
-                videos = torch.stack([read_clip(folder / clip["video"]) for clip in batch])
-                labels = teacher.label(videos, [clip["prompt"] for clip in batch])
-                store.add({clip["key"]: label for clip, label in zip(batch, labels, strict=True)}, teacher.name)
-            answers = store.find(clip["key"] for clip in clips)
-        rows = [_row(clip["clip_id"], answers[clip["key"]], teacher) for clip in clips]
-        usable = sum(row["status"] == "ok" for row in rows)
-        if not usable:
-            raise UserError(
-                f"annotate: teacher {teacher.name!r} gave no score on {len(rows)} clips ({rows[0]['status']})"
-            )
-        write_parquet(stage.folder / "labels.parquet", pyarrow.Table.from_pylist(rows, _schema()))
-        stage.finish({"clips": len(rows), "labelled": usable})
+    clips = _chosen(pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist(), config)
+    with LabelStore(run.path / "labels.sqlite") as store:
+        teacher = teacher or load_teacher(config, store, _factors(clips, folder))
+        settings = asdict(config.annotate) | {"teacher": teacher.name, "grid": config.grid, "seed": config.seed}
+        del settings["openai"]
+        if isinstance(teacher, OpenAITeacher):
+            # its name holds what the answers depend on; bounds on money and time may be raised to go on
+            del settings["noisy_share"], settings["batch_size"]
+            settings["pairwise"] = config.annotate.openai.pairwise
+        with run.stage("annotate", settings, {"clips": folder}) as stage:
+            if stage.done:
+                return
+            if tuple(teacher.grid) != tuple(config.grid):
+                raise UserError(
+                    f"grid: teacher {teacher.name!r} scores {teacher.grid}, got {config.grid}; set it to that"
+                )
+            for clip in clips:
+                video = folder / clip["video"]
+                if not video.exists():
+                    raise UserError(f"{video}: the clip is gone; run `halo generate` to make it again")
+                clip["hash"] = hash_file(video)
+                clip["key"] = label_key(clip["hash"], clip["prompt"], config.grid, teacher.name)
+            labels = _labels(clips, folder, teacher, store, config.annotate.batch_size)
+            counts = _write_labels(stage.folder / "labels.parquet", clips, labels, teacher)
+            if isinstance(teacher, OpenAITeacher):
+                if config.annotate.openai.pairwise:
+                    counts |= _judge(stage.folder / "judgements.parquet", clips, folder, teacher, store)
+                counts["dollars"] = store.spent()
+            stage.finish(counts)
+
+
+def _labels(
+    clips: list[dict[str, Any]], folder: Path, teacher: Teacher, store: LabelStore, batch_size: int
+) -> dict[str, Label]:
+    """The label of each clip's key; what the store does not have is asked, and stored unless nobody answered."""
+    known = store.find(clip["key"] for clip in clips)
+    # equal clips of equal prompts are one question
+    unknown = list({clip["key"]: clip for clip in clips if clip["key"] not in known}.values())
+    if isinstance(teacher, OpenAITeacher):
+        for index, label in progress(
+            teacher.labels([_clip(clip, folder) for clip in unknown]), len(unknown), "annotate"
+        ):
+            known[unknown[index]["key"]] = label
+            if label.status != "unavailable":
+                store.add({unknown[index]["key"]: label}, teacher.name)
+        return known
+    batches = [unknown[start : start + batch_size] for start in range(0, len(unknown), batch_size)]
+    for batch in progress(batches, len(batches), "annotate"):
+        videos = torch.stack([read_clip(folder / clip["video"]) for clip in batch])
+        labels = teacher.label(videos, [clip["prompt"] for clip in batch])
+        store.add({clip["key"]: label for clip, label in zip(batch, labels, strict=True)}, teacher.name)
+    return store.find(clip["key"] for clip in clips)
+
+
+def _write_labels(
+    path: Path, clips: list[dict[str, Any]], labels: dict[str, Label], teacher: Teacher
+) -> dict[str, int | float]:
+    """Write the labels; counts of all, of usable ones, and of each reason why there is none."""
+    import pyarrow
+
+    scored = {name for label in labels.values() for name in label.video}
+    dimensions = [name for name in RUBRIC_DIMENSIONS if name in VIDEO_DIMENSIONS or name in scored]
+    rows = [_row(clip["clip_id"], labels[clip["key"]], teacher, dimensions) for clip in clips]
+    statuses = Counter(row["status"] for row in rows)
+    if not statuses["ok"]:
+        reason = f"{rows[0]['status']} {rows[0]['reason']}".strip()
+        raise UserError(f"annotate: teacher {teacher.name!r} gave no score on {len(rows)} clips ({reason})")
+    write_parquet(path, pyarrow.Table.from_pylist(rows, _schema(dimensions)))
+    counts: dict[str, int | float] = {"clips": len(rows), "labelled": statuses["ok"]}
+    return counts | {status: count for status, count in sorted(statuses.items()) if status != "ok"}
+
+
+def _judge(
+    path: Path, clips: list[dict[str, Any]], folder: Path, teacher: OpenAITeacher, store: LabelStore
+) -> dict[str, int | float]:
+    """Have the candidates of each prompt compared and write the judgements; counts of all and of usable ones."""
+    import pyarrow
+
+    candidates = defaultdict(list)
+    for clip in clips:
+        candidates[clip["prompt_id"]].append(clip)
+    pairs = {
+        (a["clip_id"], b["clip_id"]): (a, b)
+        for group in candidates.values()
+        for a, b in combinations(group, 2)
+        if a["hash"] != b["hash"]
+    }
+    keys = {ids: hash_text(f"{a['key']} {b['key']}") for ids, (a, b) in pairs.items()}
+    known = store.find_judgements(keys.values())
+    unknown = list({key: pairs[ids] for ids, key in keys.items() if key not in known}.items())
+    asked = [(_clip(a, folder), _clip(b, folder)) for _, (a, b) in unknown]
+    for index, judgement in progress(teacher.judge(asked), len(asked), "compare"):
+        key, _ = unknown[index]
+        known[key] = judgement
+        if judgement["status"] != "unavailable":
+            store.add_judgements({key: judgement}, teacher.name)
+    names = ["prompt_id", "clip_a", "clip_b", "teacher", "status", "reason", *RUBRIC_DIMENSIONS]
+    schema = pyarrow.schema([(name, pyarrow.int64() if name == "prompt_id" else pyarrow.string()) for name in names])
+    rows = [
+        {"prompt_id": a["prompt_id"], "clip_a": a["clip_id"], "clip_b": b["clip_id"], "teacher": teacher.name}
+        | known[keys[ids]]
+        for ids, (a, b) in pairs.items()
+    ]
+    write_parquet(path, pyarrow.Table.from_pylist(rows, schema))
+    return {"pairs": len(rows), "judged": sum(row["status"] == "ok" for row in rows)}
+
+
+def _clip(clip: dict[str, Any], folder: Path) -> Clip:
+    return Clip(clip["hash"], clip["prompt"], lambda: read_clip(folder / clip["video"]))
+
+
+def _factors(clips: list[dict[str, Any]], folder: Path) -> tuple[int, int, bool]:
+    """What the autoencoder compresses space and time by, and whether it is causal, from the first clip's latents."""
+    if not clips or not clips[0]["latents"] or not (folder / clips[0]["latents"]).exists():
+        return 1, 1, False
+    from safetensors import safe_open
+
+    with safe_open(folder / clips[0]["latents"], framework="pt") as file:
+        frames, height, _ = file.get_slice("latents").get_shape()[-3:]
+    video = read_clip(folder / clips[0]["video"]).shape
+    causal = frames > 1 and (video[0] - 1) % (frames - 1) == 0
+    time = (video[0] - 1) // (frames - 1) if causal else video[0] // frames
+    return video[1] // height, time, causal
 
 
 def _chosen(clips: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
@@ -97,11 +201,11 @@ def _chosen(clips: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]
     return [clips[index] for index in sorted(order[:count])]
 
 
-def _row(clip_id: str, label: Label, teacher: Teacher) -> dict[str, Any]:
+def _row(clip_id: str, label: Label, teacher: Teacher, dimensions: Sequence[str]) -> dict[str, Any]:
     patches = math.prod(teacher.grid)
-    row: dict[str, Any] = {"clip_id": clip_id, "teacher": teacher.name, "status": label.status}
+    row: dict[str, Any] = {"clip_id": clip_id, "teacher": teacher.name, "status": label.status, "reason": label.reason}
     row["grid"] = list(teacher.grid)
-    for name in VIDEO_DIMENSIONS:
+    for name in dimensions:
         row[f"video_{name}"] = label.video.get(name, math.nan)
     for name in PATCH_DIMENSIONS:
         row[f"patch_{name}"] = list(label.patches.get(name, [math.nan] * patches))
@@ -110,13 +214,13 @@ def _row(clip_id: str, label: Label, teacher: Teacher) -> dict[str, Any]:
     return row
 
 
-def _schema() -> Any:
+def _schema(dimensions: Sequence[str]) -> Any:
     import pyarrow
 
     float32 = pyarrow.float32()
     return pyarrow.schema(
-        [("clip_id", pyarrow.string()), ("teacher", pyarrow.string()), ("status", pyarrow.string())]
+        [(name, pyarrow.string()) for name in ("clip_id", "teacher", "status", "reason")]
         + [("grid", pyarrow.list_(pyarrow.int32()))]
-        + [(f"video_{name}", float32) for name in VIDEO_DIMENSIONS]
+        + [(f"video_{name}", float32) for name in dimensions]
         + [(f"patch_{name}", pyarrow.list_(float32)) for name in PATCH_DIMENSIONS]
     )

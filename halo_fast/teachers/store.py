@@ -1,16 +1,29 @@
-"""Labels that were paid for: an SQLite file keyed by everything that an answer depends on."""
+"""Labels, requests and spending in an SQLite file, keyed by everything that an answer depends on."""
 
 import json
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from halo_fast.runs import UserError, hash_text
 from halo_fast.teachers.base import RUBRIC, Label
 
-__all__ = ["LabelStore", "label_key"]
+__all__ = ["LabelStore", "Reply", "label_key"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, teacher TEXT NOT NULL, label TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, teacher TEXT NOT NULL, judgement TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY, question TEXT NOT NULL, teacher TEXT NOT NULL, batch TEXT,
+    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', text TEXT NOT NULL DEFAULT '', model TEXT,
+    input_tokens INTEGER, output_tokens INTEGER, dollars REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS requests_of_question ON requests (question);
+CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, id TEXT, ended INTEGER NOT NULL DEFAULT 0);
+"""
 
 
 def label_key(clip_hash: str, prompt: str, grid: tuple[int, int, int], teacher: str) -> str:
@@ -18,8 +31,31 @@ def label_key(clip_hash: str, prompt: str, grid: tuple[int, int, int], teacher: 
     return hash_text(json.dumps([clip_hash, prompt, RUBRIC, list(grid), teacher]))
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What came back on a request.
+
+    Args:
+        status: "ok", "refused", "malformed", "out_of_range", "truncated", "wrong_model": these were answers; "failed":
+            there was none, and the server charges nothing; "lost": it is unknown whether there was one.
+        reason: in words, if not "ok".
+        text: the answer as it came.
+        model: that answered, by its own account.
+        tokens: of input and output, if the server counts them.
+    """
+
+    status: str
+    reason: str = ""
+    text: str = ""
+    model: str | None = None
+    tokens: tuple[int, int] | None = None
+
+
 class LabelStore:
-    """Keys and labels in one SQLite file; what `add` has returned from survives any kill. A context manager.
+    """Labels, judgements and requests in one SQLite file; what a method has returned from survives any kill.
+
+    A context manager. A request is entered with the most it can cost before it is sent, so that neither several at
+    once nor a kill can spend more than the cap; the true cost replaces it when the answer is in.
 
     Raises:
         UserError: the file is not a label store.
@@ -28,13 +64,10 @@ class LabelStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path)
+        # the transactions are told by hand: a sum and the insert that depends on it belong together
+        self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
-            with self._connection:
-                self._connection.execute(
-                    "CREATE TABLE IF NOT EXISTS labels"
-                    " (key TEXT PRIMARY KEY, teacher TEXT NOT NULL, label TEXT NOT NULL)"
-                )
+            self._connection.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise UserError(f"{path}: expected a label store, got {error}; move the file away") from error
@@ -47,20 +80,130 @@ class LabelStore:
     ) -> None:
         self._connection.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
     def find(self, keys: Iterable[str]) -> dict[str, Label]:
         """The stored labels among `keys`."""
-        found = {}
-        for key in keys:
-            row = self._connection.execute("SELECT label FROM labels WHERE key = ?", (key,)).fetchone()
-            if row is not None:
-                found[key] = _parse(row[0])
-        return found
+        return {key: _parse(text) for key, text in self._texts("SELECT label FROM labels WHERE key = ?", keys)}
 
     def add(self, labels: Mapping[str, Label], teacher: str) -> None:
         """Store labels in one transaction; the first answer to a key stays."""
         rows = [(key, teacher, _format(label)) for key, label in labels.items()]
-        with self._connection:
+        with self._writing():
             self._connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", rows)
+
+    def replace(self, key: str, label: Label | None, teacher: str) -> None:
+        """Store a label in place of the one before, or remove it (None): people change their minds."""
+        with self._writing():
+            self._connection.execute("DELETE FROM labels WHERE key = ?", (key,))
+            if label is not None:
+                self._connection.execute("INSERT INTO labels VALUES (?, ?, ?)", (key, teacher, _format(label)))
+
+    def teachers(self) -> list[str]:
+        """Everyone whose labels are stored, by name."""
+        return [name for (name,) in self._connection.execute("SELECT DISTINCT teacher FROM labels ORDER BY teacher")]
+
+    def find_judgements(self, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+        """The stored judgements of pairs among `keys`: status, reason and a verdict for each dimension."""
+        query = "SELECT judgement FROM judgements WHERE key = ?"
+        return {key: json.loads(text) for key, text in self._texts(query, keys)}
+
+    def add_judgements(self, judgements: Mapping[str, Mapping[str, str]], teacher: str) -> None:
+        """Store judgements in one transaction; the first one of a key stays."""
+        rows = [(key, teacher, json.dumps(dict(judgement))) for key, judgement in judgements.items()]
+        with self._writing():
+            self._connection.executemany("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
+
+    def spent(self) -> float:
+        """US dollars spent, counting what is under way or lost at the most that it can cost."""
+        return self._connection.execute("SELECT COALESCE(SUM(dollars), 0) FROM requests").fetchone()[0]
+
+    def reserve(
+        self, costs: Mapping[str, float], teacher: str, budget: float, batch: str | None = None
+    ) -> dict[str, int] | None:
+        """Enter requests before they are sent, all or none.
+
+        Args:
+            costs: the most that each question can cost, in dollars.
+            teacher: who is asked.
+            budget: bound of the store's spending in dollars.
+            batch: key of the batch in which they are sent.
+
+        Returns:
+            ids of the requests by question; None, and nothing is entered, if they could exceed the budget.
+        """
+        with self._writing():
+            if self.spent() + math.fsum(costs.values()) > budget:
+                return None
+            if batch is not None:
+                self._connection.execute("INSERT INTO batches (key) VALUES (?)", (batch,))
+            query = "INSERT INTO requests (question, teacher, batch, status, dollars) VALUES (?, ?, ?, 'sent', ?)"
+            ids = {}
+            for question, dollars in costs.items():
+                ids[question] = int(self._connection.execute(query, (question, teacher, batch, dollars)).lastrowid or 0)
+        return ids
+
+    def settle(self, replies: Mapping[int, Reply], prices: tuple[float, float]) -> None:
+        """Record what came back, in one transaction.
+
+        Args:
+            replies: by id of the request; a "lost" one keeps the cost that it was entered with, and so does an
+                answer without a count of tokens.
+            prices: dollars for an input and an output token.
+        """
+        with self._writing():
+            for number, reply in replies.items():
+                tokens = reply.tokens or (None, None)
+                if reply.status == "failed":
+                    dollars: float | None = 0.0
+                else:
+                    dollars = reply.tokens and sum(n * price for n, price in zip(reply.tokens, prices, strict=True))
+                self._connection.execute(
+                    "UPDATE requests SET status = ?, reason = ?, text = ?, model = ?, input_tokens = ?,"
+                    " output_tokens = ?, dollars = COALESCE(?, dollars) WHERE id = ?",
+                    (reply.status, reply.reason, reply.text, reply.model, *tokens, dollars, number),
+                )
+
+    def answers(self, question: str) -> list[Reply]:
+        """The answers that a question got, oldest first."""
+        rows = self._connection.execute(
+            "SELECT status, reason, text FROM requests WHERE question = ?"
+            " AND status NOT IN ('sent', 'failed', 'lost') ORDER BY id",
+            (question,),
+        )
+        return [Reply(*row) for row in rows]
+
+    def open_batches(self) -> dict[str, tuple[str | None, dict[str, int]]]:
+        """Batches that were entered and have not ended: id at the server, if known, and requests by question."""
+        found = {}
+        for key, number in self._connection.execute("SELECT key, id FROM batches WHERE NOT ended").fetchall():
+            rows = self._connection.execute("SELECT question, id FROM requests WHERE batch = ?", (key,))
+            found[key] = (number, dict(rows.fetchall()))
+        return found
+
+    def name_batch(self, key: str, number: str) -> None:
+        """Record the id that the server gave a batch."""
+        with self._writing():
+            self._connection.execute("UPDATE batches SET id = ? WHERE key = ?", (number, key))
+
+    def end_batch(self, key: str) -> None:
+        """Record that a batch's answers are settled."""
+        with self._writing():
+            self._connection.execute("UPDATE batches SET ended = 1 WHERE key = ?", (key,))
+
+    def _texts(self, query: str, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for key in keys:
+            row: Sequence[str] | None = self._connection.execute(query, (key,)).fetchone()
+            if row is not None:
+                yield key, row[0]
 
 
 def _format(label: Label) -> str:
@@ -69,7 +212,9 @@ def _format(label: Label) -> str:
 
     video = dict(zip(label.video, scores(label.video.values()), strict=True))
     patches = {name: scores(values) for name, values in label.patches.items()}
-    return json.dumps({"status": label.status, "video": video, "patches": patches}, sort_keys=True)
+    return json.dumps(
+        {"status": label.status, "reason": label.reason, "video": video, "patches": patches}, sort_keys=True
+    )
 
 
 def _parse(text: str) -> Label:
@@ -81,4 +226,5 @@ def _parse(text: str) -> Label:
         {name: score(value) for name, value in stored["video"].items()},
         {name: [score(value) for value in values] for name, values in stored["patches"].items()},
         stored["status"],
+        stored.get("reason", ""),
     )
