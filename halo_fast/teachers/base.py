@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "RUBRIC_DIMENSIONS", "VIDEO_DIMENSIONS", "Label", "Teacher"]
+__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "RUBRIC_DIMENSIONS", "VIDEO_DIMENSIONS", "Label", "Person", "Teacher"]
 
 VIDEO_DIMENSIONS = ("visual_quality", "text_alignment", "dynamic_degree")  # which every teacher scores
 RUBRIC_DIMENSIONS = (*VIDEO_DIMENSIONS, "temporal_consistency", "factual_consistency")
@@ -62,3 +62,20 @@ class Teacher(Protocol):
     def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
         """One label for each clip of videos, uint8 [N, F, H, W, 3], in order; a clip without an answer says why."""
         ...
+
+
+@dataclass(frozen=True)
+class Person:
+    """Someone who scores on the page of `halo label`: what is not in the label store yet cannot be asked for.
+
+    Args:
+        name: "human:" and the name given to `halo label`.
+        grid: patches along time, height and width.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+
+    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
+        """No scores: the label of a clip that was scored is found in the store before anybody is asked."""
+        return [Label(status="unlabelled", reason="not scored on the page of halo label yet")] * len(prompts)

@@ -14,11 +14,11 @@ import torch
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, write_parquet
-from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label, Teacher
+from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label, Person, Teacher
 from halo_fast.teachers.openai import Clip, OpenAITeacher
 from halo_fast.teachers.store import LabelStore, label_key
 
-__all__ = ["annotate", "load_teacher"]
+__all__ = ["annotate", "latent_factors", "load_teacher"]
 
 
 def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False)) -> Teacher:
@@ -34,8 +34,10 @@ def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, boo
     """
     if config.annotate.teacher == "openai":
         return OpenAITeacher(config.annotate.openai, config.grid, store, factors, config.seed)
+    if config.annotate.teacher.startswith("human:"):
+        return Person(config.annotate.teacher, config.grid)
     if config.annotate.teacher != "demo":
-        raise UserError(f'annotate.teacher: expected "demo" or "openai", got {config.annotate.teacher!r}')
+        raise UserError(f'annotate.teacher: expected "demo", "openai" or "human:NAME", got {config.annotate.teacher!r}')
     from halo_fast.demo.meters import WEIGHTS, DefectMeter, FidelityMeter
     from halo_fast.teachers.demo import DemoTeacher
 
@@ -68,7 +70,7 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     folder = run.require("generate/clips.parquet").parent
     clips = _chosen(pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist(), config)
     with LabelStore(run.path / "labels.sqlite") as store:
-        teacher = teacher or load_teacher(config, store, _factors(clips, folder))
+        teacher = teacher or load_teacher(config, store, latent_factors(clips, folder))
         settings = asdict(config.annotate) | {"teacher": teacher.name, "grid": config.grid, "seed": config.seed}
         del settings["openai"]
         if isinstance(teacher, OpenAITeacher):
@@ -177,7 +179,7 @@ def _clip(clip: dict[str, Any], folder: Path) -> Clip:
     return Clip(clip["hash"], clip["prompt"], lambda: read_clip(folder / clip["video"]))
 
 
-def _factors(clips: list[dict[str, Any]], folder: Path) -> tuple[int, int, bool]:
+def latent_factors(clips: Sequence[dict[str, Any]], folder: Path) -> tuple[int, int, bool]:
     """What the autoencoder compresses space and time by, and whether it is causal, from the first clip's latents."""
     if not clips or not clips[0]["latents"] or not (folder / clips[0]["latents"]).exists():
         return 1, 1, False
