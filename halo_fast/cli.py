@@ -32,6 +32,7 @@ _DEMO = {
     "pretrain": ("halo_fast.demo.pretrain", "pretrain", "train the demo's base model anew"),
     "compare": ("halo_fast.demo.compare", "compare", "align by every method and tabulate the results"),
 }
+_EXPORT = ("halo_fast.train.export", "export_run", "write a run's LoRA for diffusers or ComfyUI")
 _USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -74,12 +75,17 @@ def _dispatch(arguments: list[str]) -> None:
         _doctor(rest)
     elif verb == "demo":
         _demo(rest)
+    elif verb == "export":
+        for file in _call("halo export", *_EXPORT, rest):
+            print(file)
     elif verb == "run":
         _stages(verb, list(_STAGES), "run all stages, one after another", rest)
     elif verb in _STAGES:
         _stages(verb, [verb], _STAGES[verb][2], rest)
     else:
-        raise UserError(f"unknown verb {verb!r}; expected one of {', '.join([*_STAGES, 'run', 'doctor', 'demo'])}")
+        raise UserError(
+            f"unknown verb {verb!r}; expected one of {', '.join([*_STAGES, 'run', 'export', 'doctor', 'demo'])}"
+        )
 
 
 def _overview() -> str:
@@ -88,7 +94,8 @@ def _overview() -> str:
     return (
         "usage: halo VERB [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]\n\n"
         f"stages of a run, prompts in, LoRA and report out:\n{stages}\n\n  {'run':<16}all stages, one after another\n\n"
-        f"others:\n  {'doctor':<16}versions and compute backends of this machine\n{demos}\n\n"
+        f"others:\n  {'export RUN':<16}{_EXPORT[2]}\n"
+        f"  {'doctor':<16}versions and compute backends of this machine\n{demos}\n\n"
         "Finished stages are kept, unfinished ones continue. `halo VERB --help` lists the settings."
     )
 
@@ -124,13 +131,17 @@ def _demo(arguments: list[str]) -> None:
     verb, *rest = arguments or [""]
     if verb not in _DEMO:
         raise UserError(f"halo demo: unknown verb {verb!r}; expected one of {', '.join(_DEMO)}")
-    module, name, description = _DEMO[verb]
+    _call(f"halo demo {verb}", *_DEMO[verb], rest)
+
+
+def _call(program: str, module: str, name: str, description: str, arguments: list[str]) -> Any:
+    """The function's result with its parameters from the command line."""
     function = _load(module, name)
-    parser = _parser(f"halo demo {verb}", description)
-    parser.add_function_arguments(function)
-    settings = _parse(parser, rest)
+    parser = _parser(program, description)
+    parser.add_function_arguments(function, as_positional=True)
+    settings = _parse(parser, arguments)
     settings.pop("config")
-    function(**settings.as_dict())
+    return function(**settings.as_dict())
 
 
 def _doctor(arguments: list[str]) -> None:

@@ -1,0 +1,166 @@
+"""What stops or warns a training: judged from rows already read from the device, so no step waits for it."""
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from halo_fast.config import GenerateConfig, TrainConfig
+from halo_fast.data import Pair
+from halo_fast.families import Family
+from halo_fast.functional import patch_error
+from halo_fast.runs import UserError
+from halo_fast.train.draws import Batch, generator
+
+__all__ = ["OffPolicy", "check_rows", "fresh_pairs", "off_policy_gap", "warn", "winner_alarm"]
+
+SPIKE_WINDOW, SPIKE_LENGTH = 50, 5
+ALARM_WINDOW = 50
+# Errors of winners, losers and fresh samples of one model agree within this share on pairs of its own.
+OFF_POLICY_LIMIT = 0.25
+_KEPT = "nothing was saved since the last checkpoint"
+
+
+def check_rows(log: Sequence[dict[str, float]], first: int, config: TrainConfig) -> None:
+    """Hold that the rows `log[first:]` are finite and no spike; to be called before they or a checkpoint are written.
+
+    A row is a spike when the mean loss of the last 5 steps exceeds `config.loss_spike_factor` times the median of the
+    50 steps before those (of at least 5). What a row is depends on the rows before it alone, never on how often rows
+    are read, so a resumed training stops where an undisturbed one does.
+
+    Args:
+        log: all rows from step 1 on, each with step, loss and grad_norm.
+        first: index of the first row not checked yet.
+        config: the settings; loss_spike_factor null switches the spike off, nothing the other.
+
+    Raises:
+        UserError: naming step, value and cure.
+    """
+    losses = [row["loss"] for row in log]
+    for index in range(first, len(log)):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(log[index][name]):
+                raise UserError(
+                    f"train: {name} is {log[index][name]} at step {log[index]['step']}, {_KEPT}; "
+                    "lower learning_rate or the betas"
+                )
+        start = index + 1 - SPIKE_LENGTH
+        before = losses[max(0, start - SPIKE_WINDOW) : max(0, start)]
+        if config.loss_spike_factor is None or len(before) < SPIKE_LENGTH:
+            continue
+        mean, usual = statistics.fmean(losses[start : index + 1]), statistics.median(before)
+        if mean > config.loss_spike_factor * usual:
+            raise UserError(
+                f"train: loss spikes at step {log[index]['step']}: {mean:.4g} over {SPIKE_LENGTH} steps after "
+                f"{usual:.4g} before, expected at most {config.loss_spike_factor:g} times that; {_KEPT}; lower "
+                "learning_rate or the betas, or raise objective.patch_sft_weight (loss_spike_factor: null goes on)"
+            )
+
+
+def winner_alarm(log: Sequence[dict[str, float]], config: TrainConfig) -> str | None:
+    """One line if the policy has become worse at the winners than the reference is, else None.
+
+    DPO may lower its loss by spoiling the loser more than the winner. Told when win_gap, E - E_ref of the winners,
+    averages more than `config.winner_alarm` of ref_mse over the last 50 steps. Rows without video labels, whose win_gap
+    is NaN, say nothing and are left out.
+    """
+    recent = [row for row in log[-ALARM_WINDOW:] if math.isfinite(row.get("win_gap", math.nan))]
+    if config.winner_alarm is None or len(log) < ALARM_WINDOW or not recent:
+        return None
+    gap = statistics.fmean(row["win_gap"] for row in recent)
+    reference = statistics.fmean(row["ref_mse"] for row in recent)
+    if gap <= config.winner_alarm * reference:
+        return None
+    return (
+        f"train: winner error is {100 * gap / reference:.1f}% above the reference's at step {log[-1]['step']}: the "
+        "loss falls by spoiling losers; raise objective.sft_weight or patch_sft_weight, set objective.loser_guard: "
+        "video, or lower the betas"
+    )
+
+
+@dataclass(frozen=True)
+class OffPolicy:
+    """Mean errors of the untrained model at the same noise and times; `report` is what to print.
+
+    Args:
+        winner: of the better clip of each pair (by video reward; pairs that tie count half to both).
+        loser: of the other.
+        fresh: of clips the model has just sampled for the same prompts; None if none were.
+    """
+
+    winner: float
+    loser: float
+    fresh: float | None
+
+    @property
+    def gap(self) -> float:
+        """Largest difference between two of the errors, as a share of the smallest."""
+        errors = [error for error in (self.winner, self.loser, self.fresh) if error is not None]
+        return max(errors) / min(errors) - 1
+
+    def report(self) -> str:
+        fresh = "" if self.fresh is None else f", fresh samples {self.fresh:.4g}"
+        text = f"train: error of the base on winners {self.winner:.4g}, losers {self.loser:.4g}{fresh}"
+        if self.gap <= OFF_POLICY_LIMIT:
+            return text
+        return (
+            f"{text}: {100 * self.gap:.0f}% apart, these clips are not the model's own; pairs of its own samples are "
+            "more stable (halo generate), else lower the betas and keep a supervised term"
+        )
+
+
+@torch.no_grad()
+def off_policy_gap(
+    family: Family, model: nn.Module, batches: Sequence[Batch], fresh: Sequence[Batch] = ()
+) -> OffPolicy:
+    """Errors of the base model on winners, losers and fresh samples, to be printed before training.
+
+    On pairs of the model's own samples the three agree; winners that are real videos, or clips of another model, stand
+    out, and preference training on them is known to be unstable or without effect.
+
+    Args:
+        family: of the model.
+        model: the transformer, its adapter off or fresh (a fresh adapter adds nothing).
+        batches: a few pairs each, as `make_batch` gives them.
+        fresh: the same draws of `fresh_pairs`, so that the errors differ by the clips alone; empty: not compared.
+    """
+    errors, wins = [], []
+    for batch in batches:
+        errors.append(_errors(family, model, batch))
+        a, b = batch.video_rewards.chunk(2)
+        wins.append(torch.where(a > b, 1.0, torch.where(a < b, 0.0, 0.5)))
+    a, b = (torch.cat(side) for side in zip(*(error.chunk(2) for error in errors), strict=True))
+    win = torch.cat(wins)
+    means = [(win * a + (1 - win) * b).mean(), (win * b + (1 - win) * a).mean()]
+    if fresh:
+        means.append(torch.cat([_errors(family, model, batch) for batch in fresh]).mean())
+    winner, loser, *rest = torch.stack(means).tolist()
+    return OffPolicy(winner, loser, rest[0] if rest else None)
+
+
+def _errors(family: Family, model: nn.Module, batch: Batch) -> Tensor:
+    prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
+    return patch_error(prediction, batch.target, (1, 1, 1), family.layout).flatten()
+
+
+def fresh_pairs(family: Family, pairs: Sequence[Pair], generate: GenerateConfig, seed: int) -> list[Pair]:
+    """The pairs with both clips replaced by new samples of the model for the same prompt."""
+    made = []
+    for index, pair in enumerate(pairs):
+        noise = torch.randn(pair.latents.shape, generator=generator(seed, "fresh", index))
+        latents = family.sample(
+            [pair.conditions] * 2, noise, video_size=(generate.num_frames, generate.height, generate.width),
+            num_inference_steps=generate.num_inference_steps, guidance_scale=generate.guidance_scale,
+        )  # fmt: skip
+        made.append(replace(pair, latents=latents.cpu()))
+    return made
+
+
+def warn(line: str | None) -> None:
+    """Print a line for the user on stderr, if there is one."""
+    if line:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,124 @@
+"""What stops and warns a training: loss spikes, values that are not finite, rising winner errors, foreign clips."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_train import make_pairs
+from tiny import tiny_wan
+
+from halo_fast.config import GenerateConfig, TrainConfig
+from halo_fast.families import family_of
+from halo_fast.runs import UserError
+from halo_fast.train.draws import make_batch
+from halo_fast.train.guards import OffPolicy, check_rows, fresh_pairs, off_policy_gap, winner_alarm
+
+
+def rows(losses, **more):
+    return [{"step": step, "loss": loss, "grad_norm": 1.0, **more} for step, loss in enumerate(losses, start=1)]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_stop_even_without_spike_guard(name, value):
+    log = rows([0.7] * 8)
+    log[6][name] = value
+    config = TrainConfig(loss_spike_factor=None)
+    check_rows(log[:6], 0, config)
+    with pytest.raises(UserError, match=f"train: {name} is {value} at step 7, nothing was saved"):
+        check_rows(log, 6, config)
+
+
+def test_noise_and_a_single_high_loss_are_no_spike():
+    generator = torch.Generator().manual_seed(0)
+    noisy = (0.7 + 0.3 * torch.randn(400, generator=generator)).clamp(min=0.05).tolist()
+    noisy[200] = 8.0
+    check_rows(rows(noisy), 0, TrainConfig())
+    # the first steps have nothing to be compared with
+    check_rows(rows([100.0, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]), 0, TrainConfig())
+
+
+def test_divergence_stops_at_the_same_step_however_often_rows_are_read():
+    log = rows([0.7] * 60 + [1.5, 3.0, 6.0, 9.0, 12.0, 20.0])
+    stopped = set()
+    for every in (1, 3, 7, 66):
+        with pytest.raises(UserError) as error:
+            for end in range(every, len(log) + every, every):
+                check_rows(log[:end], end - every, TrainConfig())
+        stopped.add(str(error.value))
+    (message,) = stopped
+    # mean of 0.7, 1.5, 3, 6, 9 is 4.04 > 5 x 0.7; one step before it is 2.38
+    assert "loss spikes at step 64: 4.04 over 5 steps after 0.7 before" in message
+    check_rows(log, 0, TrainConfig(loss_spike_factor=None))
+    check_rows(log, 0, TrainConfig(loss_spike_factor=50.0))
+
+
+def test_winner_alarm_rings_when_the_winners_error_rises():
+    def log(gap, count=60):
+        return rows([0.7] * count, win_gap=gap, ref_mse=0.4)
+
+    assert winner_alarm(log(-0.1), TrainConfig()) is None
+    assert winner_alarm(log(0.019), TrainConfig()) is None
+    assert "winner error is 10.0% above the reference's at step 60" in winner_alarm(log(0.04), TrainConfig())
+    assert winner_alarm(log(0.04, count=40), TrainConfig()) is None
+    assert winner_alarm(log(0.04), TrainConfig(winner_alarm=None)) is None
+    # batches without video labels have no win_gap; they are left out rather than counted as 0
+    mixed = log(0.04)
+    for row in mixed[::2]:
+        row["win_gap"] = math.nan
+    assert "10.0%" in winner_alarm(mixed, TrainConfig())
+    assert winner_alarm(log(math.nan), TrainConfig()) is None
+
+
+@pytest.fixture(scope="module")
+def family():
+    return family_of(tiny_wan())
+
+
+def batches(family, pairs):
+    draws = [(index, 0) for index in range(len(pairs))]
+    return [make_batch(family, pairs, part, 0, torch.device("cpu")) for part in (draws[:4], draws[4:])]
+
+
+def test_errors_of_winners_and_losers_are_those_of_the_formula(family):
+    pairs = make_pairs(family)
+    pairs[1] = dataclasses.replace(pairs[1], video_rewards=torch.tensor([2.0, 2.0]))
+    found = off_policy_gap(family, family.transformer, batches(family, pairs))
+    winner = loser = 0.0
+    for index, pair in enumerate(pairs):
+        batch = make_batch(family, pairs, [(index, 0)], 0, torch.device("cpu"))
+        with torch.no_grad():
+            prediction = family.predict(family.transformer, batch.noisy, batch.t, batch.conditions)
+        error = (prediction - batch.target).square().double().flatten(1).mean(1).tolist()
+        better = 0 if pair.video_rewards[0] > pair.video_rewards[1] else 1
+        share = 0.5 if index == 1 else 1.0
+        winner += share * error[better] + (1 - share) * error[1 - better]
+        loser += share * error[1 - better] + (1 - share) * error[better]
+    assert found.winner == pytest.approx(winner / len(pairs), rel=1e-5)
+    assert found.loser == pytest.approx(loser / len(pairs), rel=1e-5)
+    assert found.fresh is None
+
+
+def test_clips_of_another_model_stand_out(family):
+    settings = GenerateConfig(num_inference_steps=2)
+    own = fresh_pairs(family, make_pairs(family), settings, seed=1)
+    again = fresh_pairs(family, own, settings, seed=2)
+    assert not torch.equal(own[0].latents[0], own[0].latents[1]) and not torch.equal(own[0].latents, again[0].latents)
+    alike = off_policy_gap(family, family.transformer, batches(family, own), batches(family, again))
+    assert alike.gap < 0.25 and "apart" not in alike.report()
+    foreign = []
+    for pair in own:
+        better = int(pair.video_rewards[1] > pair.video_rewards[0])
+        latents = pair.latents.clone()
+        latents[better] = latents[better] * 3 + 2
+        foreign.append(dataclasses.replace(pair, latents=latents))
+    apart = off_policy_gap(family, family.transformer, batches(family, foreign), batches(family, again))
+    assert apart.winner > 1.5 * apart.loser and apart.fresh == pytest.approx(alike.fresh)
+    assert "these clips are not the model's own" in apart.report()
+
+
+def test_gap_is_a_share_of_the_smallest_error():
+    assert OffPolicy(0.2, 0.2, None).gap == 0
+    assert OffPolicy(0.2, 0.25, 0.3).gap == pytest.approx(0.5)
+    assert "winners 0.2, losers 0.25, fresh samples 0.3: 50% apart" in OffPolicy(0.2, 0.25, 0.3).report()
