@@ -32,6 +32,16 @@ _DEMO = {
     "pretrain": ("halo_fast.demo.pretrain", "pretrain", "train the demo's base model anew"),
     "compare": ("halo_fast.demo.compare", "compare", "align by every method and tabulate the results"),
 }
+# verbs about a run that are no stages of it; they take its settings and their own
+_ASIDES = {
+    "label": ("halo_fast.label", "label", "serve a page on which people score the candidates"),
+    "agreement": ("halo_fast.rewards.evaluation", "agreement", "compare teachers, people and the reward model"),
+}
+_REWARD_EVAL = (
+    "halo_fast.rewards.evaluation",
+    "reward_eval",
+    "agreement of a reward model with people's labels, beside baselines",
+)
 _EXPORT = ("halo_fast.train.export", "export_run", "write a run's LoRA for diffusers or ComfyUI")
 _USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -80,21 +90,25 @@ def _dispatch(arguments: list[str]) -> None:
             print(file)
     elif verb == "run":
         _stages(verb, list(_STAGES), "run all stages, one after another", rest)
+    elif (verb, *rest[:1]) == ("reward", "eval"):
+        _call("halo reward eval", *_REWARD_EVAL, rest[1:])
+    elif verb in _ASIDES:
+        _aside(verb, rest)
     elif verb in _STAGES:
         _stages(verb, [verb], _STAGES[verb][2], rest)
     else:
-        raise UserError(
-            f"unknown verb {verb!r}; expected one of {', '.join([*_STAGES, 'run', 'export', 'doctor', 'demo'])}"
-        )
+        known = [*_STAGES, "run", *_ASIDES, "export", "doctor", "demo"]
+        raise UserError(f"unknown verb {verb!r}; expected one of {', '.join(known)}")
 
 
 def _overview() -> str:
     stages = "\n".join(f"  {verb:<16}{text}" for verb, (_, _, text) in _STAGES.items())
+    asides = "\n".join(f"  {verb:<16}{text}" for verb, (_, _, text) in _ASIDES.items())
     demos = "\n".join(f"  {'demo ' + verb:<16}{text}" for verb, (_, _, text) in _DEMO.items())
     return (
         "usage: halo VERB [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]\n\n"
         f"stages of a run, prompts in, LoRA and report out:\n{stages}\n\n  {'run':<16}all stages, one after another\n\n"
-        f"others:\n  {'export RUN':<16}{_EXPORT[2]}\n"
+        f"others:\n  {'reward eval':<16}{_REWARD_EVAL[2]}\n{asides}\n  {'export RUN':<16}{_EXPORT[2]}\n"
         f"  {'doctor':<16}versions and compute backends of this machine\n{demos}\n\n"
         "Finished stages are kept, unfinished ones continue. `halo VERB --help` lists the settings."
     )
@@ -109,15 +123,7 @@ def _stages(verb: str, names: Sequence[str], description: str, arguments: list[s
     parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]"
     parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
-    parser.add_class_arguments(Config)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
-    settings = _parse(parser, arguments)
-    try:
-        settings = parser.instantiate(settings)
-        config = Config(**{field.name: settings[field.name] for field in fields(Config)})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config, settings = _settings(parser, arguments)
     if settings.print_config:
         print(to_yaml(config), end="")
         return
@@ -125,6 +131,28 @@ def _stages(verb: str, names: Sequence[str], description: str, arguments: list[s
     for name in names:
         module, function, _ = _STAGES[name]
         _load(module, function)(config, run)
+
+
+def _aside(verb: str, arguments: list[str]) -> None:
+    module, name, description = _ASIDES[verb]
+    function, parser = _load(module, name), _parser(f"halo {verb}", description)
+    parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...]"
+    own = parser.add_function_arguments(function, skip={"config"})
+    config, settings = _settings(parser, arguments)
+    function(config, **{key: settings[key] for key in own})
+
+
+def _settings(parser: "ArgumentParser", arguments: list[str]) -> tuple[Config, "Namespace"]:
+    """The settings of a run, and beside them the parser's other arguments."""
+    parser.add_class_arguments(Config)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    settings = _parse(parser, arguments)
+    try:
+        settings = parser.instantiate(settings)
+        return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _demo(arguments: list[str]) -> None:

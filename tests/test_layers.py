@@ -15,7 +15,7 @@ LAYERS = (
     {"ops"},
     {"functional", "objectives", "patches"},
     {"rewards", "teachers", "data", "families"},
-    {"generate", "train", "evaluate", "report", "demo"},
+    {"generate", "train", "evaluate", "report", "label", "demo"},
     {"cli"},
     {"__main__"},
 )

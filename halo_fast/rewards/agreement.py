@@ -18,6 +18,7 @@ __all__ = [
     "calibration_slope",
     "centred",
     "kendall",
+    "mean_over",
     "pair_accuracy",
     "patch_agreement",
     "rater_ceiling",
@@ -251,6 +252,12 @@ def rater_ceiling(ratings: ArrayLike, prompts: Sequence[str], resamples: int = 1
         return _mean(np.array(values))
 
     return _figures({"ceiling": ceiling}, _numbered(prompts), resamples, seed)["ceiling"]
+
+
+def mean_over(values: ArrayLike, prompts: Sequence[str], resamples: int = 1000, seed: int = 0) -> Figure:
+    """Mean of values [N], NaN left out, with its interval over prompts."""
+    given = np.asarray(values, dtype=float)
+    return _figures({"mean": lambda rows: _mean(given[rows])}, _numbered(prompts), resamples, seed)["mean"]
 
 
 def ridge_folds(
