@@ -1,0 +1,261 @@
+"""Human labels and preferences, each layout written by the test and read back; mistakes are told with their row."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from halo_fast.data.clips import write_clip
+from halo_fast.data.importers import Ratings, load_frames, pool_marks, read_human, read_preferences, read_ratings
+from halo_fast.runs import UserError
+
+SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[2] / "shared" / "data"))
+RNG = np.random.default_rng(0)
+
+
+def table(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def fetv(folder: Path, rows: list[dict] | None = None) -> Path:
+    rows = rows or [
+        {"prompt": f"p{k // 2}", "model": "ab"[k % 2]}
+        | {f"{name}_h{rater}": (k + rater) % 5 + 1 for name in ("static", "temporal", "align") for rater in range(3)}
+        for k in range(4)
+    ]
+    table(folder / "clips.csv", rows)
+    np.savez(folder / "clips.npz", video=RNG.integers(256, size=(4, 3, 16, 16, 3)).astype(np.uint8))
+    return folder
+
+
+def test_fetv_folder(tmp_path):
+    found = read_ratings(fetv(tmp_path))
+    assert found.source == "FETV" and found.generators == ["a", "b", "a", "b"]
+    assert found.prompts == ["p0", "p0", "p1", "p1"]
+    np.testing.assert_array_equal(found.scores["static_quality"], [[1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 1]])
+    assert load_frames(found.clips[0]).shape == (3, 16, 16, 3)
+
+
+def test_local_defects_folder(tmp_path):
+    masks = RNG.random((2, 24, 24)) < 0.2
+    table(tmp_path / "manifest.csv", [{"row": 0, "class": "a"}, {"row": 1, "class": "b"}])
+    images = RNG.integers(256, size=(2, 24, 24)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", image=images, mask=np.packbits(masks, axis=-1))
+    found = read_ratings(tmp_path)
+    np.testing.assert_array_equal(np.stack(found.marks), masks)
+    assert torch.equal(load_frames(found.clips[1])[0, :, :, 2], torch.from_numpy(images[1]))
+    pooled = pool_marks(found.marks, 3, 4)
+    np.testing.assert_allclose(pooled[0, 1, 2], masks[0, 8:16, 12:18].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json"])
+def test_video_feedback(tmp_path, suffix):
+    rows = [
+        {
+            "id": str(k),
+            "text prompt": f"p{k}",
+            "images": ["x"],
+            "visual quality": k + 1,
+            "temporal consistency": 4,
+            "dynamic degree": 1,
+            "text-to-video alignment": 2,
+            "factual consistency": 3,
+        }
+        for k in range(4)
+    ]
+    for k in range(4):
+        for frame in range(2):
+            (tmp_path / "images" / str(k)).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (k, frame, 0)).save(tmp_path / "images" / str(k) / f"{frame:02}.png")
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    else:
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+    found = read_ratings(tmp_path)
+    # 1 to 4 becomes 1 to 5
+    np.testing.assert_allclose(found.scores["visual_quality"][:, 0], [1, 7 / 3, 11 / 3, 5])
+    frames = load_frames(found.clips[2])
+    assert frames.shape == (2, 8, 8, 3) and frames[1, 0, 0].tolist() == [2, 1, 0]
+    (tmp_path / "images" / "3").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"row 4: no frames of '3'"):
+        read_ratings(tmp_path)
+
+
+def test_rich_hf(tmp_path):
+    heat = RNG.random((4, 4)).astype(np.float32)
+    (tmp_path / "artifact_map").mkdir()
+    np.save(tmp_path / "artifact_map" / "a.npy", heat)
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "a.png")
+    file = table(tmp_path / "labels.csv", [{"filename": "a.png", "prompt": "x", "artifact_score": 0.5}])
+    found = read_ratings(file)
+    assert found.scores["visual_quality"].tolist() == [[3.0]]
+    np.testing.assert_array_equal(found.marks[0], heat)
+    np.save(tmp_path / "artifact_map" / "a.npy", heat * 255)
+    with pytest.raises(UserError, match=r"a.npy: expected \[H, W\] in \[0, 1\]"):
+        read_ratings(file)
+
+
+def test_plain_table(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, torch.zeros(3, 16, 16, 3, dtype=torch.uint8), 8)
+    rows = [
+        {"video": "a.mp4", "prompt": "x", "generator": "m", "rater": "r1", "visual_quality": 4, "beauty": 1},
+        {"video": "b.mp4", "prompt": "y", "generator": "n", "rater": "r1", "visual_quality": 2.5, "beauty": ""},
+        {"video": "a.mp4", "prompt": "x", "generator": "m", "rater": "r2", "visual_quality": 5, "beauty": 2},
+    ]
+    found = read_ratings(table(tmp_path / "t.csv", rows))
+    assert found.prompts == ["x", "y"] and found.generators == ["m", "n"]
+    np.testing.assert_array_equal(found.scores["visual_quality"], [[4, 5], [2.5, np.nan]])
+    np.testing.assert_array_equal(found.scores["beauty"], [[1, 2], [np.nan, np.nan]])
+    assert load_frames(found.clips[0]).shape == (3, 16, 16, 3)
+    table(tmp_path / "t.csv", [*rows, rows[0] | {"prompt": "z"}])
+    with pytest.raises(UserError, match=r"t.csv: row 4: another prompt for a.mp4"):
+        read_ratings(tmp_path / "t.csv")
+    table(tmp_path / "t.csv", [rows[0], rows[1] | {"visual_quality": 6}])
+    with pytest.raises(UserError, match=r"t.csv: row 2: expected 1 to 5 in 'visual_quality', got '6'"):
+        read_ratings(tmp_path / "t.csv")
+    table(tmp_path / "t.csv", [rows[0] | {"video": "c.mp4"}])
+    with pytest.raises(UserError, match=r"row 1: .*c.mp4 does not exist"):
+        read_ratings(tmp_path / "t.csv")
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(file, "png")
+    return file.getvalue()
+
+
+def video_align(folder: Path) -> Path:
+    rows = [{"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "x", "VQ": "A", "MQ": "same", "TA": "B", "fps_A": 8}]
+    return table(folder / "pairs.csv", rows)
+
+
+def local_dpo(folder: Path) -> Path:
+    row = {"pos_video_path": "a.mp4", "neg_video_path": "b.mp4", "gen_caption": "x", "mask": "m.npy", "yita": 0.8}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n\n")
+    return folder / "pairs.jsonl"
+
+
+def unified_reward(folder: Path) -> Path:
+    row = {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "x", "score": 3}
+    (folder / "dpo_data.json").write_text(json.dumps([row]))
+    return folder / "dpo_data.json"
+
+
+def trl(folder: Path) -> Path:
+    return table(folder / "pairs.csv", [{"prompt": "x", "chosen": "a.mp4", "rejected": "b.mp4"}])
+
+
+def pickapic(folder: Path) -> Path:
+    row = {"jpg_0": picture(), "jpg_1": picture(), "label_0": 0.5, "caption": "x"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def video_dpo(folder: Path) -> Path:
+    clips = [{"basic": {"clip_path": name}, "misc": {"frame_caption": ["x"]}} for name in ("b.mp4", "a.mp4")]
+    (folder / "metadata.json").write_text(json.dumps(clips))
+    (folder / "pair.json").write_text(json.dumps([{"video1": 1, "video2": 0, "frame_caption": ["x"]}]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "preferred"),
+    [
+        (video_align, {"visual_quality": 1, "motion_quality": 0.5, "text_alignment": 0}),
+        (local_dpo, {"overall": 1}),
+        (unified_reward, {"overall": 1}),
+        (trl, {"overall": 1}),
+        (video_dpo, {"overall": 1}),
+        (pickapic, {"overall": 0.5}),
+    ],
+)
+def test_preferences(tmp_path, write, preferred):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (found,) = read_preferences(write(tmp_path))
+    assert (found.row, found.prompt, found.preferred) == (1, "x", preferred)
+    if write is pickapic:
+        assert load_frames(found.first).tolist() == [[[[1, 2, 3]] * 8] * 8]
+    else:
+        assert (found.first, found.second) == (tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert found.mask == (tmp_path / "m.npy" if write is local_dpo else None)
+    with pytest.raises(UserError, match="expected scores of clips, got preferences"):
+        read_ratings(write(tmp_path))
+    if write is not pickapic:
+        (tmp_path / "b.mp4").unlink()
+        with pytest.raises(UserError, match=r"row 1: .*b.mp4 does not exist"):
+            read_preferences(write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([{"path_A": "a", "path_B": "b", "prompt": "x", "VQ": "C"}], "row 1: expected A, B or same in 'VQ', got 'C'"),
+        ([{"path_A": "a", "path_B": "", "prompt": "x", "VQ": "A"}], "row 1: expected text in 'path_B', got ''"),
+        ([{"one": 1, "two": 2}], "expected a folder like FETV's .* got columns 'one', 'two'"),
+        ([{"video": "a", "prompt": "x"}], "expected a column of scores"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, rows, complaint):
+    touch(tmp_path, "a", "b")
+    with pytest.raises(UserError, match=complaint):
+        read_human(table(tmp_path / "t.csv", rows))
+
+
+def test_what_is_no_table_is_named(tmp_path):
+    for name, text in (("a.json", "{"), ("b.json", '{"x": 1}'), ("c.jsonl", "[1]\n"), ("d.csv", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=name):
+            read_human(tmp_path / name)
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="e.parquet"):
+        read_human(tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="does not exist"):
+        read_human(tmp_path / "f")
+    with pytest.raises(UserError, match="a folder with 5 tables"):
+        read_human(tmp_path)
+    (tmp_path / "pair").mkdir()
+    video_dpo(tmp_path / "pair")
+    (tmp_path / "pair" / "pair.json").write_text(json.dumps([{"video1": 2, "video2": 0, "frame_caption": ["x"]}]))
+    with pytest.raises(UserError, match=r"pair.json: row 1: expected 0 to 1 in 'video1', got 2"):
+        read_human(tmp_path / "pair")
+
+
+def test_a_folder_with_too_few_clips_is_named(tmp_path):
+    fetv(tmp_path)
+    np.savez(tmp_path / "clips.npz", video=np.zeros((3, 2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="expected a row for each of 3 clips, got 4"):
+        read_human(tmp_path)
+    np.savez(tmp_path / "clips.npz", other=np.zeros(3))
+    with pytest.raises(UserError, match="expected an array 'video'"):
+        read_human(tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data in {SHARED} or $HALO_DATA")
+def test_the_real_folders():
+    rated = read_human(SHARED / "fetv")
+    assert isinstance(rated, Ratings) and len(rated) == 100 and len(set(rated.prompts)) == 25
+    assert all(scores.shape == (100, 3) and 1 <= scores.min() <= scores.max() <= 5 for scores in rated.scores.values())
+    marked = read_human(SHARED / "local_defects")
+    shares = [float(row["mask_fraction"]) for row in csv.DictReader((SHARED / "local_defects" / "manifest.csv").open())]
+    # the manifest tells shares at full size, the pictures are smaller
+    np.testing.assert_allclose([mark.mean() for mark in marked.marks], shares, atol=0.03)
