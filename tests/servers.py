@@ -49,7 +49,7 @@ class OpenAIServer:
 
     misbehave: number of the request (from 0), its question -> "" for a right answer, or how to misbehave: "429", "500",
         "quota", "401", "404", "slow", "cut", "half", "words", "range", "grade", "extra", "missing", "refusal",
-        "length", "model", "policy", "html".
+        "length", "model", "policy", "html", "gone".
     biased: answer "first" to every comparison; else the brighter video wins and equals tie.
     """
 
@@ -251,7 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         state.closing.wait(state.slowness if outcome == "slow" else state.pause)
         # a careless server that sends the key back
         echo = f"request was {self.headers['Authorization']}"
-        if outcome == "429":
+        if outcome == "gone":
+            self.close_connection = True
+        elif outcome == "429":
             self._send(429, {"error": {"message": echo, "code": "rate_limit_exceeded"}}, state.retry_after)
         elif outcome == "quota":
             self._send(429, {"error": {"message": echo, "code": "insufficient_quota"}})

@@ -207,7 +207,7 @@ def test_some_refusals_are_recorded_without_scores(tmp_path):
 def test_mistakes_are_named(tmp_path):
     run = run_in(tmp_path)
     run.config.annotate.teacher = "nobody"
-    with pytest.raises(UserError, match='annotate.teacher: expected "demo" or "openai", got \'nobody\''):
+    with pytest.raises(UserError, match='annotate.teacher: expected "demo", "openai" or "human:NAME", got \'nobody\''):
         annotate(run.config, run)
     run.config.grid = (1, 1, 1)
     with pytest.raises(UserError, match="grid: teacher 'planted' scores"):

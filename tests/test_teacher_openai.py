@@ -2,30 +2,24 @@
 
 import io
 import json
+import logging
 import math
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
-from moving_shapes import GRID, make_clips, write_candidates
+from moving_shapes import GRID, make_clips
 from PIL import Image
 from servers import USABLE, OpenAIServer, expected_score
 
-from halo_fast.config import AnnotateConfig, Config, OpenAIConfig, to_yaml
+from halo_fast.config import OpenAIConfig
 from halo_fast.patches import PatchGrid
-from halo_fast.runs import Run, UserError
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore, OpenAITeacher, annotate
+from halo_fast.runs import UserError
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore, OpenAITeacher
 from halo_fast.teachers.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
 from halo_fast.teachers.questions import VERDICTS, Question, ask_patches, parse
 from halo_fast.teachers.server import image_tokens
@@ -192,10 +186,24 @@ def test_refused_requests_end_the_run_at_once_and_keep_the_key_secret(store, mis
     assert KEY.encode() not in store.path.read_bytes()
 
 
+def test_logs_of_every_library_at_debug_level_do_not_hold_the_key(store, caplog):
+    with (
+        OpenAIServer(lambda number, _: ("500", "cut", "refusal", USABLE)[min(number, 3)]) as server,
+        caplog.at_level(logging.DEBUG),
+        caplog.at_level(logging.DEBUG, logger="openai"),
+    ):
+        label_some(teacher(server, store), 1)
+    logged = [f"{record.getMessage()} {record.args} {record.exc_text}" for record in caplog.records]
+    assert {"openai._base_client", "httpx2"} <= {record.name for record in caplog.records}
+    assert not any(KEY in line for line in logged)
+
+
 def test_a_server_that_asks_to_wait_for_hours_ends_the_run(store):
-    with OpenAIServer(lambda *_: "429", retry_after="7200") as server:
-        with pytest.raises(UserError, match="wait 7200 s and run again"):
-            label_some(teacher(server, store), 1)
+    with (
+        OpenAIServer(lambda *_: "429", retry_after="7200") as server,
+        pytest.raises(UserError, match="wait 7200 s and run again"),
+    ):
+        label_some(teacher(server, store), 1)
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])

@@ -64,7 +64,7 @@ class Teacher(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Person:
     """Someone who scores on the page of `halo label`: what is not in the label store yet cannot be asked for.
 

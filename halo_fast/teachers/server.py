@@ -289,7 +289,8 @@ class Server:
             # the client's own timeout starts anew with every piece that arrives
             async with asyncio.timeout(timeout):
                 create = client.chat.completions if chat else client.responses
-                response = await create.with_raw_response.create(**self.body(question))
+                # told outright, because servers differ in what they do by default
+                response = await create.with_raw_response.create(**self.body(question), stream=False)
                 content = response.http_response.content
         except openai.APIStatusError as error:
             return self.failure(error.status_code, error.body, error.response.headers)

@@ -20,6 +20,8 @@ from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["annotate", "latent_factors", "load_teacher"]
 
+_PENDING = {"unavailable", "unlabelled"}  # nobody has answered yet: not kept, so that the answer may still come
+
 
 def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False)) -> Teacher:
     """The teacher that `config.annotate.teacher` names.
@@ -111,15 +113,17 @@ def _labels(
             teacher.labels([_clip(clip, folder) for clip in unknown]), len(unknown), "annotate"
         ):
             known[unknown[index]["key"]] = label
-            if label.status != "unavailable":
+            if label.status not in _PENDING:
                 store.add({unknown[index]["key"]: label}, teacher.name)
         return known
     batches = [unknown[start : start + batch_size] for start in range(0, len(unknown), batch_size)]
     for batch in progress(batches, len(batches), "annotate"):
         videos = torch.stack([read_clip(folder / clip["video"]) for clip in batch])
         labels = teacher.label(videos, [clip["prompt"] for clip in batch])
-        store.add({clip["key"]: label for clip, label in zip(batch, labels, strict=True)}, teacher.name)
-    return store.find(clip["key"] for clip in clips)
+        found = {clip["key"]: label for clip, label in zip(batch, labels, strict=True)}
+        store.add({key: label for key, label in found.items() if label.status not in _PENDING}, teacher.name)
+        known |= found
+    return known
 
 
 def _write_labels(
@@ -162,7 +166,7 @@ def _judge(
     for index, judgement in progress(teacher.judge(asked), len(asked), "compare"):
         key, _ = unknown[index]
         known[key] = judgement
-        if judgement["status"] != "unavailable":
+        if judgement["status"] not in _PENDING:
             store.add_judgements({key: judgement}, teacher.name)
     names = ["prompt_id", "clip_a", "clip_b", "teacher", "status", "reason", *RUBRIC_DIMENSIONS]
     schema = pyarrow.schema([(name, pyarrow.int64() if name == "prompt_id" else pyarrow.string()) for name in names])

@@ -67,7 +67,9 @@ class LabelStore:
         # the transactions are told by hand: a sum and the insert that depends on it belong together
         self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
-            self._connection.executescript(_SCHEMA)
+            # A commit survives the end of the process without waiting for the disk, which a request has two of; a power
+            # cut can lose the last of them, but not the file.
+            self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _SCHEMA)
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise UserError(f"{path}: expected a label store, got {error}; move the file away") from error
