@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 __all__ = [
     "AnnotateConfig",
@@ -99,7 +100,8 @@ class AnnotateConfig:
     """Scores of videos and patches by a teacher.
 
     Args:
-        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions.
+        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions,
+            "human:NAME" whoever scored on the page of halo label.
         noisy_share: share of clips on which the demo teacher errs as a person would.
         num_clips: clips that are annotated, drawn at random; null for all.
         batch_size: clips in one question to the demo teacher; each answer is kept at once.
@@ -125,6 +127,10 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, where it keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
+        loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).
+        tie_margin: scores that differ by no more are a tie to the preference losses.
+        held_out_share: share of the prompts whose clips calibrate the scores instead of training them.
+        pretrained: add pretrained frame features and a prompt encoder (the extra "reward").
         checkpointing_steps: steps between two checkpoints.
     """
 
@@ -135,6 +141,10 @@ class RewardConfig:
     video_weight: float = 1.0
     patch_weight: float = 3.0
     swap_weight: float = 1.0
+    loss: str = "regression"
+    tie_margin: float = 0.2
+    held_out_share: float = 0.08
+    pretrained: bool = True
     checkpointing_steps: int = 50
 
 
@@ -199,7 +209,7 @@ class ObjectiveConfig:
     sft_weight: float = 0.0
     patch_sft_weight: float = 0.5
     anchor_weight: float = 0.0
-    loser_guard: str | None = None
+    loser_guard: Literal["video", "patch"] | None = None
 
 
 @dataclass
@@ -209,16 +219,30 @@ class TrainConfig:
     Args:
         objective: the loss.
         learning_rate: peak of the schedule.
+        lr_scheduler: "constant", "linear" or "cosine" to 0, after the warm-up.
         lr_warmup_steps: steps of linear warm-up.
         max_train_steps: optimiser steps.
-        train_batch_size: pairs in a step.
+        reference_draws: noises and times of each pair at which the reference's errors are computed once, beforehand;
+            null: new ones at each visit, with the reference in the loop.
+        train_batch_size: pairs in a batch of one process.
+        gradient_accumulation_steps: batches of each process in a step.
         rank: of the LoRA matrices.
         lora_alpha: LoRA scale times rank.
         target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
         max_grad_norm: gradients are clipped to this norm.
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto", the
+            first unless its activations do not fit.
+        skip_below: margin_first draws a pair whose coefficients are below this share of their first values with a
+            probability in proportion, so that it mostly needs no backward pass; 0: no pair is left out.
+        gradient_checkpointing: recompute activations in the backward pass: "none", "full", or "selective", which keeps
+            the outputs of attention.
+        offload_activations: keep activations in the CPU's memory until the backward pass.
+        compile: compile the model's blocks.
+        attention_backend: diffusers' name of it ("native", "flash", "xformers", ...); null: as the model has it.
         mixed_precision: "no" or "bf16", as in accelerate.
+        auto_beta: steer video_beta, and patch_beta with it, so that the mean gradient factor is this; null: constant.
         checkpointing_steps: steps between two checkpoints.
+        checkpoints_total_limit: newest checkpoints that are kept; null: all.
         logging_steps: steps between two readings of the log from the device; every step has its row.
         report_to: trackers beside log.csv: "tensorboard", "wandb".
         loss_spike_factor: training stops when the loss over 5 steps exceeds its median before by this; null: never.
@@ -236,16 +260,26 @@ class TrainConfig:
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     learning_rate: float = 2e-3
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 10
     max_train_steps: int = 120
+    reference_draws: int | None = 4
     train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     rank: int = 16
     lora_alpha: int = 16
     target_modules: list[str] | None = None
     max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
+    schedule: Literal["auto", "batched", "margin_first"] = "auto"
+    skip_below: float = 0.0
+    gradient_checkpointing: Literal["none", "full", "selective"] = "none"
+    offload_activations: bool = False
+    compile: bool = False
+    attention_backend: str | None = None
     mixed_precision: str = "no"
+    auto_beta: float | None = None
     checkpointing_steps: int = 50
+    checkpoints_total_limit: int | None = None
     logging_steps: int = 10
     report_to: list[str] = field(default_factory=list)
     loss_spike_factor: float | None = 5.0

@@ -21,6 +21,7 @@ from halo_fast.runs import Run, UserError
 from halo_fast.train import adapters_off, fit, train
 
 CONFIG = TrainConfig(
+    reference_draws=None,
     max_train_steps=6, train_batch_size=4, rank=4, lora_alpha=4, learning_rate=5e-3, lr_warmup_steps=2,
     checkpointing_steps=2, logging_steps=4,
 )  # fmt: skip
@@ -28,13 +29,13 @@ KILLED = """
 import time, torch
 from pathlib import Path
 from tiny import tiny_config
-from halo_fast.train import loop as module
+from halo_fast.train import steps as module, train
 from halo_fast.runs import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}), max_train_steps=12)
 original = module.draws
 module.draws = lambda step, *args: time.sleep(1000 * (step == 5)) or original(step, *args)  # time to be killed in
-module.train(config, Run(config))
+train(config, Run(config))
 """
 
 
@@ -75,6 +76,8 @@ class Spy(Wan):
 
     def predict(self, model, noisy, t, conditions):
         output = super().predict(model, noisy, t, conditions)
+        if len(noisy) == 1:  # the planner looks at one sample
+            return output
         self.calls.append((noisy, t, conditions["prompt_embeds"], output.detach().clone(), torch.is_grad_enabled()))
         return output
 
@@ -243,7 +246,7 @@ def test_pipeline_is_left_as_it_was_whatever_happens(pairs):
     pipeline = tiny_wan()
     pipeline.transformer.blocks[0].train()
     before = snapshot(pipeline.transformer)
-    fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing=True), progress=quiet)
+    fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="full"), progress=quiet)
     assert same(snapshot(pipeline.transformer), before)
     assert not pipeline.transformer.is_gradient_checkpointing
 

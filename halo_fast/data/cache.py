@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, overload
 
@@ -107,10 +108,21 @@ class CachedPairs(Sequence[Pair]):
     def __init__(self, run: Run) -> None:
         import pyarrow.parquet
 
-        self._rows = pyarrow.parquet.read_table(run.require("pairs/pairs.parquet")).to_pylist()
+        self._rows: list[dict[str, Any]] = pyarrow.parquet.read_table(run.require("pairs/pairs.parquet")).to_pylist()
         folder = run.require("cache")
         index = pyarrow.parquet.read_table(folder / "index.parquet").to_pylist()
         self._files = {(row["kind"], row["id"]): folder / row["file"] for row in index}
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each pair."""
+        return [row["prompt"] for row in self._rows]
+
+    def where(self, mask: Sequence[bool]) -> "CachedPairs":
+        """The pairs whose place in the mask is true."""
+        chosen = copy(self)
+        chosen._rows = [row for row, wanted in zip(self._rows, mask, strict=True) if wanted]
+        return chosen
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,9 +1,10 @@
-"""Checkpoints: what a training needs to go on as if nothing had happened."""
+"""Checkpoints: all that a training needs to go on as if nothing had happened."""
 
 import csv
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +13,153 @@ from torch import Tensor
 
 from halo_fast.config import TrainConfig
 from halo_fast.runs import UserError, write_json, write_safetensors
+from halo_fast.train.diagnostics import Record
+from halo_fast.train.job import Job
+from halo_fast.train.parallel import full
 
-__all__ = ["resume", "save"]
+__all__ = ["Progressed", "prune", "resume", "save"]
 
 
-def settings(config: TrainConfig, count: int) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config) | {"pairs": count}))
+@dataclass
+class Progressed:
+    """How far a training has come.
+
+    Args:
+        log: rows of log.csv.
+        diagnostics: rows of diagnostics.csv.
+        records: of the steps since the last of these.
+    """
+
+    log: list[dict[str, float]] = field(default_factory=list)
+    diagnostics: list[dict[str, float | str]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
 
 
-def save(
-    folder: Path, step: int, parameters: Mapping[str, Tensor], optimizer: Any, config: TrainConfig, count: int
-) -> None:
-    """Write checkpoints/step_NNNNNN; state.json comes last and makes it valid."""
-    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+def save(folder: Path, step: int, job: Job, records: Sequence[Record]) -> None:
+    """Write checkpoints/step_NNNNNN; state.json comes last and makes it valid. Every process must call."""
+    weights = {name: full(value.detach()) for name, value in job.parameters.items()}
     moments = {
-        f"{name}.{key}": value.contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        f"{name}.{key}": full(value).contiguous()
+        for name, parameter in job.parameters.items()
+        for key, value in job.optimizer.state[parameter].items()
     }
-    write_safetensors(checkpoint / "adapter.safetensors", {name: value.detach() for name, value in parameters.items()})
-    write_safetensors(checkpoint / "optimizer.safetensors", moments)
-    write_json(checkpoint / "state.json", {"step": step, "settings": settings(config, count)})
+    others = {
+        f"record.{index}.{name}": value for index, one in enumerate(records) for name, value in _flat(one).items()
+    }
+    if job.auto_beta is not None:
+        others |= {f"auto_beta.{name}": value for name, value in job.auto_beta.state_dict().items()}
+    if job.accelerator.is_main_process:
+        checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+        write_safetensors(checkpoint / "adapter.safetensors", weights)
+        write_safetensors(checkpoint / "optimizer.safetensors", moments)
+        write_safetensors(checkpoint / "others.safetensors", others)
+        write_json(checkpoint / "state.json", {"step": step, "schedule": job.plan.schedule, "settings": _settings(job)})
+        prune(folder, job.config)
+    job.accelerator.wait_for_everyone()
 
 
-def resume(
-    folder: Path | None, parameters: Mapping[str, Tensor], optimizer: Any, config: TrainConfig, count: int
-) -> list[dict[str, float]]:
-    """Load the last complete checkpoint, if there is one, and give the log up to it."""
+def prune(folder: Path, config: TrainConfig) -> None:
+    """Remove all but the newest `checkpoints_total_limit` checkpoints, and old ones that SIGTERM left off schedule."""
+    complete = sorted(state.parent for state in folder.glob("checkpoints/step_*/state.json"))
+    regular = [path for path in complete if int(path.name.removeprefix("step_")) % config.checkpointing_steps == 0]
+    kept = regular[-config.checkpoints_total_limit :] if config.checkpoints_total_limit else regular
+    if complete and (not kept or kept[-1] < complete[-1]):
+        kept = [*kept, complete[-1]]
+    for path in complete:
+        if path not in kept:
+            # Without its state it does not count, should the rest survive a kill.
+            (path / "state.json").unlink()
+            shutil.rmtree(path)
+
+
+def resume(folder: Path | None, job: Job) -> Progressed:
+    """Load the last complete checkpoint, if there is one, and say how far it had come.
+
+    Raises:
+        UserError: a checkpoint of other settings, with the first that differs.
+    """
     from safetensors.torch import load_file
 
     states = sorted(folder.glob("checkpoints/step_*/state.json")) if folder is not None else []
     if folder is None or not states:
-        return []
+        return Progressed()
+    place = states[-1].parent
     state = json.loads(states[-1].read_text())
-    for name, value in settings(config, count).items():
-        if state["settings"].get(name) != value:
-            was = state["settings"].get(name)
-            raise UserError(f"{states[-1].parent}: made with {name} {was}, now it is {value}; use another folder")
-    adapter = load_file(states[-1].with_name("adapter.safetensors"))
-    moments = load_file(states[-1].with_name("optimizer.safetensors"))
+    for name, value in _settings(job).items():
+        was = state["settings"].get(name)
+        if was != value:
+            raise UserError(f"{place}: made with {name} {was}, now it is {value}; use another folder")
+    # A schedule chosen by free memory might be another one today, and would round differently.
+    job.plan = job.plan.scheduled(state["schedule"])
+    weights, moments, others = (load_file(place / f"{name}.safetensors") for name in ("adapter", "optimizer", "others"))
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(adapter[name])
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+        for name, parameter in job.parameters.items():
+            parameter.copy_(_like(weights[name], parameter))
+            job.optimizer.state[parameter] = {
+                # the count of steps is a number, never sharded
+                key: moments[f"{name}.{key}"].to(parameter.device)
+                if key == "step"
+                else _like(moments[f"{name}.{key}"], parameter)
+                for key in ("step", "exp_avg", "exp_avg_sq")
             }
-    with open(folder / "log.csv", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= state["step"]]
+    if job.auto_beta is not None:
+        job.auto_beta.load_state_dict({"beta": others["auto_beta.beta"]})
+    return Progressed(
+        _numbers(folder / "log.csv", state["step"]),
+        _numbers(folder / "diagnostics.csv", state["step"]) if (folder / "diagnostics.csv").exists() else [],
+        _records(others, job),
+    )
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Everything that a step depends on, as JSON gives it back."""
+    more = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
+    return json.loads(json.dumps(asdict(job.config) | more))
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """The value where and as the parameter is, sharded or whole."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
+
+
+def _numbers(path: Path, last: int) -> list[Any]:
+    def value(name: str, text: str) -> float | int | str:
+        if name in ("step", "count"):
+            return int(text)
+        return text if name in ("split", "label", "group", "bucket") else float(text)
+
+    with open(path, newline="") as file:
+        rows: list[dict[str, Any]] = [
+            {name: value(name, text) for name, text in row.items() if text != "" or name == "bucket"}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row["step"] <= last]
+
+
+def _flat(record: Record) -> dict[str, Tensor]:
+    tables = {f"errors.{label}": value for label, value in record.errors.items()}
+    return {"t": record.t, **tables, **{f"weights.{label}": value for label, value in record.weights.items()}}
+
+
+def _records(others: dict[str, Tensor], job: Job) -> list[Record]:
+    device = job.accelerator.device
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in others.items():
+        if name.startswith("record."):
+            _, index, rest = name.split(".", 2)
+            found.setdefault(int(index), {})[rest] = value.to(device)
+    return [
+        Record(
+            t=parts["t"],
+            errors={label: parts[f"errors.{label}"] for label in ("video", "patch")},
+            weights={label: parts[f"weights.{label}"] for label in ("video", "patch")},
+            grid=tuple(job.pairs[0].patch_rewards.shape[1:]),
+        )
+        for _, parts in sorted(found.items())
+    ]

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halo_fast.config import TrainConfig
 from halo_fast.data import Pair
 from halo_fast.families import Family
 from halo_fast.runs import UserError
 
-__all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch"]
+__all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch", "take"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """[2B, ...] each: samples a of all pairs first, then their partners b, which share noise, time and conditions."""
+    """[2B, ...] each: samples a of all pairs first, then their partners b, which share noise, time and conditions.
+
+    reference_error is [2B, f, h, w] where the reference's errors were computed beforehand, else None.
+    """
 
     noisy: Tensor
     target: Tensor
@@ -25,9 +27,11 @@ class Batch:
     conditions: dict[str, Tensor]
     patch_rewards: Tensor
     video_rewards: Tensor
+    reference_error: Tensor | None = None
 
 
 def check_pairs(family: Family, pairs: Sequence[Pair]) -> None:
+    """Hold that there are pairs and that the patch grid fits the latents; UserError if not."""
     if not len(pairs):
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
     pair = pairs[0]
@@ -38,32 +42,64 @@ def check_pairs(family: Family, pairs: Sequence[Pair]) -> None:
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
 
 
-def draws(step: int, count: int, config: TrainConfig) -> list[tuple[int, int]]:
-    """Pair and visit of each place in the step's batch: every epoch takes all pairs once, in an order of its own."""
-    places = range(step * config.train_batch_size, (step + 1) * config.train_batch_size)
+def draws(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
+    """Pair and draw of each of the `size` places in a step: every epoch takes all pairs once, in an order of its own.
+
+    A pair's k-th visit has draw k, or k modulo `limit` where that is given.
+    """
+    places = range(step * size, (step + 1) * size)
     orders = {
-        epoch: torch.randperm(count, generator=generator(config.seed, "order", epoch)).tolist()
+        epoch: torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
         for epoch in {place // count for place in places}
     }
-    return [(orders[place // count][place % count], place // count) for place in places]
+    visits = [(orders[place // count][place % count], place // count) for place in places]
+    return [(index, visit % limit if limit else visit) for index, visit in visits]
 
 
 def generator(*counter: object) -> torch.Generator:
+    """A generator on the CPU whose seed is a hash of the counter."""
     digest = hashlib.sha256(" ".join(map(str, counter)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
+def _noise_and_time(shape: torch.Size, index: int, draw: int, seed: int, limit: int | None) -> tuple[Tensor, Tensor]:
+    """Noise and u in [0, 1) of a pair's draw; with a limit, the pair's draws have one u in each of as many strata."""
+    each = generator(seed, "pair", index, draw)
+    noise, u = torch.randn(shape, generator=each), torch.rand(1, generator=each)
+    if limit:
+        # Pairs begin in strata of their own, so the first visits of all pairs cover the times too.
+        strata = torch.randperm(limit, generator=generator(seed, "strata", index))
+        u = (strata[draw] + u) / limit
+    return noise, u
+
+
 def make_batch(
-    family: Family, pairs: Sequence[Pair], draws: Sequence[tuple[int, int]], seed: int, device: torch.device
+    family: Family,
+    pairs: Sequence[Pair],
+    draws: Sequence[tuple[int, int]],
+    seed: int,
+    device: torch.device,
+    *,
+    limit: int | None = None,
+    errors: Tensor | None = None,
 ) -> Batch:
-    """Assemble the pairs of (index, visit) draws; the noise is drawn on the CPU, so it is the same on every device."""
+    """Assemble the pairs of (index, draw); the noise is drawn on the CPU, so it is the same on every device.
+
+    Args:
+        limit: number of draws of a pair; None for any number.
+        errors: [pairs, limit, 2, f, h, w], the reference's errors at all of them.
+    """
     chosen = [pairs[index] for index, _ in draws]
-    generators = [generator(seed, "pair", index, visit) for index, visit in draws]
+    shape = chosen[0].latents.shape[1:]
+    drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
     latents = torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1).to(device)
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in generators])
-    u = torch.cat([torch.rand(1, generator=each) for each in generators])
-    noise, t = noise.to(device).repeat(2, *[1] * (noise.ndim - 1)), family.timesteps(u).to(device).repeat(2)
+    noise = torch.stack([noise for noise, _ in drawn]).to(device).repeat(2, *[1] * len(shape))
+    t = family.timesteps(torch.cat([u for _, u in drawn])).to(device).repeat(2)
     conditions = family.stack([pair.conditions for pair in chosen])
+    reference_error = None
+    if errors is not None:
+        found = torch.stack([errors[index, draw] for index, draw in draws], dim=1)
+        reference_error = found.flatten(0, 1).to(device)
     return Batch(
         noisy=family.add_noise(latents, noise, t),
         target=family.target(latents, noise, t),
@@ -71,4 +107,19 @@ def make_batch(
         conditions={name: torch.cat((value, value)).to(device) for name, value in conditions.items()},
         patch_rewards=torch.stack([pair.patch_rewards for pair in chosen], dim=1).flatten(0, 1).to(device),
         video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1).to(device),
+        reference_error=reference_error,
+    )
+
+
+def take(batch: Batch, samples: slice) -> Batch:
+    """Some samples of a batch."""
+    error = batch.reference_error
+    return Batch(
+        noisy=batch.noisy[samples],
+        target=batch.target[samples],
+        t=batch.t[samples],
+        conditions={name: value[samples] for name, value in batch.conditions.items()},
+        patch_rewards=batch.patch_rewards[samples],
+        video_rewards=batch.video_rewards[samples],
+        reference_error=None if error is None else error[samples],
     )

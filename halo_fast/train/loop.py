@@ -1,24 +1,30 @@
-"""LoRA training with Gran-DPO: policy and reference are one set of weights, with the adapter on and off."""
+"""Training with Gran-DPO: policy and reference are one set of weights, with the adapter on and off."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from halo_fast.config import Config, TrainConfig
+from halo_fast.config import Config, GenerateConfig, TrainConfig
 from halo_fast.data import CachedPairs, Pair
-from halo_fast.families import Family, family_of, load, source
-from halo_fast.functional import GranDPO, gran_dpo
+from halo_fast.families import load, source
 from halo_fast.runs import Run, UserError, progress, write_csv, write_safetensors
-from halo_fast.train.adapters import adapter, adapters_off, check_first_loss, check_switch, prepared, ready
-from halo_fast.train.checkpoint import resume, save
-from halo_fast.train.draws import Batch, check_pairs, draws, make_batch
-from halo_fast.train.export import export
+from halo_fast.train import diagnostics
+from halo_fast.train.checkpoint import prune, resume, save
+from halo_fast.train.export import export, metadata
+from halo_fast.train.guards import check_rows, warn, winner_alarm
+from halo_fast.train.job import Job, Progress, prepared
+from halo_fast.train.parallel import any_process, full
+from halo_fast.train.steps import take_step
+from halo_fast.train.trackers import tracked
+from halo_fast.train.watch import Row, diagnose, preview, read_rows, record, row_of, tell_off_policy
 
 __all__ = ["Fit", "fit", "train"]
 
@@ -37,24 +43,47 @@ class Fit:
 
 
 def train(config: Config, run: Run) -> None:
-    """Train the LoRA of a run directory and export it to train/lora; a stage.
+    """Train the LoRA of a run directory and export it to train/lora; a stage, on one process or several.
 
     Raises:
         UserError: whatever `fit` finds wrong.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     name = config.pretrained_model_name_or_path
     inputs = {
         "pairs": run.require("pairs"),
         "cache": run.require("cache"),
         "pretrained_model_name_or_path": source(name),
     }
-    with run.stage("train", config.train, inputs) as stage:
-        if stage.done:
+    main = PartialState().is_main_process
+    stage = run.stage("train", config.train, inputs)
+    with ExitStack() as stack:
+        if main:
+            stack.enter_context(stage)
+        done = [stage.done]
+        broadcast_object_list(done)
+        if done[0]:
             return
-        result = fit(load(name, device="cpu"), CachedPairs(run), config.train, folder=stage.folder)
-        file = stage.folder / "lora" / "pytorch_lora_weights.safetensors"
-        write_safetensors(file, result.lora, {"format": "pt"})
-        stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+        training, heldout = _split(CachedPairs(run), config.train)
+        family = load(name, device="cpu")
+        result = fit(
+            family, training, config.train, folder=stage.folder, references=run.path / "reference_errors",
+            heldout=heldout, generate=config.generate,
+        )  # fmt: skip
+        if main:
+            file = stage.folder / "lora" / "pytorch_lora_weights.safetensors"
+            write_safetensors(file, result.lora, metadata(family, name, config.train, len(result.log)))
+            stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+
+
+def _split(pairs: CachedPairs, config: TrainConfig) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """Pairs to train on and pairs kept out for diagnostics; all of a prompt's on one side."""
+    away = diagnostics.held_out(pairs.prompts, config.heldout_share)
+    if all(away):
+        raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
+    return pairs.where([not out for out in away]), pairs.where(away)
 
 
 def fit(
@@ -63,103 +92,107 @@ def fit(
     config: TrainConfig,
     *,
     folder: Path | None = None,
-    progress: Callable[[Iterable[int], int, str], Iterable[int]] = progress,
+    references: Path | None = None,
+    heldout: Sequence[Pair] = (),
+    generate: GenerateConfig | None = None,
+    progress: Progress = progress,
 ) -> Fit:
     """Train a LoRA on preference pairs; the pipeline is left as it was.
 
-    Noise and time of a pair's k-th visit come from a seed of their own, so a step depends on nothing but its number.
-    The model stays in eval mode throughout: dropout would tell policy and reference apart by chance.
+    Noise and time of a pair's draws come from a seed of their own, so a step depends on nothing but its number. The
+    model stays in eval mode throughout: dropout would tell policy and reference apart by chance.
 
     Args:
         pipeline: a diffusers pipeline or a `Family`.
         pairs: any sequence of `Pair`, in memory or `CachedPairs`.
         config: the settings; `config.objective` says which terms the loss has.
-        folder: where log.csv and checkpoints go and training resumes from; None keeps everything in memory.
+        folder: where log.csv, diagnostics.csv, previews and checkpoints go and training resumes from; SIGTERM then ends
+            the step, saves and exits. None keeps everything in memory.
+        references: where the reference's errors are kept (config.reference_draws), for other trainings too.
+        heldout: pairs for diagnostics.csv alone.
+        generate: size and sampling of previews and fresh samples.
         progress: wraps the iterable of steps, (iterable, total, label).
 
     Raises:
         UserError: no pairs, a grid larger than the latent, a model on which "adapter off" is not the base model, a loss
-            that is not finite, or checkpoints of other settings.
+            that is not finite or spikes, or checkpoints of other settings.
     """
-    from accelerate import Accelerator
-
-    family = family_of(pipeline)
-    check_pairs(family, pairs)
-    objective = GranDPO(**asdict(config.objective))
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise UserError(f"train: one process is expected, got {accelerator.num_processes}; launch without accelerate")
-    with ExitStack() as stack:
-        transformer = stack.enter_context(ready(family.transformer, config, accelerator.device))
-        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device)
-        with accelerator.autocast(), torch.no_grad():
-            base = family.predict(transformer, first.noisy, first.t, first.conditions)
-        parameters = stack.enter_context(adapter(family, config))
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-        model, optimizer = stack.enter_context(prepared(accelerator, transformer, optimizer))
-        # A context each: until it ends, autocast keeps copies of weights, and the first check moves those.
-        with accelerator.autocast(), torch.no_grad():
-            check_switch(family, model, parameters, first, base)
-        with accelerator.autocast(), torch.no_grad():
-            check_first_loss(family, model, first, base, objective)
-        log = resume(folder, parameters, optimizer, config, len(pairs))
-        rows: list[Tensor] = []
-        names: list[str] = []
-        for step in progress(range(len(log), config.max_train_steps), config.max_train_steps - len(log), "train"):
-            batch = make_batch(family, pairs, draws(step, len(pairs), config), config.seed, accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            with accelerator.autocast():
-                prediction, reference = _predict(family, model, batch, objective)
-            out = gran_dpo(
-                prediction, batch.target, reference, batch.patch_rewards, batch.video_rewards,
-                objective=objective, layout=family.layout,
-            )  # fmt: skip
-            accelerator.backward(out.loss)
-            norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            # Rows stay on the device until they are read together: the step itself never waits for it.
-            metrics = {"loss": out.loss, "grad_norm": norm, **out.metrics()}
-            names = list(metrics)
-            rows.append(torch.stack([value.detach().float() for value in metrics.values()]))
-            saving = (step + 1) % config.checkpointing_steps == 0
-            if saving or (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps:
-                log += _read_rows(rows, names, len(log), config)
-                rows.clear()
-                if folder is not None:
-                    write_csv(folder / "log.csv", log)
-            if saving and folder is not None:
-                save(folder, step + 1, parameters, optimizer, config, len(pairs))
-        lora = export(family, parameters, config)
+    with prepared(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
+        if folder is not None and config.off_policy_pairs:
+            tell_off_policy(job, generate)
+        log = _run(job, folder, heldout, generate, progress)
+        lora = export(job.family, {name: full(value) for name, value in job.parameters.items()}, config)
     return Fit(lora, log)
 
 
-def _predict(family: Family, model: nn.Module, batch: Batch, objective: GranDPO) -> tuple[Tensor, Tensor]:
-    """Predictions of policy and reference for both samples of every pair, each in one call."""
-    reference = None
-    if objective.video_weight or objective.patch_weight:
-        with torch.no_grad(), adapters_off(model):
-            reference = family.predict(model, batch.noisy, batch.t, batch.conditions)
-    prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
-    # Without a preference term nothing is compared with the reference, so its forward pass is saved.
-    return prediction, prediction.detach() if reference is None else reference
+def _run(
+    job: Job, folder: Path | None, heldout: Sequence[Pair], generate: GenerateConfig | None, progress: Progress
+) -> list[dict[str, float]]:
+    config, main = job.config, job.accelerator.is_main_process
+    state = resume(folder, job)
+    log, seen, records = state.log, state.diagnostics, state.records
+    rows: list[Row] = []
+    looking = folder is not None and config.diagnostics_steps > 0
+    held = diagnostics.hold_out(job.family, job.model, heldout, config, job.accelerator.device) if heldout else []
+    steps = range(len(log), config.max_train_steps)
+    with ExitStack() as stack:
+        send = stack.enter_context(tracked(job.accelerator, config, folder))
+        asked_to_stop = stack.enter_context(_sigterm(folder is not None))
+        if config.validation_prompts and not log:
+            preview(job, folder, generate, 0)
+        for step in progress(steps, len(steps), "train") if main else steps:
+            passes, norm = take_step(job, step)
+            rows.append(row_of(job, passes, norm))
+            done, last = step + 1, step + 1 == config.max_train_steps
+            if looking:
+                records += [record(job, batch, passed) for batch, passed in passes]
+            diagnosing = looking and (done % config.diagnostics_steps == 0 or last)
+            saving = done % config.checkpointing_steps == 0
+            reading = saving or diagnosing or last or done % config.logging_steps == 0
+            # One process saves at once; several agree when they read, so that no step waits for the others.
+            stopping = asked_to_stop() if job.accelerator.num_processes == 1 else False
+            if reading and job.accelerator.num_processes > 1:
+                stopping = bool(any_process(torch.tensor([asked_to_stop()]), job.accelerator.device))
+            if not (reading or stopping):
+                continue
+            fresh = read_rows(job, rows, len(log))
+            log += fresh
+            rows.clear()
+            check_rows(log, len(log) - len(fresh), config)
+            if main:
+                warn(winner_alarm(log, config))
+            send(fresh)
+            if diagnosing:
+                seen += diagnose(job, records, heldout, held, done)
+                records.clear()
+            if config.validation_prompts and done % config.validation_steps == 0:
+                preview(job, folder, generate, done)
+            if folder is None:
+                continue
+            if main:
+                write_csv(folder / "log.csv", log)
+                if seen:
+                    write_csv(folder / "diagnostics.csv", seen)
+            if saving or stopping:
+                save(folder, done, job, records)
+            if stopping and not last:
+                if main:
+                    print(f"train: SIGTERM, saved after step {done}; the same command continues", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)
+    if folder is not None and main:
+        prune(folder, config)
+    return log
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    return config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-
-
-def _read_rows(rows: list[Tensor], names: list[str], done: int, config: TrainConfig) -> list[dict[str, float]]:
-    """Read the waiting rows from the device; UserError if a loss or gradient among them is not finite."""
-    read = []
-    for step, values in enumerate(torch.stack(rows).tolist(), start=done):
-        row = dict(zip(names, values, strict=True))
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                raise UserError(
-                    f"train: {name} is {row[name]} at step {step + 1}, nothing was saved since the last checkpoint; "
-                    "lower learning_rate or the betas"
-                )
-        read.append({"step": step + 1, "learning_rate": learning_rate(step, config), **row})
-    return read
+@contextmanager
+def _sigterm(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come inside the block, which then does not end the process."""
+    came = threading.Event()
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

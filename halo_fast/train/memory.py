@@ -1,0 +1,148 @@
+"""Memory of activations: what a forward pass keeps for the backward pass, measured, and three ways to keep less."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+__all__ = ["attention_operators", "checkpointing", "count_recomputed", "kept_bytes", "offloaded"]
+
+
+def attention_operators() -> list[Any]:
+    """The operators under which attention runs, as torch dispatches them; those of other packages where imported."""
+    names = (
+        "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+        "aten._scaled_dot_product_fused_attention_overrideable", "flash_attn._flash_attn_forward",
+        "flash_attn._flash_attn_varlen_forward", "xformers.efficient_attention_forward_cutlass",
+        "xformers_flash3.flash_fwd",
+    )  # fmt: skip
+    found = []
+    for name in names:
+        space, operator = name.split(".")
+        packet = getattr(getattr(torch.ops, space), operator, None)
+        found += [packet.default] if packet is not None else []
+    return found
+
+
+def _checkpointed(module: nn.Module, *args: Any, context: Any = None) -> Any:
+    extra = {} if context is None else {"context_fn": context}
+    return checkpoint(module.__call__, *args, use_reentrant=False, **extra)
+
+
+def checkpointing(mode: str) -> Callable[..., Any]:
+    """The function that runs a block with its activations recomputed: all ("full") or all but attention's outputs."""
+    if mode == "full":
+        return _checkpointed
+    context = partial(create_selective_checkpoint_contexts, attention_operators())
+    return partial(_checkpointed, context=context)
+
+
+@contextmanager
+def offloaded(model: nn.Module) -> Iterator[None]:
+    """Activations saved inside the block wait in the CPU's memory; weights, which stay where they are, do not move."""
+    weights = _storages(model)
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if _address(tensor) in weights:
+            return tensor.device, tensor
+        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, waiting.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=tensor.is_pinned()) if tensor.device != device else tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def kept_bytes(forward: Callable[[], object], model: nn.Module, attention: bool) -> int:
+    """Bytes of activations that a forward pass keeps for its backward pass, each storage once, weights apart.
+
+    Nothing is kept while measuring, so this takes no more memory than a pass without a graph.
+
+    Args:
+        forward: the pass; its backward pass cannot follow.
+        model: whose weights do not count.
+        attention: whether selective checkpointing is on, which keeps attention's outputs beside autograd.
+    """
+    weights = _storages(model)
+    known: dict[int, StorageWeakRef] = {}
+    total = 0
+
+    def count(tensor: Tensor) -> None:
+        nonlocal total
+        address = _address(tensor)
+        # An address is given out again once its storage is gone.
+        if address in weights or (address in known and not known[address].expired()):
+            return
+        known[address] = StorageWeakRef(tensor.untyped_storage())
+        total += tensor.untyped_storage().nbytes()
+
+    def count_output(output: Any) -> None:
+        for value in output if isinstance(output, tuple) else (output,):
+            if attention and isinstance(value, Tensor):
+                count(value)
+
+    def forbid(nothing: None) -> Tensor:
+        raise RuntimeError("activations were only measured, their backward pass cannot run")
+
+    with _AttentionCalls(count_output), saved_tensors_hooks(count, forbid):
+        forward()
+    return total
+
+
+def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
+    """Linear layers and attention operators that the backward pass runs anew, and attention operators of the forward.
+
+    Gradients are added to the trainable weights.
+    """
+    linears = 0
+
+    def called(module: nn.Module, *_: Any) -> None:
+        nonlocal linears
+        linears += isinstance(module, nn.Linear)
+
+    with _AttentionCalls() as calls:
+        output = forward()
+        before = calls.count
+        hook = register_module_forward_hook(called)
+        try:
+            output.float().square().mean().backward()
+        finally:
+            hook.remove()
+        return linears, calls.count - before, before
+
+
+class _AttentionCalls(TorchDispatchMode):
+    """Counts attention operators inside the block and shows their outputs to `seen`."""
+
+    def __init__(self, seen: Callable[[Any], None] = lambda output: None) -> None:
+        super().__init__()
+        self.count = 0
+        self._operators = set(attention_operators())
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in self._operators:
+            self.count += 1
+            self._seen(output)
+        return output
+
+
+def _storages(model: nn.Module) -> set[int]:
+    return {_address(value) for value in [*model.parameters(), *model.buffers()]}
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,164 @@
+"""The schedule of a training, what it will take of memory, and proof that checkpointing is on."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halo_fast.config import TrainConfig
+from halo_fast.families import Family
+from halo_fast.functional import GranDPO
+from halo_fast.runs import UserError
+from halo_fast.train.adapters import repeated_blocks, uncompiled
+from halo_fast.train.draws import Batch, take
+from halo_fast.train.memory import count_recomputed, kept_bytes, offloaded
+from halo_fast.train.parallel import any_process
+
+__all__ = ["Plan", "make_plan"]
+
+# Share of the free memory that activations may take: allocators and kernels want the rest.
+_USABLE = 0.85
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are taken.
+
+    Args:
+        schedule: "batched" or "margin_first".
+        activations: the context of a forward pass with a graph.
+        peak: predicted bytes of weights, adapter, optimizer and activations.
+        text: lines for the user.
+    """
+
+    schedule: str
+    activations: Callable[[], AbstractContextManager[Any]]
+    peak: int
+    text: str
+
+    def scheduled(self, schedule: str) -> "Plan":
+        """The plan with another schedule."""
+        return replace(self, schedule=schedule)
+
+
+def make_plan(
+    family: Family,
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Batch,
+    objective: GranDPO,
+    config: TrainConfig,
+    accelerator: Any,
+) -> Plan:
+    """Measure one sample's activations and choose; `config.schedule` other than "auto" is taken as it is.
+
+    Batched if its activations fit into the free memory of every process, else margin-first.
+
+    Args:
+        batch: any pair; its first sample is run.
+
+    Raises:
+        UserError: activation checkpointing that recomputes nothing, or cannot keep attention's outputs.
+    """
+    sample = take(batch, slice(0, 1))
+
+    def forward() -> Tensor:
+        with accelerator.autocast():
+            return family.predict(model, sample.noisy, sample.t, sample.conditions)
+
+    mode = config.gradient_checkpointing
+    with uncompiled(model):
+        kept = kept_bytes(forward, model, attention=mode == "selective")
+        recomputed = _prove_checkpointing(forward, parameters, mode) if mode != "none" else ""
+        with _without_checkpointing(model, mode):
+            whole = kept if mode == "none" else kept_bytes(forward, model, attention=False)
+    weights = sum(value.numel() * value.element_size() for value in model.parameters())
+    # gradient and two moments, in the adapter's own precision
+    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values())
+    # A block's activations are there in full while it is recomputed, or while they travel.
+    block = whole // max(1, len(repeated_blocks(model))) if mode != "none" or config.offload_activations else 0
+    held = 0 if config.offload_activations else kept
+    samples = {"batched": 2 * config.train_batch_size, "margin_first": 1}
+    need = {name: training + count * (held + block) for name, count in samples.items()}
+    free = _free_memory(accelerator.device)
+    schedule = config.schedule
+    if schedule == "auto":
+        tight = any_process(torch.tensor([need["batched"] > _USABLE * free]), accelerator.device)
+        # The anchor's gradient is no function of patch errors.
+        schedule = "margin_first" if bool(tight) and not objective.anchor_weight else "batched"
+    lines = [
+        f"plan: {schedule}, {accelerator.num_processes} x {config.gradient_accumulation_steps} x "
+        f"{config.train_batch_size} pairs a step (processes x accumulation x batch), "
+        f"precision {config.mixed_precision if config.mixed_precision != 'no' else sample.noisy.dtype}, "
+        f"compile {'on' if config.compile else 'off'}, "
+        + (
+            f"reference errors of {config.reference_draws} draws" if config.reference_draws else "reference in the loop"
+        ),
+        f"activations: {_size(kept)} a sample, {mode} checkpointing{recomputed}"
+        + (", kept in the CPU's memory" if config.offload_activations else ""),
+        f"memory: weights {_size(weights)}, gradients and moments {_size(training)}, activations "
+        f"{_size(need[schedule] - training)}; predicted peak {_size(weights + need[schedule])}, free now {_size(free)}",
+    ]
+    if need[schedule] > _USABLE * free:
+        lines.append(f"memory: this may not fit; {_advice(config, schedule)}")
+    activations = (lambda: offloaded(model)) if config.offload_activations else nullcontext
+    return Plan(schedule, activations, weights + need[schedule], "\n".join(lines))
+
+
+def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], mode: str) -> str:
+    linears, attentions, all_attentions = count_recomputed(forward)
+    for parameter in parameters.values():
+        parameter.grad = None
+    if not linears:
+        raise UserError(
+            f"train.gradient_checkpointing: {mode} was asked for, but the backward pass recomputes nothing on this "
+            "model; set none"
+        )
+    if mode == "selective" and (attentions or not all_attentions):
+        raise UserError(
+            f"train.gradient_checkpointing: selective keeps no attention output here ({all_attentions} attention "
+            f"operators known, {attentions} recomputed); set full"
+        )
+    return f" ({linears} linear layers and {attentions} of {all_attentions} attentions recomputed)"
+
+
+@contextmanager
+def _without_checkpointing(model: Any, mode: str) -> Iterator[None]:
+    if mode == "none":
+        yield
+        return
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.virtual_memory().available
+
+
+def _advice(config: TrainConfig, schedule: str) -> str:
+    if schedule == "batched":
+        return "set train.schedule: margin_first or a smaller train_batch_size"
+    if config.gradient_checkpointing == "none":
+        return "set train.gradient_checkpointing: selective"
+    return "set train.gradient_checkpointing: full, offload_activations, or fewer frames"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.3g} GiB"

@@ -1,0 +1,137 @@
+"""The reference's patch errors at fixed draws, computed once: all that training needs to know of the reference.
+
+The reference enters the loss only through E_p(o_ref), one number a patch (docs/dropin.md). For K draws of noise and
+time to each pair they are computed before the adapter is there, by the plain base model, and kept as small files named
+by content: latents, prompts' conditions, model, precision, noise process and seeds. So a file is never stale, a killed
+computation continues, and a sweep over betas, ranks or learning rates reads what the first training computed. The
+noise is drawn again from its seed whenever it is needed and never stored.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halo_fast.data import Pair
+from halo_fast.data.cache import fingerprint
+from halo_fast.families import Family
+from halo_fast.functional import patch_error
+from halo_fast.runs import UserError, write_safetensors
+from halo_fast.train.draws import Batch, make_batch
+
+__all__ = ["check_reference_errors", "reference_errors"]
+
+_PAIRS_IN_A_FILE = 64
+
+
+def reference_errors(
+    family: Family,
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    seed: int,
+    count: int,
+    *,
+    device: torch.device,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    precision: str,
+    folder: Path | None,
+    progress: Callable[[Iterable[int], int, str], Iterable[int]],
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """E_p(o_ref) of `count` draws of every pair, float32 [pairs, count, 2, f, h, w] on the CPU.
+
+    Args:
+        model: the base, without adapters.
+        seed: of the draws.
+        batch_size: pairs in one forward pass.
+        autocast: the context in which training will run the model.
+        precision: what that context does, for the files' names.
+        folder: where the files are kept; None computes everything anew.
+        share: this process's number and how many share the work, where there is a folder.
+        wait: returns once all processes have called it.
+    """
+    starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
+    keys = {}
+    if folder is not None:
+        common = _common(family, model, seed, count, precision)
+        for start in starts:
+            chosen = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
+            keys[start] = _key(common, start, [pairs[index] for index in chosen])
+        todo = [start for start in starts if not (folder / f"{keys[start]}.safetensors").exists()][share[0] :: share[1]]
+    else:
+        todo = list(starts)
+    computed = {}
+    for start in progress(todo, len(todo), "reference errors"):
+        draws = [
+            (index, draw) for index in range(start, min(start + _PAIRS_IN_A_FILE, len(pairs))) for draw in range(count)
+        ]
+        parts = []
+        for first in range(0, len(draws), batch_size):
+            batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count)
+            with torch.no_grad(), autocast():
+                prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
+            error = patch_error(prediction, batch.target, batch.patch_rewards.shape[1:], layout=family.layout)
+            parts.append(error.float().unflatten(0, (2, -1)).transpose(0, 1).cpu())
+        errors = torch.cat(parts).unflatten(0, (-1, count))
+        if folder is None:
+            computed[start] = errors
+        else:
+            write_safetensors(folder / f"{keys[start]}.safetensors", {"errors": errors})
+    wait()
+    if folder is not None:
+        from safetensors.torch import load_file
+
+        computed = {start: load_file(folder / f"{keys[start]}.safetensors")["errors"] for start in starts}
+    return torch.cat([computed[start] for start in starts])
+
+
+def _common(family: Family, model: nn.Module, seed: int, count: int, precision: str) -> str:
+    """What all files depend on: weights, precision, draws, and how the family makes noise, target and times."""
+    probe = torch.linspace(0.05, 0.95, 7)
+    times = family.timesteps(probe)
+    ones = torch.ones(7, 1, 1, 1, 1)
+    process = [family.add_noise(ones, -2 * ones, times), family.target(ones, -2 * ones, times), times]
+    return json.dumps(
+        {
+            "model": fingerprint([model]),
+            "family": type(family).__name__,
+            "process": [value.flatten().tolist() for value in process],
+            "precision": precision,
+            "seed": seed,
+            "count": count,
+        }
+    )
+
+
+def _key(common: str, start: int, pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256(f"{common} {start}".encode())
+    for pair in pairs:
+        for name, value in {"latents": pair.latents, **dict(sorted(pair.conditions.items()))}.items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(str(list(pair.patch_rewards.shape)).encode())
+    return digest.hexdigest()
+
+
+def check_reference_errors(batch: Batch, base: Tensor, layout: str) -> None:
+    """Hold that a batch's errors are those of the base model's prediction for it, up to rounding.
+
+    Raises:
+        UserError: they are not.
+    """
+    if batch.reference_error is None:
+        return
+    error = patch_error(base, batch.target, batch.reference_error.shape[1:], layout=layout).float()
+    tolerance = 1e-3 if base.dtype == torch.float32 else 5e-2
+    if not torch.allclose(batch.reference_error, error, rtol=tolerance, atol=1e-6):
+        raise UserError(
+            f"train.reference_draws: expected the base's errors, got {(batch.reference_error - error).abs().max()} off "
+            "on the first pair; remove the run's folder reference_errors"
+        )

@@ -1,0 +1,271 @@
+"""Two schedules with one gradient, the lottery of skipped pairs, activation memory and the plan."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_train import CONFIG, Plain, make_pairs, quiet
+from tiny import tiny_wan
+from torch import nn
+
+from halo_fast.config import ObjectiveConfig
+from halo_fast.families import family_of
+from halo_fast.functional import GranDPO, patch_error
+from halo_fast.runs import UserError
+from halo_fast.train import adapters, fit, job, memory, planner
+from halo_fast.train.adapters import adapter, adapters_off
+from halo_fast.train.draws import make_batch
+from halo_fast.train.schedules import batched, margin_first
+from halo_fast.train.steps import run_batch
+
+CPU = torch.device("cpu")
+OBJECTIVES = {
+    "halo": GranDPO(video_beta=100.0, patch_beta=20.0, patch_sft_weight=0.5),
+    "guarded, with ties": GranDPO(video_beta=50.0, loser_guard="patch", patch_delta=1.0, sft_weight=0.3),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_wan()
+
+
+@pytest.fixture(scope="module")
+def pairs(pipeline):
+    return make_pairs(family_of(pipeline))
+
+
+def gradients(parameters):
+    found = torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
+    for parameter in parameters.values():
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("cached", [True, False])
+def test_both_schedules_have_one_gradient(pairs, objective, cached):
+    pipeline = tiny_wan()
+    pipeline.transformer.double()
+    family = family_of(pipeline)
+    batch = make_batch(family, pairs, [(0, 0), (3, 0), (5, 1)], 0, CPU)
+    batch = dataclasses.replace(batch, noisy=batch.noisy.double(), target=batch.target.double())
+
+    def policy(part):
+        return family.predict(pipeline.transformer, part.noisy, part.t, part.conditions)
+
+    def reference(part):
+        with adapters_off(pipeline.transformer):
+            return policy(part)
+
+    with adapter(family, CONFIG) as parameters:
+        torch.manual_seed(1)
+        for parameter in parameters.values():
+            parameter.data = parameter.data.double() + 0.05 * torch.randn(parameter.shape, dtype=torch.double)
+        in_loop = reference
+        if cached:
+            with torch.no_grad():
+                batch = dataclasses.replace(
+                    batch, reference_error=patch_error(reference(batch), batch.target, (3, 2, 2))
+                )
+            in_loop = None
+        arguments = in_loop, batch, OBJECTIVES[objective], "BCFHW", torch.Tensor.backward
+        one = batched(policy, *arguments)
+        expected = gradients(parameters)
+        other = margin_first(policy, *arguments)
+        found = gradients(parameters)
+    assert expected.norm() > 1e-3 and (found - expected).norm() <= 1e-6 * expected.norm()
+    torch.testing.assert_close(other.out.loss, one.out.loss.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(other.prediction, one.prediction)
+    assert one.skipped == other.skipped == 0
+
+
+def saturated():
+    """A model of one layer on three pairs, of which two have long learned their preference, and its gradients."""
+    family = Plain()
+    generator = torch.Generator().manual_seed(3)
+    batch = make_batch(
+        family, [dataclasses.replace(pair, latents=pair.latents[:, :3]) for pair in _plain_pairs(family, generator)],
+        [(0, 0), (1, 0), (2, 0)], 0, CPU,
+    )  # fmt: skip
+    policy = lambda part: family.predict(family.model, part.noisy, part.t, part.conditions)  # noqa: E731
+    with torch.no_grad():
+        error = patch_error(policy(batch), batch.target, (2, 2, 2))
+        # as if the policy had moved far towards the winner in two of the pairs
+        gain = torch.tensor([0.06, 0.0, 0.05])[:, None, None, None]
+        sign = (batch.patch_rewards[:3] - batch.patch_rewards[3:]).sign()
+        reference_error = error + torch.cat([sign * gain, -sign * gain])
+    return family, policy, dataclasses.replace(batch, reference_error=reference_error)
+
+
+def _plain_pairs(family, generator):
+    from halo_fast.data import Pair
+
+    conditions = family.encode_prompts(["one", "three", "x"])
+    return [
+        Pair(
+            torch.randn(2, 3, 2, 4, 4, generator=generator), one, torch.rand(2, 2, 2, 2, generator=generator),
+            torch.full((2,), float("nan")),
+        )
+        for one in conditions
+    ]  # fmt: skip
+
+
+def test_skipped_pairs_leave_the_gradient_right_in_the_mean():
+    family, policy, batch = saturated()
+    objective = GranDPO(patch_beta=100.0, video_weight=0.0)
+    parameters = dict(family.model.named_parameters())
+    arguments = policy, None, batch, objective, "BCFHW", torch.Tensor.backward
+    batched(*arguments)
+    expected = gradients(parameters)
+    found, skipped = torch.zeros_like(expected), 0
+    count = 500
+    for number in range(count):
+        calls = []
+
+        def backward(loss, calls=calls):
+            calls.append(1)
+            loss.backward()
+
+        # evenly spread numbers in place of random ones, the same for all pairs
+        passed = margin_first(
+            *arguments[:-1],
+            backward,
+            skip_below=0.1,
+            lottery=lambda pairs, u=(number + 0.5) / count: torch.full((pairs,), u),
+        )
+        assert len(calls) == 2 * (3 - passed.skipped)
+        found += gradients(parameters) / count
+        skipped += passed.skipped
+    assert count / 2 < skipped < 2 * count
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
+
+
+def test_nothing_is_skipped_unless_asked_for(pipeline, pairs):
+    config = dataclasses.replace(CONFIG, schedule="margin_first", max_train_steps=2)
+    log = fit(pipeline, pairs, config, progress=quiet).log
+    assert "skipped" not in log[0]
+    same = fit(pipeline, pairs, dataclasses.replace(config, schedule="batched"), progress=quiet).log
+    for one, other in zip(log, same, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    with pytest.raises(UserError, match="skip_below: works with train.schedule margin_first"):
+        fit(pipeline, pairs, dataclasses.replace(config, schedule="auto", skip_below=0.1), progress=quiet)
+    log = fit(pipeline, pairs, dataclasses.replace(config, skip_below=1e-3), progress=quiet).log
+    assert [row["skipped"] for row in log] == [0, 0]
+
+
+WAYS = {
+    "plain": {},
+    "full": {"gradient_checkpointing": "full"},
+    "selective": {"gradient_checkpointing": "selective"},
+    "offloaded": {"offload_activations": True},
+}
+
+
+def test_every_way_to_save_memory_has_the_same_gradient_and_really_works(pipeline, pairs):
+    found, plans = {}, {}
+    for way, settings in WAYS.items():
+        config = dataclasses.replace(CONFIG, **settings)
+        with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+            batch = make_batch(prepared.family, pairs, [(0, 0), (1, 0)], 0, CPU)
+            run_batch(prepared, batch)
+            found[way] = gradients(prepared.parameters)
+            plans[way] = prepared.plan
+    for way in WAYS:
+        torch.testing.assert_close(found[way], found["plain"], rtol=1e-5, atol=1e-7)
+    # two blocks with two attentions each; LoRA makes three linear layers of one
+    assert "4 of 4 attentions recomputed" in plans["full"].text
+    assert "0 of 4 attentions recomputed" in plans["selective"].text
+    assert "recomputed" not in plans["plain"].text and "in the CPU's memory" in plans["offloaded"].text
+    assert plans["full"].peak < plans["selective"].peak < plans["plain"].peak
+
+
+def test_kept_bytes_count_each_storage_once_and_no_weights():
+    model = nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+
+    def forward():
+        hidden = model(x)  # x is saved for the weight's gradient
+        return (
+            hidden.exp() * hidden.exp()
+        ).sum()  # both exp() results, saved twice each: once as output, once as factor
+
+    assert memory.kept_bytes(forward, model, attention=False) == (1 + 2) * 4 * 8 * 4
+
+
+def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):
+    pipeline = tiny_wan()
+    monkeypatch.setattr(type(pipeline.transformer), "enable_gradient_checkpointing", lambda self, function: None)
+    with pytest.raises(UserError, match="full was asked for, but the backward pass recomputes nothing"):
+        fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="full"), progress=quiet)
+
+
+def test_selective_without_a_known_attention_is_refused(pipeline, pairs, monkeypatch):
+    monkeypatch.setattr(memory, "attention_operators", list)
+    with pytest.raises(UserError, match="selective keeps no attention output here"):
+        fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="selective"), progress=quiet)
+
+
+def test_plan_follows_the_free_memory(pipeline, pairs, monkeypatch):
+    def schedule(free):
+        monkeypatch.setattr(planner, "_free_memory", lambda device: free)
+        with job.prepared(pipeline, pairs, CONFIG, folder=None, references=None, progress=quiet) as prepared:
+            return prepared.plan.schedule, prepared.plan.text
+
+    found = [schedule(2**power) for power in range(30, 9, -4)]
+    names = [name for name, _ in found]
+    assert names[0] == "batched" and names[-1] == "margin_first" and names == sorted(names)
+    assert "may not fit" not in found[0][1]
+    assert "may not fit; set train.gradient_checkpointing: selective" in found[-1][1]
+
+
+def test_compiled_blocks_train_alike_with_few_graphs_and_the_model_is_put_back(pairs, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    pipeline = tiny_wan()
+    plain = fit(pipeline, pairs, CONFIG, progress=quiet)
+    counts = []
+    for steps in (2, 6):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(adapters, "COMPILER", counter)
+        config = dataclasses.replace(CONFIG, compile=True, max_train_steps=steps)
+        compiled = fit(pipeline, pairs, config, progress=quiet)
+        counts.append(counter.frame_count)
+    # base, adapter on and off, with and without a graph; two blocks share them, and more steps need no more
+    assert 1 <= counts[0] == counts[1] <= 6
+    for one, other in zip(compiled.log, plain.log, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert all(block._compiled_call_impl is None for block in pipeline.transformer.blocks)
+
+
+def test_compiled_switch_without_effect_is_refused(pairs, monkeypatch):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(adapters, "COMPILER", "eager")
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", lambda self, enabled: None)
+    with pytest.raises(UserError, match="with the adapter off, expected the base"):
+        fit(tiny_wan(), pairs, dataclasses.replace(CONFIG, compile=True), progress=quiet)
+
+
+def test_attention_backends(pipeline, pairs):
+    native = fit(pipeline, pairs, dataclasses.replace(CONFIG, attention_backend="native", max_train_steps=1)).log
+    assert native == fit(pipeline, pairs, dataclasses.replace(CONFIG, max_train_steps=1), progress=quiet).log
+    for name in ("flash", "nonsense"):
+        with pytest.raises(UserError, match=f"attention_backend: {name} cannot be used here .*; set null"):
+            fit(pipeline, pairs, dataclasses.replace(CONFIG, attention_backend=name), progress=quiet)
+
+
+def test_models_outside_diffusers_are_told_what_they_lack():
+    family = Plain()
+    pairs = _plain_pairs(family, torch.Generator().manual_seed(0))
+    objective = ObjectiveConfig(patch_delta=0.0)
+    for settings, setting in [
+        ({"gradient_checkpointing": "full"}, "gradient_checkpointing"),
+        ({"compile": True}, "compile"),
+        ({"attention_backend": "native"}, "attention_backend"),
+    ]:
+        config = dataclasses.replace(CONFIG, objective=objective, rank=2, **settings)
+        with pytest.raises(UserError, match=f"train.{setting}: .*; set "):
+            fit(family, pairs, config, progress=quiet)
