@@ -126,7 +126,8 @@ def off_policy_gap(
         family: of the model.
         model: the transformer, its adapter off or fresh (a fresh adapter adds nothing).
         batches: a few pairs each, as `make_batch` gives them.
-        fresh: the same draws of `fresh_pairs`, so that the errors differ by the clips alone; empty: not compared.
+        fresh: the same draws of the first pairs' `fresh_pairs`; then all errors are of these pairs, so that they differ
+            by the clips alone. Empty: not compared.
     """
     errors, wins = [], []
     for batch in batches:
@@ -135,6 +136,9 @@ def off_policy_gap(
         wins.append(torch.where(a > b, 1.0, torch.where(a < b, 0.0, 0.5)))
     a, b = (torch.cat(side) for side in zip(*(error.chunk(2) for error in errors), strict=True))
     win = torch.cat(wins)
+    if fresh:
+        count = sum(len(batch.t) // 2 for batch in fresh)
+        a, b, win = a[:count], b[:count], win[:count]
     means = [(win * a + (1 - win) * b).mean(), (win * b + (1 - win) * a).mean()]
     if fresh:
         means.append(torch.cat([_errors(family, model, batch) for batch in fresh]).mean())

@@ -1,0 +1,486 @@
+"""The whole training step on this CPU: ours in each schedule, supervised fine-tuning as the limit, public loops.
+
+    python -m benchmarks.bench_step                          # the published table: benchmarks/results/step_cpu.csv
+    python -m benchmarks.bench_step --models wan --rounds 2 --check
+
+A preference step cannot be cheaper than a supervised step on the same two samples. Every provider trains the same LoRA
+on the same real diffusers transformer with the same attention, and the same checkpointing and compile setting; they
+differ in structure alone. The public loops are re-created from descriptions of their structure, none of their code is
+used: "diffusers-DPO" encodes videos and prompt each step and runs the reference with LoRA off, "Local-DPO" has a second
+copy of the weights, the same encoders and four loss terms over a mask, "SimpleTuner" has both caches and four separate
+forward passes. The autoencoder costs about as much against the transformer's forward pass as Wan 2.1 1.3B's does (1.3
+times); of larger transformers it is a smaller part.
+
+All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
+within one round. Before any time is taken, the LoRA gradients of each loop are compared with ours for the same formula.
+"forwards" counts floating-point operations of the transformer, autoencoder and text encoder in transformer forward
+passes over both samples, which do not depend on the machine.
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, logsigmoid, mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.bench_loss import RESULTS, conditions, now
+from halo_fast.config import ObjectiveConfig, TrainConfig
+from halo_fast.data import Pair
+from halo_fast.families import Family, family_of
+from halo_fast.objectives import PRESETS, convert_beta, local_dpo_rewards
+from halo_fast.train import adapters_off
+from halo_fast.train.draws import Batch, draws, make_batch
+from halo_fast.train.job import Job, prepared
+from halo_fast.train.memory import kept_bytes
+from halo_fast.train.steps import run_batch, take_step
+from halo_fast.train.watch import row_of
+
+CLIP = (13, 192, 192)  # frames, height, width: 4 x 24 x 24 latents, 576 tokens
+GRID = (4, 3, 3)
+BETA, LAMBDA_SFT, STRENGTH = 500.0, 0.1, 1.0
+PROMPT = "a red ball rolls over the grass"
+DRAWS = 2
+
+
+def wan() -> Any:
+    """A Wan pipeline with 22 M transformer parameters."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    tokenizer, text_encoder = text_parts()
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1),
+        transformer=WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16, out_channels=16,
+            text_dim=256, freq_dim=256, ffn_dim=1792, num_layers=8, rope_max_seq_len=64,
+        ),
+    )  # fmt: skip
+
+
+def cogvideox() -> Any:
+    """A CogVideoX pipeline with 27 M transformer parameters."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer, _ = text_parts()
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=256, d_kv=32, num_heads=4, num_layers=2, d_ff=512)
+    )
+    return CogVideoXPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder,
+        scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        ),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=6, attention_head_dim=64, num_layers=9, in_channels=16, out_channels=16,
+            text_embed_dim=256, time_embed_dim=256, sample_width=24, sample_height=24, sample_frames=13,
+            max_text_seq_length=64,
+        ),
+    )  # fmt: skip
+
+
+def text_parts() -> tuple[Any, Any]:
+    """A word tokenizer, and a text encoder that costs some 2% of the transformer, as Wan's does."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *PROMPT.split()])}
+    splitter = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    splitter.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=splitter, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    sizes = {"vocab_size": len(words), "d_model": 256, "d_kv": 32, "num_heads": 4, "num_layers": 2, "d_ff": 512}
+    return tokenizer, UMT5EncoderModel(UMT5Config(**sizes))
+
+
+MODELS = {"wan": wan, "cogvideox": cogvideox}
+
+
+@dataclass
+class Bench:
+    """One model ready to train, and what the public loops read: videos, a second copy of the weights, a mask."""
+
+    job: Job
+    videos: Tensor
+    copy: nn.Module
+    mask: Tensor
+    step: int = 0
+
+    @property
+    def family(self) -> Family:
+        return self.job.family
+
+    def places(self) -> list[tuple[int, int]]:
+        self.step += 1
+        return draws(self.step, 1, len(self.job.pairs), 0, DRAWS)
+
+    def cached(self) -> Batch:
+        """A batch as trainers with latent and text caches have it."""
+        return make_batch(self.family, self.job.pairs, self.places(), 0, torch.device("cpu"), limit=DRAWS)
+
+    def online(self) -> Batch:
+        """A batch as trainers without caches have it: both videos and the prompt are encoded now."""
+        ((index, draw),) = self.places()
+        latents = self.family.encode(self.videos[index])
+        pairs = list(self.job.pairs)
+        pairs[index] = replace(pairs[index], latents=latents, conditions=self.family.encode_prompts([PROMPT])[0])
+        return make_batch(self.family, pairs, [(index, draw)], 0, torch.device("cpu"), limit=DRAWS)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.family.predict(model, batch.noisy, batch.t, batch.conditions)
+
+    def update(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.job.parameters.values(), 1.0)
+        self.job.optimizer.step()
+        self.job.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def order(batch: Batch, *tensors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(winner, loser) of each [2, ...] tensor: the loops' data holds the winner first."""
+    a_wins = bool(batch.video_rewards[0] > batch.video_rewards[1])
+    for tensor in tensors:
+        yield (tensor[0], tensor[1]) if a_wins else (tensor[1], tensor[0])
+
+
+def supervised(bench: Bench) -> None:
+    """The limit: a supervised LoRA step on the same two samples, from the same caches."""
+    batch = bench.cached()
+    mse_loss(bench.predict(bench.job.model, batch).float(), batch.target.float()).backward()
+    bench.update()
+
+
+def diffusers_dpo_loss(bench: Bench, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    prediction = bench.predict(bench.job.model, batch)
+    errors = mse_loss(prediction.float(), batch.target.float(), reduction="none").flatten(1).mean(1)
+    with torch.no_grad(), adapters_off(bench.job.model):
+        reference = bench.predict(bench.job.model, batch)
+        reference_errors = mse_loss(reference.float(), batch.target.float(), reduction="none").flatten(1).mean(1)
+    (win, lose), (win_ref, lose_ref) = order(batch, errors, reference_errors)
+    inside = -0.5 * BETA * ((win - lose) - (win_ref - lose_ref))
+    return -logsigmoid(inside).mean(), [errors.mean(), reference_errors.mean(), (inside > 0).float().mean()]
+
+
+def diffusers_dpo(bench: Bench) -> None:
+    loss, metrics = diffusers_dpo_loss(bench, bench.online())
+    loss.backward()
+    bench.update()
+    for value in [loss.detach(), *metrics]:
+        value.item()
+
+
+def local_dpo_loss(bench: Bench, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Sigmoids over the video and over the mask, and supervision of the winner with both."""
+    prediction = bench.predict(bench.job.model, batch)
+    with torch.no_grad():
+        reference = bench.predict(bench.copy, batch)
+    mask = _latent_mask(bench, batch)
+    if bench.family.layout == "BFCHW":
+        mask = mask.transpose(0, 1)
+    (win, lose), (win_ref, lose_ref), (win_to, lose_to) = order(batch, prediction, reference, batch.target)
+
+    def masked(error: Tensor) -> Tensor:
+        return (error * mask * STRENGTH * mask.numel() / mask.sum()).mean()
+
+    errors = [(one.float() - to.float()) ** 2 for one, to in ((win, win_to), (lose, lose_to))]
+    base = [(one.float() - to.float()) ** 2 for one, to in ((win_ref, win_to), (lose_ref, lose_to))]
+    terms, metrics = [], []
+    for mean in (torch.mean, masked):
+        gaps = [mean(one) - mean(ref) for one, ref in zip(errors, base, strict=True)]
+        inside = -0.5 * BETA * (gaps[0] - gaps[1])
+        terms += [-logsigmoid(inside), LAMBDA_SFT * mean(errors[0])]
+        metrics += [inside.detach(), *[gap.detach() for gap in gaps]]
+    return torch.stack(terms).sum(), metrics
+
+
+def _latent_mask(bench: Bench, batch: Batch) -> Tensor:
+    """[1, F, H, W] on the latent."""
+    shape = batch.target.shape
+    sides = (shape[1], *shape[3:]) if bench.family.layout == "BFCHW" else tuple(shape[2:])
+    return interpolate(bench.mask[None, None], size=sides, mode="trilinear")[0]
+
+
+def local_dpo(bench: Bench) -> None:
+    loss, metrics = local_dpo_loss(bench, bench.online())
+    loss.backward()
+    sum(value.grad.norm().item() ** 2 for value in bench.job.parameters.values() if value.grad is not None)
+    norm = torch.nn.utils.clip_grad_norm_(bench.job.parameters.values(), 1.0)
+    sum(value.grad.norm().item() ** 2 for value in bench.job.parameters.values() if value.grad is not None)
+    bench.job.optimizer.step()
+    bench.job.optimizer.zero_grad(set_to_none=True)
+    for value in [loss.detach(), norm, *metrics]:
+        value.item()
+    gc.collect()
+
+
+def simpletuner_loss(bench: Bench, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Four forward passes of one sample each; beta multiplies half a sum."""
+    beta = convert_beta(BETA, "half_mean", "half_sum", batch.target[0].numel())
+    samples = [_sample(batch, index) for index in (0, 1)]
+
+    def errors() -> list[Tensor]:
+        return [((bench.predict(bench.job.model, one).float() - one.target.float()) ** 2).sum() for one in samples]
+
+    policy = errors()
+    with torch.no_grad(), adapters_off(bench.job.model):
+        reference = errors()
+    (win, lose), (win_ref, lose_ref) = order(batch, torch.stack(policy), torch.stack(reference))
+    margin = (win_ref - win) - (lose_ref - lose)
+    return -logsigmoid(0.5 * beta * margin), [margin, win, lose, win_ref, lose_ref, win - lose]
+
+
+def _sample(batch: Batch, index: int) -> Batch:
+    one = slice(index, index + 1)
+    conditions_of_one = {name: value[one] for name, value in batch.conditions.items()}
+    return replace(
+        batch, noisy=batch.noisy[one], target=batch.target[one], t=batch.t[one], conditions=conditions_of_one
+    )
+
+
+def simpletuner(bench: Bench) -> None:
+    loss, metrics = simpletuner_loss(bench, bench.cached())
+    loss.backward()
+    bench.update()
+    for value in [loss.detach(), *metrics, *metrics[:5]]:
+        float(value.detach())
+
+
+def ours(schedule: str, in_loop: bool) -> Callable[[Bench], None]:
+    """A step of the trainer itself, rows of the log included."""
+
+    def step(bench: Bench) -> None:
+        job = replace(bench.job, plan=bench.job.plan.scheduled(schedule), errors=None if in_loop else bench.job.errors)
+        bench.step += 1
+        row_of(job, *take_step(job, bench.step))
+
+    return step
+
+
+LIMIT = "supervised (the limit)"
+PROVIDERS: dict[str, Callable[[Bench], None]] = {
+    LIMIT: supervised,
+    "ours, cached reference": ours("batched", in_loop=False),
+    "ours, reference in the loop": ours("batched", in_loop=True),
+    "ours, margin first, cached": ours("margin_first", in_loop=False),
+    "diffusers-DPO loop": diffusers_dpo,
+    "Local-DPO loop": local_dpo,
+    "SimpleTuner loop": simpletuner,
+}
+COMPONENTS: dict[str, Callable[[Bench], object]] = {
+    "part: autoencoder, both videos": lambda bench: bench.family.encode(bench.videos[0]),
+    "part: text encoder": lambda bench: bench.family.encode_prompts([PROMPT]),
+    "part: forward pass, both samples": lambda bench: forward(bench),
+}
+
+
+@torch.no_grad()
+def forward(bench: Bench) -> Tensor:
+    return bench.predict(bench.job.model, bench.cached())
+
+
+@contextmanager
+def setting(name: str, checkpointing: str, compiled: bool) -> Iterator[Bench]:
+    """A model, two pairs of encoded videos and a LoRA that is no longer zero."""
+    torch.manual_seed(0)
+    pipeline = MODELS[name]()
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        part.eval().requires_grad_(False)
+    family = family_of(pipeline)
+    generator = torch.Generator().manual_seed(1)
+    videos = torch.randint(0, 256, (2, 2, *CLIP, 3), generator=generator, dtype=torch.uint8)
+    condition = family.encode_prompts([PROMPT])[0]
+    pairs = [
+        Pair(
+            latents=family.encode(pair), conditions=condition,
+            patch_rewards=torch.rand(2, *GRID, generator=generator),
+            video_rewards=torch.rand(2, generator=generator),
+        )
+        for pair in videos
+    ]  # fmt: skip
+    config = TrainConfig(
+        objective=ObjectiveConfig(patch_delta=0.0), train_batch_size=1, reference_draws=DRAWS, rank=16,
+        schedule="batched", gradient_checkpointing=checkpointing, compile=compiled, learning_rate=1e-5,
+    )  # fmt: skip
+    second = copy.deepcopy(pipeline.transformer)
+    quiet = {"folder": None, "references": None, "progress": lambda steps, total, label: steps}
+    with prepared(pipeline, pairs, config, **quiet) as job:
+        for value in job.parameters.values():
+            value.data = torch.randn(value.shape, generator=generator) * 0.02
+        if checkpointing != "none":
+            second.enable_gradient_checkpointing()
+        yield Bench(job, videos, second, torch.rand(*GRID, generator=generator).round() * 0.8 + 0.2)
+
+
+def gate(bench: Bench) -> None:
+    """Every loop's LoRA gradient equals ours for its formula, and our schedules equal each other; else no times."""
+    video = replace(PRESETS["diffusion_dpo"], video_beta=BETA)
+    local = replace(PRESETS["local_dpo"], video_beta=BETA, patch_beta=BETA, sft_weight=LAMBDA_SFT)
+    batch = bench.cached()
+    mask = _latent_mask(bench, batch)
+    winner = (batch.video_rewards > batch.video_rewards.flip(0)).float()
+    masked = replace(batch, patch_rewards=local_dpo_rewards(mask, winner, STRENGTH))
+    loops = {
+        "diffusers-DPO": (diffusers_dpo_loss, video, batch),
+        "Local-DPO": (local_dpo_loss, local, masked),
+        "SimpleTuner": (simpletuner_loss, video, batch),
+    }
+    for name, (loss, objective, given) in loops.items():
+        theirs = _gradient(bench, lambda loss=loss, given=given: loss(bench, given)[0].backward())
+        in_loop = replace(bench.job, objective=objective, errors=None)
+        _agree(name, theirs, _gradient(bench, lambda job=in_loop, given=given: run_batch(job, given)))
+    place = bench.places()
+    known = make_batch(
+        bench.family, bench.job.pairs, place, 0, torch.device("cpu"), limit=DRAWS, errors=bench.job.errors
+    )
+    fresh = replace(known, reference_error=None)
+    truth = _gradient(bench, lambda: run_batch(replace(bench.job, errors=None), fresh))
+    for schedule in ("batched", "margin_first"):
+        job = replace(bench.job, plan=bench.job.plan.scheduled(schedule))
+        _agree(f"{schedule}, cached", _gradient(bench, lambda job=job: run_batch(job, known)), truth)
+
+
+def _gradient(bench: Bench, backward: Callable[[], object]) -> Tensor:
+    backward()
+    gradient = torch.cat([value.grad.flatten() for value in bench.job.parameters.values()])
+    bench.job.optimizer.zero_grad(set_to_none=True)
+    return gradient
+
+
+def _agree(name: str, found: Tensor, truth: Tensor) -> None:
+    error = ((found - truth).norm() / truth.norm()).item()
+    print(f"  gradient of {name:<24} differs from ours by {error:.1e}")
+    if not error < 2e-3:
+        raise SystemExit(f"{name} computes another gradient, no time is reported")
+
+
+class _Syncs(TorchDispatchMode):
+    """Counts reads of single values from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def operations(step: Callable[[Bench], object], bench: Bench) -> tuple[int, int]:
+    """(floating-point operations of matrix products, convolutions and attention; host reads) of one step."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counted = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+        ),
+    }
+    with _Syncs() as syncs, FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        step(bench)
+    return counter.get_total_flops(), syncs.count
+
+
+def peak_bytes(step: Callable[[Bench], object], bench: Bench) -> int:
+    """Most bytes that the allocator had handed out at once during a step, beyond those before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step(bench)
+    level = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
+def measure(name: str, checkpointing: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one model at one checkpointing and compile setting."""
+    with setting(name, checkpointing, compiled) as bench:
+        print(f"{name}, checkpointing {checkpointing}, compile {'on' if compiled else 'off'}", flush=True)
+        gate(bench)
+        steps = PROVIDERS | COMPONENTS
+        one_forward, _ = operations(forward, bench) if not compiled else (0, 0)
+        facts: dict[str, dict[str, Any]] = {step: {} for step in steps}
+        for step, run in steps.items():
+            if not compiled:
+                count, syncs = operations(run, bench)
+                facts[step] = {"forwards": f"{count / one_forward:.2f}", "host_reads": syncs}
+            if step in (LIMIT, *(name for name in PROVIDERS if name.startswith("ours"))):
+                facts[step]["peak_bytes"] = peak_bytes(run, bench)
+        times: dict[str, list[float]] = {step: [] for step in steps}
+        names = list(steps)
+        for turn in range(rounds + 1):
+            for step in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = now()
+                steps[step](bench)
+                if turn:
+                    times[step].append(now() - start)
+        kept = {count: _kept(bench, count) for count in (1, 2)} if not compiled else {}
+    rows = []
+    for step, taken in times.items():
+        cuts = statistics.quantiles(taken, n=10, method="inclusive") if len(taken) > 1 else taken * 9
+        row = {"model": name, "checkpointing": checkpointing, "compile": compiled, "provider": step}
+        row |= {"p50_s": f"{cuts[4]:.3f}", "p20_s": f"{cuts[1]:.3f}", "p80_s": f"{cuts[7]:.3f}"}
+        for column, other in (("of_limit", LIMIT), ("of_ours", "ours, cached reference")):
+            ratio = statistics.median(one / two for one, two in zip(taken, times[other], strict=True))
+            row[column] = f"{ratio:.2f}"
+        row |= {"forwards": "", "host_reads": "", "peak_bytes": "", **facts[step]}
+        row["kept_bytes"] = kept.get(1 if "margin first" in step else 2, "") if step.startswith("ours") else ""
+        rows.append(row)
+        _print_row(row)
+    return rows
+
+
+def _kept(bench: Bench, samples: int) -> int:
+    batch = bench.cached()
+    chosen = batch if samples == 2 else _sample(batch, 0)
+    return kept_bytes(lambda: bench.predict(bench.job.model, chosen), bench.job.model, attention=False)
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    memory = f"peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""
+    print(
+        f"  {row['provider']:<34}{row['p50_s']:>8} s ({row['p20_s']} .. {row['p80_s']})  {row['of_limit']}x limit  "
+        f"{row['of_ours']}x ours cached  {row['forwards']} forwards  {row['host_reads']} reads  {memory}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--checkpointing", nargs="+", choices=("none", "full"), default=["none", "full"])
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks instead")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
+    choice = parser.parse_args()
+    torch.set_num_threads(1)
+    state = conditions()
+    print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
+    rows = []
+    for name in choice.models:
+        for checkpointing in choice.checkpointing:
+            rows += measure(name, checkpointing, choice.compile, choice.rounds)
+    if not choice.check:
+        file = RESULTS / ("step_cpu_compiled.csv" if choice.compile else "step_cpu.csv")
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, [*rows[0], *state])
+            writer.writeheader()
+            writer.writerows(row | state for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
