@@ -59,7 +59,8 @@ class OpenAIConfig:
         budget: US dollars that the run directory may cost in all; nothing is sent that could exceed them.
         input_price: dollars for a million input tokens (gpt-4o's list price since October 2024); 0 for your own server.
         output_price: likewise of output tokens.
-        tile_tokens: tokens of an image and of each of its 512-pixel tiles, as OpenAI publishes them for gpt-4o.
+        image_tokens: tokens of any image, as OpenAI publishes them for gpt-4o.
+        tile_tokens: likewise of each 512-pixel tile of an image in full detail.
         max_concurrency: requests at once.
         timeout: seconds until a request is given up.
         max_retries: times that a question is sent again after rate limits, server errors and timeouts.
@@ -80,7 +81,8 @@ class OpenAIConfig:
     budget: float = 5.0
     input_price: float = 2.5
     output_price: float = 10.0
-    tile_tokens: tuple[int, int] = (85, 170)
+    image_tokens: int = 85
+    tile_tokens: int = 170
     max_concurrency: int = 8
     timeout: float = 120.0
     max_retries: int = 8
@@ -230,8 +232,8 @@ class TrainConfig:
         lora_alpha: LoRA scale times rank.
         target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
         max_grad_norm: gradients are clipped to this norm.
-        schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto", the
-            first unless its activations do not fit.
+        schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto":
+            the first unless its activations do not fit.
         skip_below: margin_first draws a pair whose coefficients are below this share of their first values with a
             probability in proportion, so that it mostly needs no backward pass; 0: no pair is left out.
         gradient_checkpointing: recompute activations in the backward pass: "none", "full", or "selective", which keeps

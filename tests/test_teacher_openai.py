@@ -106,8 +106,8 @@ UNUSABLE = {
 @pytest.mark.parametrize("api", ["responses", "chat"])
 def test_every_misbehaviour_is_recorded_and_survived(store, api):
     wrong = [*TRANSIENT, *UNUSABLE]
-    with OpenAIServer(lambda number, _: wrong[number] if number < len(wrong) else USABLE, slowness=1.5) as server:
-        asked = teacher(server, store, api=api, max_attempts=len(UNUSABLE) + 1, timeout=0.7, max_concurrency=1)
+    with OpenAIServer(lambda number, _: wrong[number] if number < len(wrong) else USABLE, slowness=4.0) as server:
+        asked = teacher(server, store, api=api, max_attempts=len(UNUSABLE) + 1, timeout=2.0, max_concurrency=1)
         (label,) = label_some(asked, 1)
         assert_as_answered(label, CLIPS.prompts[0])
         recorded = requests_in(store)

@@ -127,7 +127,7 @@ class Server:
         """
         config = self.config
         size = len((RUBRIC + question.text + json.dumps(schema(question))).encode())
-        images = sum(image_tokens(picture, *config.tile_tokens) for picture in question.pictures)
+        images = sum(image_tokens(picture, config.image_tokens, config.tile_tokens) for picture in question.pictures)
         input_tokens = size + 100 if most else size / 4
         output_tokens = config.max_output_tokens if most else 40 + 8 * len(question.fields)
         return (images + input_tokens) * self.prices[0] + output_tokens * self.prices[1]
