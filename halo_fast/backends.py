@@ -5,7 +5,8 @@ xpu, cpp on cpu, reference elsewhere). A backend that was asked for and cannot r
 choice falls back to the reference and logs the reason once.
 
 A backend is a module with patch_log_ratio, patch_error, patch_error_backward and, if it has a fused one,
-gran_dpo_table, with the signatures of ``halo_fast.reference``. It may define ``unavailable(device) -> str | None``, why
+gran_dpo_table, with the signatures of ``halo_fast.reference``, and, if it can multiply on the way, gran_dpo_backward
+with that of ``ops.gran_dpo_backward``. It may define ``unavailable(device) -> str | None``, why
 it cannot run there, and ``describe() -> str``, its row in ``halo doctor``.
 """
 
@@ -54,7 +55,7 @@ def _check_name(name: str, source: str) -> str:
 
 def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why backend ``name`` cannot run on ``device`` with ``dtype``, or None if it can."""
-    device = torch.device(device)
+    device = device if isinstance(device, torch.device) else torch.device(device)
     _check_name(name, "backend")
     if dtype not in _DTYPES:
         return f"dtype {dtype} is not one of float64, float32, bfloat16, float16"
@@ -62,9 +63,10 @@ def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torc
         return None
     if name == "cpp" and device.type != "cpu":
         return f"runs on cpu tensors only, not on {device.type}"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if name == "triton" and not (device.type in ("cuda", "xpu") or (device.type == "cpu" and interpreted)):
-        return f"runs on cuda and xpu tensors, on {device.type} only as the cpu interpreter with TRITON_INTERPRET=1"
+    if name == "triton" and device.type not in ("cuda", "xpu"):
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not interpreted:
+            return f"runs on cuda and xpu tensors, on {device.type} only as the cpu interpreter with TRITON_INTERPRET=1"
     module = _load(name)
     if isinstance(module, str):
         return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,6 +179,8 @@ def _grid(grid: Sequence[int], latent: Tensor, name: str) -> tuple[int, ...]:
 
 
 def _same_dtype(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if prediction.dtype == target.dtype:
+        return prediction, target
     # A float32 target beside a bf16 prediction is the normal case under autocast; rounding it would cost accuracy.
     common = torch.promote_types(prediction.dtype, target.dtype)
     return prediction.to(common), target.to(common)
@@ -206,7 +209,8 @@ def _numbers(
         raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
     # Looking at values would make an accelerator wait, and break a graph.
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool(value.isinf().any()):
+        # The sum is finite if all numbers are, and costs a third of looking at each.
+        if not math.isfinite(value.sum()) and bool(value.isinf().any()):
             raise ValueError(f"{name} must be finite{missing}; got an infinite value: drop or clip it")
         if not missing and bool(value.isnan().any()):
             raise ValueError(f"{name} must be finite; got NaN: clip it where it diverges, as timestep_weight does")
@@ -300,7 +304,6 @@ def _loser_scale(objective: GranDPO, error: Tensor, prediction: Tensor, target: 
     return torch.where(opposed, ratio.clamp(0, 1), 1.0)
 
 
-@torch.no_grad()
 def _evaluate(
     prediction: Tensor,
     target: Tensor,
@@ -312,7 +315,44 @@ def _evaluate(
     objective: GranDPO,
     grid: tuple[int, ...],
 ) -> tuple[Tensor, GranDPOOutput]:
-    """Coefficients and output, without a graph, from checked arguments in [N, C, F, H, W]."""
+    """Coefficients and output from checked arguments in [N, C, F, H, W]; its loss is differentiable in prediction."""
+    log_ratio: Tensor | None
+    error: Tensor | None
+    if reference_prediction is not None and objective.form in ("H1", "H3", "H4") and not objective.loser_guard:
+        rewards, scale, numbers = objectives.table_arguments(
+            objective, patch_rewards, video_rewards, kappa, grid, prediction
+        )
+        loss, coefficients, video_logits, patch_logits, active, log_ratio, error = ops.gran_dpo(
+            prediction, reference_prediction, target, rewards, video_rewards, scale, grid, objective.link, numbers
+        )
+        if not (objective.sft_weight or objective.patch_sft_weight):
+            error = None
+    else:
+        with torch.no_grad():
+            (loss, coefficients, video_logits, patch_logits, active), log_ratio, error = _composed(
+                prediction, target, reference_prediction, reference_error, patch_rewards, video_rewards, kappa,
+                objective, grid,
+            )  # fmt: skip
+        loss = ops.attach_gradient(loss, coefficients, prediction, target)
+    out = GranDPOOutput(
+        loss, patch_logits, video_logits, log_ratio, active, objective, patch_rewards, video_rewards, kappa, error,
+        prediction.detach(), target,
+    )  # fmt: skip
+    return coefficients, out
+
+
+def _composed(
+    prediction: Tensor,
+    target: Tensor,
+    reference_prediction: Tensor | None,
+    reference_error: Tensor | None,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    objective: GranDPO,
+    grid: tuple[int, ...],
+) -> tuple[objectives.Table, Tensor | None, Tensor | None]:
+    """Table, log-ratios, errors of what the one operator does not do: other forms, cached errors, the loser guard."""
     shape = tuple(prediction.shape[1:])
     supervised = bool(objective.sft_weight or objective.patch_sft_weight or objective.loser_guard)
     error = log_ratio = None
@@ -325,15 +365,11 @@ def _evaluate(
     scale = None
     if objective.loser_guard and error is not None:
         scale = _loser_scale(objective, error, prediction, target, objectives.volume_share(shape, error))
-    loss, coefficients, video_logits, patch_logits, active = objectives.evaluate(
+    table = objectives.evaluate(
         objective, log_ratio, error if supervised or log_ratio is None else None, scale, patch_rewards, video_rewards,
         kappa, shape,
     )  # fmt: skip
-    out = GranDPOOutput(
-        loss, patch_logits, video_logits, log_ratio, active, objective, patch_rewards, video_rewards, kappa, error,
-        prediction.detach(), target,
-    )  # fmt: skip
-    return coefficients, out
+    return table, log_ratio, error
 
 
 def _checked(
@@ -475,15 +511,15 @@ def gran_dpo(
     arguments = _checked(
         prediction, target, reference, patch_rewards, video_rewards, objective, reference_error, layout, kappa
     )
-    coefficients, out = _evaluate(**arguments)
-    policy, target, chosen = arguments["prediction"], arguments["target"], arguments["objective"]
-    loss = ops.attach_gradient(out.loss, coefficients, policy, target)
-    if chosen.anchor_weight:
-        # Twice the mean squared distance of a sample is its share, so that a pair counts both of its samples.
-        distance = ops.patch_error(policy, arguments["reference_prediction"], (1, 1, 1)).flatten()
-        share = out.active / out.active.sum().clamp(min=1)
-        loss = loss + chosen.anchor_weight * (distance * (share.repeat(2) if chosen.paired else share)).sum()
-    return replace(out, loss=loss)
+    _, out = _evaluate(**arguments)
+    chosen = arguments["objective"]
+    if not chosen.anchor_weight:
+        return out
+    # Twice the mean squared distance of a sample is its share, so that a pair counts both of its samples.
+    distance = ops.patch_error(arguments["prediction"], arguments["reference_prediction"], (1, 1, 1)).flatten()
+    share = out.active / out.active.sum().clamp(min=1)
+    anchor = (distance * (share.repeat(2) if chosen.paired else share)).sum()
+    return replace(out, loss=out.loss + chosen.anchor_weight * anchor)
 
 
 def gran_dpo_coefficients(
@@ -510,7 +546,8 @@ def gran_dpo_coefficients(
     )
     if arguments["objective"].anchor_weight:
         raise ValueError("anchor_weight must be 0 for gran_dpo_coefficients: use gran_dpo, or sft_weight in its place")
-    return _evaluate(**arguments)
+    with torch.no_grad():
+        return _evaluate(**arguments)
 
 
 def unpack_tokens(tokens: Tensor, latent_shape: Sequence[int], patch_size: Sequence[int] = (1, 1, 1)) -> Tensor:

@@ -15,7 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from halo_fast import ops
-from halo_fast.reference import LINKS, halves, link, patch_sizes, reduce_pairs, signed_weights, winner_share
+from halo_fast.reference import (
+    LINKS,
+    accumulate_dtype,
+    halves,
+    link,
+    patch_sizes,
+    reduce_pairs,
+    signed_weights,
+    winner_share,
+)
 
 Table = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -224,17 +233,42 @@ def preferences(
 
 
 def _betas(
-    objective: GranDPO, kappa: Tensor | None, log_ratio: Tensor, groups: int
+    objective: GranDPO, kappa: Tensor | None, grid: tuple[int, ...], like: Tensor, groups: int
 ) -> tuple[float, float, Tensor | None]:
     """Constant betas, or 1 and a [2, groups] tensor of beta * kappa when a beta is a tensor or kappa is there."""
     video_beta, patch_beta = objective.video_beta, objective.patch_beta
     if patch_beta is None:
-        patch_beta = video_beta / math.sqrt(math.prod(log_ratio.shape[1:]))
+        patch_beta = video_beta / math.sqrt(math.prod(grid))
     if kappa is None and not isinstance(video_beta, Tensor) and not isinstance(patch_beta, Tensor):
         return video_beta, patch_beta, None
+    dtype = accumulate_dtype(like.dtype)
     if kappa is None:
-        kappa = log_ratio.new_ones(groups)
-    return 1.0, 1.0, torch.stack([kappa * video_beta, kappa * patch_beta]).to(log_ratio.dtype)
+        kappa = like.new_ones(groups, dtype=dtype)
+    return 1.0, 1.0, torch.stack([kappa * video_beta, kappa * patch_beta]).to(dtype)
+
+
+def table_arguments(
+    objective: GranDPO,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    grid: tuple[int, ...],
+    like: Tensor,
+) -> tuple[Tensor | None, Tensor | None, tuple[float, ...]]:
+    """Patch rewards, scale and numbers that make the operators' H1 of forms H1, H3 and H4; ``like`` is [2B, ...]."""
+    patch_gamma, patch_delta = objective.patch_gamma, objective.patch_delta
+    if objective.form != "H1" and patch_rewards is not None:
+        # H3 and H4 only change the signed weights, which are rewards of a against 0.
+        _, patch = preferences(objective, patch_rewards, video_rewards)
+        assert patch is not None
+        patch_rewards, patch_gamma, patch_delta = torch.cat([patch, torch.zeros_like(patch)]), 1.0, 0.0
+    video_beta, patch_beta, scale = _betas(objective, kappa, grid, like, like.shape[0] // 2)
+    numbers = (
+        objective.label_smoothing, objective.video_weight, objective.patch_weight, video_beta, patch_beta,
+        objective.video_gamma, objective.video_delta, patch_gamma, patch_delta, objective.sft_weight,
+        objective.patch_sft_weight,
+    )  # fmt: skip
+    return patch_rewards, scale, numbers
 
 
 def evaluate(
@@ -259,33 +293,11 @@ def evaluate(
         return _kto(objective, log_ratio, patch_rewards, video_rewards, kappa, latent_shape)
     if objective.form in ("H2", "pooled"):
         return _pooled(objective, log_ratio, error, loser_scale, patch_rewards, video_rewards, kappa, latent_shape)
-    patch_gamma, patch_delta = objective.patch_gamma, objective.patch_delta
-    if objective.form != "H1" and patch_rewards is not None:
-        # H3 and H4 only change the signed weights: as rewards of a against 0 they make the operator's H1.
-        _, patch = preferences(objective, patch_rewards, video_rewards)
-        assert patch is not None
-        patch_rewards, patch_gamma, patch_delta = torch.cat([patch, torch.zeros_like(patch)]), 1.0, 0.0
-    video_beta, patch_beta, scale = _betas(objective, kappa, log_ratio, log_ratio.shape[0] // 2)
+    patch_rewards, scale, numbers = table_arguments(
+        objective, patch_rewards, video_rewards, kappa, log_ratio.shape[1:], log_ratio
+    )
     table: Table = ops.gran_dpo_table(
-        log_ratio,
-        patch_rewards,
-        video_rewards,
-        scale,
-        error,
-        loser_scale,
-        latent_shape,
-        objective.link,
-        objective.label_smoothing,
-        objective.video_weight,
-        objective.patch_weight,
-        video_beta,
-        patch_beta,
-        objective.video_gamma,
-        objective.video_delta,
-        patch_gamma,
-        patch_delta,
-        objective.sft_weight,
-        objective.patch_sft_weight,
+        log_ratio, patch_rewards, video_rewards, scale, error, loser_scale, latent_shape, objective.link, *numbers
     )
     return table
 
@@ -305,7 +317,7 @@ def _total(values: Tensor) -> Tensor:
 
 def _scales(objective: GranDPO, kappa: Tensor | None, log_ratio: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """beta kappa / 2 of the video and of the patches, each [groups]."""
-    video_beta, patch_beta, scale = _betas(objective, kappa, log_ratio, groups)
+    video_beta, patch_beta, scale = _betas(objective, kappa, log_ratio.shape[1:], log_ratio, groups)
     if scale is None:
         ones = log_ratio.new_ones(groups)
         scale = torch.stack([ones * video_beta, ones * patch_beta])

@@ -6,7 +6,8 @@ graph or compiles it again. Outputs are fresh tensors. There is no second deriva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ def _(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     return torch.empty_like(prediction)
 
 
+def _gradient(factor: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """2 (o - tau) factor coefficients_p / Z_p with a 0-d ``factor``."""
+    backend = backends.select(prediction.device, prediction.dtype)
+    fused = getattr(backend, "gran_dpo_backward", None)
+    if fused is None:
+        gradient: Tensor = backend.patch_error_backward(factor * coefficients, prediction, target)
+    else:
+        gradient = fused(factor, coefficients, prediction, target)
+    return gradient
+
+
+gran_dpo_backward = torch.library.custom_op("halo_fast::gran_dpo_backward", _gradient, mutates_args=())
+
+
+@gran_dpo_backward.register_fake
+def _(factor: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(prediction)
+
+
 @torch.library.custom_op("halo_fast::attach_gradient", mutates_args=())
 def attach_gradient(loss: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """``loss`` itself, with d loss / d prediction = 2 (o - tau) coefficients_p / Z_p."""
@@ -88,39 +108,66 @@ def gran_dpo_table(
     patch_sft_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients: see ``reference.gran_dpo_table``."""
-    backend = backends.select(log_ratio.device, log_ratio.dtype)
-    table = getattr(backend, "gran_dpo_table", reference.gran_dpo_table)
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = table(
-        log_ratio,
-        patch_rewards,
-        video_rewards,
-        kappa,
-        error,
-        loser_scale,
-        tuple(latent_shape),
-        link_name,
-        label_smoothing,
-        video_weight,
-        patch_weight,
-        video_beta,
-        patch_beta,
-        video_gamma,
-        video_delta,
-        patch_gamma,
-        patch_delta,
-        sft_weight,
-        patch_sft_weight,
-    )
-    return result
+    return _table_of(backends.select(log_ratio.device, log_ratio.dtype))(
+        log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale, tuple(latent_shape), link_name,
+        label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma,
+        patch_delta, sft_weight, patch_sft_weight,
+    )  # fmt: skip
 
 
 @gran_dpo_table.register_fake
 def _(log_ratio: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _table_outputs(log_ratio)
+
+
+def _table_of(backend: ModuleType) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The backend's own ``gran_dpo_table``, or the reference's."""
+    return getattr(backend, "gran_dpo_table", reference.gran_dpo_table)
+
+
+def _table_outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``gran_dpo_table`` returns, without values."""
     samples, *grid = log_ratio.shape
     scalar = log_ratio.new_empty(())
     pairs = log_ratio.new_empty((samples // 2,))
     patches = log_ratio.new_empty((samples // 2, *grid))
     return scalar, torch.empty_like(log_ratio), pairs, patches, torch.empty_like(pairs)
+
+
+GranDPOTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gran_dpo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend = backends.select(policy.device, policy.dtype)
+    counts = tuple(grid)
+    log_ratio: Tensor = backend.patch_log_ratio(policy, reference, target, counts)
+    error: Tensor | None = backend.patch_error(policy, target, counts) if any(numbers[-2:]) else None
+    loss, coefficients, video_logits, patch_logits, active = _table_of(backend)(
+        log_ratio, patch_rewards, video_rewards, kappa, error, None, policy.shape[1:], link_name, *numbers
+    )
+    absent = log_ratio.new_empty(0) if error is None else error
+    return loss, coefficients, video_logits, patch_logits, active, log_ratio, absent
+
+
+gran_dpo_operator = torch.library.custom_op("halo_fast::gran_dpo", _gran_dpo, mutates_args=())
+
+
+@gran_dpo_operator.register_fake
+def _(policy: Tensor, *others: Any) -> GranDPOTensors:
+    *_, grid, _, numbers = others
+    log_ratio = policy.new_empty((policy.shape[0], *grid), dtype=accumulate_dtype(policy.dtype))
+    error = torch.empty_like(log_ratio) if any(numbers[-2:]) else log_ratio.new_empty(0)
+    return *_table_outputs(log_ratio), log_ratio, error
 
 
 def _save_log_ratio(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,9 +195,75 @@ def _save_attached(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _attached_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, prediction, target = ctx.saved_tensors
-    return None, None, patch_error_backward(grad * coefficients, prediction, target), None
+    return None, None, gran_dpo_backward(grad, coefficients, prediction, target), None
+
+
+def _save_gran_dpo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, target, *_ = inputs
+    coefficients = output[1]
+    ctx.save_for_backward(coefficients, policy, target)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gran_dpo_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    coefficients, policy, target = ctx.saved_tensors
+    gradient = None if grad is None else gran_dpo_backward(grad, coefficients, policy, target)
+    return gradient, *[None] * 8
+
+
+def _watched(latent: Tensor) -> bool:
+    """Whether something looks at operators: a tracer, a dispatch mode, a tensor without data or of another class."""
+    return (
+        torch.compiler.is_compiling()
+        or type(latent) not in (Tensor, torch.nn.Parameter)
+        or latent.device.type == "meta"
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """``gran_dpo_operator`` without the dispatcher's way there, which takes longer than a small latent's arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> GranDPOTensors:
+        output = _gran_dpo(*arguments)
+        _save_gran_dpo(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        coefficients, policy, target = ctx.saved_tensors
+        # The operator refuses a second derivative; without it one would be taken for 0.
+        run = gran_dpo_backward if torch.is_grad_enabled() or _watched(policy) else _gradient
+        return None if grad is None else run(grad, coefficients, policy, target), *[None] * 8
+
+
+def gran_dpo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: Sequence[float],
+) -> GranDPOTensors:
+    """The H1 loss in one operator: (loss, coefficients, video_logits, patch_logits, active, log_ratio, error).
+
+    ``patch_log_ratio`` and ``gran_dpo_table``, whose last eleven arguments are ``numbers`` (torch takes time for each
+    argument of an operator); ``patch_error`` too where an sft weight is not 0, else error is empty. The loss is
+    differentiable in ``policy``, and nothing else of it.
+    """
+    run = gran_dpo_operator if _watched(policy) else _Direct.apply
+    output: GranDPOTensors = run(
+        policy, reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers
+    )
+    return output
 
 
 patch_log_ratio.register_autograd(_log_ratio_backward, setup_context=_save_log_ratio)
 patch_error.register_autograd(_error_backward, setup_context=_save_error)
 attach_gradient.register_autograd(_attached_backward, setup_context=_save_attached)
+gran_dpo_operator.register_autograd(_gran_dpo_backward, setup_context=_save_gran_dpo)

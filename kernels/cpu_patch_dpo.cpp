@@ -15,6 +15,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __x86_64__
+#include <emmintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define HALO_EXPORT extern "C" __attribute__((visibility("default")))
 #define HALO_INLINE inline __attribute__((always_inline))
@@ -79,78 +85,99 @@ constexpr int64_t cache_line = 64;
 
 // ---- rows: the only loops over latent elements
 
-// Four lines of the latent are read at a time: the sums are loaded and stored less often, and more reads are under way at once.
+// Loops go by strips of four cache lines: a core asks for the lines of all its inputs well before it needs them, also across
+// the borders of pages, where the hardware does not look ahead.
+
+constexpr int64_t strip_bytes = 256, ahead_bytes = 3072;
 
 template <class T>
-struct Lines {
-    const T* data;
-    int64_t step;  // elements from one line to the next
-};
+HALO_INLINE void fetch(const T* data) {
+    const char* at = reinterpret_cast<const char*>(data) + ahead_bytes;
+    for (int64_t k = 0; k < strip_bytes; k += cache_line) __builtin_prefetch(at + k);
+    asm volatile("");  // else GCC takes this function for one without effect and drops its calls
+}
 
-template <int lines, class T>
-HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, Lines<T> policy, Lines<T> reference, Lines<T> target, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        auto total = sum[i];
-        for (int k = 0; k < lines; ++k) {
-            const auto o = widen(policy.data[i + k * policy.step]), o_ref = widen(reference.data[i + k * reference.step]);
-            const auto tau = widen(target.data[i + k * target.step]);
-            total += (o_ref - o) * ((o - tau) + (o_ref - tau));
-        }
-        sum[i] = total;
+// Calls body(i) for first <= i < count, each strip after having fetched from every input.
+template <class T, class Body, class... Inputs>
+HALO_INLINE void by_strips(int64_t first, int64_t count, const Body& body, const Inputs*... inputs) {
+    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(T));
+    int64_t i = first;
+    for (; i + strip <= count; i += strip) {
+        (fetch(inputs + i), ...);
+        for (int64_t j = 0; j < strip; ++j) body(i + j);
     }
+    for (; i < count; ++i) body(i);
 }
 
-template <int lines, class T>
-HALO_INLINE void add_error(Accumulate<T>* __restrict sum, Lines<T> prediction, Lines<T> target, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        auto total = sum[i];
-        for (int k = 0; k < lines; ++k) {
-            const auto residual = widen(prediction.data[i + k * prediction.step]) - widen(target.data[i + k * target.step]);
-            total += residual * residual;
-        }
-        sum[i] = total;
-    }
+template <class T>
+HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, const T* __restrict policy, const T* __restrict reference,
+                               const T* __restrict target, int64_t count) {
+    const auto body = [&](int64_t i) {
+        const auto o = widen(policy[i]), o_ref = widen(reference[i]), tau = widen(target[i]);
+        sum[i] += (o_ref - o) * ((o - tau) + (o_ref - tau));
+    };
+    by_strips<T>(0, count, body, policy, reference, target);
 }
 
-template <class T, class... Others>
-HALO_INLINE void advance(int64_t lines, Lines<T>& first, Others&... others) {
-    first.data += lines * first.step;
-    if constexpr (sizeof...(others) > 0) advance(lines, others...);
+template <class T>
+HALO_INLINE void add_error(Accumulate<T>* __restrict sum, const T* __restrict prediction, const T* __restrict target, int64_t count) {
+    const auto body = [&](int64_t i) {
+        const auto residual = widen(prediction[i]) - widen(target[i]);
+        sum[i] += residual * residual;
+    };
+    by_strips<T>(0, count, body, prediction, target);
 }
 
-// Stores that cross a cache line are dear, so the first few elements are taken apart.
+// Past the caches: an ordinary store first reads the line that it overwrites. Both pointers are multiples of 16 bytes.
+HALO_INLINE void stream(void* to, const void* from, int64_t bytes) {
+#ifdef __x86_64__
+    for (int64_t k = 0; k < bytes; k += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + k),
+                         _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + k)));
+#else
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
 template <class T>
 HALO_INLINE void write_gradient(T* __restrict gradient, const T* __restrict prediction, const T* __restrict target,
-                                const Accumulate<T>* __restrict scale, int64_t count) {
+                                const Accumulate<T>* __restrict scale, int64_t count, bool past_caches) {
+    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(T));
+    const auto write = [&](int64_t i, T& to) { narrow((widen(prediction[i]) - widen(target[i])) * scale[i], to); };
+    // Stores that cross a cache line are dear, so the first few elements are taken apart.
     const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(gradient) % cache_line);
     const int64_t head = std::min(count, (cache_line - past) % cache_line / static_cast<int64_t>(sizeof(T)));
-    for (int64_t i = 0; i < head; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
-    for (int64_t i = head; i < count; ++i) narrow((widen(prediction[i]) - widen(target[i])) * scale[i], gradient[i]);
+    for (int64_t i = 0; i < head; ++i) write(i, gradient[i]);
+    int64_t i = head;
+    for (; past_caches && i + strip <= count; i += strip) {
+        alignas(cache_line) T room[strip];
+        fetch(prediction + i);
+        fetch(target + i);
+        for (int64_t j = 0; j < strip; ++j) write(i + j, room[j]);
+        stream(gradient + i, room, strip_bytes);
+    }
+    by_strips<T>(i, count, [&](int64_t j) { write(j, gradient[j]); }, prediction, target);
 }
 
 template <class T>
 struct Rows {
-    void (*log_ratio)(Accumulate<T>*, Lines<T>, Lines<T>, Lines<T>, int64_t, int64_t);
-    void (*error)(Accumulate<T>*, Lines<T>, Lines<T>, int64_t, int64_t);
-    void (*gradient)(T*, const T*, const T*, const Accumulate<T>*, int64_t);
+    void (*log_ratio)(Accumulate<T>*, const T*, const T*, const T*, int64_t);
+    void (*error)(Accumulate<T>*, const T*, const T*, int64_t);
+    void (*gradient)(T*, const T*, const T*, const Accumulate<T>*, int64_t, bool);
 };
 
-#define HALO_ROWS(NAME, TARGET)                                                                                         \
-    template <class T>                                                                                                  \
-    struct NAME {                                                                                                       \
-        using A = Accumulate<T>;                                                                                        \
-        TARGET static void log_ratio(A* sum, Lines<T> o, Lines<T> o_ref, Lines<T> tau, int64_t lines, int64_t count) {  \
-            for (; lines >= 4; lines -= 4, advance(4, o, o_ref, tau)) add_log_ratio<4>(sum, o, o_ref, tau, count);      \
-            for (; lines >= 1; lines -= 1, advance(1, o, o_ref, tau)) add_log_ratio<1>(sum, o, o_ref, tau, count);      \
-        }                                                                                                               \
-        TARGET static void error(A* sum, Lines<T> o, Lines<T> tau, int64_t lines, int64_t count) {                      \
-            for (; lines >= 4; lines -= 4, advance(4, o, tau)) add_error<4>(sum, o, tau, count);                        \
-            for (; lines >= 1; lines -= 1, advance(1, o, tau)) add_error<1>(sum, o, tau, count);                        \
-        }                                                                                                               \
-        TARGET static void gradient(T* out, const T* o, const T* tau, const A* scale, int64_t count) {                  \
-            write_gradient(out, o, tau, scale, count);                                                                  \
-        }                                                                                                               \
-        static constexpr Rows<T> rows{log_ratio, error, gradient};                                                      \
+#define HALO_ROWS(NAME, TARGET)                                                                                                  \
+    template <class T>                                                                                                           \
+    struct NAME {                                                                                                                \
+        using A = Accumulate<T>;                                                                                                 \
+        TARGET static void log_ratio(A* sum, const T* o, const T* o_ref, const T* tau, int64_t count) {                          \
+            add_log_ratio(sum, o, o_ref, tau, count);                                                                            \
+        }                                                                                                                        \
+        TARGET static void error(A* sum, const T* o, const T* tau, int64_t count) { add_error(sum, o, tau, count); }             \
+        TARGET static void gradient(T* out, const T* o, const T* tau, const A* scale, int64_t count, bool past_caches) {         \
+            write_gradient(out, o, tau, scale, count, past_caches);                                                              \
+        }                                                                                                                        \
+        static constexpr Rows<T> rows{log_ratio, error, gradient};                                                               \
     };
 
 HALO_ROWS(Portable, )
@@ -211,14 +238,16 @@ struct Geometry {
 
     Geometry(const int64_t* shape, const int64_t* grid)
         : N(shape[0]), C(shape[1]), F(shape[2]), H(shape[3]), W(shape[4]), f(grid[0]), h(grid[1]), w(grid[2]) {
-    constexpr int64_t accumulators = 8192, elements_per_task = 65536;  // 32 KiB of floats stay in the first-level cache
+        constexpr int64_t accumulators = 8192;  // 32 KiB of floats stay in the first-level cache
+        constexpr int64_t elements_per_task = 1 << 19;
         row_blocks = ceil_div(H, std::max<int64_t>(1, accumulators / std::max<int64_t>(1, W)));
         rows_per_task = ceil_div(H, row_blocks);
         row_blocks = ceil_div(H, rows_per_task);
         const int64_t depth = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, C * rows_per_task * W));
-        for (int64_t k = 0; k < f; ++k)
-            for (int64_t at = k * F / f, end = (k + 1) * F / f; at < end; at += depth)
-                frames.push_back({at, std::min(at + depth, end), k});
+        for (int64_t k = 0; k < f; ++k) {
+            const int64_t begin = k * F / f, length = (k + 1) * F / f - begin, cuts = ceil_div(length, depth);
+            for (int64_t i = 0; i < cuts; ++i) frames.push_back({begin + i * length / cuts, begin + (i + 1) * length / cuts, k});
+        }
         for (int64_t k = 0; k <= w; ++k) edge.push_back(k * W / w);
     }
 
@@ -338,23 +367,18 @@ void forward(const Geometry& g, View<const T> policy, View<const T> reference, V
         A* sum = sums.mine();
         T* pack = packs.mine();
         std::fill(sum, sum + block, A(0));
-        const Span frames = g.frames[task.piece];
-        const int64_t rows_at_once = whole ? task.last - task.first : 1, depth = frames.end - frames.begin;
-        // Lines in the order channel, frame: all channels of one frame, or the frames of one channel, in one go.
-        const int along = whole ? (depth == 1 ? 1 : 2) : 4;
-        const int64_t lines = along == 1 ? g.C : along == 2 ? depth : 1;
-        for (int64_t c = 0; c < g.C; c += along == 1 ? g.C : 1)
-            for (int64_t f = frames.begin; f < frames.end; f += along == 2 ? depth : 1)
-                for (int64_t h = task.first; h < task.last; h += rows_at_once) {
-                    const auto at = [&](const View<const T>& view, T* buffer) {
-                        return Lines<T>{packed_row(view, view.at(task.n, c, f, h), g.W, buffer), view.stride[along]};
-                    };
+        const int64_t step = whole ? task.last - task.first : 1;
+        for (int64_t c = 0; c < g.C; ++c)
+            for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
+                for (int64_t h = task.first; h < task.last; h += step) {
                     A* to = sum + (h - task.first) * g.W;
-                    const Lines<T> o = at(policy, pack), tau = at(target, pack + g.W);
+                    const T* o = packed_row(policy, policy.at(task.n, c, f, h), g.W, pack);
+                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
                     if (error_only)
-                        rows.error(to, o, tau, lines, rows_at_once * g.W);
+                        rows.error(to, o, tau, step * g.W);
                     else
-                        rows.log_ratio(to, o, at(reference, pack + 2 * g.W), tau, lines, rows_at_once * g.W);
+                        rows.log_ratio(to, o, packed_row(reference, reference.at(task.n, c, f, h), g.W, pack + 2 * g.W), tau,
+                                       step * g.W);
                 }
         fold(g, task, sum, columns.mine(), partial.data());
     }
@@ -364,7 +388,7 @@ void forward(const Geometry& g, View<const T> policy, View<const T> reference, V
 // ---- backward: 2 (o - tau) grad_p / Z_p
 
 template <class A>
-void spread(const Geometry& g, const Task& task, const A* grad, A* scale) {
+void spread(const Geometry& g, const Task& task, A factor, const A* grad, A* scale) {
     const int64_t kf = g.frames[task.piece].patch;
     for (int64_t row = task.first; row < task.last; ++row) {
         const int64_t kh = g.patch_of_row(row);
@@ -374,14 +398,25 @@ void spread(const Geometry& g, const Task& task, const A* grad, A* scale) {
             continue;
         }
         for (int64_t kw = 0; kw < g.w; ++kw) {
-            const double value = static_cast<double>(grad[((task.n * g.f + kf) * g.h + kh) * g.w + kw]);
+            const double value = static_cast<double>(factor * grad[((task.n * g.f + kf) * g.h + kh) * g.w + kw]);
             std::fill(to + g.edge[kw], to + g.edge[kw + 1], static_cast<A>(2.0 * value / g.elements(kf, kh, kw)));
         }
     }
 }
 
+constexpr int64_t large = 1 << 21;  // a second-level cache, and a large page
+
+// A fresh tensor is faulted in page by page as it is written, which takes longer than computing it.
+void ask_for_large_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+    const auto begin = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large;
+    const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / large * large;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
+#endif
+}
+
 template <class T>
-void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> prediction, View<const T> target, View<T> gradient,
+void backward(const Geometry& g, Accumulate<T> factor, const Accumulate<T>* grad, View<const T> prediction, View<const T> target, View<T> gradient,
               int threads) {
     using A = Accumulate<T>;
     const Rows<T> rows = rows_in_use<T>();
@@ -389,13 +424,16 @@ void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> predic
     PerThread<A> scales(threads, block);
     PerThread<T> packs(threads, 3 * g.W);
     const bool whole = rows_follow_each_other(g.W, prediction, target, gradient);
+    const int64_t bytes = g.N * g.C * g.F * g.H * g.W * static_cast<int64_t>(sizeof(T));
+    const bool past_caches = whole && bytes >= large;
+    if (bytes >= large) ask_for_large_pages(gradient.data, bytes);
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
         const Task task(g, index);
         A* scale = scales.mine();
         T* pack = packs.mine();
-        spread(g, task, grad, scale);
+        spread(g, task, factor, grad, scale);
         const int64_t step = whole ? task.last - task.first : 1;
         for (int64_t c = 0; c < g.C; ++c)
             for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
@@ -404,9 +442,12 @@ void backward(const Geometry& g, const Accumulate<T>* grad, View<const T> predic
                     const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
                     T* to = gradient.data + gradient.at(task.n, c, f, h);
                     const bool gaps = gradient.stride[4] != 1;
-                    rows.gradient(gaps ? pack + 2 * g.W : to, o, tau, scale + (h - task.first) * g.W, step * g.W);
+                    rows.gradient(gaps ? pack + 2 * g.W : to, o, tau, scale + (h - task.first) * g.W, step * g.W, past_caches);
                     for (int64_t i = 0; gaps && i < g.W; ++i) to[i * gradient.stride[4]] = pack[2 * g.W + i];
                 }
+#ifdef __x86_64__
+        _mm_sfence();  // streamed stores are not ordered by what ends the parallel region
+#endif
     }
 }
 
@@ -573,32 +614,33 @@ int by_dtype(int dtype, const Run& run) {
 
 }  // namespace
 
+// sizes: the latents' shape [5], the grid [3], then the strides [5] of each latent in the order of the arguments.
 // A null reference gives the plain patch error. out: [N, f, h, w], double for double inputs, else float.
-HALO_EXPORT int halo_patch_forward(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* policy,
-                                   const int64_t* policy_stride, const void* reference, const int64_t* reference_stride,
-                                   const void* target, const int64_t* target_stride, void* out) {
+HALO_EXPORT int halo_patch_forward(int dtype, int threads, const int64_t* sizes, const void* policy, const void* reference,
+                                   const void* target, void* out) {
     return by_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        forward<T>(Geometry(shape, grid), {static_cast<const T*>(policy), policy_stride},
-                   {static_cast<const T*>(reference), reference_stride}, {static_cast<const T*>(target), target_stride},
+        forward<T>(Geometry(sizes, sizes + 5), {static_cast<const T*>(policy), sizes + 8},
+                   {static_cast<const T*>(reference), sizes + 13}, {static_cast<const T*>(target), sizes + 18},
                    static_cast<Accumulate<T>*>(out), threads);
     });
 }
 
-HALO_EXPORT int halo_patch_backward(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* grad,
-                                    const void* prediction, const int64_t* prediction_stride, const void* target,
-                                    const int64_t* target_stride, void* gradient, const int64_t* gradient_stride) {
+// Of factor * grad; a null factor is 1.
+HALO_EXPORT int halo_patch_backward(int dtype, int threads, const int64_t* sizes, const void* factor, const void* grad,
+                                    const void* prediction, const void* target, void* gradient) {
     return by_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        backward<T>(Geometry(shape, grid), static_cast<const Accumulate<T>*>(grad),
-                    {static_cast<const T*>(prediction), prediction_stride}, {static_cast<const T*>(target), target_stride},
-                    {static_cast<T*>(gradient), gradient_stride}, threads);
+        using A = Accumulate<T>;
+        backward<T>(Geometry(sizes, sizes + 5), factor ? *static_cast<const A*>(factor) : A(1), static_cast<const A*>(grad),
+                    {static_cast<const T*>(prediction), sizes + 8}, {static_cast<const T*>(target), sizes + 13},
+                    {static_cast<T*>(gradient), sizes + 18}, threads);
     });
 }
 
 // parameters: the eleven numbers of Parameters, in order. Null tables are absent; the outputs are as in the reference.
-HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* shape, const int64_t* grid, const void* log_ratio,
-                                    const void* patch_rewards, const void* video_rewards, const void* kappa, const void* error,
+HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* sizes, const void* log_ratio, const void* patch_rewards,
+                                    const void* video_rewards, const void* kappa, const void* error,
                                     const void* loser_scale, int link, const double* parameters, void* loss, void* coefficients,
                                     void* video_logits, void* patch_logits, void* active) {
     return by_dtype(dtype, [&](auto element) {
@@ -607,7 +649,7 @@ HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* shape
         const auto out = [](void* data) { return static_cast<A*>(data); };
         Parameters values;
         std::memcpy(&values, parameters, sizeof values);
-        table<A>(Geometry(shape, grid), in(log_ratio), in(patch_rewards), in(video_rewards), in(kappa), in(error), in(loser_scale),
+        table<A>(Geometry(sizes, sizes + 5), in(log_ratio), in(patch_rewards), in(video_rewards), in(kappa), in(error), in(loser_scale),
                  static_cast<Link>(link), values, out(loss), out(coefficients), out(video_logits), out(patch_logits), out(active),
                  threads);
     });

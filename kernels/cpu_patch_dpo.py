@@ -26,9 +26,9 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def _bind(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
-    library.halo_patch_forward.argtypes = [integer, integer] + [pointer] * 9
-    library.halo_patch_backward.argtypes = [integer, integer] + [pointer] * 9
-    library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 8 + [integer] + [pointer] * 6
+    library.halo_patch_forward.argtypes = [integer, integer] + [pointer] * 5
+    library.halo_patch_backward.argtypes = [integer, integer] + [pointer] * 6
+    library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 7 + [integer] + [pointer] * 6
     library.halo_instruction_set.argtypes = [integer]
     return library
 
@@ -71,8 +71,12 @@ def describe() -> str:
     return f"C++, {instruction_set()}, {threads}"
 
 
-def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+def _sizes(shape: Sequence[int], grid: Sequence[int], *latents: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """Shape and grid, then the strides of each latent."""
+    numbers = [*shape, *grid]
+    for latent in latents:
+        numbers += latent.stride()
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _check(status: int) -> None:
@@ -87,14 +91,10 @@ def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Seq
     status = _library().halo_patch_forward(
         _DTYPES[policy.dtype],
         torch.get_num_threads(),
-        _integers(policy.shape),
-        _integers(grid),
+        _sizes(policy.shape, grid, policy, policy if reference is None else reference, target),
         policy.data_ptr(),
-        _integers(policy.stride()),
         None if reference is None else reference.data_ptr(),
-        None if reference is None else _integers(reference.stride()),
         target.data_ptr(),
-        _integers(target.stride()),
         out.data_ptr(),
     )
     _check(status)
@@ -113,22 +113,26 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tens
 
 def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """2 (prediction - target) grad_p / Z_p, in the dtype and memory order of prediction; grad is [N, f, h, w]."""
+    return gran_dpo_backward(None, grad, prediction, target)
+
+
+def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """As patch_error_backward, of factor * grad with a 0-d factor (None is 1)."""
     gradient = torch.empty_like(prediction)
     if gradient.numel() == 0:
         return gradient
-    grad = grad.to(_accumulate_dtype(prediction.dtype)).contiguous()
+    dtype = _accumulate_dtype(prediction.dtype)
+    grad = grad.to(dtype).contiguous()
+    factor = None if factor is None else factor.to(dtype)
     status = _library().halo_patch_backward(
         _DTYPES[prediction.dtype],
         torch.get_num_threads(),
-        _integers(prediction.shape),
-        _integers(grad.shape[1:]),
+        _sizes(prediction.shape, grad.shape[1:], prediction, target, gradient),
+        None if factor is None else factor.data_ptr(),
         grad.data_ptr(),
         prediction.data_ptr(),
-        _integers(prediction.stride()),
         target.data_ptr(),
-        _integers(target.stride()),
         gradient.data_ptr(),
-        _integers(gradient.stride()),
     )
     _check(status)
     return gradient
@@ -157,8 +161,7 @@ def gran_dpo_table(
     status = _library().halo_gran_dpo_table(
         _DTYPES[log_ratio.dtype],
         torch.get_num_threads(),
-        _integers((samples, *latent_shape)),
-        _integers(grid),
+        _sizes((samples, *latent_shape), grid),
         *(None if table is None else table.data_ptr() for table in tables),
         LINKS.index(link_name),
         (ctypes.c_double * len(parameters))(*parameters),

@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them: contracts, compilation, checkpointing, several ranks."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from halo_fast import (
@@ -41,6 +43,8 @@ def test_opcheck_of_the_patch_operators(dtype):
         torch.library.opcheck(ops.patch_error_backward, (patch_rewards, prediction.detach(), target))
         loss = torch.tensor(1.5)
         torch.library.opcheck(ops.attach_gradient, (loss, patch_rewards, prediction, target))
+        factor = torch.tensor(1.5, dtype=patch_rewards.dtype)
+        torch.library.opcheck(ops.gran_dpo_backward, (factor, patch_rewards, prediction.detach(), target))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -51,6 +55,44 @@ def test_opcheck_of_the_table(full):
     numbers = (0.1, 1.0, 2.0, 5.0, 3.0, 0.0, 0.0, 1.0, 0.1, 0.5, 0.5)
     arguments = (log_ratio, patch_rewards, video, *optional, SHAPE, "conservative", *numbers)
     torch.library.opcheck(ops.gran_dpo_table, arguments)
+
+
+NUMBERS = (0.0, 1.0, 2.0, 5.0, 3.0, 0.0, 0.0, 1.0, 0.1)
+
+
+@pytest.mark.parametrize("supervised", [0.0, 0.5])
+def test_opcheck_of_the_whole_loss(supervised):
+    policy, target, ref, *labels = batch()
+    kappa = torch.ones(2, 2)
+    arguments = (policy, ref, target, *labels, kappa, GRID, "sigmoid", (*NUMBERS, supervised, supervised))
+    torch.library.opcheck(ops.gran_dpo_operator, arguments)
+
+
+@pytest.mark.parametrize("supervised", [0.0, 0.5])
+def test_the_direct_way_to_the_loss_is_the_operator(supervised):
+    """Same bits, and only where nothing looks at operators."""
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    policy, target, ref, *labels = batch()
+    seen = []
+    objective = GranDPO(sft_weight=supervised, patch_sft_weight=supervised)
+    results = []
+    for mode in (contextlib.nullcontext(), Look()):
+        with mode:
+            out = gran_dpo(policy, target, ref, *labels, objective=objective)
+            (gradient,) = torch.autograd.grad(3 * out.loss, policy, retain_graph=True)
+            assert torch.equal(torch.autograd.grad(3 * out.loss, policy)[0], gradient)
+        results.append((out.loss, gradient, out.log_ratio, out.patch_logits, out.video_logits, out.active))
+        assert not any(x.requires_grad for x in results[-1][1:])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert [name for name in seen if "halo_fast" in name] == [
+        "halo_fast.gran_dpo.default",
+        *["halo_fast.gran_dpo_backward.default"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -119,11 +161,14 @@ def test_activation_checkpointing_recomputes_the_same_gradient():
     assert torch.equal(torch.autograd.grad(loss, policy)[0], expected[0])
 
 
-def test_there_is_no_second_derivative_and_it_says_so():
+@pytest.mark.parametrize("guard", [None, "video"])
+def test_there_is_no_second_derivative_and_it_says_so(guard):
     policy, target, ref, *labels = batch()
-    gradient = torch.autograd.grad(gran_dpo(policy, target, ref, *labels).loss, policy, create_graph=True)[0]
+    loss = gran_dpo(policy, target, ref, *labels, objective=GranDPO(loser_guard=guard)).loss
+    (gradient,) = torch.autograd.grad(loss, policy, create_graph=True)
+    # beside a term that has one: it must not be taken for 0
     with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), policy)
+        torch.autograd.grad((gradient + policy.square()).sum(), policy)
 
 
 def test_only_the_prediction_gets_a_gradient_and_the_table_is_all_that_is_kept():
