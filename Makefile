@@ -15,7 +15,8 @@ test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
 
 gpu: $(READY)
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m "gpu or gpu2" tests -s
+	$(BIN)/python -m benchmarks.tune --latents cogvideox wan
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,5 +38,5 @@ clean:
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.cpp) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
 	$(BIN)/python -m pip show --quiet triton || $(BIN)/python -m pip install --quiet triton==3.9.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,teacher,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,reward,teacher,dev]"
 	touch $@

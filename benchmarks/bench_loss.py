@@ -6,13 +6,17 @@
 All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
 within one round, so a disturbance that lasts longer than a round falls out. No time is printed before every provider's
 loss and gradient have been compared with float64. "floor" is what the memory needs: two streaming additions over
-tensors as large as those that the forward and the backward must move.
+tensors as large as those that the forward and the backward must move, into memory that is there already.
+
+Everything is measured twice: with memory "fresh" every large tensor is mapped anew and faulted in page by page, as in a
+process that gives freed memory back; with memory "kept" all that was ever freed is at hand again.
 """
 
 import argparse
 import csv
 import ctypes
 import importlib.metadata
+import itertools
 import os
 import platform
 import statistics
@@ -152,8 +156,8 @@ def floor_round(data: tuple[Tensor, ...], out: Tensor) -> dict[str, float]:
     return {"forward": middle - start, "backward": end - middle, "both": end - start}
 
 
-def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one latent shape, dtype and number of threads."""
+def measure(latent: str, dtype: torch.dtype, threads: int, memory: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one latent shape, dtype, number of threads and kind of memory (which is set already)."""
     torch.set_num_threads(threads)
     data = inputs(latent, dtype)
     torch.compiler.reset()
@@ -164,7 +168,7 @@ def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[
         "ours": ours,
     }
     errors = gate(providers, data)
-    memory = {name: (saved_bytes(loss, data), peak_bytes(loss, data)) for name, loss in providers.items()}
+    needs = {name: (saved_bytes(loss, data), peak_bytes(loss, data)) for name, loss in providers.items()}
     out = torch.empty_like(data[1])
     times: dict[str, list[dict[str, float]]] = {name: [] for name in [*providers, "floor"]}
     names = list(times)
@@ -181,13 +185,14 @@ def measure(latent: str, dtype: torch.dtype, threads: int, rounds: int) -> list[
                 "latent": latent,
                 "dtype": str(dtype).removeprefix("torch."),
                 "threads": threads,
+                "memory": memory,
                 "provider": name,
                 "mode": mode,
             }
             row |= {"p50_ms": f"{middle:.3f}", "p20_ms": f"{low:.3f}", "p80_ms": f"{high:.3f}"}
             quotients = [one[mode] / ours[mode] for one, ours in zip(taken, times["ours"], strict=True)]
             row["ours_is_faster_by"] = f"{statistics.median(quotients):.2f}"
-            row["saved_bytes"], row["peak_bytes"] = memory.get(name, ("", ""))
+            row["saved_bytes"], row["peak_bytes"] = needs.get(name, ("", ""))
             row["gradient_error"] = f"{errors[name]:.1e}" if name in errors else ""
             rows.append(row)
     return rows
@@ -198,14 +203,17 @@ def _quantiles(seconds: list[float]) -> tuple[float, float, float]:
     return cuts[1], cuts[4], cuts[7]
 
 
-def keep_freed_memory() -> str:
-    """Lets glibc keep what is freed: else each provider pays page faults that depend on who ran before it."""
+MEMORY = ("fresh", "kept")  # in this order: what was kept once is never fresh again
+
+
+def set_memory(kind: str) -> str:
+    """Sets glibc's two thresholds; else each provider pays page faults that depend on who ran before it."""
     if platform.libc_ver()[0] != "glibc":
         return "as the system does"
     trim_threshold, mmap_threshold = -1, -3
     libc = ctypes.CDLL(None)
-    done = libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_threshold, 2**25)
-    return "kept by the process" if done else "as the system does"
+    trim, mmap = (2**17, 2**17) if kind == "fresh" else (2**31 - 1, 2**25)
+    return kind if libc.mallopt(trim_threshold, trim) and libc.mallopt(mmap_threshold, mmap) else "as the system does"
 
 
 def conditions() -> dict[str, str]:
@@ -223,7 +231,6 @@ def conditions() -> dict[str, str]:
         "torch": torch.__version__,
         "halo_fast": importlib.metadata.version("halo_fast"),
         "commit": commit,
-        "freed memory": keep_freed_memory(),
         "load": f"{os.getloadavg()[0]:.2f}",
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -236,21 +243,22 @@ def main() -> int:
     )
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=list(MEMORY))
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
     choice = parser.parse_args()
     state = conditions()
     print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
     print(f"grid {GRID}, one pair, {choice.rounds} interleaved rounds; ms are medians\n")
     rows = []
-    for latent in choice.latents:
-        for dtype in choice.dtypes:
-            for threads in choice.threads:
-                part = measure(latent, getattr(torch, dtype), threads, choice.rounds)
-                rows += part
-                for row in part:
-                    if row["mode"] == "both":
-                        _print_row(row)
+    for kind in sorted(choice.memory, key=MEMORY.index):
+        memory = set_memory(kind)
+        for latent, dtype, threads in itertools.product(choice.latents, choice.dtypes, choice.threads):
+            part = measure(latent, getattr(torch, dtype), threads, memory, choice.rounds)
+            rows += part
+            for row in part:
+                if row["mode"] == "both":
+                    _print_row(row)
     if not choice.check:
         with (RESULTS / "loss_cpu.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *state])
@@ -262,7 +270,7 @@ def main() -> int:
 def _print_row(row: dict[str, Any]) -> None:
     spread = f"{row['p50_ms']:>9} ms ({row['p20_ms']} .. {row['p80_ms']})"
     memory = f"saved {row['saved_bytes']:,} B, peak {row['peak_bytes']:,} B" if row["provider"] != "floor" else ""
-    name = f"{row['latent']:<14}{row['dtype']:<9}{row['threads']} threads  {row['provider']:<14}"
+    name = f"{row['latent']:<14}{row['dtype']:<9}{row['threads']} threads {row['memory']:<6}{row['provider']:<14}"
     print(f"{name}{spread:<32} {row['ours_is_faster_by']:>7}x ours  {row['gradient_error']:<8} {memory}", flush=True)
 
 

@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--latents", nargs="+", choices=LATENTS, default=list(LATENTS))
     choice = parser.parse_args()
     if kernels.INTERPRETED or not torch.accelerator.is_available():
-        print("tune: needs a GPU, and TRITON_INTERPRET unset", file=sys.stderr)
+        print("tune: needs a GPU that torch can use, and TRITON_INTERPRET unset; nothing was timed", file=sys.stderr)
         return 2
     device = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     sizes = itertools.product((512, 1024, 2048), (8, 16, 32, 64), (2, 4, 8))
