@@ -137,7 +137,7 @@ class RewardConfig:
     """
 
     video_steps: int = 100
-    patch_steps: int = 800
+    patch_steps: int = 600
     learning_rate: float = 4e-3
     batch_size: int = 16
     video_weight: float = 1.0
@@ -145,7 +145,7 @@ class RewardConfig:
     swap_weight: float = 1.0
     loss: str = "regression"
     tie_margin: float = 0.2
-    held_out_share: float = 0.08
+    held_out_share: float = 0.05
     pretrained: bool = True
     checkpointing_steps: int = 50
 

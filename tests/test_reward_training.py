@@ -38,7 +38,12 @@ def labelled(clips: Clips) -> LabelledClips:
 @pytest.fixture(scope="module")
 def trained() -> tuple[RewardModel, list[dict]]:
     config = RewardConfig(video_steps=40, patch_steps=400, batch_size=12, learning_rate=5e-3)
-    return fit(RewardModelConfig(VIDEO_DIMENSIONS, width=16), labelled(make_clips(240, seed=1)), config, seed=0)
+    return fit(
+        RewardModelConfig(VIDEO_DIMENSIONS, width=16, pretrained=False),
+        labelled(make_clips(240, seed=1)),
+        config,
+        seed=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,6 @@ def test_video_quality_follows_what_the_clips_show(rewards):
     assert spearmanr(rewards.video[:, 0], -HELD_OUT.severity.mean(axis=(1, 2, 3))).statistic > 0.6
 
 
-@pytest.mark.xfail(strict=True, reason="the score of motion reaches an AUC of 0.79 here, 0.9 is asked")
 def test_video_motion_follows_what_the_clips_show(rewards):
     motion = rewards.video[:, 2].numpy()
     assert roc_auc_score(HELD_OUT.moving, motion) > 0.9
@@ -93,7 +97,7 @@ def test_a_frozen_copy_does_not_win_on_motion(trained):
 
 
 def small_run(folder: Path) -> Run:
-    reward = RewardConfig(video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3)
+    reward = RewardConfig(video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3, pretrained=False)
     run = Run(Config(output_dir=str(folder), grid=GRID, reward=reward))
     clips = make_clips(6, seed=4)
     write_candidates(run, clips)
