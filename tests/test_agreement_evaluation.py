@@ -1,0 +1,97 @@
+"""What `halo reward eval` is made of: folds that never share a prompt, mirrorings, pairs, windows, baselines."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from halo_fast.data.clips import write_clip
+from halo_fast.data.importers import Preference
+from halo_fast.rewards import RewardModelConfig, Rewards
+from halo_fast.rewards.evaluation import _folds, _group_means, _rater_mean, _window, evaluate_preferences
+from halo_fast.rewards.marks import MarkHead, _turned_back, _turnings
+
+
+def test_agreement_folds_keep_a_prompt_together():
+    prompts = [f"p{k % 13}" for k in range(60)]
+    folds = _folds(prompts, 5, seed=0)
+    assert all(len(set(folds[[name == other for other in prompts]])) == 1 for name in set(prompts))
+    sizes = Counter({name: int(folds[prompts.index(name)]) for name in prompts}.values())
+    assert sorted(sizes.values()) == [2, 2, 3, 3, 3]
+    assert (folds != _folds(prompts, 5, seed=1)).any()
+
+
+def test_agreement_turnings_are_the_eight_of_the_square_and_come_back():
+    pictures = torch.arange(2 * 3 * 3.0).reshape(2, 3, 3)
+    turned = list(_turnings(pictures, (1, 2)))
+    assert len({tuple(x[0].flatten().tolist()) for x in turned}) == 8
+    for number, x in enumerate(turned):
+        assert torch.equal(_turned_back(x, number), pictures)
+
+
+def test_agreement_mark_head_sees_a_patch_against_its_picture():
+    torch.manual_seed(0)
+    head = MarkHead(4, width=16, dropout=0.0)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    features = torch.randn(64, 4, 5, 5) + 5 * torch.randn(64, 4, 1, 1)  # what differs between pictures says nothing
+    marked = (features[:, 0] > features[:, 0].mean(dim=(1, 2), keepdim=True) + 0.5).float()
+    for _ in range(150):
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(head(features[:48]), marked[:48])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = ((head(features[48:]) > 0) == (marked[48:] > 0)).float().mean()
+    assert right > 0.9 > max(marked.mean(), 1 - marked.mean())
+
+
+class Brightness(torch.nn.Module):
+    config = RewardModelConfig(("visual_quality",))
+
+    def forward(self, videos, prompts, grid):
+        return Rewards(videos.float().mean(dim=(1, 2, 3, 4))[:, None], torch.zeros(len(videos), 1, *grid))
+
+
+def test_agreement_on_preferences(tmp_path):
+    levels = [10, 60, 110, 112]
+    files = [tmp_path / f"{level}.mp4" for level in levels]
+    for file, level in zip(files, levels, strict=True):
+        write_clip(file, torch.full((3, 17, 18, 3), level, dtype=torch.uint8)[:, :16, :18], 8)
+    chosen = [(3, 0, 1.0), (0, 2, 0.0), (2, 3, 0.5), (1, 0, 1.0), (1, 2, 1.0)]
+    pairs = [
+        Preference(k, f"p{k}", files[first], files[second], {"visual_quality": value})
+        for k, (first, second, value) in enumerate(chosen, 1)
+    ]
+    table = evaluate_preferences(pairs, Brightness(), resamples=20)
+    # the brighter clip is judged better: right in three of four, and the tie is the closest pair
+    assert table["visual_quality: model"]["without_ties"].value == pytest.approx(3 / 4)
+    assert table["visual_quality: model"]["pair_accuracy"].value == pytest.approx(4 / 5)
+    assert np.isfinite(table["visual_quality: less motion"]["pair_accuracy"].value)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 64), (20, 240, 320), (9, 31, 33)])
+def test_agreement_windows_fit_the_demo_whatever_the_clip(shape):
+    clip = torch.randint(256, (*shape, 3), dtype=torch.uint8)
+    window = _window(clip, np.random.default_rng(0))
+    assert window.shape == (9, 32, 32, 3) and window.dtype == torch.uint8
+    still = _window(torch.full((*shape, 3), 77, dtype=torch.uint8), np.random.default_rng(0))
+    assert (still == 77).all()
+
+
+def test_agreement_means_of_raters_and_generators():
+    ratings = np.array([[1, 3], [np.nan, 4], [np.nan, np.nan]])
+    np.testing.assert_array_equal(_rater_mean(ratings), [2, 4, np.nan])
+    labels = np.array([[1.0], [3.0], [np.nan], [5.0]])
+    np.testing.assert_array_equal(_group_means(labels, ["a", "a", "a", "b"]), [[2], [2], [2], [5]])
+
+
+def test_agreement_page_tells_what_the_commands_print():
+    text = (Path(__file__).parents[1] / "docs" / "agreement.md").read_text()
+    from halo_fast.rewards import probes
+
+    for name in ("prompt swap", "static copy", "planted damage", "frame order", "brightness"):
+        bound = getattr(probes, name.replace(" ", "_")).__doc__
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
+        numbers = {word.strip("|: .;") for word in row.split() if word[0].isdigit() and "." in word}
+        assert numbers and all(number in bound for number in numbers), (row, bound)

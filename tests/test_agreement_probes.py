@@ -1,0 +1,156 @@
+"""Probes on models whose faults are known, the patch statistics by hand, and the verbs on tiny data."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from moving_shapes import GRID, SHAPES, draw_clip, make_clips, write_candidates
+from torch import nn
+
+from halo_fast.cli import main
+from halo_fast.config import Config
+from halo_fast.patches import PatchGrid
+from halo_fast.rewards import RewardModelConfig, Rewards
+from halo_fast.rewards.evaluation import frame_statistics, patch_statistics
+from halo_fast.rewards.probes import probe_all
+from halo_fast.runs import Run, hash_file
+from halo_fast.teachers import Label, LabelStore, label_key
+
+CLIPS = make_clips(24, seed=9)
+NAMES = list(itertools.product(SHAPES, ("red", "green"), ("left", "down")))
+PROMPTS = [f"a {colour} {shape} moves {direction}" for shape, colour, direction in NAMES]
+SOUND = torch.from_numpy(
+    np.stack([draw_clip(np.random.default_rng(k), *name, speed=1.2) for k, name in enumerate(NAMES)])
+)
+ORDERS = torch.stack((SOUND, SOUND.flip(1), SOUND[:, 4:5].expand_as(SOUND))).float()
+
+
+class Known(nn.Module):
+    """Knows every sound clip by heart, forwards, backwards and frozen, and may have faults."""
+
+    config = RewardModelConfig(("text_alignment", "dynamic_degree"))
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__()
+        self.faults = faults
+
+    def forward(self, videos, prompts, grid):
+        pool = PatchGrid(grid, *videos.shape[1:4]).pool
+        scores, patches = [], []
+        for video, prompt in zip(videos.float(), prompts, strict=True):
+            order, clip = divmod(int((ORDERS - video).abs().mean(dim=(2, 3, 4, 5)).argmin()), len(PROMPTS))
+            text = 4.0 if PROMPTS[clip] == prompt else 2.0
+            motion = (4.5, 2.0, 1.5)[order]
+            # damage is change against the sound clip, apart from a change of light
+            quality = 5 - pool((video - ORDERS[order, clip]).std(dim=-1)).clamp(max=40) / 10
+            if "ignores the prompt" in self.faults:
+                text = 3.0
+            if "likes stills" in self.faults and order == 2:
+                motion = 5.0
+            if "blind to order" in self.faults and order == 1:
+                motion = 4.5
+            if "looks elsewhere" in self.faults:
+                quality = quality.roll(1, dims=2)
+            if "likes light" in self.faults:
+                quality = quality + video.mean() / 20
+            scores.append(torch.tensor([text, motion]))
+            patches.append(quality[None])
+        return Rewards(torch.stack(scores), torch.stack(patches))
+
+
+def outcome(*faults: str) -> dict[str, bool | None]:
+    return {probe.name: probe.passed for probe in probe_all(Known(*faults), SOUND, PROMPTS, GRID)}
+
+
+def test_probes_pass_on_a_model_that_knows():
+    assert outcome() == dict.fromkeys(outcome(), True)
+    assert list(outcome()) == ["prompt swap", "static copy", "planted damage", "frame order", "brightness"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed"),
+    [
+        ("ignores the prompt", "prompt swap"),
+        ("likes stills", "static copy"),
+        ("looks elsewhere", "planted damage"),
+        ("blind to order", "frame order"),
+        ("likes light", "brightness"),
+    ],
+)
+def test_each_probe_finds_its_fault_and_no_other(fault, failed):
+    assert {name for name, passed in outcome(fault).items() if not passed} == {failed}
+
+
+def test_probes_of_what_a_model_does_not_score_are_not_measured():
+    model = Known()
+    model.config = RewardModelConfig(("visual_quality",))
+    found = {probe.name: probe for probe in probe_all(model, SOUND, PROMPTS, GRID)}
+    assert found["prompt swap"].passed is None and found["static copy"].passed is None
+    plain = json.loads(json.dumps(found["prompt swap"].as_dict(), allow_nan=False))
+    assert plain["figure"]["value"] is None and plain["passed"] is None
+
+
+def test_frame_statistics_are_what_they_say():
+    video = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    assert not frame_statistics(video).any()
+    video[2:] = 255  # one change of everything in three steps
+    found = frame_statistics(video)
+    assert found[0] == pytest.approx(0.5) and found[-1] == pytest.approx(1 / 3) and found[-2] == pytest.approx(1)
+    assert not frame_statistics(video[:1]).any(), "a still does not change"
+
+
+def test_patch_statistics_of_a_patch_come_from_that_patch():
+    videos = torch.zeros(1, 9, 32, 32, 3, dtype=torch.uint8)
+    videos[0, :, 8:16, 24:32, 0] = 255
+    found = patch_statistics(videos, (1, 4, 4))[0]
+    assert found.shape[0] == 16 and found[7, 0] == pytest.approx(1) and found[:7, 0].max() == 0
+    # the second half of the columns is the same less the clip's mean
+    half = found.shape[1] // 2
+    np.testing.assert_allclose(found[:, half:], found[:, :half] - found[:, :half].mean(axis=0), atol=1e-6)
+
+
+def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
+    config = Config(output_dir=str(tmp_path), grid=GRID)
+    run = Run(config)
+    write_candidates(run, CLIPS)
+    import pyarrow.parquet
+
+    folder = tmp_path / "generate"
+    clips = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
+    rng = np.random.default_rng(0)
+    truth, patches = rng.uniform(1, 5, 24), rng.uniform(1, 5, (24, 48))
+    with LabelStore(tmp_path / "labels.sqlite") as store:
+        for name, sign in (("human:anna", 1), ("gpt", 1), ("contrary", -1)):
+            for index, clip in enumerate(clips[: 24 if name != "gpt" else 12]):
+                quality = {"quality": 3 + sign * (patches[index] - 3)}
+                label = Label({"visual_quality": 3 + sign * (truth[index] - 3)}, quality)
+                key = label_key(hash_file(folder / clip["video"]), clip["prompt"], GRID, name)
+                store.add({key: label}, name)
+        key = label_key(hash_file(folder / clips[20]["video"]), clips[20]["prompt"], GRID, "gpt")
+        store.add({key: Label(status="refused")}, "gpt")
+    arguments = ["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]", "--resamples", "5"]
+    assert main(arguments) == 0
+    sections = dict(part.split("\n", 1) for part in capsys.readouterr().out.strip().split("\n\n"))
+    assert set(sections) == {"contrary against gpt", "contrary against human:anna", "gpt against human:anna"}
+    for title, expected in (("gpt against human:anna", "1.00"), ("contrary against human:anna", "-1.00")):
+        lines = {line.split("  ")[0]: line for line in sections[title].splitlines()}
+        assert set(lines) == {"", "visual_quality", "patch quality"}
+        assert all(f" {expected} [" in lines[row] for row in ("visual_quality", "patch quality")), sections[title]
+
+
+def test_agreement_needs_two(tmp_path, capsys):
+    write_candidates(Run(Config(output_dir=str(tmp_path), grid=GRID)), CLIPS)
+    assert main(["agreement", "--output_dir", str(tmp_path)]) == 2
+    assert "at least two of teachers, people and reward model, got none" in capsys.readouterr().err
+
+
+def test_reward_eval_mistakes_are_one_line(tmp_path, capsys):
+    assert main(["reward", "eval", "--data", str(tmp_path / "nothing"), "--model", "none"]) == 2
+    assert "does not exist; expected a folder like FETV's" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("path_A,path_B,prompt,VQ\na,b,x,A\n")
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "b").write_bytes(b"")
+    assert main(["reward", "eval", "--data", str(tmp_path / "t.csv"), "--model", "none"]) == 2
+    assert "preferences need one; run `halo reward`" in capsys.readouterr().err
