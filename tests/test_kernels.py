@@ -203,6 +203,23 @@ def test_kernels_in_cpp_give_the_same_bits_for_any_instruction_set_and_number_of
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_in_cpp_write_large_gradients_like_small_ones(guarded, dtype):
+    """Large ones go past the caches; planes of odd size begin anywhere in a cache line."""
+    policy, _, target = cases.latents((16, 7, 61, 91), 2, dtype)
+    assert policy.numel() * policy.element_size() > 2**21
+    grad = cases.rewards(GRID, 2)[0]
+    large = cpu_patch_dpo.patch_error_backward(grad, policy, target)
+    for c in range(16):
+        one = slice(c, c + 1)
+        small = cpu_patch_dpo.patch_error_backward(grad / 16, policy[:, one].contiguous(), target[:, one].contiguous())
+        assert torch.equal(large[:, one], small)
+    factor = torch.tensor(0.5)
+    scaled = cpu_patch_dpo.gran_dpo_backward(factor, 2 * grad, policy, target)
+    assert torch.equal(scaled, large)
+    guarded()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_kernels_in_cpp_convert_every_half_like_torch(instruction_sets, dtype):
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 1, 1, 1, -1)
