@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -458,6 +459,13 @@ def _print_row(row: dict[str, Any]) -> None:
     )
 
 
+def _write(file: Path, rows: list[dict[str, Any]], state: dict[str, str]) -> None:
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, [*rows[0], *state])
+        writer.writeheader()
+        writer.writerows(row | state for row in rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -473,12 +481,8 @@ def main() -> int:
     for name in choice.models:
         for checkpointing in choice.checkpointing:
             rows += measure(name, checkpointing, choice.compile, choice.rounds)
-    if not choice.check:
-        file = RESULTS / ("step_cpu_compiled.csv" if choice.compile else "step_cpu.csv")
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, [*rows[0], *state])
-            writer.writeheader()
-            writer.writerows(row | state for row in rows)
+            if not choice.check:
+                _write(RESULTS / ("step_cpu_compiled.csv" if choice.compile else "step_cpu.csv"), rows, state)
     return 0
 
 

@@ -248,7 +248,7 @@ class TrainConfig:
         logging_steps: steps between two readings of the log from the device; every step has its row.
         report_to: trackers beside log.csv: "tensorboard", "wandb".
         loss_spike_factor: training stops when the loss over 5 steps exceeds its median before by this; null: never.
-        winner_alarm: share by which the winners' error may rise above the reference's without a warning; null: none.
+        winner_alarm: share by which the error on winning patches may rise above the reference's before it is told.
         off_policy_pairs: pairs whose base errors are compared before training, to tell clips that are not the model's.
         off_policy_fresh: of these, pairs that are also sampled anew for comparison, which costs two clips each.
         heldout_share: share of the prompts whose pairs are kept out of training for diagnostics.csv.
@@ -285,7 +285,7 @@ class TrainConfig:
     logging_steps: int = 10
     report_to: list[str] = field(default_factory=list)
     loss_spike_factor: float | None = 5.0
-    winner_alarm: float | None = 0.05
+    winner_alarm: float | None = 0.5
     off_policy_pairs: int = 16
     off_policy_fresh: int = 0
     heldout_share: float = 0.1

@@ -1,5 +1,6 @@
 """Diagnostics against plain formulas, trackers, and previews."""
 
+import csv
 import dataclasses
 import math
 import sys
@@ -7,7 +8,7 @@ import types
 
 import pytest
 import torch
-from test_train import CONFIG, make_pairs, run_model, with_random_adapter
+from test_train import CONFIG, make_pairs, quiet, run_model, with_random_adapter
 from tiny import tiny_wan
 
 from halo_fast.config import GenerateConfig, ObjectiveConfig
@@ -15,7 +16,7 @@ from halo_fast.data.clips import read_clip
 from halo_fast.families import family_of
 from halo_fast.functional import GranDPO
 from halo_fast.runs import UserError
-from halo_fast.train import adapters_off
+from halo_fast.train import adapters_off, fit
 from halo_fast.train.diagnostics import evaluate, held_out, hold_out, record, summarize
 from halo_fast.train.draws import make_batch
 from halo_fast.train.previews import write_previews
@@ -155,6 +156,29 @@ def test_other_layout_and_default_patch_beta_are_read_alike(family):
     given_rows = summarize([record(prediction, reference, batch, halves)], halves, 3, "train")
     for default, given in zip(one, given_rows, strict=True):
         assert default["margin"] == pytest.approx(given["margin"], rel=1e-6)
+
+
+def test_training_writes_diagnostics_and_previews(tmp_path):
+    pipeline = tiny_wan()
+    pairs = make_pairs(family_of(pipeline))
+    config = dataclasses.replace(
+        CONFIG, max_train_steps=5, diagnostics_steps=2, heldout_draws=2, validation_prompts=["a cube"],
+        validation_steps=4, off_policy_fresh=1,
+    )  # fmt: skip
+    fit(
+        pipeline, pairs[:4], config, folder=tmp_path, heldout=pairs[4:], progress=quiet,
+        generate=GenerateConfig(num_inference_steps=2),
+    )  # fmt: skip
+    with (tmp_path / "diagnostics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    looked = {(row["step"], row["split"]): int(row["count"]) for row in rows if row["group"] == "all"}
+    assert looked.keys() == {(step, split) for step in "245" for split in ("train", "heldout")}
+    whole = [row for row in rows if row["group"] == "all" and row["label"] == "video"]
+    assert [row["count"] for row in whole if row["split"] == "train"] == ["8", "8", "4"]
+    assert [row["count"] for row in whole if row["split"] == "heldout"] == ["4"] * 3
+    references = {row["winner_reference"] for row in whole if row["split"] == "heldout"}
+    assert len(references) == 1  # the same pairs, noise and times every time
+    assert sorted(path.name for path in (tmp_path / "previews").glob("step_*")) == ["step_000000", "step_000004"]
 
 
 def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from test_train import make_pairs
+from test_train import CONFIG, make_pairs, quiet
 from tiny import tiny_wan
 
-from halo_fast.config import GenerateConfig, TrainConfig
+from halo_fast.config import GenerateConfig, ObjectiveConfig, TrainConfig
 from halo_fast.families import family_of
 from halo_fast.runs import UserError
+from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
 from halo_fast.train.guards import OffPolicy, check_rows, fresh_pairs, off_policy_gap, winner_alarm
 
@@ -54,21 +55,36 @@ def test_divergence_stops_at_the_same_step_however_often_rows_are_read():
     check_rows(log, 0, TrainConfig(loss_spike_factor=50.0))
 
 
-def test_winner_alarm_rings_when_the_winners_error_rises():
-    def log(gap, count=60):
-        return rows([0.7] * count, win_gap=gap, ref_mse=0.4)
+def test_a_spike_stops_training_before_anything_is_saved(family, tmp_path, capsys):
+    # a factor below 1 takes an ordinary loss for a spike at the first step that has ten losses to judge by
+    config = dataclasses.replace(
+        CONFIG, max_train_steps=12, checkpointing_steps=10, loss_spike_factor=0.1, diagnostics_steps=5
+    )
+    with pytest.raises(UserError, match="train: loss spikes at step 10"):
+        fit(family, make_pairs(family), config, folder=tmp_path, progress=quiet)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    assert "error of the base on winners" in capsys.readouterr().err
 
-    assert winner_alarm(log(-0.1), TrainConfig()) is None
-    assert winner_alarm(log(0.019), TrainConfig()) is None
-    assert "winner error is 10.0% above the reference's at step 60" in winner_alarm(log(0.04), TrainConfig())
-    assert winner_alarm(log(0.04, count=40), TrainConfig()) is None
-    assert winner_alarm(log(0.04), TrainConfig(winner_alarm=None)) is None
-    # batches without video labels have no win_gap; they are left out rather than counted as 0
-    mixed = log(0.04)
-    for row in mixed[::2]:
-        row["win_gap"] = math.nan
-    assert "10.0%" in winner_alarm(mixed, TrainConfig())
-    assert winner_alarm(log(math.nan), TrainConfig()) is None
+
+def test_winner_alarm_rings_when_the_winners_error_rises():
+    def row(rise, label="patch", split="heldout", group="all"):
+        return {
+            "step": 40, "label": label, "split": split, "group": group,
+            "winner_policy": 0.4 * (1 + rise), "winner_reference": 0.4,
+        }  # fmt: skip
+
+    config = TrainConfig(winner_alarm=0.5)
+    assert winner_alarm([], config) is None
+    assert winner_alarm([row(-0.1), row(0.45, "video")], config) is None
+    assert "error on winning patches is 60% above the reference's at step 40" in winner_alarm([row(0.6)], config)
+    # held-out pairs go before the training's own, and the whole before its parts
+    assert winner_alarm([row(0.6, split="train"), row(0.1), row(0.9, group="timestep")], config) is None
+    assert "60%" in winner_alarm([row(0.6, split="train")], config)
+    # a winning video has losing patches, so it is judged only where videos are all there is
+    videos = TrainConfig(winner_alarm=0.5, objective=ObjectiveConfig(patch_weight=0.0))
+    assert winner_alarm([row(0.1), row(0.7, "video")], config) is None
+    assert "error on winning videos is 70%" in winner_alarm([row(0.1), row(0.7, "video")], videos)
+    assert winner_alarm([row(0.9)], TrainConfig(winner_alarm=None)) is None
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,6 @@ from halo_fast.train.draws import Batch, generator
 __all__ = ["OffPolicy", "check_rows", "fresh_pairs", "off_policy_gap", "warn", "winner_alarm"]
 
 SPIKE_WINDOW, SPIKE_LENGTH = 50, 5
-ALARM_WINDOW = 50
 # Errors of winners, losers and fresh samples of one model agree within this share on pairs of its own.
 OFF_POLICY_LIMIT = 0.25
 _KEPT = "nothing was saved since the last checkpoint"
@@ -61,24 +60,30 @@ def check_rows(log: Sequence[dict[str, float]], first: int, config: TrainConfig)
             )
 
 
-def winner_alarm(log: Sequence[dict[str, float]], config: TrainConfig) -> str | None:
-    """One line if the policy has become worse at the winners than the reference is, else None.
+def winner_alarm(rows: Sequence[Mapping[str, float | str]], config: TrainConfig) -> str | None:
+    """One line if the policy has become much worse at the winners than the reference is, else None.
 
-    DPO may lower its loss by spoiling the loser more than the winner. Told when win_gap, E - E_ref of the winners,
-    averages more than `config.winner_alarm` of ref_mse over the last 50 steps. Rows without video labels, whose win_gap
-    is NaN, say nothing and are left out.
+    Preference training can lower its loss by spoiling losers more than winners. Winners are those of the patches, or
+    of the videos where the objective has no patch preference: a video that wins as a whole has patches that lose, whose
+    error is meant to rise.
+
+    Args:
+        rows: new ones of diagnostics.csv; held-out pairs are judged where there are some, else the training's own.
+        config: the settings; winner_alarm is the share of the reference's error that is told.
     """
-    recent = [row for row in log[-ALARM_WINDOW:] if math.isfinite(row.get("win_gap", math.nan))]
-    if config.winner_alarm is None or len(log) < ALARM_WINDOW or not recent:
+    label = "patch" if config.objective.patch_weight else "video"
+    whole = {row["split"]: row for row in rows if row["group"] == "all" and row["label"] == label}
+    row = whole.get("heldout", whole.get("train"))
+    if config.winner_alarm is None or row is None:
         return None
-    gap = statistics.fmean(row["win_gap"] for row in recent)
-    reference = statistics.fmean(row["ref_mse"] for row in recent)
-    if gap <= config.winner_alarm * reference:
+    rise = float(row["winner_policy"]) / float(row["winner_reference"]) - 1
+    if rise <= config.winner_alarm:
         return None
     return (
-        f"train: winner error is {100 * gap / reference:.1f}% above the reference's at step {log[-1]['step']}: the "
-        "loss falls by spoiling losers; raise objective.sft_weight or patch_sft_weight, set objective.loser_guard: "
-        "video, or lower the betas"
+        f"train: error on winning {'patches' if label == 'patch' else 'videos'} is {100 * rise:.0f}% "
+        f"above the reference's at step {row['step']}, expected at most {100 * config.winner_alarm:.0f}%: the loss "
+        "falls by spoiling losers; raise objective.patch_sft_weight or sft_weight, set objective.loser_guard, or lower the "
+        "betas"
     )
 
 

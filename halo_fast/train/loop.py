@@ -159,11 +159,12 @@ def _run(
             log += fresh
             rows.clear()
             check_rows(log, len(log) - len(fresh), config)
-            if main:
-                warn(winner_alarm(log, config))
             send(fresh)
             if diagnosing:
-                seen += diagnose(job, records, heldout, held, done)
+                looked = diagnose(job, records, heldout, held, done)
+                if main:
+                    warn(winner_alarm(looked, config))
+                seen += looked
                 records.clear()
             if config.validation_prompts and done % config.validation_steps == 0:
                 preview(job, folder, generate, done)
