@@ -82,8 +82,8 @@ def winner_alarm(rows: Sequence[Mapping[str, float | str]], config: TrainConfig)
     return (
         f"train: error on winning {'patches' if label == 'patch' else 'videos'} is {100 * rise:.0f}% "
         f"above the reference's at step {row['step']}, expected at most {100 * config.winner_alarm:.0f}%: the loss "
-        "falls by spoiling losers; raise objective.patch_sft_weight or sft_weight, set objective.loser_guard, or lower the "
-        "betas"
+        "falls by spoiling losers; raise objective.patch_sft_weight or sft_weight, set objective.loser_guard, or lower "
+        "the betas"
     )
 
 
