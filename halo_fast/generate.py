@@ -32,11 +32,11 @@ def generate(config: Config, run: Run) -> None:
     prompts = read_prompts(config.prompts, settings.num_prompts, config.seed)
     model = config.pretrained_model_name_or_path
     inputs = {"prompts": prompt_source(config.prompts), "pretrained_model_name_or_path": source(model)}
-    with run.stage("generate", asdict(settings) | {"seed": config.seed, "grid": config.grid}, inputs) as stage:
+    with run.stage("generate", asdict(settings) | {"seed": config.seed}, inputs) as stage:
         if stage.done:
             return
         family = load(model)
-        latent_size = family.latent_shape(settings.num_frames, settings.height, settings.width)[1:]
+        latent_size = family.latent_size(family.latent_shape(settings.num_frames, settings.height, settings.width))
         if any(patches > length for patches, length in zip(config.grid, latent_size, strict=True)):
             raise UserError(
                 f"grid: at most {latent_size} patches along frames, height and width of this model's latents, "
@@ -104,8 +104,10 @@ def prompt_source(prompts: str) -> Path | str:
     return prompts if prompts.startswith("demo:") else Path(prompts)
 
 
-def read_prompts(prompts: str, count: int, seed: int = 0) -> list[str]:
+def read_prompts(prompts: str, count: int, seed: int = 0, setting: str = "prompts") -> list[str]:
     """The first `count` prompts of a text file (fewer if it is shorter), or of "demo:train" and "demo:heldout".
+
+    Mistakes are reported under the name `setting`.
 
     Raises:
         UserError: a missing or unreadable file, an empty line, no prompts.
@@ -113,19 +115,22 @@ def read_prompts(prompts: str, count: int, seed: int = 0) -> list[str]:
     if prompts.startswith("demo:"):
         from halo_fast.demo import world
 
-        if prompts == "demo:train":
-            return world.prompts("train", count, seed)
-        if prompts == "demo:heldout":
-            return world.prompts("heldout", count, seed)
-        raise UserError(f'prompts: expected "demo:train", "demo:heldout" or a text file, got {prompts!r}')
+        if prompts not in ("demo:train", "demo:heldout"):
+            raise UserError(f'{setting}: expected "demo:train", "demo:heldout" or a text file, got {prompts!r}')
+        try:
+            return world.prompts("train" if prompts == "demo:train" else "heldout", count, seed)
+        except ValueError as error:
+            raise UserError(f"{setting}: {error}; lower num_prompts") from error
     try:
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(prompts).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"prompts: expected a text file with one prompt a line, got {prompts!r} ({reason})") from error
-    if not lines:
-        raise UserError(f"prompts: {prompts} holds no prompts; write one a line")
+        raise UserError(
+            f"{setting}: expected a text file with one prompt a line, got {prompts!r} ({reason})"
+        ) from error
+    if lines == [""]:
+        raise UserError(f"{setting}: {prompts} holds no prompts; write one a line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise UserError(f"prompts: {prompts} line {number} is empty; write a prompt there or remove the line")
+            raise UserError(f"{setting}: {prompts} line {number} is empty; write a prompt there or remove the line")
     return [line.strip() for line in lines[:count]]

@@ -8,7 +8,7 @@ wherever a pipeline is taken.
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from halo_fast.runs import UserError
 
-__all__ = ["Family", "family_of", "load", "source"]
+__all__ = ["Family", "family_of", "load", "shifted", "source"]
 
 
 class Family(ABC):
@@ -29,20 +29,28 @@ class Family(ABC):
 
     Args:
         pipeline: the diffusers pipeline, or whatever object holds the model's parts.
+        network: the part of the pipeline that is trained, one of `networks`; None for the first.
+
+    Raises:
+        UserError: the pipeline has no such network to train.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
+    networks: ClassVar[tuple[str, ...]] = ("transformer",)
     layout: ClassVar[str] = "BCFHW"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix: ClassVar[str] = "transformer"
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
         self.pipeline = pipeline
+        self.network = network or self.networks[0]
+        if self.network not in self.networks:
+            raise UserError(f"network: expected one of {', '.join(self.networks)}, got {network!r}")
 
     @property
     def transformer(self) -> nn.Module:
         """The network that is trained."""
-        return self.pipeline.transformer
+        return getattr(self.pipeline, self.network)
 
     @property
     def vae(self) -> nn.Module:
@@ -97,9 +105,22 @@ class Family(ABC):
     ) -> Tensor:
         """Latents sampled from the given noise by the pipeline itself; video_size is (frames, height, width)."""
 
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Training times t of uniform draws u in [0, 1), with the sampler's shift."""
-        return self.shift * u / (1 + (self.shift - 1) * u)
+    def latent_size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Frames, height and width of latents [..., C, F, H, W], or of [..., F, C, H, W] in the layout BFCHW."""
+        frames, height, width = shape[-4 if self.layout == "BFCHW" else -3], *shape[-2:]
+        return frames, height, width
+
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        """Put a trained LoRA on the network of this family, as diffusers loads it."""
+        self.pipeline.load_lora_weights(dict(lora))
+
+    def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Training times t of uniform draws u in [0, 1), with the sampler's shift.
+
+        Args:
+            shape: of the latents, for models whose shift grows with the number of tokens; None for their smallest.
+        """
+        return shifted(u, self.shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t; t is [N]."""
@@ -111,21 +132,38 @@ class Family(ABC):
         return noise - latents
 
 
-def family_of(pipeline: Any) -> Family:
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """shift u / (1 + (shift - 1) u), which keeps 0 and 1 (Esser et al., arXiv:2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def family_of(pipeline: Any, network: str | None = None) -> Family:
     """The family of a loaded pipeline; a `Family` is returned as it is.
 
+    Args:
+        pipeline: a diffusers pipeline or a `Family`.
+        network: the part that is trained where there is a choice, such as Wan 2.2's "transformer_2".
+
     Raises:
-        UserError: no file of this folder knows the pipeline's class.
+        UserError: no file of this folder knows the pipeline's class, or it has no such network.
     """
     if isinstance(pipeline, Family):
         return pipeline
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    families = {name: family for family in Family.__subclasses__() for name in family.pipelines}
+    families = {name: family for family in _subclasses(Family) for name in family.pipelines}  # type: ignore[type-abstract]
     name = type(pipeline).__name__
     if name not in families:
         raise UserError(f"model: no family for {name}; expected one of {', '.join(sorted(families))}")
-    return families[name](pipeline)
+    return families[name](pipeline, network)
+
+
+def _subclasses(family: type[Family]) -> Iterator[type[Family]]:
+    # Only files of this folder answer for pipelines: a user's subclass of one of them is used as an object.
+    for subclass in family.__subclasses__():
+        if subclass.__module__.startswith(f"{__name__}."):
+            yield subclass
+        yield from _subclasses(subclass)
 
 
 def source(name: str) -> Path | str:
@@ -143,12 +181,13 @@ def source(name: str) -> Path | str:
     return Path(name) if Path(name).is_dir() else name
 
 
-def load(name: str, device: str | None = None) -> Family:
+def load(name: str, device: str | None = None, network: str | None = None) -> Family:
     """A family from "demo:NAME", a diffusers folder or a hub name.
 
     Args:
         name: config.pretrained_model_name_or_path.
         device: where the pipeline goes; None for the first GPU, or the CPU where there is none.
+        network: the part that is trained, as for `family_of`.
 
     Raises:
         UserError: nothing loadable under that name, or no family for it.
@@ -174,7 +213,7 @@ def load(name: str, device: str | None = None) -> Family:
                 f"pretrained_model_name_or_path: no diffusers pipeline at {name!r} ({reason}); "
                 'give a folder with model_index.json, a hub name, or "demo:graded"'
             ) from error
-    family = family_of(pipeline)
+    family = family_of(pipeline, network)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
     return family

@@ -1,116 +1,67 @@
-"""Wan 2.1 text-to-video (Wan team, arXiv:2503.20314): rectified flow on latents of a causal video autoencoder."""
+"""Wan text-to-video (Wan team, arXiv:2503.20314): rectified flow on latents of a causal video autoencoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from halo_fast.families import Family
+from halo_fast.families.pipeline import PipelineFamily
 from halo_fast.runs import UserError
 
 __all__ = ["Wan"]
 
 
-class Wan(Family):
-    """diffusers.WanPipeline with one transformer."""
+class Wan(PipelineFamily):
+    """diffusers.WanPipeline: Wan 2.1, and of Wan 2.2 the A14B (two experts) and the TI2V-5B (a time for every token).
+
+    Of two experts, "transformer" denoises from t = boundary_ratio upwards and "transformer_2" below. One is trained at
+    a time, on the times of its own that the sampler visits; their LoRAs are two files.
+    """
 
     pipelines = ("WanPipeline",)
+    networks = ("transformer", "transformer_2")
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        if pipeline.transformer_2 is not None or pipeline.config.expand_timesteps:
-            raise UserError("model: a Wan pipeline with one transformer is expected, got a Wan 2.2 one; use Wan 2.1")
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
+        super().__init__(pipeline, network)
+        if self.network == "transformer_2" and (
+            pipeline.transformer_2 is None or pipeline.config.boundary_ratio is None
+        ):
+            raise UserError("network: transformer_2 is an expert of Wan 2.2 A14B, which this pipeline is not")
         # Tokenizers without a limit of their own report 1e30.
-        self.max_sequence_length = min(pipeline.tokenizer.model_max_length, 512)
+        self.max_length = {"prompt_embeds": min(pipeline.tokenizer.model_max_length, 512)}
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        time, space = self.pipeline.vae_scale_factor_temporal, self.pipeline.vae_scale_factor_spatial
-        step = max(space * self.pipeline.transformer.config.patch_size[1], 16)
-        if num_frames % time != 1 or height % step or width % step:
-            raise UserError(
-                f"generate: this model makes {time}k+1 frames with sides divisible by {step}, "
-                f"got num_frames {num_frames}, height {height}, width {width}"
-            )
-        channels = self.pipeline.transformer.config.in_channels
-        return channels, (num_frames - 1) // time + 1, height // space, width // space
+    @property
+    def side(self) -> int:
+        return max(self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1], 16)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        conditions = []
-        for prompt in prompts:
-            embeds = self.pipeline.encode_prompt(
-                prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-            )[0][0]
-            # The pipeline pads with zeros and the model attends to them, so `stack` restores what is cut here.
-            positions = torch.arange(1, len(embeds) + 1, device=embeds.device)
-            length = int((embeds.any(dim=1) * positions).max())
-            conditions.append({"prompt_embeds": embeds[:length].cpu().clone()})
-        return conditions
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        # The pipeline pads with zeros and the model attends to them, so `stack` restores what is trimmed.
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"]
+        )
+        return {"prompt_embeds": embeds}
 
-    def stack(self, conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        embeds = [condition["prompt_embeds"] for condition in conditions]
-        return {"prompt_embeds": torch.stack([pad(e, (0, 0, 0, self.max_sequence_length - len(e))) for e in embeds])}
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        self.pipeline.load_lora_weights(dict(lora), load_into_transformer_2=self.network == "transformer_2")
 
-    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipeline.vae.config
-        mean, std = latents.new_tensor(config.latents_mean), latents.new_tensor(config.latents_std)
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
-
-    @torch.no_grad()
-    def encode(self, videos: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        pixels = videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
-        latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        mean, std = self._statistics(latents)
-        latents = (latents * std + mean).to(vae.device, vae.dtype)
-        # One clip at a time: bounded memory, and pixels that do not depend on the batch.
-        pixels = torch.cat([vae.decode(clip).sample for clip in latents.split(1)]).float()
-        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        ratio = self.pipeline.config.boundary_ratio
+        if ratio is not None and self.pipeline.transformer_2 is not None:
+            # The draw at which the shifted time is the boundary.
+            boundary = ratio / (self.shift - (self.shift - 1) * ratio)
+            u = boundary + (1 - boundary) * u if self.network == "transformer" else boundary * u
+        return super().timesteps(u)
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        dtype = self.pipeline.transformer.dtype
+        dtype = self.transformer.dtype
         # The timestep stays in float32: bfloat16 would round 750 to 752.
         timestep = t.float() * self.pipeline.scheduler.config.num_train_timesteps
+        if self.pipeline.config.expand_timesteps:
+            frames, height, width = self.latent_size(noisy.shape)
+            timestep = timestep[:, None].expand(-1, frames * -(-height // 2) * -(-width // 2))
         return model(
             hidden_states=noisy.to(dtype),
             timestep=timestep,
             encoder_hidden_states=conditions["prompt_embeds"].to(noisy.device, dtype),
             return_dict=False,
         )[0]
-
-    @torch.no_grad()
-    def sample(
-        self,
-        conditions: Sequence[dict[str, Tensor]],
-        noise: Tensor,
-        *,
-        video_size: tuple[int, int, int],
-        num_inference_steps: int,
-        guidance_scale: float,
-    ) -> Tensor:
-        device = self.pipeline.transformer.device
-        embeds = self.stack(conditions)["prompt_embeds"].to(device)
-        negative = None
-        if guidance_scale > 1:
-            empty = self.stack(self.encode_prompts([""]))["prompt_embeds"].to(device)
-            negative = empty.expand_as(embeds)
-        frames, height, width = video_size
-        return self.pipeline(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative,
-            latents=noise.to(device),
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            output_type="latent",
-        ).frames.float()

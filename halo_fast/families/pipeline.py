@@ -1,0 +1,218 @@
+"""What the families of diffusers pipelines share: prompts, autoencoder, sampling; and the noise of DDPM."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from halo_fast.families import Family
+from halo_fast.runs import UserError
+
+__all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving"]
+
+
+class PipelineFamily(Family):
+    """A diffusers pipeline; its conditions bear the names under which the pipeline takes them.
+
+    `max_length` says to which number of tokens the pipeline pads a condition; one that is not named there is kept as
+    it is. What lies beyond a prompt's true length must be zero, or hidden from the model by a mask.
+    """
+
+    max_length: dict[str, int] = {}
+
+    @property
+    def transformer(self) -> Any:
+        """The network that is trained: a model of diffusers, with a config, a device and a dtype."""
+        return super().transformer
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """Frames and pixels to a side that one latent position stands for."""
+        return self.pipeline.vae_scale_factor_temporal, self.pipeline.vae_scale_factor_spatial
+
+    @property
+    def frame_step(self) -> int:
+        """Clips have a multiple of this many frames, and one."""
+        return self.compression[0]
+
+    @property
+    def side(self) -> int:
+        """What the sides of a clip must be divisible by."""
+        return 16
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.transformer.config.in_channels)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        time, space = self.compression
+        if (num_frames - 1) % self.frame_step or height % self.side or width % self.side:
+            raise UserError(
+                f"generate: this model makes {self.frame_step}k+1 frames with sides divisible by {self.side}, "
+                f"got num_frames {num_frames}, height {height}, width {width}"
+            )
+        frames = (num_frames - 1) // time + 1
+        first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
+        return *first, height // space, width // space
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """Conditions of one prompt, [1, ...] each, padded with zeros as the pipeline pads them."""
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [
+            {name: self._trim(name, value[0]).cpu().clone() for name, value in self.encode_prompt(prompt).items()}
+            for prompt in prompts
+        ]
+
+    def _trim(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.max_length:
+            return value
+        positions = torch.arange(1, len(value) + 1, device=value.device)
+        return value[: int((value.view(len(value), -1).any(dim=1) * positions).max())]
+
+    def stack(self, conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([self._pad(name, condition[name]) for condition in conditions]) for name in conditions[0]
+        }
+
+    def _pad(self, name: str, value: Tensor) -> Tensor:
+        missing = self.max_length.get(name, len(value)) - len(value)
+        return pad(value, (0, 0) * (value.ndim - 1) + (0, missing))
+
+    def statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of raw latents [N, C, F, H, W], by which model space is (raw - mean) / scale."""
+        config = self.pipeline.vae.config
+        mean = latents.new_tensor(config.get("latents_mean") or [0.0])
+        std = latents.new_tensor(config.get("latents_std") or [1.0]) / config.get("scaling_factor", 1.0)
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def encode_clip(self, pixels: Tensor) -> Tensor:
+        """Raw latents [1, C, F, H, W] of pixels [1, 3, F, H, W] in [-1, 1]."""
+        return self.pipeline.vae.encode(pixels).latent_dist.mode()
+
+    def decode_clip(self, latents: Tensor) -> Tensor:
+        """Pixels [1, 3, F, H, W] in [-1, 1] of raw latents [1, C, F, H, W]."""
+        return self.pipeline.vae.decode(latents).sample
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        pixels = videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
+        latents = torch.cat([self.encode_clip(clip) for clip in pixels.split(1)]).float()
+        mean, std = self.statistics(latents)
+        return self._layout((latents - mean) / std).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = self._layout(latents)
+        mean, std = self.statistics(latents)
+        latents = (latents * std + mean).to(vae.device, vae.dtype)
+        # One clip at a time: bounded memory, and pixels that do not depend on the batch.
+        pixels = torch.cat([self.decode_clip(clip) for clip in latents.split(1)]).float()
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+    def _layout(self, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2) if self.layout == "BFCHW" else latents
+
+    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with for a batch of conditions; by default it guides away from no prompt."""
+        if guidance_scale <= 1:
+            return conditions | {"guidance_scale": guidance_scale}
+        negative = self.stack(self.encode_prompts([""]))
+        against = {f"negative_{name}": value.expand_as(conditions[name]) for name, value in negative.items()}
+        return conditions | against | {"guidance_scale": guidance_scale}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as the pipeline takes them."""
+        return latents
+
+    def unpack(self, latents: Tensor, size: Sequence[int]) -> Tensor:
+        """The inverse of `pack` for latents of `size` frames, height and width."""
+        return latents
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditions: Sequence[dict[str, Tensor]],
+        noise: Tensor,
+        *,
+        video_size: tuple[int, int, int],
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:
+        device = self.transformer.device
+        frames, height, width = video_size
+        arguments = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.guided(self.stack(conditions), guidance_scale).items()
+        }
+        latents = self.pipeline(
+            **arguments,
+            latents=self.pack(noise.to(device)),
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            output_type="latent",
+        ).frames
+        return self.unpack(latents.float(), self.latent_size(noise.shape))
+
+
+class MaskedPrompts(PipelineFamily):
+    """A pipeline whose one text encoder pads to `tokens` tokens, the padding being hidden from the model by a mask."""
+
+    tokens = 256
+
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
+        super().__init__(pipeline, network)
+        # Tokenizers without a limit of their own report 1e30.
+        length = min(pipeline.tokenizer.model_max_length, self.tokens)
+        self.max_length = {"prompt_embeds": length, "prompt_attention_mask": length}
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask, *_ = self.pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"]
+        )
+        return {"prompt_embeds": embeds * mask[..., None], "prompt_attention_mask": mask}
+
+
+class VariancePreserving(PipelineFamily):
+    """The noise of DDPM (Ho et al., arXiv:2006.11239): x_t = a x_0 + s eps, a^2 = abar, s^2 = 1 - abar.
+
+    t = k / T stands for the scheduler's step k of T. The target is eps, a eps - s x_0 ("v", Salimans & Ho,
+    arXiv:2202.00512) or x_0, as the scheduler's prediction_type says.
+    """
+
+    def steps(self, t: Tensor) -> Tensor:
+        """The scheduler's steps of times t, int64."""
+        count = self.pipeline.scheduler.config.num_train_timesteps
+        return (t.double() * count).round().long().clamp(0, count - 1)
+
+    def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        count = self.pipeline.scheduler.config.num_train_timesteps
+        return (u * count).floor() / count
+
+    def pack(self, latents: Tensor) -> Tensor:
+        # These pipelines hand the latents to the network as they come.
+        return latents.to(self.transformer.dtype)
+
+    def _scales(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[self.steps(t)]
+        kept = kept.view(-1, *[1] * (latents.ndim - 1))
+        return kept.sqrt().to(latents.dtype), (1 - kept).sqrt().to(latents.dtype)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        a, s = self._scales(latents, t)
+        return a * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        a, s = self._scales(latents, t)
+        kind = self.pipeline.scheduler.config.prediction_type
+        return {"epsilon": noise, "v_prediction": a * noise - s * latents, "sample": latents}[kind]
