@@ -1,0 +1,37 @@
+"""Mochi 1 (Genmo, 2024): rectified flow whose time runs from noise (0) to data (1)."""
+
+from torch import Tensor, nn
+
+from halo_fast.families.pipeline import MaskedPrompts
+
+__all__ = ["Mochi"]
+
+
+class Mochi(MaskedPrompts):
+    """diffusers.MochiPipeline; with t = 1 pure noise as everywhere here, the model is told 1 - t and gives x_0 - eps.
+
+    Its sampler's steps (linear, then quadratic) are no shift: training times are uniform.
+    """
+
+    pipelines = ("MochiPipeline",)
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        return self.pipeline.vae_temporal_scale_factor, self.pipeline.vae_spatial_scale_factor
+
+    @property
+    def shift(self) -> float:
+        return 1.0
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return latents - noise
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype = self.transformer.dtype
+        return model(
+            hidden_states=noisy.to(dtype),
+            encoder_hidden_states=conditions["prompt_embeds"].to(noisy.device, dtype),
+            timestep=(1 - t.float()) * self.pipeline.scheduler.config.num_train_timesteps,
+            encoder_attention_mask=conditions["prompt_attention_mask"].to(noisy.device),
+            return_dict=False,
+        )[0]
