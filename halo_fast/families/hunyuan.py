@@ -1,0 +1,102 @@
+"""HunyuanVideo (Kong et al., arXiv:2412.03603) and HunyuanVideo 1.5: rectified flow with two text encoders."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halo_fast.families.pipeline import PipelineFamily
+
+__all__ = ["HunyuanVideo", "HunyuanVideo15"]
+
+
+class HunyuanVideo(PipelineFamily):
+    """diffusers.HunyuanVideoPipeline; the model was distilled to take the guidance scale as an input.
+
+    Training tells it `guidance`, the scale at which the pipeline samples by default: a preference is learnt by the
+    distribution that made the candidates.
+    """
+
+    pipelines = ("HunyuanVideoPipeline",)
+    guidance = 6.0
+
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
+        super().__init__(pipeline, network)
+        self.max_length = {"prompt_embeds": 256, "prompt_attention_mask": 256}
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        embeds, pooled, mask = self.pipeline.encode_prompt(prompt, max_sequence_length=self.max_length["prompt_embeds"])
+        return {
+            "prompt_embeds": embeds * mask[..., None],
+            "prompt_attention_mask": mask,
+            "pooled_prompt_embeds": pooled,
+        }
+
+    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        return conditions | {"guidance_scale": guidance_scale}
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype = self.transformer.dtype
+        count = self.pipeline.scheduler.config.num_train_timesteps
+        return model(
+            hidden_states=noisy.to(dtype),
+            timestep=t.float() * count,
+            encoder_hidden_states=conditions["prompt_embeds"].to(noisy.device, dtype),
+            encoder_attention_mask=conditions["prompt_attention_mask"].to(noisy.device, dtype),
+            pooled_projections=conditions["pooled_prompt_embeds"].to(noisy.device, dtype),
+            guidance=torch.full_like(t, self.guidance * count, dtype=dtype),
+            return_dict=False,
+        )[0]
+
+
+class HunyuanVideo15(PipelineFamily):
+    """diffusers.HunyuanVideo15Pipeline; latents of the image to start from are appended, all zero for text to video."""
+
+    pipelines = ("HunyuanVideo15Pipeline",)
+
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
+        super().__init__(pipeline, network)
+        first, second = pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length
+        self.max_length = {
+            "prompt_embeds": first, "prompt_embeds_mask": first,
+            "prompt_embeds_2": second, "prompt_embeds_mask_2": second,
+        }  # fmt: skip
+
+    @property
+    def channels(self) -> int:
+        return self.pipeline.num_channels_latents
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask, glyphs, glyph_mask = self.pipeline.encode_prompt(prompt)
+        return {
+            "prompt_embeds": embeds * mask[..., None], "prompt_embeds_mask": mask,
+            "prompt_embeds_2": glyphs * glyph_mask[..., None], "prompt_embeds_mask_2": glyph_mask,
+        }  # fmt: skip
+
+    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        # The scale is a property of the pipeline's guider, not of the call.
+        self.pipeline.guider = self.pipeline.guider.new(guidance_scale=guidance_scale)
+        arguments = super().guided(conditions, guidance_scale)
+        del arguments["guidance_scale"]
+        return arguments
+
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        # This pipeline of diffusers has no load_lora_weights; its transformer has.
+        self.transformer.load_lora_adapter(dict(lora), prefix=self.lora_prefix)
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype, pipeline = self.transformer.dtype, self.pipeline
+        given = {name: value.to(noisy.device, dtype) for name, value in conditions.items()}
+        image = noisy.new_zeros(len(noisy), pipeline.vision_num_semantic_tokens, pipeline.vision_states_dim)
+        first_frame = noisy.new_zeros(len(noisy), self.channels + 1, *noisy.shape[2:])
+        return model(
+            hidden_states=torch.cat([noisy, first_frame], dim=1).to(dtype),
+            image_embeds=image.to(dtype),
+            timestep=t.float() * pipeline.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=given["prompt_embeds"],
+            encoder_attention_mask=given["prompt_embeds_mask"],
+            encoder_hidden_states_2=given["prompt_embeds_2"],
+            encoder_attention_mask_2=given["prompt_embeds_mask_2"],
+            return_dict=False,
+        )[0]
