@@ -1,8 +1,9 @@
 """The settings of a run as dataclasses; the command line and the YAML files are built from these."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "AnnotateConfig",
@@ -133,6 +134,8 @@ class RewardConfig:
         tie_margin: scores that differ by no more are a tie to the preference losses.
         held_out_share: share of the prompts whose clips calibrate the scores instead of training them.
         pretrained: add pretrained frame features and a prompt encoder (the extra "reward").
+        backbone: "compact", or a vision-language model of transformers: a folder or a hub name.
+        lora_rank: rank of the LoRA matrices in such a model; 0 trains its whole language model.
         checkpointing_steps: steps between two checkpoints.
     """
 
@@ -147,6 +150,8 @@ class RewardConfig:
     tie_margin: float = 0.2
     held_out_share: float = 0.05
     pretrained: bool = True
+    backbone: str = "compact"
+    lora_rank: int = 0
     checkpointing_steps: int = 50
 
 
@@ -362,12 +367,30 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        _check_numbers(asdict(self))
         clip = (self.generate.num_frames, self.generate.height, self.generate.width)
         if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
             raise ValueError(
                 f"grid: expected 1 to {clip} patches along frames, height and width of the clip, "
                 f"got {tuple(self.grid)}; use fewer patches or larger clips"
             )
+
+
+_MAY_BE_ZERO = {
+    *("seed", "video_steps", "patch_steps", "lora_rank", "lr_warmup_steps", "reference_draws", "max_retries"),
+    *("off_policy_pairs", "off_policy_fresh", "heldout_pairs"),
+}
+
+
+def _check_numbers(values: Mapping[str, Any], place: str = "") -> None:
+    """Counts are positive and shares are shares; ValueError naming the setting."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{place}{name}.")
+        elif isinstance(value, int) and not isinstance(value, bool) and value < (least := name not in _MAY_BE_ZERO):
+            raise ValueError(f"{place}{name}: expected at least {int(least)}, got {value}")
+        elif name.endswith("_share") and not 0 <= value <= 1:
+            raise ValueError(f"{place}{name}: expected a share from 0 to 1, got {value}")
 
 
 def to_yaml(config: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +38,8 @@ class RewardModelConfig:
         causal: whether the first latent frame stands for one frame alone.
         width: channels of the compact backbone's finest stage; the next two have 3/2 and 2 times as many.
         pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
-        backbone: "compact".
+        backbone: "compact", or a vision-language model of transformers: a folder or a hub name.
+        lora_rank: rank of the LoRA matrices in such a model; 0 trains its whole language model.
         video_calibration: (slope, offset) of each video dimension's logit; empty for none.
         patch_calibration: likewise of each patch dimension's.
     """
@@ -51,6 +52,7 @@ class RewardModelConfig:
     width: int = 32
     pretrained: bool = True
     backbone: str = "compact"
+    lora_rank: int = 0
     video_calibration: Calibration = ()
     patch_calibration: Calibration = ()
 
@@ -83,12 +85,16 @@ class RewardModel(nn.Module):
     dimension that were fitted to labels held out from training, so that video and patch scores mean the same.
     """
 
-    def __init__(self, config: RewardModelConfig) -> None:
+    def __init__(self, config: RewardModelConfig, weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        if config.backbone != "compact":
-            raise UserError(f'reward.backbone: expected "compact", got {config.backbone!r}')
-        self.backbone: Any = Compact(config)
+        self.backbone: Any
+        if config.backbone == "compact":
+            self.backbone = Compact(config)
+        else:
+            from halo_fast.rewards.vlm import VisionLanguage
+
+            self.backbone = VisionLanguage(config, weights)
 
     def forward(self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
         """Scores of videos, uint8 [N, F, H, W, 3], and of their patches, from one pass over the pixels.
@@ -108,9 +114,14 @@ class RewardModel(nn.Module):
         return Rewards(_scores(video, self.config.video_calibration), _scores(patches, self.config.patch_calibration))
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors and config.json."""
-        write_safetensors(folder / "model.safetensors", self.state_dict())
-        write_json(folder / "config.json", asdict(self.config))
+        """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer."""
+        config = self.config
+        if config.backbone != "compact":
+            for part in (self.backbone.network.config, self.backbone.tokenizer):
+                part.save_pretrained(folder / "backbone")
+            config = replace(config, backbone="backbone")
+        write_safetensors(folder / "model.safetensors", _without_aliases(self.state_dict()))
+        write_json(folder / "config.json", asdict(config))
 
     @classmethod
     def load(cls, folder: Path) -> RewardModel:
@@ -128,11 +139,25 @@ class RewardModel(nn.Module):
             values |= {
                 f"{part}_calibration": tuple(map(tuple, values[f"{part}_calibration"])) for part in ("video", "patch")
             }
-            model = cls(RewardModelConfig(**values))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            if values["backbone"] != "compact":
+                values["backbone"] = str(folder / values["backbone"])
+            model = cls(RewardModelConfig(**values), weights=False)
+            tensors = load_file(folder / "model.safetensors")
+            expected = _without_aliases(model.state_dict())
+            if set(tensors) != set(expected):
+                raise ValueError(f"other weights than its config names: {sorted(set(tensors) ^ set(expected))[0]}")
+            model.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: expected a reward model ({error}); run `halo reward` to train one") from error
         return model.eval().requires_grad_(False)
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors less those that share another's memory (tied embeddings), which safetensors does not hold."""
+    kept: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        kept.setdefault(tensor.data_ptr(), name)
+    return {name: tensors[name].contiguous() for name in kept.values()}
 
 
 def _scores(logits: Tensor, calibration: Calibration) -> Tensor:

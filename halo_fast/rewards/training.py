@@ -73,7 +73,12 @@ def train_reward(config: Config, run: Run) -> None:
         if stage.done:
             return
         model_config, data = read_labels(labels, clips)
-        model_config = replace(model_config, pretrained=config.reward.pretrained)
+        model_config = replace(
+            model_config,
+            pretrained=config.reward.pretrained,
+            backbone=config.reward.backbone,
+            lora_rank=config.reward.lora_rank,
+        )
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]
         if checkpoint.exists() or not all(path.exists() for path in outputs):

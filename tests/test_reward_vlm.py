@@ -1,0 +1,205 @@
+"""Vision-language backbones: one sequence says what a pass a patch says; published reward models as a start."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from moving_shapes import GRID
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from halo_fast.config import RewardConfig
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
+from halo_fast.rewards.vlm import _read_qwen
+from halo_fast.runs import UserError
+
+WORDS = ("a", "red", "green", "disc", "moves", "left", "<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>", "/", *"1234")
+TEXT = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+SIGLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+
+
+def tiny_config(family: str) -> Any:
+    """The smallest config of a family that has all of its parts."""
+    if family.startswith("qwen"):
+        vision = {
+            "qwen2_vl": {"embed_dim": 16, "hidden_size": 32, "depth": 2, "mlp_ratio": 2},
+            "qwen2_5_vl": {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "depth": 2,
+                           "fullatt_block_indexes": [1], "window_size": 32},
+            "qwen3_vl": {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "depth": 2,
+                         "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        }[family]  # fmt: skip
+        vision |= {"num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        text = TEXT | {"rope_parameters": ROPE} | ({"head_dim": 8} if family == "qwen3_vl" else {})
+        name = {"qwen2_vl": "Qwen2VLConfig", "qwen2_5_vl": "Qwen2_5_VLConfig", "qwen3_vl": "Qwen3VLConfig"}[family]
+        return getattr(transformers, name)(text_config=text, vision_config=vision)
+    if family == "llava_onevision":
+        return transformers.LlavaOnevisionConfig(
+            text_config={"model_type": "qwen2"} | TEXT,
+            vision_config={"model_type": "siglip_vision_model", "image_size": 32} | SIGLIP,
+        )
+    if family == "idefics2":
+        return transformers.Idefics2Config(
+            text_config={"model_type": "mistral"} | TEXT,
+            vision_config={"image_size": 32} | SIGLIP,
+            perceiver_config={"hidden_size": 32, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+                              "resampler_head_dim": 8, "num_key_value_heads": 2},
+        )  # fmt: skip
+    name = {"idefics3": "Idefics3Config", "smolvlm": "SmolVLMConfig"}[family]
+    return getattr(transformers, name)(
+        text_config={"model_type": "llama"} | TEXT, vision_config={"image_size": 32} | SIGLIP, scale_factor=2
+    )
+
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "idefics3", "smolvlm", "llava_onevision")
+
+
+def tiny_model(folder: Path, family: str) -> Path:
+    """A random model of the real classes with a tokenizer, saved as a transformers folder."""
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(tiny_config(family)).save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: n for n, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *WORDS))}, "<unk>"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=list(WORDS[6:9])
+    ).save_pretrained(folder)
+    return folder
+
+
+def reward_model(folder: Path, dimensions: tuple[str, ...] = ("visual_quality", "text_alignment"), rank: int = 0):
+    torch.manual_seed(1)
+    config = RewardModelConfig(dimensions, ("quality", "sharpness"), backbone=str(folder), lora_rank=rank)
+    return RewardModel(config).eval()
+
+
+def clips(count: int = 2, frames: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, frames, 32, 32, 3), generator=generator, dtype=torch.uint8)
+
+
+PROMPTS = ["a red disc moves left", "a disc"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_sequence_gives_what_a_pass_a_patch_gives(tmp_path, family):
+    backbone = reward_model(tiny_model(tmp_path, family)).double().backbone
+    with torch.no_grad():
+        features = backbone.encode(clips(), None)
+        video, patches = backbone.logits(features, PROMPTS, GRID)
+        torch.testing.assert_close(video, backbone.video_logits(features, PROMPTS), rtol=0, atol=1e-6)
+        for index in range(48):
+            alone = backbone.patch_logits(features, PROMPTS, GRID, index)
+            torch.testing.assert_close(patches.flatten(2)[..., index], alone, rtol=0, atol=1e-6)
+        # and it depends on what it should: place, prompt, pixels
+        assert patches.flatten(2).std(dim=-1).min() > 1e-6
+        other = backbone.logits(features, [PROMPTS[1], PROMPTS[0]], GRID)
+        assert (other[0] - video).abs().min() > 1e-9 and (other[1] - patches).abs().mean() > 1e-9
+        swapped = backbone.logits(backbone.encode(clips().flip(0), None), PROMPTS, GRID)
+        assert (swapped[0] - video).abs().min() > 1e-9
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics2"])
+def test_a_clip_is_scored_alike_alone_and_in_a_batch_and_from_its_files(tmp_path, family):
+    model = reward_model(tiny_model(tmp_path / "base", family))
+    with torch.no_grad():
+        together = model(clips(), PROMPTS, (2, 2, 2))
+        alone = model(clips()[1:], PROMPTS[1:], (2, 2, 2))
+        torch.testing.assert_close(alone.patches[0], together.patches[1], rtol=1e-4, atol=1e-4)
+        model.save(tmp_path / "saved")
+        (tmp_path / "base").rename(tmp_path / "gone")
+        again = RewardModel.load(tmp_path / "saved")(clips(), PROMPTS, (2, 2, 2))
+    assert torch.equal(again.video, together.video) and torch.equal(again.patches, together.patches)
+
+
+def test_qwen_frames_are_packed_as_its_processor_packs_them(tmp_path):
+    model = reward_model(tiny_model(tmp_path, "qwen2_vl")).backbone.network
+    packed = []
+    model.model.visual.register_forward_pre_hook(lambda _, arguments: packed.append(arguments[0]))
+    _read_qwen(model, clips(1, 1), 224)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1, "longest_edge": 10**6}
+    )
+    expected = processor(clips(1, 1)[0, 0].numpy(), return_tensors="pt").pixel_values
+    torch.testing.assert_close(packed[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen_positions_are_the_models_own(tmp_path, family):
+    backbone = reward_model(tiny_model(tmp_path, family)).backbone
+    features = backbone.encode(clips(1), None)
+    steps, rows, columns = features.maps.shape[2:]
+    kinds = torch.tensor([[2] * (steps * rows * columns) + [0] * 4])
+    own, _ = backbone.network.model.get_rope_index(
+        torch.ones_like(kinds), kinds, video_grid_thw=torch.tensor([[steps, 2 * rows, 2 * columns]])
+    )
+    position, _ = backbone._positions(features, 4)
+    assert position.shape == own.shape
+    assert torch.equal(position[1:], own[1:])
+    assert torch.equal(position[0, 0].diff().sign(), own[0, 0].diff().sign())
+
+
+def test_videoscore_starts_from_its_published_head(tmp_path):
+    folder = tiny_model(tmp_path, "idefics2")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
+    head = torch.randn(5, 32)
+    save_file(weights | {"score.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    model = reward_model(folder, tuple("abcde"))
+    torch.testing.assert_close(model.backbone.head[:5].data, head)
+    decoder = model.backbone.network.get_decoder().layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(decoder.data, weights["model.text_model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_videoreward_starts_from_its_reward_tokens_under_its_published_names(tmp_path):
+    folder = tiny_model(tmp_path, "qwen2_vl")
+    original = transformers.AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    published = {f"base_model.model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    assert "base_model.model.visual.blocks.0.attn.qkv.weight" in published
+    head = torch.randn(1, 32)
+    published |= {"base_model.model.rm_head.weight": head}
+    save_file(published, folder / "model.safetensors", {"format": "pt"})
+    model = reward_model(folder, ("VQ", "MQ", "TA")).backbone
+    for name, value in model.network.state_dict().items():
+        torch.testing.assert_close(value, original[name])
+    embedded = original["model.language_model.embed_tokens.weight"]
+    rows = [model.tokenizer.convert_tokens_to_ids(word) for word in WORDS[6:9]]
+    torch.testing.assert_close(model.queries[:3].data, embedded[rows])
+    torch.testing.assert_close(model.head[1].data, head[0] / 1.3811)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_moves_the_language_model_or_its_adapter_and_lowers_the_loss(tmp_path, rank):
+    folder = tiny_model(tmp_path, "smolvlm")
+    scores = torch.tensor([5.0, 1.0, 5.0, 1.0])
+    videos = clips(4)
+    videos[::2] //= 4  # the dark ones are the good ones
+    data = LabelledClips(
+        videos,
+        PROMPTS * 2,
+        scores[:, None],
+        scores.view(4, 1, 1, 1, 1).expand(4, 1, 1, 2, 2).clone(),
+        ("visual_quality",),
+    )
+    config = RewardConfig(video_steps=10, patch_steps=20, batch_size=4, learning_rate=5e-3, held_out_share=0)
+    model, history = fit(RewardModelConfig(("visual_quality",), backbone=str(folder), lora_rank=rank), data, config, 0)
+    assert history[-1]["patch_loss"] < 0.5 * history[10]["patch_loss"]
+    before = reward_model(folder, ("visual_quality",), rank).backbone.network.state_dict()
+    moved = {
+        name for name, value in model.backbone.network.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved and not any("vision" in name or "connector" in name for name in moved)
+    assert all(("lora" in name) == bool(rank) for name in moved)
+
+
+def test_what_is_no_vision_language_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"reward\.backbone"):
+        reward_model(tmp_path)
