@@ -31,11 +31,11 @@ def test_family_object_is_taken_as_it_is(family):
     assert family_of(family) is family
 
 
-def test_two_transformers_are_refused():
-    pipeline = tiny_wan()
-    pipeline.register_modules(transformer_2=tiny_wan(1).transformer)
-    with pytest.raises(UserError, match="one transformer is expected"):
-        family_of(pipeline)
+def test_networks_a_pipeline_does_not_have_are_refused():
+    with pytest.raises(UserError, match="transformer_2 is an expert of Wan 2.2 A14B"):
+        family_of(tiny_wan(), "transformer_2")
+    with pytest.raises(UserError, match="expected one of transformer, transformer_2, got 'unet'"):
+        family_of(tiny_wan(), "unet")
 
 
 def test_folder_that_is_no_pipeline_is_named(tmp_path):
@@ -55,7 +55,7 @@ def test_saved_pipeline_loads_with_the_same_weights(family, tmp_path):
 def test_prompts_are_trimmed_and_stack_restores_the_pipelines_embeddings(family):
     conditions = family.encode_prompts(PROMPTS)
     assert [len(condition["prompt_embeds"]) for condition in conditions] == [5, 2, 0, 6]
-    length = family.max_sequence_length
+    length = family.max_length["prompt_embeds"]
     expected = [
         family.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0]
         for prompt in PROMPTS
@@ -91,7 +91,7 @@ def test_sampling_equals_the_pipelines_with_guidance(family):
     sampled = family.sample(family.encode_prompts(PROMPTS[:2]), noise, video_size=(9, 32, 32), **steps)
     expected = family.pipeline(
         PROMPTS[:2], latents=noise, num_frames=9, height=32, width=32, output_type="latent",
-        max_sequence_length=family.max_sequence_length, **steps,
+        max_sequence_length=family.max_length["prompt_embeds"], **steps,
     ).frames  # fmt: skip
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
     unguided = family.sample(

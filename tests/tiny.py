@@ -1,4 +1,4 @@
-"""A random WanPipeline of the real diffusers classes, small enough for any test, and run directories made with it."""
+"""Random pipelines of the real diffusers classes, small enough for any test, and run directories made with them."""
 
 import json
 import math
@@ -8,16 +8,61 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+    MotionAdapter,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.guiders import ClassifierFreeGuidance
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from halo_fast.config import Config, GenerateConfig, TrainConfig
 from halo_fast.runs import Run, hash_file, write_parquet
@@ -26,32 +71,256 @@ WORDS = ("a", "red", "green", "ball", "cube", "rolls", "jumps", "left", "right",
 CHANNELS = 4
 
 
-def tiny_wan(seed: int = 0, max_words: int = 12) -> WanPipeline:
+def words(max_words: int, *, end: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of WORDS; what is not among them, and each mark of punctuation, is one unknown token."""
+    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation()])
+    if end:
+        tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_words,
+        padding_side="right",
+    )  # fmt: skip
+
+
+def _t5(kind: type = T5EncoderModel, config: type = T5Config) -> Any:
+    return kind(config(vocab_size=3 + len(WORDS), d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=32)).eval()
+
+
+def _clip(layers: int = 1) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=3 + len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
+            num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def _ready(pipeline: Any) -> Any:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan(seed: int = 0, max_words: int = 12, *, experts: bool = False, expand: bool = False) -> WanPipeline:
     """Clips of 4k+1 frames with sides divisible by 16; latents [4, k + 1, H / 8, W / 8], in eval mode."""
     torch.manual_seed(seed)
-    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_words
-    )
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=32)
-    )
+    tokenizer = words(max_words, end=False)
+    text_encoder = _t5(UMT5EncoderModel, UMT5Config)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 0.7, 1.5, 2.0],
     )  # fmt: skip
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS,
-        text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+    transformer, second = (
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS,
+            out_channels=CHANNELS, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+        ) if wanted else None for wanted in (True, experts)
     )  # fmt: skip
-    pipeline = WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    return _ready(
+        WanPipeline(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, transformer_2=second,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), boundary_ratio=0.875 if experts else None,
+            expand_timesteps=expand,
+        )
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+
+
+def tiny_cogvideox(seed: int = 0, *, rotary: bool = True, patch_size_t: int | None = None) -> Any:
+    """Latents [k + 1, 4, H / 8, W / 8] of 8k+1 frames; rotary embeddings as in the 5B, or none as in the 2B."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4, scaling_factor=0.7,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=CHANNELS, out_channels=CHANNELS, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
+        patch_size_t=patch_size_t, temporal_compression_ratio=4, max_text_seq_length=12,
+        use_rotary_positional_embeddings=rotary,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", snr_shift_scale=1.0, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return _ready(
+        CogVideoXPipeline(
+            tokenizer=words(12), text_encoder=_t5(), vae=vae, transformer=transformer, scheduler=scheduler
+        )
+    )
+
+
+def tiny_ltx(seed: int = 0, *, denoising_decoder: bool = False) -> Any:
+    """Latents [8, k + 1, H / 8, W / 8] of 4k+1 frames; the shift grows with the number of tokens."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1), patch_size=2, patch_size_t=1,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        scaling_factor=0.9, timestep_conditioning=denoising_decoder,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=2, caption_channels=16,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=32, max_image_seq_len=96
+    )
+    return _ready(
+        LTXPipeline(tokenizer=words(12), text_encoder=_t5(), vae=vae, transformer=transformer, scheduler=scheduler)
+    )
+
+
+def tiny_mochi(seed: int = 0) -> Any:
+    """Latents [12, k + 1, H / 8, W / 8] of 6k+1 frames."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLMochi(
+        latent_channels=12, out_channels=3, encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32), layers_per_block=(1, 1, 1, 1, 1),
+        add_attention_block=(False, False, False, False, False),
+    )  # fmt: skip
+    transformer = MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
+        in_channels=12, text_embed_dim=16, time_embed_dim=4, max_sequence_length=12,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return _ready(
+        MochiPipeline(tokenizer=words(12), text_encoder=_t5(), vae=vae, transformer=transformer, scheduler=scheduler)
+    )
+
+
+def tiny_hunyuan(seed: int = 0) -> Any:
+    """Latents [4, k + 1, H / 8, W / 8] of 4k+1 frames; Llama's padded states, CLIP's pooled one, guidance embedded."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        scaling_factor=0.476986, mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=3 + len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+    return _ready(
+        HunyuanVideoPipeline(
+            text_encoder=llama, tokenizer=words(512, end=False), text_encoder_2=_clip(), tokenizer_2=words(77),
+            transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )
+    )  # fmt: skip
+
+
+def tiny_hunyuan15(seed: int = 0) -> Any:
+    """Latents [4, k + 1, H / 8, W / 8] of 4k+1 frames; Qwen's states and a byte model's of what stands in quotes."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=2 * CHANNELS + 1, out_channels=CHANNELS, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
+        task_type="t2v",
+    )  # fmt: skip
+    qwen = Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            vocab_size=3 + len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=2, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+        )
+    )  # fmt: skip
+    tokenizer = words(2048, end=False)
+    # The prompt must begin after the 108 tokens that the pipeline cuts off.
+    tokenizer.chat_template = "{% for m in messages %}" + "a " * 30 + "{{ m['content'] }} {% endfor %}"
+    byte_model = T5EncoderModel(T5Config(vocab_size=384, d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=32))
+    return _ready(
+        HunyuanVideo15Pipeline(
+            text_encoder=qwen, tokenizer=tokenizer, text_encoder_2=byte_model, tokenizer_2=ByT5Tokenizer(),
+            transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            guider=ClassifierFreeGuidance(guidance_scale=4.0),
+        )
+    )  # fmt: skip
+
+
+def _image_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=CHANNELS,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2, scaling_factor=0.18215,
+    )  # fmt: skip
+
+
+def _ddim() -> DDIMScheduler:
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def tiny_text_to_video_sd(seed: int = 0) -> Any:
+    """Latents [4, F, H / 8, W / 8] of any number of frames; a UNet with layers over time."""
+    torch.manual_seed(seed)
+    unet = UNet3DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=4, norm_num_groups=2, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=16,
+    )  # fmt: skip
+    return _ready(
+        TextToVideoSDPipeline(
+            vae=_image_autoencoder(), text_encoder=_clip(), tokenizer=words(16), unet=unet, scheduler=_ddim()
+        )
+    )
+
+
+def tiny_animatediff(seed: int = 0) -> Any:
+    """Latents [4, F, H / 8, W / 8] of up to 16 frames; an image model's UNet with motion modules."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=4, norm_num_groups=2, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=16,
+    )  # fmt: skip
+    adapter = MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2,
+        motion_max_seq_length=16,
+    )  # fmt: skip
+    return _ready(
+        AnimateDiffPipeline(
+            vae=_image_autoencoder(), text_encoder=_clip(), tokenizer=words(16), unet=unet, motion_adapter=adapter,
+            scheduler=_ddim(),
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny pipeline, the clip it is tried on (frames, height, width) and the network that is trained."""
+
+    build: Callable[..., Any]
+    size: tuple[int, int, int] = (9, 32, 32)
+    network: str | None = None
+
+
+TINY = {
+    "Wan 2.1": Tiny(tiny_wan),
+    "Wan 2.2 A14B, high noise": Tiny(partial(tiny_wan, experts=True)),
+    "Wan 2.2 A14B, low noise": Tiny(partial(tiny_wan, experts=True), network="transformer_2"),
+    "Wan 2.2 TI2V-5B": Tiny(partial(tiny_wan, expand=True)),
+    "CogVideoX 2B": Tiny(partial(tiny_cogvideox, rotary=False)),
+    "CogVideoX 5B": Tiny(tiny_cogvideox),
+    "CogVideoX 1.5": Tiny(partial(tiny_cogvideox, patch_size_t=2)),
+    "LTX-Video": Tiny(tiny_ltx),
+    "LTX-Video 0.9.1": Tiny(partial(tiny_ltx, denoising_decoder=True)),
+    "Mochi": Tiny(tiny_mochi, size=(7, 32, 32)),
+    "HunyuanVideo": Tiny(tiny_hunyuan),
+    "HunyuanVideo 1.5": Tiny(tiny_hunyuan15),
+    "TextToVideoSD": Tiny(tiny_text_to_video_sd, size=(3, 32, 32)),
+    "AnimateDiff": Tiny(tiny_animatediff, size=(3, 32, 32)),
+}
 
 
 def tiny_config(folder: Path, **train: Any) -> Config:

@@ -1,0 +1,297 @@
+"""Every family against diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TINY, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, write_scores
+
+from halo_fast.data import CachedPairs, build_cache, build_pairs
+from halo_fast.families import family_of, load
+from halo_fast.generate import generate
+from halo_fast.runs import Run, UserError
+from halo_fast.train import fit
+
+PROMPTS = ['a red ball rolls "left" over the grass', "a cube"]
+STEPS = 4
+
+
+class Case:
+    """One tiny pipeline, its family, noise, and what the pipeline itself did when asked for the prompts."""
+
+    def __init__(self, name):
+        self.name, self.tiny = name, TINY[name]
+        self.pipeline = self.tiny.build()
+        self.family = family_of(self.pipeline, self.tiny.network)
+        self.scheduler = self.pipeline.scheduler
+        shape = self.family.latent_shape(*self.tiny.size)
+        self.noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        self.latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+        self.conditions = self.family.stack(self.family.encode_prompts(PROMPTS))
+        self.flow = hasattr(self.scheduler, "sigmas")
+
+    def pack(self, latents):
+        return self.pipeline._pack_latents(latents) if "LTX" in self.name else latents
+
+    def frames_first(self, video):
+        """The latents as TextToVideoSD's scheduler sees them."""
+        return video.transpose(1, 2).flatten(0, 1) if self.name == "TextToVideoSD" else video
+
+    def call(self, guidance_scale, **arguments):
+        """The pipeline's own way from prompts and noise to a clip."""
+        if self.name == "HunyuanVideo 1.5":
+            self.pipeline.guider = self.pipeline.guider.new(guidance_scale=guidance_scale)
+        else:
+            arguments["guidance_scale"] = guidance_scale
+        if "prompt_embeds" in self.family.max_length and hasattr(self.family, "max_length") and "1.5" not in self.name:
+            arguments["max_sequence_length"] = self.family.max_length["prompt_embeds"]
+        elif "CogVideoX" in self.name:
+            arguments["max_sequence_length"] = 12
+        frames, height, width = self.tiny.size
+        return self.pipeline(
+            PROMPTS, latents=self.pack(self.noise), num_frames=frames, height=height, width=width,
+            num_inference_steps=STEPS, **arguments,
+        ).frames  # fmt: skip
+
+    def times(self):
+        """The noise levels t that the sampler goes through, the last one 0 for flows; after a call."""
+        if not self.flow:
+            return self.scheduler.timesteps / self.scheduler.config.num_train_timesteps
+        return 1 - self.scheduler.sigmas if self.name == "Mochi" else self.scheduler.sigmas
+
+    def network(self, t):
+        if "A14B" in self.name:
+            return self.pipeline.transformer if t >= 0.875 else self.pipeline.transformer_2
+        return self.family.transformer
+
+
+@pytest.fixture(scope="module", params=TINY)
+def case(request):
+    return Case(request.param)
+
+
+def flow_step(case, x, output, t, then):
+    """x_t = (1 - t) x_0 + t eps moves by dx/dt = eps - x_0, which is minus what Mochi gives."""
+    return x + (then - t) * (-output if case.name == "Mochi" else output)
+
+
+def ddim_step(case, x, output, index):
+    """Song et al. (arXiv:2010.02502), eq. 12 without noise, from the scheduler's table of abar."""
+    scheduler = case.scheduler
+    step = int(scheduler.timesteps[index])
+    before = step - scheduler.config.num_train_timesteps // STEPS
+    abar = scheduler.alphas_cumprod[step]
+    then = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
+    if scheduler.config.prediction_type == "v_prediction":
+        clean, noise = abar.sqrt() * x - (1 - abar).sqrt() * output, abar.sqrt() * output + (1 - abar).sqrt() * x
+    else:
+        clean, noise = (x - (1 - abar).sqrt() * output) / abar.sqrt(), output
+    return then.sqrt() * clean + (1 - then).sqrt() * noise
+
+
+@torch.no_grad()
+def test_a_loop_by_hand_over_predict_ends_where_the_pipeline_ends(case):
+    guidance = 6.0 if case.name == "HunyuanVideo" else 1.0  # HunyuanVideo's scale is an input of the network
+    expected = case.call(guidance, output_type="latent")
+    times, x = case.times(), case.noise
+    for index in range(STEPS):
+        t = times[index]
+        output = case.family.predict(case.network(t), x, t.expand(2), case.conditions)
+        assert output.shape == x.shape
+        x = flow_step(case, x, output, t, times[index + 1]) if case.flow else ddim_step(case, x, output, index)
+    assert (x - case.noise).abs().max() > 0.1
+    torch.testing.assert_close(case.pack(x), expected.float(), rtol=1e-3, atol=1e-3)
+    # The network sees prompt and time.
+    t = times[1].expand(2)
+    swapped = {name: value.flip(0) for name, value in case.conditions.items()}
+    there, other = (case.family.predict(case.family.transformer, x, t, c) for c in (case.conditions, swapped))
+    later = case.family.predict(case.family.transformer, x, t * 0.5, case.conditions)
+    assert (there - other).abs().max() > 1e-5 and (there - later).abs().max() > 1e-5
+
+
+def test_sampling_with_guidance_equals_the_pipelines(case):
+    expected = case.call(3.0, output_type="latent")
+    sampled = case.family.sample(
+        case.family.encode_prompts(PROMPTS), case.noise, video_size=case.tiny.size, num_inference_steps=STEPS,
+        guidance_scale=3.0,
+    )  # fmt: skip
+    assert sampled.shape == case.noise.shape and sampled.dtype == torch.float32
+    torch.testing.assert_close(case.pack(sampled), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_perfect_prediction_leads_the_scheduler_back_to_the_clean_latents(case):
+    case.call(1.0, output_type="latent")
+    scheduler, family = case.scheduler, case.family
+    if case.flow:
+        scheduler.set_begin_index(STEPS - 1)
+        scheduler._step_index = None
+        t = case.times()[STEPS - 1]
+        assert 0 < t < 1 and case.times()[STEPS] == 0
+    else:
+        t = case.times()[1]
+    noisy = family.add_noise(case.latents, case.noise, t.expand(2))
+    target = family.target(case.latents, case.noise, t.expand(2))
+    if case.flow:
+        clean = scheduler.step(target, scheduler.timesteps[STEPS - 1], noisy).prev_sample
+    else:
+        step = scheduler.timesteps[1]
+        torch.testing.assert_close(noisy, scheduler.add_noise(case.latents, case.noise, step.expand(2)))
+        clean = scheduler.step(target, step, noisy).pred_original_sample
+    torch.testing.assert_close(clean, case.latents, rtol=1e-3, atol=1e-4)
+
+
+class Step(tuple):
+    """What a scheduler's step gives, as a tuple and by name."""
+
+    @property
+    def prev_sample(self):
+        return self[0]
+
+
+def test_the_pipeline_undoes_the_normalisation_of_encoding(case, monkeypatch):
+    frames, height, width = case.tiny.size
+    generator = torch.Generator().manual_seed(2)
+    videos = torch.randint(0, 256, (2, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    latents = case.family.encode(videos)
+    assert latents.shape == case.noise.shape and latents.is_contiguous()
+    # The pipeline is made to end with these latents: it must hand the autoencoder what encoding gave.
+    step = Step([case.frames_first(case.pack(latents))])
+    monkeypatch.setattr(type(case.scheduler), "step", lambda *args, **kwargs: step)
+    decode, given = case.pipeline.vae.decode, []
+
+    def recorded(z, *args, **named):
+        given.append(z)
+        if case.name != "HunyuanVideo 1.5":
+            return decode(z, *args, **named)
+        # The attention of diffusers' decoder fails on more than one clip.
+        return (torch.cat([decode(clip, *args, **named)[0] for clip in z.split(1)]),)
+
+    monkeypatch.setattr(case.pipeline.vae, "decode", recorded)
+    pixels = case.call(1.0, output_type="np")
+    monkeypatch.undo()
+    inputs = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    if given[0].ndim == 4:
+        inputs = inputs.transpose(1, 2).flatten(0, 1)
+    raw = torch.cat([case.pipeline.vae.encode(clip[None]).latent_dist.mode() for clip in inputs])
+    torch.testing.assert_close(torch.cat(given), raw.detach(), rtol=1e-3, atol=1e-4)
+    decoded = case.family.decode(latents)
+    assert decoded.shape == videos.shape and decoded.dtype == torch.uint8
+    assert np.abs(decoded.numpy() - pixels * 255).max() <= 0.6
+
+
+def test_conditions_are_trimmed_to_the_prompt(case):
+    long, short = case.family.encode_prompts(PROMPTS)
+    for name, length in case.family.max_length.items():
+        assert len(short[name]) <= len(long[name]) <= length and len(case.conditions[name][0]) == length
+        assert "embeds_2" in name or "mask_2" in name or 0 < len(short[name]) < len(long[name])
+    if "Wan" not in case.name and "CogVideoX" not in case.name and case.family.lora_prefix != "unet":
+        assert case.family.max_length
+
+
+@pytest.mark.parametrize("offset", [(1, 0, 0), (0, 4, 0), (0, 0, 4)])
+def test_clips_the_model_cannot_make_are_refused(case, offset):
+    size = tuple(length + more for length, more in zip(case.tiny.size, offset, strict=True))
+    if offset[0] and case.family.compression[0] == 1:
+        assert case.family.latent_size(case.family.latent_shape(*size))[0] == size[0]
+        return
+    with pytest.raises(UserError, match=r"k\+1 frames with sides divisible by \d+, got num_frames"):
+        case.family.latent_shape(*size)
+
+
+def merged(case, lora):
+    """A fresh pipeline's trained network with B A added to its weights by hand."""
+    family = family_of(case.tiny.build(), case.tiny.network)
+    weights = family.transformer.state_dict()
+    for name, up in lora.items():
+        if ".lora_B." in name:
+            down = lora[name.replace(".lora_B.", ".lora_A.")]
+            layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
+            weights[layer] += up @ down
+    return family
+
+
+def test_stages_training_and_export(case, tmp_path):
+    """Generate, pair, cache, train 3 steps; the LoRA in a fresh pipeline acts as B A on the weights."""
+    frames, height, width = case.tiny.size
+    case.pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red ball rolls left\na cube jumps\n")
+    config = tiny_config(tmp_path, max_train_steps=3, train_batch_size=2, learning_rate=1e-2, lr_warmup_steps=0)
+    grid = (2, 2, 2)
+    sampling = dataclasses.replace(
+        config.generate, num_prompts=2, batch_size=4, num_inference_steps=2, num_frames=frames, height=height,
+        width=width,
+    )  # fmt: skip
+    config = dataclasses.replace(config, grid=grid, generate=sampling)
+    run = Run(config)
+    generate(config, run)
+    write_scores(run)
+    build_pairs(config, run)
+    build_cache(config, run)
+    clips = pyarrow.parquet.read_table(run.require("generate/clips.parquet")).to_pylist()
+    kept = load_file(run.require("generate") / clips[0]["latents"])["latents"]
+    pairs = CachedPairs(run)
+    assert len(pairs) == 2 and any(torch.equal(kept, side) for pair in pairs for side in pair.latents)
+    family = load(config.pretrained_model_name_or_path, device="cpu", network=case.tiny.network)
+    before = {name: value.clone() for name, value in family.transformer.state_dict().items()}
+    result = fit(family, pairs, config.train)
+    assert all(torch.equal(value, before[name]) for name, value in family.transformer.state_dict().items())
+    assert result.log[0]["rewards/margins"] == 0 != result.log[-1]["rewards/margins"]
+    assert {name.split(".")[0] for name in result.lora} == {family.lora_prefix}
+    fresh = family_of(case.tiny.build(), case.tiny.network)
+    t, u = torch.tensor([0.3, 0.8]), torch.tensor([0.2, 0.7])
+    t = fresh.timesteps(u, case.noise.shape[1:])
+    with torch.no_grad():
+        base = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
+        fresh.load_lora(result.lora)
+        loaded = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
+        by_hand = merged(case, result.lora)
+        expected = by_hand.predict(by_hand.transformer, case.noise, t, case.conditions)
+    torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
+    assert (loaded - base).abs().max() > 1e-4
+
+
+def test_the_two_experts_share_the_times_as_the_sampler_does():
+    pipeline = tiny_wan(experts=True)
+    u = torch.linspace(0, 1, 1001)[:-1]
+    high, low = (family_of(pipeline, network).timesteps(u) for network in ("transformer", "transformer_2"))
+    assert high.min() >= 0.875 - 1e-6 and high.max() < 1 and low.min() == 0 and low.max() < 0.875
+    # The sampler's own times, split at the boundary, have the same distribution as each expert's.
+    single = family_of(tiny_wan()).timesteps(torch.linspace(0, 1, 100_001)[:-1])
+    for times, own in ((high, single[single >= 0.875]), (low, single[single < 0.875])):
+        at = torch.linspace(0.05, 0.95, 10)
+        torch.testing.assert_close(times.quantile(at), own.quantile(at), rtol=2e-3, atol=2e-3)
+
+
+def test_shift_grows_with_the_number_of_tokens_as_in_the_pipeline():
+    pipeline = tiny_ltx()
+    family = family_of(pipeline)
+    shape = family.latent_shape(9, 32, 32)
+    u = torch.linspace(0.95, 0.05, 7)
+    mu = 0.95 + (3 * 4 * 4 - 32) * (2.05 - 0.95) / (96 - 32)
+    pipeline.scheduler.set_timesteps(sigmas=u.tolist(), mu=mu)
+    torch.testing.assert_close(family.timesteps(u, shape), pipeline.scheduler.sigmas[:-1])
+    pipeline.scheduler.set_timesteps(sigmas=u.tolist(), mu=0.95)
+    torch.testing.assert_close(family.timesteps(u), pipeline.scheduler.sigmas[:-1])
+
+
+def test_times_of_a_discrete_process_are_its_steps():
+    family = family_of(tiny_cogvideox())
+    u = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    steps = family.steps(family.timesteps(u))
+    assert torch.equal(steps, (u.double() * 1000).floor().long())
+    every = torch.arange(1000)
+    assert torch.equal(family.steps(family.timesteps((every + 0.5) / 1000)), every)
+
+
+def test_the_documented_model_outside_diffusers_trains():
+    """The code of docs/families.md runs as written."""
+    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert set(names["result"].lora) and len(names["result"].log) == 3
