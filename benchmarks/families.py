@@ -1,0 +1,149 @@
+"""The table of docs/families.md: what each family does, asked of the family itself, and a round trip of its LoRA.
+
+python -m benchmarks.families            writes the table between its marks in docs/families.md
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from halo_fast.config import TrainConfig
+from halo_fast.data import Pair
+from halo_fast.families import Family, family_of
+from halo_fast.runs import UserError, write_bytes
+from halo_fast.train import fit
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "families.md"
+MARKS = "<!-- python -m benchmarks.families -->\n", "<!-- end -->\n"
+PROMPTS = ["a red ball rolls left", "a cube"]
+HEADER = (
+    "model", "diffusers pipeline", "trained", "layout", "target", "the network is told", "t at u = 0, 1/2, 1", "frames",
+    "sides", "LoRA on", "prefix", "parameters", "loss after 3 steps", "LoRA loaded against B A by hand",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Write the table."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny import TINY
+
+    torch.set_num_threads(1)
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for name, tiny in TINY.items():
+        lines.append("| " + " | ".join(row(name, tiny)) + " |")
+        print(lines[-1], flush=True)
+    lines.append(f"\nMade with diffusers {diffusers.__version__} and torch {torch.__version__}, on random weights.\n")
+    before, _, rest = DOCS.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    write_bytes(DOCS, (before + MARKS[0] + "\n".join(lines) + MARKS[1] + after).encode())
+
+
+def row(name: str, tiny: Any) -> list[str]:
+    """One line of the table."""
+    family = family_of(tiny.build(), tiny.network)
+    shape = family.latent_shape(*tiny.size)
+    times = family.timesteps(torch.tensor([0.0, 0.5, 1.0]), shape)
+    loss, difference = round_trip(family, tiny, shape)
+    return [
+        name, type(family.pipeline).__name__, f"`{family.network}`", family.layout, target(family, shape),
+        told(family, shape), ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
+        f"{sides(family, tiny.size)}", " ".join(f"`{layer}`" for layer in family.lora_targets),
+        f"`{family.lora_prefix}`", f"{sum(weight.numel() for weight in family.transformer.parameters()):,}",
+        f"{loss:.4f}", f"{difference:.0e}",
+    ]  # fmt: skip
+
+
+def target(family: Family, shape: tuple[int, ...]) -> str:
+    """The target's coefficients of eps and x_0 at t = 0.5, in words."""
+    t, one, nothing = torch.tensor([0.5]), torch.ones(1, *shape), torch.zeros(1, *shape)
+    noise, clean = (family.target(*sides, t).mean().item() for sides in ((nothing, one), (one, nothing)))
+    a, s = (family.add_noise(*sides, t).mean().item() for sides in ((one, nothing), (nothing, one)))
+    known = {
+        "eps - x0": (1, -1),
+        "x0 - eps": (-1, 1),
+        "eps": (1, 0),
+        "x0": (0, 1),
+        "v = a eps - s x0": (a, -s),
+    }
+    return next(
+        word for word, (of_noise, of_clean) in known.items() if abs(noise - of_noise) + abs(clean - of_clean) < 1e-5
+    )
+
+
+class _Asked(Exception):
+    pass
+
+
+def told(family: Family, shape: tuple[int, ...]) -> str:
+    """The timestep that the network is given at t = 0.25, as a formula."""
+
+    def network(*arguments: Tensor, **named: Tensor) -> None:
+        raise _Asked(named["timestep"] if "timestep" in named else arguments[1])
+
+    conditions = family.stack(family.encode_prompts(PROMPTS[:1]))
+    try:
+        family.predict(network, torch.zeros(1, *shape), torch.tensor([0.25]), conditions)  # type: ignore[arg-type]
+    except _Asked as asked:
+        (value,) = asked.args
+    words = {250.0: "1000 t", 750.0: "1000 (1 - t)"}[value.flatten()[0].item()]
+    words += " of each token" if value.ndim > 1 else ""
+    return words if value.is_floating_point() else f"step {words}"
+
+
+def _makes(family: Family, size: tuple[int, int, int]) -> bool:
+    try:
+        family.latent_shape(*size)
+    except UserError:
+        return False
+    return True
+
+
+def frames(family: Family, size: tuple[int, int, int]) -> str:
+    """The frame rule, tried out."""
+    step = next(step for step in range(1, 33) if _makes(family, (1 + step, *size[1:])))
+    assert all(_makes(family, (count, *size[1:])) == (count % step == 1 % step) for count in range(1, 40))
+    return "any" if step == 1 else f"{step}k + 1"
+
+
+def sides(family: Family, size: tuple[int, int, int]) -> int:
+    """What height and width must be divisible by, tried out."""
+    return next(side for side in range(1, 129) if _makes(family, (size[0], side, side)))
+
+
+def round_trip(family: Family, tiny: Any, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Loss of the third training step; largest difference of outputs, LoRA loaded against added to the weights."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = [
+        Pair(
+            latents=torch.randn(2, *shape, generator=draw),
+            conditions=conditions,
+            patch_rewards=torch.rand(2, 2, 2, 2, generator=draw) * 4 + 1,
+            video_rewards=torch.rand(2, generator=draw) * 4 + 1,
+        )
+        for conditions in family.encode_prompts(PROMPTS)
+    ]
+    config = TrainConfig(
+        max_train_steps=3, train_batch_size=2, rank=4, lora_alpha=4, learning_rate=1e-2, lr_warmup_steps=0
+    )
+    result = fit(family, pairs, config)
+    loaded, by_hand = (family_of(tiny.build(), tiny.network) for _ in range(2))
+    loaded.load_lora(result.lora)
+    weights = by_hand.transformer.state_dict()
+    for name, up in result.lora.items():
+        if ".lora_B." in name:
+            layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
+            weights[layer] += up @ result.lora[name.replace(".lora_B.", ".lora_A.")]
+    noisy = torch.randn(2, *shape, generator=draw)
+    conditions, t = family.stack(family.encode_prompts(PROMPTS)), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        first, second = (own.predict(own.transformer, noisy, t, conditions) for own in (loaded, by_hand))
+    return result.log[-1]["loss"], (first - second).abs().max().item()
+
+
+if __name__ == "__main__":
+    main()
