@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from moving_shapes import COLOURS, GRID, damage, draw_clip
+from sklearn.metrics import roc_auc_score
 
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, score_loss
-from halo_fast.rewards.compact import words_of
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, calibrate, preference_loss, score_loss
+from halo_fast.rewards.compact import read_text, words_of
 from halo_fast.rewards.training import _MIRRORS, _batch
 from halo_fast.runs import UserError
 
@@ -158,3 +159,66 @@ def test_mirrored_clips_take_labels_and_captions_with_them():
         assert video_scores[0] == 4 and math.isnan(video_scores[1]) == bool(flips)
         places.add(found)
     assert len(places) == 4
+
+
+def test_preferences_are_bradley_terry_with_or_without_ties():
+    """Against the probabilities themselves: P(win) = a / (a + k b), P(tie) = (k^2 - 1) a b / ((a + k b) (k a + b))."""
+    logits = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    a, b = logits.exp().tolist()
+    won, tied = torch.tensor([4.0, 2.0]), torch.tensor([3.0, 3.1])
+    assert preference_loss(logits, won, 0.2).item() == pytest.approx(-math.log(a / (a + b)))
+    assert preference_loss(logits, won.flip(0), 0.2).item() == pytest.approx(-math.log(b / (a + b)))
+    assert preference_loss(logits, tied, 0.2).item() == 0
+    k = 5
+    assert preference_loss(logits, won, 0.2, ties=True).item() == pytest.approx(-math.log(a / (a + k * b)))
+    chance = (k**2 - 1) * a * b / ((a + k * b) * (k * a + b))
+    assert preference_loss(logits, tied, 0.2, ties=True).item() == pytest.approx(-math.log(chance))
+    assert preference_loss(logits, torch.tensor([3.0, math.nan]), 0.2, ties=True).item() == 0
+    with pytest.raises(ValueError, match="tie_margin"):
+        preference_loss(logits, won, -1)
+
+
+def test_preferences_alone_order_the_logits():
+    scores, logits = torch.linspace(1, 5, 40)[torch.randperm(40)], torch.zeros(40, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        preference_loss(logits, scores, 0.05).backward()
+        optimizer.step()
+    pairs = [(i, j) for i in range(40) for j in range(40) if scores[i] - scores[j] > 0.3]
+    assert np.mean([(logits[i] > logits[j]).item() for i, j in pairs]) > 0.98
+
+
+def test_calibration_brings_scores_of_any_scale_onto_the_rubric():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(4000, generator=generator)
+    scores = 1 + 4 * (truth > torch.logit(torch.rand(4000, generator=generator))).float()
+    slope, offset = calibrate(50 * truth + 200, scores)
+    assert slope == pytest.approx(1 / 50, rel=0.15) and offset == pytest.approx(-4, rel=0.15)
+    assert calibrate(-truth, scores)[0] > 0
+    assert calibrate(truth[:1], scores[:1]) == (1.0, 0.0)
+    same = calibrate(truth, torch.full((4000,), 5.0))
+    assert math.isfinite(same[0]) and math.isfinite(same[1])
+    model = random_model(replace(CONFIG, video_calibration=((2.0, -1.0), (1.0, 0.0)), patch_calibration=((0.5, 0.25),)))
+    plain = random_model()
+    raw, told = plain(videos(2), ["a", "b"], GRID), model(videos(2), ["a", "b"], GRID)
+    logit = ((raw.video - 1) / 4).logit()
+    torch.testing.assert_close(told.video[:, 0], 1 + 4 * (2 * logit[:, 0] - 1).sigmoid(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told.video[:, 1], raw.video[:, 1])
+    expected = 1 + 4 * (0.5 * ((raw.patches - 1) / 4).logit() + 0.25).sigmoid()
+    torch.testing.assert_close(told.patches, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_clip_shows_is_told_by_the_fit_to_all_other_clips():
+    """Clips that show a colour are told from the others, each without its own prompt; and so are new ones."""
+    backbone = RewardModel(replace(CONFIG, pretrained=True)).backbone
+    rng = np.random.default_rng(0)
+    colours = [list(COLOURS)[n % 4] for n in range(40)]
+    clips = torch.from_numpy(np.stack([draw_clip(rng, "disc", colour, "left", 1.2) for colour in colours]))
+    looks, prompts = backbone.look(clips), [f"a {colour} disc" for colour in colours]
+    shown = backbone.prepare(looks[:32], prompts[:32], torch.ones(32))
+    words = torch.stack([read_text(colour) for colour in COLOURS])
+    features = backbone.encode(clips[32:], looks[32:])
+    for evidence in (shown @ words.T, features.shown @ words.T):
+        named = np.arange(len(evidence))[:, None] % 4 == np.arange(4)
+        assert np.mean([roc_auc_score(named[:, n], evidence[:, n]) for n in range(4)]) > 0.9

@@ -93,4 +93,4 @@ def calibrate(logits: Tensor, scores: Tensor) -> tuple[float, float]:
     with torch.enable_grad():
         optimizer.step(closure)
     slope, offset = solution.tolist()
-    return max(slope, _LEAST_SLOPE), offset
+    return max(slope, _LEAST_SLOPE / max(1.0, x.std().item())), offset
