@@ -189,8 +189,8 @@ def demo_world(model: RewardModel, seed: int = 0) -> tuple[Table, list[Probe]]:
     clips = world.draw("heldout", _WORLD_CLIPS, torch.Generator().manual_seed(seed + 1))
     planted = defects.plant(clips, "graded", torch.Generator().manual_seed(seed + 2))
     # as the stages see clips: out of the base's autoencoder, whose blur is nobody's defect
-    videos = world.to_uint8(round_trip(load_pipeline("graded").vae, planted.video).clamp(0, 1))
-    sound = world.to_uint8(round_trip(load_pipeline("graded").vae, clips.video).clamp(0, 1))
+    vae = load_pipeline("graded").vae
+    videos, sound = (world.to_uint8(round_trip(vae, part).clamp(0, 1)) for part in (planted.video, clips.video))
     scores = torch.cat(
         [
             model(videos[start : start + 32], clips.prompts[start : start + 32], grid).patches[:, 0].flatten(1)
