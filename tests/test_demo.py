@@ -36,6 +36,12 @@ def test_prompts_are_distinct_and_seeded():
     prompts = world.prompts("heldout", 60, seed=3)
     assert len(set(prompts)) == 60
     assert prompts == world.prompts("heldout", 60, seed=3) != world.prompts("heldout", 60, seed=4)
+    everything = len(world.combinations("heldout"))
+    assert len(set(world.prompts("heldout", everything))) == everything
+    with pytest.raises(
+        ValueError, match=f"heldout split has {everything} distinct prompts, asked for {everything + 1}"
+    ):
+        world.prompts("heldout", everything + 1)
 
 
 def test_digit_moves_as_its_caption_says():

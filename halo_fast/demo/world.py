@@ -2,7 +2,8 @@
 
 Every clip is 9 RGB frames of 32 x 32 pixels; its caption names digit, colour, direction, speed and background:
 "a green 7 drifts left over a dark field". Handwriting samples and attribute combinations are split into "train" and
-"heldout", so that a held-out clip shows a hand and a combination that training never saw.
+"heldout", so that a held-out clip shows a drawn digit and a combination that training never saw; load_digits does not
+say who wrote what, so other digits of the same hand may stand on both sides.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def combinations(split: Split) -> tuple[Attributes, ...]:
 
 @lru_cache
 def handwriting(split: Split) -> tuple[Tensor, ...]:
-    """Ten tensors [samples, 24, 24] in [0, 1], one per digit: every fifth writer's sample is held out."""
+    """Ten tensors [samples, 24, 24] in [0, 1], one per digit: every fifth sample is held out."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -106,12 +107,11 @@ def _choose(count: int, choices: int, generator: torch.Generator) -> list[int]:
 
 
 def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
-    """`count` captions of a split in an order drawn from `seed`; none is repeated before all have come."""
-    generator = torch.Generator().manual_seed(seed)
+    """`count` distinct captions of a split in an order drawn from `seed`; ValueError if there are not so many."""
     known = combinations(split)
-    order: list[int] = []
-    while len(order) < count:
-        order += torch.randperm(len(known), generator=generator).tolist()
+    if count > len(known):
+        raise ValueError(f"count: the {split} split has {len(known)} distinct prompts, asked for {count}")
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
     return [caption(known[index]) for index in order[:count]]
 
 
@@ -125,7 +125,7 @@ def backdrop(background: str) -> Tensor:
 
 
 def render(attributes: list[Attributes], split: Split, generator: torch.Generator, wander: float = 1.0) -> Clips:
-    """Draw one clip for each tuple of attributes: writer and start are random, motion is uniform and stays in view.
+    """Draw one clip for each tuple of attributes: sample and start are random, motion is uniform and stays in view.
 
     Args:
         attributes: what each clip shows.
@@ -133,13 +133,13 @@ def render(attributes: list[Attributes], split: Split, generator: torch.Generato
         generator: of every random choice.
         wander: how far the start may lie from the place that centres the path, as a share of all the room there is.
     """
-    writers = handwriting(split)
+    samples_of = handwriting(split)
     glyphs = []
     offsets = torch.empty(len(attributes), NUM_FRAMES, 2)
     frames = torch.arange(NUM_FRAMES, dtype=torch.float32)[:, None]
     room = SIZE - DIGIT_SIZE
     for index, (digit, _, speed, direction, _) in enumerate(attributes):
-        samples = writers[int(digit)]
+        samples = samples_of[int(digit)]
         glyphs.append(samples[_choose(1, len(samples), generator)[0]])
         step = torch.tensor(DIRECTIONS[direction]) * SPEEDS[speed]
         travel = step * (NUM_FRAMES - 1)
