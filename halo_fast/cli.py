@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halo_fast.config import Config, to_yaml
@@ -123,11 +124,18 @@ def _stages(verb: str, names: Sequence[str], description: str, arguments: list[s
     parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]"
     parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
+    if verb == "train":
+        parser.add_argument("--dry-run", action="store_true", help="Print plan, memory and time of a step and stop.")
     config, settings = _settings(parser, arguments)
     if settings.print_config:
         print(to_yaml(config), end="")
         return
     run = Run(config, force=settings.force)
+    if verb == "train" and settings.dry_run:
+        _load("halo_fast.train", "dry_run")(config, run)
+        return
+    if verb == "run":
+        _check(config, run)
     for name in names:
         module, function, _ = _STAGES[name]
         _load(module, function)(config, run)
@@ -153,6 +161,21 @@ def _settings(parser: "ArgumentParser", arguments: list[str]) -> tuple[Config, "
         return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check(config: Config, run: Run) -> None:
+    """Find before hours of work the mistakes that only a late stage would meet."""
+    from halo_fast.evaluate import evaluation_prompts
+    from halo_fast.generate import read_prompts
+    from halo_fast.teachers import LabelStore, load_teacher
+
+    prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
+    evaluation_prompts(config)
+    if not (
+        run.path / "annotate" / "manifest.json"
+    ).exists():  # what is annotated needs no teacher any more, and no key
+        with LabelStore(Path(":memory:")) as store:
+            load_teacher(config, store, prompts=prompts)
 
 
 def _demo(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The run directory: one folder a stage, finished when its manifest stands, continued when it does not."""
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ __all__ = [
     "hash_file",
     "hash_text",
     "progress",
+    "read_table",
     "replacing",
     "versions",
     "write_bytes",
@@ -110,6 +112,39 @@ def write_safetensors(
     write_bytes(path, data)
 
 
+def read_table(path: Path | str) -> "pyarrow.Table":
+    """The parquet table at `path`.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(_damaged(Path(path), error)) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object at `path`, None if there is no file; UserError if it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not (isinstance(value, dict) and value):
+            raise ValueError(f"expected an object, got {value!r}")
+        return value
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    return f"{path}: missing or damaged ({reason}); delete {path.parent} and run `halo {path.parent.name}` again"
+
+
 def hash_bytes(data: bytes) -> str:
     """SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -178,12 +213,32 @@ class Run:
         return Stage(self, name, settings, inputs)
 
     def require(self, path: str) -> Path:
-        """A file or folder of the run directory by its relative path; UserError if its stage has not finished."""
+        """A file or folder of the run directory by its relative path, out of a finished stage of this very config.
+
+        Raises:
+            UserError: the stage has not finished, was made with other settings, or an earlier one changed since.
+        """
         found = self.path / path
-        stage = Path(path).parts[0]
-        if not (self.path / stage / _MANIFEST).exists() or not found.exists():
-            raise UserError(f"{found}: not there or unfinished; run `halo {stage}` with this config first")
+        name = Path(path).parts[0]
+        manifest = _read_json(self.path / name / _MANIFEST)
+        if manifest is None or not found.exists():
+            raise UserError(f"{found}: not there or unfinished; run `halo {name}` with this config first")
+        was, wanted = _flat(manifest["settings"]), self._settings(name, manifest["settings"])
+        for setting in [setting for setting in was if wanted.get(setting, was[setting]) != was[setting]]:
+            raise UserError(
+                f"{self.path / name}: was made with {setting} = {was[setting]}, now it is {wanted[setting]}; give the "
+                f"setting it was made with, or redo it with `halo {name} --force`"
+            )
+        for label, source in manifest.get("sources", {}).items():
+            if _hash_input(label, self.require(source)) != manifest["inputs"][label]:
+                raise UserError(f"{self.path / name}: {source} changed since it was made; run `halo {name}` again")
         return found
+
+    def _settings(self, name: str, keys: Iterable[str]) -> dict[str, object]:
+        """What this config says under the names by which stage `name` keeps its settings."""
+        section = getattr(self.config, name, None)
+        owners = {key: owner for key in keys for owner in (self.config, section) if hasattr(owner, key)}
+        return _flat(_plain({key: getattr(owner, key) for key, owner in owners.items()}))
 
 
 class Stage:
@@ -197,6 +252,8 @@ class Stage:
 
     Partial work of the same settings and inputs stays in the folder and is continued. Other settings, or another input
     from outside (a prompt file, a model), raise UserError; another input out of the run directory redoes the stage.
+    What is made again replaces the old only when it is finished, and a mistake found before anything was written
+    changes nothing. One process at a time may work on a stage.
     """
 
     def __init__(
@@ -210,43 +267,103 @@ class Stage:
             "settings": _plain(settings),
             "inputs": {label: _hash_input(label, value) for label, value in inputs.items()},
         }
-        self._inner = {
-            label
+        self._sources = {
+            label: value.resolve().relative_to(run.path.resolve()).as_posix()
             for label, value in inputs.items()
             if isinstance(value, Path) and value.resolve().is_relative_to(run.path.resolve())
         }
+        self._old = run.path / f".{name}.old"
         self._started = ""
+        self._lock = -1
 
     def __enter__(self) -> "Stage":
-        for discarded in self.run.path.glob(f".{self.name}.discarded.*"):
-            shutil.rmtree(discarded)
-        known = self._read(_MANIFEST) or self._read(_PENDING)
-        if known is None and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: holds files that no stage has written; choose another output_dir")
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.run.path}: {error.strerror}; choose another") from error
+        self._lock = os.open(self.run.path / f".{self.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            self._take_lock()
+            self._prepare()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self.done:
+                raise RuntimeError(f"stage {self.name} ended without finish()")
+            if kind is not None and not self.done and not self._files():
+                (self.folder / _PENDING).unlink(missing_ok=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if self._old.exists():
+                    self._old.rename(self.folder)
+        finally:
+            os.close(self._lock)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder}: another process is working on it; wait for that one, or choose another output_dir"
+            ) from None
+
+    def _prepare(self) -> None:
+        known = _read_json(self.folder / _MANIFEST)
+        if known is None and self._files():
+            known = _read_json(self.folder / _PENDING)
+            if known is None:
+                raise UserError(f"{self.folder}: holds files that no stage has written; choose another output_dir")
         if known and (self.run.force or self._outdated(known)):
-            self._discard()
+            self._set_aside()
             known = None
         if known and (self.folder / _MANIFEST).exists():
             damaged = [path for path, output in known["outputs"].items() if not _intact(self.folder / path, output)]
             self.done = not damaged
             if self.done:
                 print(f"{self.name}: finished before, kept ({self.folder})", file=sys.stderr)
-                return self
+                return
             print(f"{self.name}: {damaged[0]} is gone or cut short, made again", file=sys.stderr)
             for path in damaged:
                 (self.folder / path).unlink(missing_ok=True)
+        for source in self._sources.values():
+            self._check(source)
         self._started = known["started"] if known else _now()
         write_json(self.folder / _PENDING, {**self._key, "started": self._started})
         (self.folder / _MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self.done:
-            raise RuntimeError(f"stage {self.name} ended without finish()")
+    def _set_aside(self) -> None:
+        """Keep finished work until the new is finished; drop unfinished work that stands beside some."""
+        discarded = self.run.path / f".{self.name}.discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
+        # renamed first: a kill in the middle of deleting must not leave what looks like partial work
+        if self._old.exists():
+            older = self._old if (self.folder / _MANIFEST).exists() else self.folder
+            older.rename(discarded)
+            shutil.rmtree(discarded)
+        if self.folder.exists():
+            self.folder.rename(self._old)
+
+    def _files(self) -> list[Path]:
+        """What the folder holds besides the stage's own notes."""
+        return [path for path in self.folder.rglob("*") if path.is_file() and path.name not in (_MANIFEST, _PENDING)]
+
+    def _check(self, source: str) -> None:
+        """Compare the files of an earlier stage with their hashes, so that no damage is carried on."""
+        stage = self.run.path / Path(source).parts[0]
+        outputs = (_read_json(stage / _MANIFEST) or {"outputs": {}})["outputs"]
+        inside = {
+            path: output for path, output in outputs.items() if (stage / path).is_relative_to(self.run.path / source)
+        }
+        for path, output in progress(inside.items(), len(inside), f"{self.name}: checking {source}"):
+            if not (stage / path).is_file() or hash_file(stage / path) != output["sha256"]:
+                raise UserError(f"{stage / path}: damaged since it was made; delete it and run `halo {stage.name}`")
 
     def finish(self, counts: Mapping[str, int | float]) -> None:
         """Write the manifest, a stage's last act: settings, hashes of inputs and outputs, counts, versions, times."""
@@ -258,6 +375,7 @@ class Stage:
         manifest = {
             "stage": self.name,
             **self._key,
+            "sources": self._sources,
             "outputs": outputs,
             "counts": dict(counts),
             "versions": versions(),
@@ -266,6 +384,7 @@ class Stage:
         }
         write_json(self.folder / _MANIFEST, manifest)
         (self.folder / _PENDING).unlink()
+        shutil.rmtree(self._old, ignore_errors=True)
         self.done = True
         rounded = {
             label.replace("_", " "): f"{value:.3g}" if isinstance(value, float) else value
@@ -273,15 +392,6 @@ class Stage:
         }
         told = ", ".join(f"{value} {label}" for label, value in rounded.items())
         print(f"{self.name}: finished, {told or 'nothing to count'} ({self.folder})", file=sys.stderr)
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not JSON ({error}); delete {self.folder} or choose another output_dir") from None
 
     def _outdated(self, known: dict[str, Any]) -> bool:
         """Whether an earlier stage was redone since; UserError if settings or outside files differ."""
@@ -294,17 +404,11 @@ class Stage:
         before, now = known["inputs"], self._key["inputs"]
         changed = [name for name in [*now, *before] if before.get(name) != now.get(name)]
         for name in changed:
-            if name not in self._inner:
+            if name not in self._sources:
                 raise UserError(f"{self.folder}: was made from other {name}; {cure}")
         if changed:
             print(f"{self.name}: {changed[0]} changed since, made again", file=sys.stderr)
         return bool(changed)
-
-    def _discard(self) -> None:
-        # renamed first: a kill in the middle of deleting must not leave what looks like partial work
-        discarded = self.run.path / f".{self.name}.discarded.{os.getpid()}"
-        self.folder.rename(discarded)
-        shutil.rmtree(discarded)
 
 
 def _now() -> str:
@@ -334,9 +438,9 @@ def _hash_input(label: str, value: Path | str) -> str:
         return hash_file(value)
     if not value.is_dir():
         raise UserError(f"{label}: {value} does not exist; expected a file or folder")
-    manifest = value / _MANIFEST
-    if manifest.exists():
-        outputs = json.loads(manifest.read_text())["outputs"]
+    manifest = _read_json(value / _MANIFEST)
+    if manifest is not None and "outputs" in manifest:
+        outputs = manifest["outputs"]
         return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
     files = {path.relative_to(value).as_posix(): hash_file(path) for path in sorted(value.rglob("*")) if path.is_file()}
     return hash_text(json.dumps(files, sort_keys=True))

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import finish_again, output_hashes, tiny_config, tiny_wan, write_scores
 
 from halo_fast.config import PairsConfig, TrainConfig
 from halo_fast.data import CachedPairs, build_cache, build_pairs, read_clip, write_clip
@@ -99,6 +99,7 @@ def scores_of(run, rewards):
         for clip, (video, patch) in rewards.items()
     ]
     write_parquet(run.path / "score/scores.parquet", pyarrow.Table.from_pylist(rows))
+    finish_again(run.path / "score")
 
 
 def unscored_run(tmp_path, candidates):

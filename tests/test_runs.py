@@ -19,6 +19,7 @@ from halo_fast.runs import (
     hash_file,
     hash_text,
     progress,
+    read_table,
     replacing,
     write_bytes,
     write_csv,
@@ -37,7 +38,7 @@ def config(tmp_path) -> Config:
 
 def work(config, settings=None, inputs=None, name="score", force=False, text="x") -> bool:
     """One stage that writes a file; whether it had anything to do."""
-    with Run(config, force=force).stage(name, settings or {"batch_size": 2}, inputs or {}) as stage:
+    with Run(config, force=force).stage(name, settings or {"size": 2}, inputs or {}) as stage:
         if stage.done:
             return False
         write_bytes(stage.folder / "out.txt", text.encode())
@@ -49,12 +50,16 @@ def manifest(config, name="score") -> dict:
     return json.loads((Run(config).path / name / "manifest.json").read_text())
 
 
+def stages_of(config) -> list[str]:
+    return [path.name for path in Run(config).path.iterdir() if not path.name.endswith(".lock")]
+
+
 def test_finished_stage_is_kept(config):
     assert work(config)
     before = manifest(config)
     assert not work(config)
     assert manifest(config) == before
-    assert before["settings"] == {"batch_size": 2} and before["counts"] == {"files": 1}
+    assert before["settings"] == {"size": 2} and before["counts"] == {"files": 1}
     assert before["outputs"] == {"out.txt": {"sha256": hash_text("x"), "bytes": 1}}
     assert before["versions"]["torch"] == torch.__version__
     assert not (Run(config).path / "score" / "pending.json").exists()
@@ -114,9 +119,9 @@ def test_settings_that_one_side_lacks_are_named(config):
 def test_force_redoes_with_an_empty_folder(config):
     work(config)
     write_bytes(Run(config).path / "score" / "older.txt", b"")
-    assert work(config, {"batch_size": 3}, force=True)
+    assert work(config, {"size": 3}, force=True)
     assert list(manifest(config)["outputs"]) == ["out.txt"]
-    assert [path.name for path in Run(config).path.iterdir()] == ["score"]
+    assert stages_of(config) == ["score"]
 
 
 def test_stage_is_redone_when_the_stage_before_it_changed(config):
@@ -194,7 +199,7 @@ def test_require_names_the_stage_to_run(config):
 def test_damaged_manifest_is_named(config):
     work(config)
     (Run(config).path / "score" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json: not JSON"):
+    with pytest.raises(UserError, match=r"manifest\.json: missing or damaged"):
         work(config)
 
 
@@ -285,7 +290,98 @@ def test_killed_stage_continues_to_the_same_hashes(tmp_path):
 def test_kill_while_discarding_leaves_no_partial_work_behind(config, monkeypatch):
     work(config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("halo_fast.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         work(config, force=True)
     assert work(config)
-    assert sorted(path.name for path in Run(config).path.iterdir()) == ["score"]
+    assert stages_of(config) == ["score"]
+
+
+def test_force_with_a_mistake_loses_nothing(config):
+    work(config)
+    before = manifest(config)
+    with pytest.raises(UserError, match="grid"), Run(config, force=True).stage("score", {"a": 1}, {}) as stage:
+        assert not list(stage.folder.glob("*.txt"))
+        raise UserError("grid: too fine")
+    assert manifest(config) == before
+    assert not work(config)
+
+
+def test_old_work_stands_until_the_new_is_finished(config):
+    work(config)
+    with pytest.raises(KeyboardInterrupt), Run(config, force=True).stage("score", {"a": 1}, {}) as stage:
+        write_bytes(stage.folder / "part.txt", b"1")
+        raise KeyboardInterrupt
+    assert (Run(config).path / ".score.old" / "out.txt").exists()
+    with Run(config).stage("score", {"a": 1}, {}) as stage:
+        assert (stage.folder / "part.txt").exists()
+        stage.finish({})
+    assert sorted(path.name for path in Run(config).path.iterdir()) == [".score.lock", "score"]
+
+
+def test_a_first_attempt_that_failed_stands_in_nobodys_way(config):
+    with pytest.raises(UserError, match="no such model"), Run(config).stage("score", {"model": "typo"}, {}):
+        raise UserError("no such model")
+    assert work(config, {"model": "right"})
+
+
+def test_two_processes_in_one_stage_are_told(config):
+    with Run(config).stage("score", {}, {}) as stage:
+        with pytest.raises(UserError, match=r"score: another process is working on it"):
+            work(config)
+        stage.finish({})
+    assert work(config, {"other": 1}, force=True)
+
+
+def test_damage_of_equal_size_is_found_by_the_next_stage(config):
+    work(config, name="pairs")
+    path = Run(config).path / "pairs" / "out.txt"
+    path.write_bytes(b"y" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"pairs/out\.txt: damaged.*run `halo pairs`"):
+        work(config, inputs={"pairs": path.parent})
+    path.unlink()
+    work(config, name="pairs")
+    assert work(config, inputs={"pairs": path.parent})
+
+
+def test_require_refuses_a_stage_of_another_config(config):
+    work(config, dataclasses.asdict(config.score) | {"seed": config.seed})
+    assert Run(config).require("score")
+    other = dataclasses.replace(config, seed=5)
+    with pytest.raises(UserError, match=r"score: was made with seed = 0, now it is 5; .* `halo score --force`"):
+        Run(other).require("score")
+
+
+def test_require_refuses_a_stage_whose_input_changed_since(config):
+    run = Run(config)
+    work(config, name="generate")
+    work(config, name="pairs", inputs={"clips": run.path / "generate"})
+    work(config, name="cache", inputs={"pairs": run.path / "pairs" / "out.txt"})
+    assert run.require("cache")
+    work(config, name="generate", force=True, text="y")
+    with pytest.raises(UserError, match=r"pairs: generate changed since it was made; run `halo pairs`"):
+        run.require("cache")
+
+
+def test_a_moved_run_directory_is_kept(config, tmp_path):
+    work(config, name="generate")
+    work(config, inputs={"clips": Run(config).path / "generate"})
+    moved = Run(config).path.rename(tmp_path / "elsewhere")
+    config = dataclasses.replace(config, output_dir=str(moved))
+    assert not work(config, inputs={"clips": moved / "generate"})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "\xff"])
+def test_damaged_manifest_of_an_earlier_stage_is_named(config, text):
+    work(config, name="pairs")
+    (Run(config).path / "pairs" / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"pairs/manifest\.json: missing or damaged .* run `halo pairs` again"):
+        Run(config).require("pairs")
+
+
+def test_damaged_table_is_named(tmp_path):
+    (tmp_path / "score").mkdir()
+    path = tmp_path / "score" / "scores.parquet"
+    for content in (b"PAR1", b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"scores\.parquet: missing or damaged .* run `halo score` again"):
+            read_table(path)

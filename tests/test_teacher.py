@@ -214,7 +214,7 @@ def test_mistakes_are_named(tmp_path):
         annotate(run.config, Run(run.config, force=True), PlantedTeacher(CLIPS))
     run.config.grid = GRID
     (run.path / "generate" / "videos" / "p0002_s0.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match=r"p0002_s0\.mp4: expected a readable video"):
+    with pytest.raises(UserError, match=r"p0002_s0\.mp4: damaged since it was made; delete it and run `halo generate`"):
         annotate(run.config, Run(run.config, force=True), PlantedTeacher(CLIPS))
     with pytest.raises(UserError, match="run `halo generate`"):
         empty = Run(Config(output_dir=str(tmp_path / "empty")))

@@ -20,7 +20,7 @@ from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.data.pairs import Pair
 from halo_fast.families import Family, load, source
-from halo_fast.runs import Run, hash_file, hash_text, progress, replacing, write_parquet, write_safetensors
+from halo_fast.runs import Run, hash_file, hash_text, progress, read_table, replacing, write_parquet, write_safetensors
 
 __all__ = ["CachedPairs", "build_cache", "fingerprint"]
 
@@ -34,7 +34,6 @@ def build_cache(config: Config, run: Run) -> None:
         UserError: a clip that cannot be read, named.
     """
     import pyarrow
-    import pyarrow.parquet
 
     clips_folder, pairs_file = run.require("generate"), run.require("pairs/pairs.parquet")
     name = config.pretrained_model_name_or_path
@@ -42,9 +41,9 @@ def build_cache(config: Config, run: Run) -> None:
     with run.stage("cache", config.cache, inputs) as stage:
         if stage.done:
             return
-        pairs = pyarrow.parquet.read_table(pairs_file).to_pylist()
+        pairs = read_table(pairs_file).to_pylist()
         paired = {pair[side] for pair in pairs for side in ("clip_a", "clip_b")}
-        clips = pyarrow.parquet.read_table(clips_folder / "clips.parquet").to_pylist()
+        clips = read_table(clips_folder / "clips.parquet").to_pylist()
         clips = [clip for clip in clips if clip["clip_id"] in paired]
         prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
         family = load(name)
@@ -106,11 +105,10 @@ class CachedPairs(Sequence[Pair]):
     """
 
     def __init__(self, run: Run) -> None:
-        import pyarrow.parquet
 
-        self._rows: list[dict[str, Any]] = pyarrow.parquet.read_table(run.require("pairs/pairs.parquet")).to_pylist()
+        self._rows: list[dict[str, Any]] = read_table(run.require("pairs/pairs.parquet")).to_pylist()
         folder = run.require("cache")
-        index = pyarrow.parquet.read_table(folder / "index.parquet").to_pylist()
+        index = read_table(folder / "index.parquet").to_pylist()
         self._files = {(row["kind"], row["id"]): folder / row["file"] for row in index}
 
     @property

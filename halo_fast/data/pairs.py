@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from halo_fast.config import Config, PairsConfig
-from halo_fast.runs import Run, UserError, write_parquet
+from halo_fast.runs import Run, UserError, read_table, write_parquet
 
 __all__ = ["Pair", "build_pairs"]
 
@@ -40,16 +40,15 @@ def build_pairs(config: Config, run: Run) -> None:
         UserError: a clip without scores, a dimension nobody scored, weights that sum to nothing, or no pair at all.
     """
     import pyarrow
-    import pyarrow.parquet
 
     clips_file, scores_file = run.require("generate/clips.parquet"), run.require("score/scores.parquet")
     settings = asdict(config.pairs) | {"grid": config.grid}
     with run.stage("pairs", settings, {"clips": clips_file, "scores": scores_file}) as stage:
         if stage.done:
             return
-        scores = {row["clip_id"]: row for row in pyarrow.parquet.read_table(scores_file).to_pylist()}
+        scores = {row["clip_id"]: row for row in read_table(scores_file).to_pylist()}
         candidates: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for clip in pyarrow.parquet.read_table(clips_file).to_pylist():
+        for clip in read_table(clips_file).to_pylist():
             if clip["clip_id"] not in scores:
                 raise UserError(f"{scores_file}: no scores of clip {clip['clip_id']}; run `halo score --force`")
             score = scores[clip["clip_id"]]

@@ -8,12 +8,45 @@ from typing import TYPE_CHECKING
 from halo_fast.runs import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers import WanPipeline
 
-__all__ = ["BASES", "WEIGHTS", "load_pipeline"]
+    from halo_fast.config import Config
+
+__all__ = ["BASES", "WEIGHTS", "check", "load_pipeline"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASES = ("graded", "patchy")
+
+
+def check(config: Config, prompts: Sequence[str], setting: str) -> None:
+    """Whether the demo's teacher and meters can read such clips.
+
+    Args:
+        config: grid and generate hold the clips' patches and size.
+        prompts: of the clips.
+        setting: name under which a prompt of another world is reported.
+
+    Raises:
+        UserError: another grid or clip size than the demo's, or a prompt that its world does not have.
+    """
+    from halo_fast.demo import world
+    from halo_fast.demo.defects import GRID
+
+    size = config.generate.num_frames, config.generate.height, config.generate.width
+    for name, wanted, given in (
+        ("grid", GRID, tuple(config.grid)),
+        ("generate", (world.NUM_FRAMES, world.SIZE, world.SIZE), size),
+    ):
+        if given != wanted:
+            what = "patches" if name == "grid" else "num_frames, height and width"
+            raise UserError(f"{name}: the demo's teacher and meter read {what} {wanted}, got {given}; set it to that")
+    for prompt in prompts:
+        try:
+            world.parse(prompt)
+        except ValueError as error:
+            raise UserError(f"{setting}: {error}; use another teacher and meter for other prompts") from error
 
 
 def load_pipeline(name: str) -> WanPipeline:

@@ -1,6 +1,6 @@
 """Base against aligned model on held-out prompts, and the statistics that say by how much."""
 
-from halo_fast.evaluate.stage import evaluate, load_meter
+from halo_fast.evaluate.stage import evaluate, evaluation_prompts, load_meter
 from halo_fast.evaluate.statistics import DEFECTIVE, bootstrap_interval, compare_arms, severity_mitigated, spearman
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "bootstrap_interval",
     "compare_arms",
     "evaluate",
+    "evaluation_prompts",
     "load_meter",
     "severity_mitigated",
     "spearman",

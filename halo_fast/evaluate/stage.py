@@ -17,7 +17,7 @@ from halo_fast.generate import clip_seed, prompt_source, read_prompts, sample_cl
 from halo_fast.rewards import RewardModel, score_columns
 from halo_fast.runs import Run, UserError, progress, write_bytes, write_json, write_parquet
 
-__all__ = ["evaluate", "load_meter"]
+__all__ = ["evaluate", "evaluation_prompts", "load_meter"]
 
 Meter = Callable[[Tensor, list[str]], dict[str, Tensor]]
 """Videos uint8 [N, F, H, W, 3] and prompts -> columns: severity [N, P] in [0, 1] and whatever else is measured."""
@@ -41,7 +41,7 @@ def evaluate(config: Config, run: Run) -> None:
 
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
     lora, reward = run.require("train/lora"), run.require("reward/model.safetensors").parent
-    prompts = read_prompts(config.evaluation_prompts, settings.num_prompts, config.seed)
+    prompts = evaluation_prompts(config)
     inputs = {
         "evaluation_prompts": prompt_source(config.evaluation_prompts),
         "pretrained_model_name_or_path": source(model_name),
@@ -71,25 +71,33 @@ def evaluate(config: Config, run: Run) -> None:
     write_bytes(run.path / "metrics.json", (stage.folder / "metrics.json").read_bytes())
 
 
+def evaluation_prompts(config: Config) -> list[str]:
+    """The held-out prompts; UserError if there are none, or the meter does not exist or cannot read such clips."""
+    settings = config.evaluate
+    prompts = read_prompts(config.evaluation_prompts, settings.num_prompts, config.seed, "evaluation_prompts")
+    if settings.meter not in ("demo", "reward"):
+        raise UserError(f'evaluate.meter: expected "demo" or "reward", got {settings.meter!r}')
+    if settings.meter == "demo":
+        from halo_fast import demo
+
+        demo.check(config, prompts, "evaluation_prompts")
+    return prompts
+
+
 def load_meter(config: Config, model: RewardModel) -> tuple[Meter, float]:
     """The meter that `config.evaluate.meter` names, and its mean severity on clean clips.
 
     "demo" is the demo world's defect and fidelity meter. "reward" reads severity off the reward model's patch quality,
     (5 - score) / 4, for models that no meter is made for: mind that the model was aligned to these very scores.
 
-    Raises:
-        UserError: no such meter, or config.grid is not what it measures.
+    Both were checked by `evaluation_prompts`.
     """
     if config.evaluate.meter == "reward":
         return lambda videos, prompts: {"severity": (5 - model(videos, prompts, config.grid).patches[:, 0]) / 4}, 0.0
-    if config.evaluate.meter != "demo":
-        raise UserError(f'evaluate.meter: expected "demo" or "reward", got {config.evaluate.meter!r}')
     from halo_fast.demo import world
     from halo_fast.demo.meters import DefectMeter, FidelityMeter
 
     defects, fidelity = DefectMeter.load(), FidelityMeter.load()
-    if tuple(config.grid) != tuple(defects.grid):
-        raise UserError(f"grid: the demo's meter measures {defects.grid}, got {tuple(config.grid)}; set it to that")
 
     def meter(videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         severity, by_kind = defects(videos, prompts)

@@ -18,7 +18,7 @@ from torch import Tensor
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.patches import PatchGrid
-from halo_fast.runs import Run, UserError, hash_file
+from halo_fast.runs import Run, UserError, hash_file, read_table
 from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label
 from halo_fast.teachers.stage import latent_factors
 from halo_fast.teachers.store import LabelStore, label_key
@@ -66,7 +66,6 @@ class LabelServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, config: Config, name: str, port: int = 0) -> None:
-        import pyarrow.parquet
 
         if not re.fullmatch(r"[\w.-]{1,64}", name):
             raise UserError(f"name: expected letters, digits, . _ or -, got {name!r}")
@@ -74,7 +73,7 @@ class LabelServer(ThreadingHTTPServer):
         self._folder = run.require("generate/clips.parquet").parent
         self._store = run.path / "labels.sqlite"
         self._grid, self._fps, self.teacher = config.grid, config.generate.fps, f"human:{name}"
-        clips = pyarrow.parquet.read_table(self._folder / "clips.parquet").to_pylist()
+        clips = read_table(self._folder / "clips.parquet").to_pylist()
         # the order in which annotate draws its clips, so that people and other teachers see the same ones
         order = np.random.default_rng(config.seed).permutation(len(clips))
         self._clips = [clips[index] for index in order[: config.annotate.num_clips]]

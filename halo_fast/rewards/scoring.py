@@ -9,7 +9,7 @@ from torch import Tensor
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.rewards.model import RewardModel, Rewards
-from halo_fast.runs import Run, progress, write_parquet
+from halo_fast.runs import Run, progress, read_table, write_parquet
 
 __all__ = ["score", "score_columns"]
 
@@ -21,7 +21,6 @@ def score(config: Config, run: Run) -> None:
         UserError: a clip that is missing or unreadable.
     """
     import pyarrow
-    import pyarrow.parquet
 
     model_folder = run.require("reward/model.safetensors").parent
     folder = run.require("generate/clips.parquet").parent
@@ -30,7 +29,7 @@ def score(config: Config, run: Run) -> None:
         if stage.done:
             return
         model = RewardModel.load(model_folder)
-        clips = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
+        clips = read_table(folder / "clips.parquet").to_pylist()
         size = config.score.batch_size
         batches = [clips[start : start + size] for start in range(0, len(clips), size)]
         columns: dict[str, list[Any]] = {"clip_id": [clip["clip_id"] for clip in clips]}

@@ -13,7 +13,7 @@ import torch
 
 from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
-from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, write_parquet
+from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, read_table, write_parquet
 from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label, Person, Teacher
 from halo_fast.teachers.openai import Clip, OpenAITeacher
 from halo_fast.teachers.store import LabelStore, label_key
@@ -23,16 +23,19 @@ __all__ = ["annotate", "latent_factors", "load_teacher"]
 _PENDING = {"unavailable", "unlabelled"}  # nobody has answered yet: not kept, so that the answer may still come
 
 
-def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False)) -> Teacher:
+def load_teacher(
+    config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False), prompts: Sequence[str] = ()
+) -> Teacher:
     """The teacher that `config.annotate.teacher` names.
 
     Args:
         config: of the run.
         store: where a teacher that is paid keeps answers and spending.
         factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid cuts the clips.
+        prompts: of the clips.
 
     Raises:
-        UserError: no such teacher, or settings that cannot be.
+        UserError: no such teacher, clips that it cannot read, or settings that cannot be.
     """
     if config.annotate.teacher == "openai":
         return OpenAITeacher(config.annotate.openai, config.grid, store, factors, config.seed)
@@ -40,8 +43,11 @@ def load_teacher(config: Config, store: LabelStore, factors: tuple[int, int, boo
         return Person(config.annotate.teacher, config.grid)
     if config.annotate.teacher != "demo":
         raise UserError(f'annotate.teacher: expected "demo", "openai" or "human:NAME", got {config.annotate.teacher!r}')
+    from halo_fast.demo import check
     from halo_fast.demo.meters import WEIGHTS, DefectMeter, FidelityMeter
     from halo_fast.teachers.demo import DemoTeacher
+
+    check(config, prompts, "prompts")
 
     meter, noisy_share = DefectMeter.load(), config.annotate.noisy_share
     version = hash_text("".join(hash_file(WEIGHTS / f"{name}_meter.safetensors") for name in ("defect", "fidelity")))
@@ -67,13 +73,14 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
         UserError: unknown teacher, another grid than the teacher's, an unreadable clip, no usable label at all; of a
             teacher that is paid also that the budget is used up or its server refuses.
     """
-    import pyarrow.parquet
 
     folder = run.require("generate/clips.parquet").parent
-    clips = _chosen(pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist(), config)
+    clips = _chosen(read_table(folder / "clips.parquet").to_pylist(), config)
     with LabelStore(run.path / "labels.sqlite") as store:
-        teacher = teacher or load_teacher(config, store, latent_factors(clips, folder))
-        settings = asdict(config.annotate) | {"teacher": teacher.name, "grid": config.grid, "seed": config.seed}
+        teacher = teacher or load_teacher(
+            config, store, latent_factors(clips, folder), [clip["prompt"] for clip in clips]
+        )
+        settings = asdict(config.annotate) | {"judge": teacher.name, "grid": config.grid, "seed": config.seed}
         del settings["openai"]
         if isinstance(teacher, OpenAITeacher):
             # its name holds what the answers depend on; bounds on money and time may be raised to go on
