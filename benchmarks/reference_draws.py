@@ -10,23 +10,21 @@ import argparse
 import sys
 import time
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from halo_fast.config import Config
 from halo_fast.data import CachedPairs
-from halo_fast.evaluate import load_meter, severity_mitigated
+from halo_fast.demo import world
+from halo_fast.demo.meters import DefectMeter, FidelityMeter
+from halo_fast.evaluate import severity_mitigated
 from halo_fast.families import Family, load
 from halo_fast.generate import clip_seed, read_prompts, sample_clips
-from halo_fast.rewards import RewardModel
 from halo_fast.runs import Run
 from halo_fast.train import fit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run directory of the demo with pairs, cache and reward model")
+    parser.add_argument("run", help="a run directory of the demo with pairs, cache")
     parser.add_argument("--draws", type=int, nargs="*", default=[1, 4, 16, 0], help="0 for fresh draws")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--num-prompts", type=int, default=32)
@@ -34,10 +32,11 @@ def main() -> None:
     config = Config(output_dir=arguments.run)
     run = Run(config)
     family, pairs = load(config.pretrained_model_name_or_path, device="cpu"), CachedPairs(run)
-    meter, clean = load_meter(config, RewardModel.load(run.require("reward/model.safetensors").parent))
+    meters = DefectMeter.load(), FidelityMeter.load()
+    clean = float(meters[0](*world.clean_clips(64, config.seed, split="train"))[0].mean())
     first = config.generate.num_prompts
     prompts = read_prompts("demo:train", first + arguments.num_prompts, config.seed)[first:]
-    base, base_fidelity = _measure(config, family, meter, prompts)
+    base, base_fidelity = _measure(config, family, meters, prompts)
     print("| reference | mitigated, % | fidelity, % | seconds of training |\n|---|---|---|---|", flush=True)
     print(f"| base | 0 | {100 * base_fidelity:.0f} | |", flush=True)
     for draws in arguments.draws:
@@ -48,7 +47,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - started)
             family.pipeline.load_lora_weights(dict(result.lora))
             try:
-                severity, correct = _measure(config, family, meter, prompts)
+                severity, correct = _measure(config, family, meters, prompts)
             finally:
                 family.pipeline.unload_lora_weights()
             mitigated.append(severity_mitigated(base, severity, clean))
@@ -59,12 +58,14 @@ def main() -> None:
         print(f"| {name} | {cells[0]} | {cells[1]} | {sum(seconds) / len(seconds):.0f} |", flush=True)
 
 
-def _measure(config: Config, family: Family, meter: Any, prompts: list[str]) -> tuple[float, float]:
+def _measure(
+    config: Config, family: Family, meters: tuple[DefectMeter, FidelityMeter], prompts: list[str]
+) -> tuple[float, float]:
     """Mean severity and share of clips that show what the prompt says."""
     seeds = [clip_seed(config.seed, index, -1) for index in range(len(prompts))]
     _, videos = sample_clips(family, prompts, seeds, config.generate)
-    found: dict[str, torch.Tensor] = meter(videos, prompts)
-    return float(found["severity"].mean()), float(found["fidelity_correct"].mean())
+    severity, _ = meters[0](videos, prompts)
+    return float(severity.mean()), float(meters[1](videos, prompts)["fidelity_correct"].mean())
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -
         "format": "pt",
         "base_model": base_model,
         "pipeline": type(family.pipeline or family).__name__,
+        "network": family.network,
         "objective": json.dumps(asdict(config.objective), sort_keys=True),
         "rank": str(config.rank),
         "alpha": str(config.lora_alpha),
@@ -54,13 +55,13 @@ def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -
     }
 
 
-def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> list[Path]:
-    """Write the LoRA of a run directory in a format of other programs; the files written.
+def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
+    """Write the LoRA of a run directory in a format of other programs; the file written.
 
     Args:
         run: the run directory; its `train` must have finished.
         format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui".
-        output: folder of the files; None for export/<format> in the run directory.
+        output: folder of the file; None for export/<format> in the run directory.
 
     Raises:
         UserError: an unknown format, a run without a trained LoRA, or a model whose names in ComfyUI are not known.
@@ -77,14 +78,12 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
     folder = Path(output) if output is not None else Path(run) / "export" / format
     if format == "diffusers":
         write_safetensors(folder / _FILE, lora, known)
-        return [folder / _FILE]
-    written = []
-    for prefix in sorted({name.split(".")[0] for name in lora}):
-        # each of Wan 2.2's experts is a model of its own in ComfyUI
-        part = {name.removeprefix(f"{prefix}."): value for name, value in lora.items() if name.startswith(f"{prefix}.")}
-        written.append(folder / f"lora_{prefix}.safetensors")
-        write_safetensors(written[-1], comfyui(part, known.get("pipeline", "")), known)
-    return written
+        return folder / _FILE
+    # each expert of Wan 2.2 is trained by itself, and a model of its own in ComfyUI
+    file = folder / f"lora_{known.get('network', 'transformer')}.safetensors"
+    bare = {name.split(".", 1)[1]: value for name, value in lora.items()}
+    write_safetensors(file, comfyui(bare, known.get("pipeline", "")), known)
+    return file
 
 
 def comfyui(lora: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:

@@ -63,7 +63,10 @@ def prepared(
     objective = GranDPO(**asdict(config.objective))
     _check_settings(config)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.report_to or None, project_dir=folder
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to or None,
+        project_dir=folder,
     )
     device, draws_limit = accelerator.device, config.reference_draws or None
     if not accelerator.is_main_process:
@@ -87,6 +90,7 @@ def prepared(
         same_everywhere(injected.values())
         model: nn.Module = transformer
         parameters: dict[str, Tensor] = dict(injected)
+        plan = make_plan(family, model, parameters, first, objective, config, accelerator)
         sharded = accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if sharded:
             shard(model, device)
@@ -98,7 +102,7 @@ def prepared(
             check_first_loss(family, model, first, base, objective, exact=not config.compile)
         job = Job(
             family, model, parameters, _optimizer(parameters, config), accelerator, config, objective, pairs, errors,
-            plan=make_plan(family, model, parameters, first, objective, config, accelerator),
+            plan=plan,
             auto_beta=None
             if config.auto_beta is None
             else AutoBeta(config.objective.video_beta, config.auto_beta, device=device),

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from halo_fast.train.steps import take_step
 from halo_fast.train.trackers import tracked
 from halo_fast.train.watch import Row, diagnose, preview, read_rows, record, row_of, tell_off_policy
 
-__all__ = ["Fit", "fit", "train"]
+__all__ = ["Fit", "dry_run", "fit", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def train(config: Config, run: Run) -> None:
         "cache": run.require("cache"),
         "pretrained_model_name_or_path": source(name),
     }
-    main = PartialState().is_main_process
+    # Without an accelerator accelerate must be told so before it looks for other processes.
+    main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     stage = run.stage("train", config.train, inputs)
     with ExitStack() as stack:
         if main:
@@ -76,6 +78,27 @@ def train(config: Config, run: Run) -> None:
             file = stage.folder / "lora" / "pytorch_lora_weights.safetensors"
             write_safetensors(file, result.lora, metadata(family, name, config.train, len(result.log)))
             stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+
+
+def dry_run(config: Config, run: Run) -> None:
+    """Print what `train` would do: pairs, plan, predicted memory and time of a step, measured on one; writes nothing.
+
+    Raises:
+        UserError: whatever `fit` finds wrong at its start.
+    """
+    training, heldout = _split(CachedPairs(run), config.train)
+    family = load(config.pretrained_model_name_or_path, device="cpu")
+    some = training[: config.train.train_batch_size * config.train.gradient_accumulation_steps]
+    with prepared(family, some, config.train, folder=None, references=None, progress=progress) as job:
+        take_step(job, 0)  # kernels and compiled blocks warm up
+        started = time.perf_counter()
+        _, norm = take_step(job, 1)
+        norm.item()
+        seconds = time.perf_counter() - started
+        print(f"pairs: {len(training)} to train on, {len(heldout)} held out; latents {list(some[0].latents.shape[1:])}")
+        print(job.plan.text)
+        steps = config.train.max_train_steps
+        print(f"time: {seconds:.3g} s a step, {seconds * steps / 60:.3g} min for {steps} steps")
 
 
 def _split(pairs: CachedPairs, config: TrainConfig) -> tuple[Sequence[Pair], Sequence[Pair]]:
@@ -118,6 +141,8 @@ def fit(
             that is not finite or spikes, or checkpoints of other settings.
     """
     with prepared(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
+        if folder is not None and job.accelerator.is_main_process:
+            warn(job.plan.text)
         if folder is not None and config.off_policy_pairs:
             tell_off_policy(job, generate)
         log = _run(job, folder, heldout, generate, progress)

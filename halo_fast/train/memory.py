@@ -141,7 +141,9 @@ class _AttentionCalls(TorchDispatchMode):
 
 
 def _storages(model: nn.Module) -> set[int]:
-    return {_address(value) for value in [*model.parameters(), *model.buffers()]}
+    # of a sharded weight, this process's part
+    values = [getattr(value, "_local_tensor", value) for value in (*model.parameters(), *model.buffers())]
+    return {_address(value) for value in values}
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,0 +1,113 @@
+"""Two processes as one, launched as users do: replicas and FSDP2 shards, on the CPU with gloo."""
+
+import csv
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import make_pairs
+from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+
+from halo_fast.config import to_yaml
+from halo_fast.data import build_cache, build_pairs
+from halo_fast.families import family_of
+from halo_fast.functional import GranDPO, gran_dpo
+from halo_fast.generate import generate
+from halo_fast.runs import Run
+from halo_fast.train import train
+from halo_fast.train.parallel import compact, dealt, merged
+
+STEPS = 5
+
+
+def launch(config: Path, output: Path, *words: str) -> None:
+    """`accelerate launch` of `halo train` with two processes of one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), *words,
+        "-m", "halo_fast", "train", str(config), "--output_dir", str(output),
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Settings for two processes, and what one process with the same pairs in a step makes of them."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = tiny_config(
+        folder, max_train_steps=STEPS, train_batch_size=1, gradient_accumulation_steps=2, checkpointing_steps=2,
+        heldout_share=0.0, auto_beta=0.3, learning_rate=5e-3,
+    )  # fmt: skip
+    run = Run(config)
+    generate(config, run)
+    write_scores(run)
+    build_pairs(config, run)
+    build_cache(config, run)
+    shutil.copytree(run.path, folder / "before")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=4))
+    train(alone, Run(alone))
+    return folder, run.path
+
+
+@pytest.mark.parametrize("words", [("--multi_gpu",), ("--use_fsdp", "--fsdp_version", "2")], ids=["replicas", "fsdp2"])
+def test_two_processes_equal_one(single, words):
+    folder, alone = single
+    output = folder / words[0].strip("-")
+    shutil.copytree(folder / "before", output)
+    launch(folder / "config.yaml", output, *words)
+    logs = [list(csv.DictReader((path / "train/log.csv").open())) for path in (alone, output)]
+    assert len(logs[1]) == STEPS and float(logs[1][-1]["beta"]) != 100.0
+    for one, two in zip(*logs, strict=True):
+        assert {name: float(value) for name, value in two.items()} == pytest.approx(
+            {name: float(value) for name, value in one.items()}, rel=1e-5, abs=1e-5, nan_ok=True
+        )
+    file = "train/lora/pytorch_lora_weights.safetensors"
+    weights = [load_file(path / file) for path in (alone, output)]
+    assert max(value.abs().max() for value in weights[0].values()) > 1e-2
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+    # one process wrote: everything has its manifest entry, and nothing else is there
+    written = {str(path.relative_to(output / "train")) for path in (output / "train").rglob("*") if path.is_file()}
+    assert written - {"manifest.json"} == output_hashes(output / "train").keys()
+
+
+def test_pairs_are_dealt_whole_and_each_once():
+    places = list(range(12))
+    hands = [dealt(places, 2, rank, 3) for rank in range(3)]
+    assert hands == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+
+
+def test_merged_batches_have_the_figures_of_one():
+    family = family_of(tiny_wan())
+    pairs = make_pairs(family, count=5)
+    pairs[1].patch_rewards[:] = float("nan")
+    pairs[1].video_rewards[:] = float("nan")
+    objective = GranDPO(video_beta=20.0, patch_beta=5.0, patch_sft_weight=0.5)
+
+    def output(chosen):
+        samples = torch.stack([pairs[index].latents for index in chosen], 1).flatten(0, 1)
+        rewards = torch.stack([pairs[index].patch_rewards for index in chosen], 1).flatten(0, 1)
+        videos = torch.stack([pairs[index].video_rewards for index in chosen], 1).flatten(0, 1)
+        return gran_dpo(samples, 0.3 * samples.cos(), samples.sin(), rewards, videos, objective=objective)
+
+    whole = output([0, 1, 2, 3, 4])
+    parts = merged([compact(output(chosen), "BCFHW") for chosen in ([0, 1], [2, 3, 4])])
+    assert parts.num_pairs == whole.num_pairs == 4
+    expected = {name: float(value) for name, value in whole.metrics().items()}
+    assert {name: float(value) for name, value in parts.metrics().items()} == pytest.approx(
+        expected, rel=1e-5, nan_ok=True
+    )
+    assert float(parts.loss) == pytest.approx(float(whole.loss), rel=1e-5)
