@@ -106,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        compact = RewardModel(RewardModelConfig(("quality", "alignment"), causal=False, pretrained=False)).eval()
+        compact = RewardModel(RewardModelConfig(("quality", "alignment"), causal=False)).eval()
         models = {"Qwen2-VL, random": (vision_language_model(Path(folder)), SIDE), "compact": (compact, 96)}
         for name, (model, side) in models.items():
             for patches in options.patches:
