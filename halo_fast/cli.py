@@ -87,8 +87,7 @@ def _dispatch(arguments: list[str]) -> None:
     elif verb == "demo":
         _demo(rest)
     elif verb == "export":
-        for file in _call("halo export", *_EXPORT, rest):
-            print(file)
+        print(_call("halo export", *_EXPORT, rest))
     elif verb == "run":
         _stages(verb, list(_STAGES), "run all stages, one after another", rest)
     elif (verb, *rest[:1]) == ("reward", "eval"):

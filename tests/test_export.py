@@ -158,20 +158,20 @@ def test_exported_files_load_in_a_fresh_pipeline_and_give_the_trained_output(tra
 
 def test_default_place_of_an_export_is_the_run_directory(trained):
     run, *_ = trained
-    assert export_run(run) == [run / "export/diffusers/pytorch_lora_weights.safetensors"]
+    assert export_run(run) == run / "export/diffusers/pytorch_lora_weights.safetensors"
     source = run / "train/lora/pytorch_lora_weights.safetensors"
-    assert load_file(export_run(run)[0]).keys() == load_file(source).keys()
-    assert export_run(run, "comfyui") == [run / "export/comfyui/lora_transformer.safetensors"]
+    assert load_file(export_run(run)).keys() == load_file(source).keys()
+    assert export_run(run, "comfyui") == run / "export/comfyui/lora_transformer.safetensors"
 
 
-def test_two_experts_become_two_files(tmp_path):
-    lora = adapter({"transformer.blocks.0.attn1.to_q": (4, 4), "transformer_2.blocks.0.attn1.to_q": (4, 4)})
-    write_safetensors(tmp_path / "train/lora/pytorch_lora_weights.safetensors", lora, {"pipeline": "WanPipeline"})
-    files = export_run(tmp_path, "comfyui")
-    assert [file.name for file in files] == ["lora_transformer.safetensors", "lora_transformer_2.safetensors"]
-    for file, prefix in zip(files, ("transformer", "transformer_2"), strict=True):
-        down = load_file(file)["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
-        assert torch.equal(down, lora[f"{prefix}.blocks.0.attn1.to_q.lora_A.weight"])
+def test_file_for_comfyui_is_called_after_the_expert(tmp_path):
+    lora = adapter({"transformer.blocks.0.attn1.to_q": (4, 4)})
+    told = {"pipeline": "WanPipeline", "network": "transformer_2"}
+    write_safetensors(tmp_path / "train/lora/pytorch_lora_weights.safetensors", lora, told)
+    file = export_run(tmp_path, "comfyui")
+    assert file == tmp_path / "export/comfyui/lora_transformer_2.safetensors"
+    down = load_file(file)["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
+    assert torch.equal(down, lora["transformer.blocks.0.attn1.to_q.lora_A.weight"])
 
 
 def test_mistakes_of_the_command_are_told_in_one_line(tmp_path, capsys):
