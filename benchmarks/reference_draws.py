@@ -45,7 +45,7 @@ def main() -> None:
             started = time.perf_counter()
             result = fit(family, pairs, replace(config.train, seed=seed, reference_draws=draws or None))
             seconds.append(time.perf_counter() - started)
-            family.pipeline.load_lora_weights(dict(result.lora))
+            family.load_lora(result.lora)
             try:
                 severity, correct = _measure(config, family, meters, prompts)
             finally:

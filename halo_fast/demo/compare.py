@@ -111,7 +111,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
             if objective:
                 training = replace(config.train, objective=objective, seed=seed)
                 result = fit(family, pairs, training)
-                family.pipeline.load_lora_weights(dict(result.lora))
+                family.load_lora(result.lora)
             try:
                 columns = _sample_and_measure(config, family, meter)
             finally:

@@ -134,11 +134,13 @@ def _sample(config: Config, rows: Sequence[dict[str, Any]], lora: Path, folder: 
     missing = [batch for batch in batches if not all((folder / row["video"]).exists() for row in batch)]
     if not missing:
         return
+    from safetensors.torch import load_file
+
     family = load(config.pretrained_model_name_or_path)
     aligned = False
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0]["arm"] == "aligned" and not aligned:
-            family.pipeline.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
+            family.load_lora(load_file(lora / "pytorch_lora_weights.safetensors"))
             aligned = True
         prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
         _, videos = sample_clips(family, prompts, seeds, config.generate)
