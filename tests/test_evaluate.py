@@ -14,7 +14,8 @@ from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 
 from halo_fast.config import EvaluateConfig
 from halo_fast.data.clips import read_clip
-from halo_fast.evaluate import bootstrap_interval, compare_arms, evaluate, load_meter, severity_mitigated, spearman
+from halo_fast.evaluate import bootstrap_interval, compare_arms, evaluate, severity_mitigated, spearman
+from halo_fast.evaluate.statistics import rates_by_kind
 from halo_fast.families import load
 from halo_fast.generate import clip_seed, sample_clips
 from halo_fast.rewards import RewardModel, RewardModelConfig
@@ -75,13 +76,50 @@ def test_compare_arms_by_hand():
     assert metrics["base_severity"] == pytest.approx(0.4) and metrics["aligned_severity"] == pytest.approx(0.2)
     assert metrics["base_defect_rate"] == pytest.approx(2 / 3)
     assert metrics["aligned_defect_rate"] == pytest.approx(1 / 3)
-    assert metrics["per_kind"]["smear"] == {"base_rate": pytest.approx(1 / 3), "aligned_rate": 0}
+    assert metrics["per_kind"] == {
+        "smear": {
+            "base_severity": pytest.approx(0.2),
+            "aligned_severity": pytest.approx(0.1),
+            "base_rate": pytest.approx(2 / 3),
+            "aligned_rate": pytest.approx(1 / 3),
+        }
+    }
     assert metrics["mitigated"] == pytest.approx(2 / 3)
     # every clip is alike, so every resample is
     np.testing.assert_allclose(metrics["mitigated_interval"], 2 / 3)
     assert (metrics["fidelity_base"], metrics["fidelity_aligned"]) == (0.5, 0.75)
     assert metrics["fidelity"]["colour"] == {"base": 0.5, "aligned": 0.75}
-    assert metrics["motion_ratio"] == 0.75
+    assert metrics["fidelity_difference"] == 0.25
+    assert metrics["motion_ratio"] == 0.75 and metrics["motion_ratio_interval"] == [0.75, 0.75]
+
+
+def test_intervals_of_fidelity_and_motion_are_scipys():
+    rng = np.random.default_rng(5)
+    base, aligned = (arm(0.5, [1.0] * 4, 1.0) for _ in range(2))
+    for columns, share in ((base, 0.6), (aligned, 0.8)):
+        columns |= {f"{name}_correct": rng.random(150) < share for name in ("digit", "colour", "motion", "fidelity")}
+        columns |= {"motion_amount": rng.gamma(4, size=150), "severity": rng.random((150, 3))}
+        columns["severity_smear"] = columns["severity"]
+    metrics = compare_arms(base, aligned, 0.0, resamples=4000, seed=0)
+    for figure, name, statistic in (
+        ("fidelity_difference", "fidelity_correct", lambda x, y: y.mean() - x.mean()),
+        ("motion_ratio", "motion_amount", lambda x, y: y.mean() / x.mean()),
+    ):
+        data = base[name].astype(float), aligned[name].astype(float)
+        expected = scipy.stats.bootstrap(
+            data, statistic, paired=True, vectorized=False, method="percentile", n_resamples=4000, rng=1
+        ).confidence_interval
+        width = expected.high - expected.low
+        np.testing.assert_allclose(metrics[f"{figure}_interval"], expected, atol=0.06 * width)
+        assert metrics[figure] == pytest.approx(statistic(*data))
+
+
+def test_rates_by_kind_add_up_and_keep_rare_kinds():
+    severity = np.array([[0.9, 0.3], [0.2, 0.6]])
+    # the second kind is never above the threshold by itself
+    by_kind = np.array([[[0.8, 0.1], [0.2, 0.35]], [[0.1, 0.2], [0.0, 0.2]], [[0.0, 0.0], [0.0, 0.0]]])
+    np.testing.assert_allclose(rates_by_kind(severity, by_kind), [0.5, 0.25, 0.0])
+    assert rates_by_kind(severity, by_kind).sum() == pytest.approx((severity > 0.25).mean())
 
 
 def test_a_figure_that_is_not_defined_is_left_out():
@@ -192,7 +230,8 @@ def test_mistakes_are_named(tmp_path):
     run = aligned_run(tmp_path)
     run.config.evaluate.meter = "eye"
     with pytest.raises(UserError, match='evaluate.meter: expected "demo" or "reward", got \'eye\''):
-        load_meter(run.config, RewardModel.load(run.path / "reward"))
+        evaluate(run.config, run)
+    run.config.evaluate.meter = "reward"
     (run.path / "train" / "manifest.json").unlink()
     with pytest.raises(UserError, match="run `halo train` with this config first"):
         evaluate(run.config, run)

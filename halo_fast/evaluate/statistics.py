@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from halo_fast.rewards.agreement import bootstrap_interval, spearman
 
-__all__ = ["DEFECTIVE", "bootstrap_interval", "compare_arms", "severity_mitigated", "spearman"]
+__all__ = ["DEFECTIVE", "bootstrap_interval", "compare_arms", "rates_by_kind", "severity_mitigated", "spearman"]
 
 DEFECTIVE = 0.25
 """A patch whose severity is above this is defective."""
@@ -29,6 +29,24 @@ def severity_mitigated(base: float, aligned: float, clean: float) -> float:
         no worse than clean ones.
     """
     return 1 - (aligned - clean) / (base - clean) if base > clean else float("nan")
+
+
+def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64]:
+    """Share of all patches that are defective, by kind; the shares add up to the share of defective patches.
+
+    A patch whose severity is above DEFECTIVE counts for the kind that is severest in it: an estimate of one kind alone
+    is drawn towards 0 where other kinds are likelier, so that a threshold on it would lose rare kinds.
+
+    Args:
+        severity: of each patch, [...] in [0, 1].
+        by_kind: its split by kind, [K, ...].
+
+    Returns:
+        the shares, [K].
+    """
+    severity, by_kind = np.asarray(severity), np.asarray(by_kind)
+    kinds = np.arange(len(by_kind)).reshape(-1, *[1] * severity.ndim)
+    return ((by_kind.argmax(axis=0) == kinds) & (severity > DEFECTIVE)).reshape(len(by_kind), -1).mean(axis=1)
 
 
 def compare_arms(
@@ -66,27 +84,54 @@ def compare_arms(
     }
     if np.isfinite(metrics["mitigated"]):
         metrics["mitigated_interval"] = list(bootstrap_interval(mitigated, len(means[0]), resamples, seed))
-    kinds = [name.removeprefix("severity_") for name in arms[0] if name.startswith("severity_")]
-    if kinds:
-        metrics["per_kind"] = {
-            kind: {
-                f"{arm}_rate": _defect_rate(columns[f"severity_{kind}"])
-                for arm, columns in zip(("base", "aligned"), arms, strict=True)
-            }
-            for kind in kinds
-        }
+    metrics |= _per_kind(arms)
     if "fidelity_correct" in arms[0]:
-        metrics["fidelity_base"], metrics["fidelity_aligned"] = [float(arm["fidelity_correct"].mean()) for arm in arms]
-        metrics["fidelity"] = {
+        metrics |= _fidelity_and_motion(arms, resamples, seed)
+    return {name: value for name, value in metrics.items() if not (isinstance(value, float) and np.isnan(value))}
+
+
+def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
+    """Mean severity and share of defective patches by kind, base and aligned; nothing where no kinds were measured."""
+    kinds = [name.removeprefix("severity_") for name in arms[0] if name.startswith("severity_")]
+    if not kinds:
+        return {}
+    per_kind: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    for arm, columns in zip(("base", "aligned"), arms, strict=True):
+        by_kind = np.stack([columns[f"severity_{kind}"] for kind in kinds])
+        for kind, mean, rate in zip(kinds, by_kind, rates_by_kind(columns["severity"], by_kind), strict=True):
+            per_kind[kind] |= {f"{arm}_severity": float(mean.mean()), f"{arm}_rate": float(rate)}
+    return {"per_kind": per_kind}
+
+
+def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
+    """What the prompt names and how much moves, base and aligned, with intervals over prompts."""
+    correct, motion = ([arm[name] for arm in arms] for name in ("fidelity_correct", "motion_amount"))
+
+    def gain(rows: NDArray[np.int64] | slice) -> float:
+        return float(correct[1][rows].mean() - correct[0][rows].mean())
+
+    def motion_ratio(rows: NDArray[np.int64] | slice) -> float:
+        moved = motion[0][rows].mean()
+        return float(motion[1][rows].mean() / moved) if moved > 0 else float("nan")
+
+    count, everything = len(correct[0]), slice(None)
+    metrics: dict[str, Any] = {
+        "fidelity_base": float(correct[0].mean()),
+        "fidelity_aligned": float(correct[1].mean()),
+        "fidelity_difference": gain(everything),
+        "fidelity_difference_interval": list(bootstrap_interval(gain, count, resamples, seed)),
+        "fidelity": {
             name: {
                 arm: float(columns[f"{name}_correct"].mean())
                 for arm, columns in zip(("base", "aligned"), arms, strict=True)
             }
             for name in _FIDELITY
-        }
-        motion = [float(arm["motion_amount"].mean()) for arm in arms]
-        metrics["motion_ratio"] = motion[1] / motion[0] if motion[0] > 0 else float("nan")
-    return {name: value for name, value in metrics.items() if not (isinstance(value, float) and np.isnan(value))}
+        },
+        "motion_ratio": motion_ratio(everything),
+    }
+    if np.isfinite(metrics["motion_ratio"]):
+        metrics["motion_ratio_interval"] = list(bootstrap_interval(motion_ratio, count, resamples, seed))
+    return metrics
 
 
 def _defect_rate(severity: NDArray[np.float64]) -> float:
