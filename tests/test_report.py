@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from halo_fast.config import Config, TrainConfig
+from halo_fast.config import Config
 from halo_fast.data.clips import write_clip
+from halo_fast.demo import WEIGHTS
 from halo_fast.report import write_report
 from halo_fast.report.chart import Series, line_chart
 from halo_fast.report.clips import browser_video, severity_strip
@@ -36,11 +37,14 @@ METRICS = {
     "patch_spearman": 0.93,
     "fidelity_base": 0.62,
     "fidelity_aligned": 0.71,
+    "fidelity_difference": 0.09,
+    "fidelity_difference_interval": [-0.02, 0.2],
     "motion_ratio": 0.97,
+    "motion_ratio_interval": [0.91, 1.04],
     "meter_clean_reading": 0.013,
     "per_kind": {
-        "flicker": {"base_rate": 0.31, "aligned_rate": 0.02},
-        "smear": {"base_rate": 0.4, "aligned_rate": 0.0},
+        "flicker": {"base_severity": 0.2125, "aligned_severity": 0.0125, "base_rate": 0.31, "aligned_rate": 0.02},
+        "smear": {"base_severity": 0.25, "aligned_severity": 0.0, "base_rate": 0.4, "aligned_rate": 0.0},
     },
     "fidelity": {"digit": {"base": 0.74, "aligned": 0.8}, "motion": {"base": 0.97, "aligned": 0.96}},
     "num_prompts": 5,
@@ -64,6 +68,7 @@ def clip(number: int, arm: str) -> np.ndarray:
 
 def make_run(folder, metrics=METRICS, prompts=5) -> Run:
     config = Config(output_dir=str(folder / "run"))
+    config.evaluate.num_prompts, config.evaluate.bootstrap = prompts, 7
     config.report.num_clips = 4
     run = Run(config)
     with run.stage("reward", {}, {}) as stage:
@@ -74,7 +79,7 @@ def make_run(folder, metrics=METRICS, prompts=5) -> Run:
         ]
         write_csv(stage.folder / "history.csv", rows)
         stage.finish({"steps": 80})
-    with run.stage("train", {}, {}) as stage:
+    with run.stage("train", {"learning_rate": config.train.learning_rate}, {}) as stage:
         noise = np.random.default_rng(0)
         rows = [
             {
@@ -89,8 +94,24 @@ def make_run(folder, metrics=METRICS, prompts=5) -> Run:
             for step in range(100)
         ]
         write_csv(stage.folder / "log.csv", rows)
+        rows = [
+            {
+                "step": step,
+                "split": split,
+                "label": label,
+                "group": group,
+                "bucket": "",
+                "accuracy": 0.6,
+                "margin": step,
+            }
+            for step in (0, 50, 100)
+            for split in ("heldout", "train")
+            for label in ("video", "patch")
+            for group in ("all", "timestep")
+        ]
+        write_csv(stage.folder / "diagnostics.csv", rows)
         stage.finish({"steps": 100, "pairs": 96})
-    with run.stage("evaluate", {}, {}) as stage:
+    with run.stage("evaluate", {"meter": "demo", "num_prompts": prompts, "bootstrap": 7}, {}) as stage:
         generator, rows = np.random.default_rng(1), []
         for number in range(prompts):
             for arm in ("base", "aligned"):
@@ -144,7 +165,7 @@ class Elements(HTMLParser):
         return [attributes for name, attributes in self.found if name == tag]
 
 
-def test_page_holds_headline_tables_and_every_setting(page):
+def test_page_holds_headline_tables_and_every_setting(run, page):
     text = " ".join(Elements(page).text.split())
     for words in (
         "83% of the local defects mitigated",
@@ -153,19 +174,58 @@ def test_page_holds_headline_tables_and_every_setting(page):
         "62% → 71%",
         "0.97× the base",
         "0.93 patch rewards",
+        "difference +9 points, 95% interval -2 to +20",
+        "95% interval 0.91 to 1.04",
         "flicker 31.0% 2.0%",
+        "flicker 0.2125 0.0125",
         "digit 74.0% 80.0%",
         "video visual quality 2.75 4.50",
         "train 100 steps, 96 pairs",
     ):
         assert words in text
     for setting in (
-        f"learning_rate: {TrainConfig.learning_rate}",
-        "patch_sft_weight: 0.5",
-        "num_inference_steps: 16",
-        "teacher: demo",
+        f"learning_rate: {run.config.train.learning_rate}",
+        "bootstrap: 7",
+        "pretrained_model_name_or_path: demo:graded",
+        "num_clips: 4",
     ):
         assert setting in text
+    # of stages that this directory does not hold nothing is known
+    assert "num_inference_steps" not in text
+
+
+def test_page_says_what_the_meters_are_worth(page):
+    text = " ".join(Elements(page).text.split())
+    measured = json.loads((WEIGHTS / "meters.json").read_text())
+    for kind in measured["graded"]["auc_by_kind"]:
+        figures = []
+        for of in (measured["graded"], measured["patchy"]):
+            planted, named = of["planted_rate_by_kind"][kind], of["measured_rate_by_kind"][kind]
+            figures.append(f"{of['auc_by_kind'][kind]:.3f} {of['channel_auc_by_kind'][kind]:.3f}")
+            figures.append(f"{100 * planted:.1f}% → {100 * named:.1f}%")
+        assert " ".join([kind, *figures]) in text
+    assert f"digit right {100 * measured['clean']['fidelity']['digit']:.1f}%" in text
+    removed = [measured[base]["removed"][-1] for base in ("graded", "patchy")]
+    figures = [f"{row['severity']:.3f} {row['motion_ratio']:.2f} {100 * row['fidelity']:.1f}%" for row in removed]
+    assert " ".join(["100%", *figures]) in text
+
+
+def test_diagnostics_are_drawn(page):
+    pictures = [picture["aria-label"] for picture in Elements(page).all("svg")]
+    (margin,) = [label for label in pictures if label.startswith("Mean margin, by pairs")]
+    names = ("patch, heldout", "patch, train", "video, heldout", "video, train")
+    assert all(f"{name} from 0 to 100" in margin for name in names)
+
+
+def test_a_moved_directory_keeps_its_report(tmp_path, capsys):
+    run = make_run(tmp_path, prompts=1)
+    write_report(run.config, run)
+    page = hash_file(run.path / "report" / "report.html")
+    moved = run.path.rename(tmp_path / "elsewhere")
+    run.config.output_dir = str(moved)
+    write_report(run.config, Run(run.config))
+    assert "report: finished before, kept" in capsys.readouterr().err
+    assert hash_file(moved / "report" / "report.html") == page
 
 
 def test_page_is_self_contained_and_accessible(page):
@@ -198,6 +258,8 @@ def test_a_missing_key_leaves_its_row_out(tmp_path):
     write_report(run.config, run)
     text = " ".join(Elements((run.path / "report" / "report.html").read_text()).text.split())
     assert "50% → 0%" in text
+    # what follows speaks of the meters, whatever was measured with them
+    text = text.partition("The meters")[0]
     for words in ("mitigated", "Spearman", "what the prompt names", "motion"):
         assert words not in text
 

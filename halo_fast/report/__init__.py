@@ -3,15 +3,16 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halo_fast.config import Config, to_yaml
+from halo_fast.config import Config
 from halo_fast.data.clips import read_clip
 from halo_fast.evaluate.statistics import DEFECTIVE
 from halo_fast.report.chart import Series, line_chart
 from halo_fast.report.clips import browser_picture, browser_video, severity_strip
-from halo_fast.runs import Run, UserError, versions, write_bytes
+from halo_fast.runs import Run, UserError, progress, versions, write_bytes
 
 __all__ = ["write_report"]
 
@@ -36,19 +37,28 @@ def write_report(config: Config, run: Run) -> None:
         run: the run directory.
     """
     inputs: dict[str, Path | str] = {stage: run.require(stage) for stage in ("reward", "train", "evaluate")}
-    with run.stage("report", config, inputs) as stage:
+    manifests = _manifests(run)
+    if manifests["evaluate"]["settings"].get("meter") == "demo":
+        from halo_fast.demo import WEIGHTS
+
+        inputs["meters"] = WEIGHTS / "meters.json"
+    # a directory that is moved keeps its report
+    settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    with run.stage("report", settings, inputs) as stage:
         if not stage.done:
             clips = _clips(run, config.report.num_clips)
             metrics = json.loads((run.path / "evaluate" / "metrics.json").read_text())
             page = _page(
-                title=config.output_dir,
+                title=run.path.resolve().name,
                 metrics=metrics,
                 defective=DEFECTIVE,
+                meters=json.loads(Path(inputs["meters"]).read_text()) if "meters" in inputs else None,
                 clips=clips,
                 training=_training_charts(run.path / "train" / "log.csv"),
+                diagnostics=_diagnostics_charts(run.path / "train" / "diagnostics.csv"),
                 reward=_reward_charts(run.path / "reward" / "history.csv"),
-                counts=_counts(run),
-                settings=to_yaml(config),
+                counts={stage: manifest["counts"] for stage, manifest in manifests.items()},
+                settings=_settings(manifests, config),
                 versions=versions(),
             )
             write_bytes(stage.folder / "report.html", page.encode())
@@ -82,7 +92,7 @@ def _clips(run: Run, count: int) -> list[dict[str, Any]]:
         raise UserError(f"{folder / 'clips.parquet'}: no prompt has both a base and an aligned clip; redo evaluate")
     return [
         {"prompt": pair[0]["prompt"], "seed": pair[0]["seed"], "arms": [_arm(run.config, folder, row) for row in pair]}
-        for pair in pairs[:count]
+        for pair in progress(pairs[:count], len(pairs[:count]), "report: encoding clips")
     ]
 
 
@@ -136,6 +146,33 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _counts(run: Run) -> dict[str, dict[str, int | float]]:
-    manifests = {stage: run.path / stage / "manifest.json" for stage in _STAGES}
-    return {stage: json.loads(path.read_text())["counts"] for stage, path in manifests.items() if path.exists()}
+def _diagnostics_charts(file: Path) -> Sequence[str]:
+    """Whether it is learning: accuracy and mean margin over all times, held-out pairs against the training's own."""
+    rows = [row for row in _read_csv(file) if row["group"] == "all"] if file.exists() else []
+    charts = []
+    for value, title in (("accuracy", "Share of preferences learned"), ("margin", "Mean margin")):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            points = curves.setdefault(f"{row['label']}, {row['split']}", [])
+            points.append((float(row["step"]), float(row[value])))
+        if curves:
+            charts.append(line_chart(f"{title}, by pairs", [Series(name, curves[name]) for name in sorted(curves)]))
+    return charts
+
+
+def _manifests(run: Run) -> dict[str, dict[str, Any]]:
+    """The manifests of the stages that the directory holds, in their order."""
+    files = {stage: run.path / stage / "manifest.json" for stage in _STAGES}
+    return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.exists()}
+
+
+def _settings(manifests: dict[str, dict[str, Any]], config: Config) -> str:
+    """What every stage was made with, as its own manifest says, and what only the report was told, in YAML."""
+    import yaml
+
+    names = ("pretrained_model_name_or_path", "prompts", "evaluation_prompts")
+    stages = {
+        stage: {**manifest["settings"], "sha256 of inputs": manifest["inputs"]} for stage, manifest in manifests.items()
+    }
+    told = {"run": {name: getattr(config, name) for name in names}, **stages, "report": asdict(config.report)}
+    return str(yaml.safe_dump(told, sort_keys=False, width=120))
