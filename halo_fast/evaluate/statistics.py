@@ -34,8 +34,8 @@ def severity_mitigated(base: float, aligned: float, clean: float) -> float:
 def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64]:
     """Share of all patches that are defective, by kind; the shares add up to the share of defective patches.
 
-    A patch whose severity is above DEFECTIVE counts for the kind that is severest in it: an estimate of one kind alone
-    is drawn towards 0 where other kinds are likelier, so that a threshold on it would lose rare kinds.
+    A patch whose severity is above DEFECTIVE counts for the kind that is severest in it. Estimates of rare kinds are
+    drawn towards 0, so that such patches may still be given to another kind.
 
     Args:
         severity: of each patch, [...] in [0, 1].
