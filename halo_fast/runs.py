@@ -238,7 +238,7 @@ class Run:
         """What this config says under the names by which stage `name` keeps its settings."""
         section = getattr(self.config, name, None)
         owners = {key: owner for key in keys for owner in (self.config, section) if hasattr(owner, key)}
-        return _flat(_plain({key: getattr(owner, key) for key, owner in owners.items()}))
+        return _flat({key: _plain(getattr(owner, key)) for key, owner in owners.items()})
 
 
 class Stage:

@@ -351,6 +351,14 @@ def test_require_refuses_a_stage_of_another_config(config):
         Run(other).require("score")
 
 
+def test_require_compares_nested_settings(config):
+    work(config, config.train, name="train")
+    assert Run(config).require("train")
+    other = dataclasses.replace(config, train=TrainConfig(objective=ObjectiveConfig(video_beta=7.0)))
+    with pytest.raises(UserError, match=r"train: was made with objective\.video_beta = .* now it is 7\.0"):
+        Run(other).require("train")
+
+
 def test_require_refuses_a_stage_whose_input_changed_since(config):
     run = Run(config)
     work(config, name="generate")

@@ -1,13 +1,16 @@
 """Clips on disk: lossless H.264 in mp4, read and written with PyAV."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from halo_fast.runs import UserError, replacing
 
-__all__ = ["read_clip", "write_clip"]
+__all__ = ["latent_factors", "read_clip", "write_clip"]
 
 
 def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
@@ -55,3 +58,20 @@ def read_clip(path: Path | str) -> Tensor:
     if not frames:
         raise UserError(f"clip {path}: expected a readable video, got one without frames; make it again or remove it")
     return torch.stack(frames)
+
+
+def latent_factors(folder: Path, clip: Mapping[str, Any]) -> tuple[int, int, bool] | None:
+    """What the autoencoder compressed space and time of a generated clip by, and whether it is causal.
+
+    Args:
+        folder: of the stage generate.
+        clip: a row of its clips.parquet; without latents there is nothing to tell, and None comes back.
+    """
+    if not clip["latents"] or not (folder / clip["latents"]).exists():
+        return None
+    with safe_open(folder / clip["latents"], framework="pt") as file:
+        frames, height, _ = file.get_slice("latents").get_shape()[-3:]
+    video_frames, video_height = read_clip(folder / clip["video"]).shape[:2]
+    causal = frames > 1 and (video_frames - 1) % (frames - 1) == 0
+    time = (video_frames - 1) // (frames - 1) if causal else video_frames // frames
+    return video_height // height, time, causal

@@ -16,11 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from halo_fast.config import Config
-from halo_fast.data.clips import read_clip
+from halo_fast.data.clips import latent_factors, read_clip
 from halo_fast.patches import PatchGrid
 from halo_fast.runs import Run, UserError, hash_file, read_table
 from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label
-from halo_fast.teachers.stage import latent_factors
 from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["LabelServer", "label"]
@@ -176,7 +175,8 @@ class LabelServer(ThreadingHTTPServer):
 
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
-        return PatchGrid(self._grid, frames, height, width, *latent_factors([self._clips[index]], self._folder))
+        factors = latent_factors(self._folder, self._clips[index]) or (1, 1, False)
+        return PatchGrid(self._grid, frames, height, width, *factors)
 
 
 def _nullable(score: float) -> float | None:

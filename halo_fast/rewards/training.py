@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from halo_fast.config import Config, RewardConfig
-from halo_fast.data.clips import read_clip
+from halo_fast.data.clips import latent_factors, read_clip
 from halo_fast.rewards.losses import calibrate, preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel, RewardModelConfig
 from halo_fast.runs import Run, UserError, progress, write_csv, write_safetensors
@@ -124,20 +124,8 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
         video_dimensions,
         patch_dimensions,
     )
-    if not found[0]["latents"]:
-        return RewardModelConfig(video_dimensions, patch_dimensions), data
-    with safe_open(clips / found[0]["latents"], framework="pt") as file:
-        latent_shape = file.get_slice("latents").get_shape()
-    factors = _factors(data.videos.shape[1:4], latent_shape[-3:])
+    factors = latent_factors(clips, found[0]) or ()
     return RewardModelConfig(video_dimensions, patch_dimensions, *factors), data
-
-
-def _factors(video: Sequence[int], latent: Sequence[int]) -> tuple[int, int, bool]:
-    """What the autoencoder compresses space and time by, and whether it is causal, from (frames, height, width)."""
-    spatial = video[1] // latent[1]
-    if latent[0] > 1 and (video[0] - 1) % (latent[0] - 1) == 0:
-        return spatial, (video[0] - 1) // (latent[0] - 1), True
-    return spatial, video[0] // latent[0], False
 
 
 def fit(

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from halo_fast.config import Config
-from halo_fast.data.clips import read_clip
+from halo_fast.data.clips import latent_factors, read_clip
 from halo_fast.runs import Run, UserError, hash_file, hash_text, progress, read_table, write_parquet
 from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label, Person, Teacher
 from halo_fast.teachers.openai import Clip, OpenAITeacher
 from halo_fast.teachers.store import LabelStore, label_key
 
-__all__ = ["annotate", "latent_factors", "load_teacher"]
+__all__ = ["annotate", "load_teacher"]
 
 _PENDING = {"unavailable", "unlabelled"}  # nobody has answered yet: not kept, so that the answer may still come
 
@@ -77,9 +77,8 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     folder = run.require("generate/clips.parquet").parent
     clips = _chosen(read_table(folder / "clips.parquet").to_pylist(), config)
     with LabelStore(run.path / "labels.sqlite") as store:
-        teacher = teacher or load_teacher(
-            config, store, latent_factors(clips, folder), [clip["prompt"] for clip in clips]
-        )
+        factors = latent_factors(folder, clips[0]) or (1, 1, False)
+        teacher = teacher or load_teacher(config, store, factors, [clip["prompt"] for clip in clips])
         settings = asdict(config.annotate) | {"judge": teacher.name, "grid": config.grid, "seed": config.seed}
         del settings["openai"]
         if isinstance(teacher, OpenAITeacher):
@@ -188,20 +187,6 @@ def _judge(
 
 def _clip(clip: dict[str, Any], folder: Path) -> Clip:
     return Clip(clip["hash"], clip["prompt"], lambda: read_clip(folder / clip["video"]))
-
-
-def latent_factors(clips: Sequence[dict[str, Any]], folder: Path) -> tuple[int, int, bool]:
-    """What the autoencoder compresses space and time by, and whether it is causal, from the first clip's latents."""
-    if not clips or not clips[0]["latents"] or not (folder / clips[0]["latents"]).exists():
-        return 1, 1, False
-    from safetensors import safe_open
-
-    with safe_open(folder / clips[0]["latents"], framework="pt") as file:
-        frames, height, _ = file.get_slice("latents").get_shape()[-3:]
-    video = read_clip(folder / clips[0]["video"]).shape
-    causal = frames > 1 and (video[0] - 1) % (frames - 1) == 0
-    time = (video[0] - 1) // (frames - 1) if causal else video[0] // frames
-    return video[1] // height, time, causal
 
 
 def _chosen(clips: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
