@@ -113,7 +113,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
             objective = ARMS[arm]
             if objective:
                 training = replace(config.train, objective=objective, seed=seed)
-                result = fit(family, pairs, training)
+                result = fit(family, pairs, training, references=run.path / "reference_errors")
                 family.load_lora(result.lora)
             try:
                 columns = _sample_and_measure(config, family, meter)
@@ -257,7 +257,8 @@ def _document(
         f"--num_prompts {num_prompts} "
         f"--max_train_steps {max_train_steps} --table docs/results.md`: "
         f"{max_train_steps} steps of {TrainConfig.train_batch_size} pairs for "
-        f"every arm, {num_seeds} seeds, {num_prompts} held-out prompts with the same noise for all. Intervals are 95%, "
+        f"every arm, {num_seeds} seeds, {num_prompts} held-out prompts with the same noise for all. The reference's "
+        f"errors are cached for {TrainConfig.reference_draws} draws of noise and time a pair. Intervals are 95%, "
         f"bootstrapped over seeds and prompts; with only {num_seeds} seeds to draw from they are narrower "
         "than they should be.",
         "",
