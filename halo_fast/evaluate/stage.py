@@ -15,6 +15,7 @@ from halo_fast.evaluate.statistics import compare_arms, spearman
 from halo_fast.families import load, source
 from halo_fast.generate import clip_seed, prompt_source, read_prompts, sample_clips
 from halo_fast.rewards import RewardModel, score_columns
+from halo_fast.rewards.probes import probe_all
 from halo_fast.runs import Run, UserError, progress, write_bytes, write_json, write_parquet
 
 __all__ = ["evaluate", "evaluation_prompts", "load_meter"]
@@ -23,6 +24,7 @@ Meter = Callable[[Tensor, list[str]], dict[str, Tensor]]
 """Videos uint8 [N, F, H, W, 3] and prompts -> columns: severity [N, P] in [0, 1] and whatever else is measured."""
 
 _CLEAN_CLIPS = 256
+_PROBE_CLIPS = 32  # all of them are in memory at once
 # No candidate of a training prompt has this number, so that no evaluation clip starts from noise that was trained on.
 _CANDIDATE = -1
 
@@ -30,7 +32,8 @@ _CANDIDATE = -1
 def evaluate(config: Config, run: Run) -> None:
     """Sample base and aligned model on held-out prompts from the same noise and measure both; a stage.
 
-    Writes evaluate/clips.parquet, videos/{base,aligned}/*.mp4 and metrics.json, which is copied to the run directory.
+    Writes evaluate/clips.parquet, videos/{base,aligned}/*.mp4, probes.json (sanity of the reward model) and
+    metrics.json, which is copied to the run directory.
     A killed run is continued at the first unfinished batch; everything is measured on the mp4 files, read back.
 
     Raises:
@@ -66,6 +69,7 @@ def evaluate(config: Config, run: Run) -> None:
             table |= {name: values.tolist() for name, values in columns.items()}
             write_parquet(stage.folder / "clips.parquet", pyarrow.table(table))
             metrics = _metrics(config, columns, len(prompts), clean)
+            write_json(stage.folder / "probes.json", _probes(config, rows, stage.folder, model))
             write_json(stage.folder / "metrics.json", metrics)
             stage.finish({"prompts": len(prompts), "clips": len(rows)})
     write_bytes(run.path / "metrics.json", (stage.folder / "metrics.json").read_bytes())
@@ -161,6 +165,14 @@ def _measure(
         for name, values in columns.items():
             parts.setdefault(name, []).append(values.flatten(1) if values.ndim > 1 else values)
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def _probes(config: Config, rows: Sequence[dict[str, Any]], folder: Path, model: RewardModel) -> list[dict[str, Any]]:
+    """What the reward model makes of the aligned model's first clips when they are changed in known ways."""
+    aligned = [row for row in rows if row["arm"] == "aligned"][:_PROBE_CLIPS]
+    videos = torch.stack([read_clip(folder / row["video"]) for row in aligned])
+    probes = probe_all(model, videos, [row["prompt"] for row in aligned], config.grid, config.seed)
+    return [probe.as_dict() for probe in probes]
 
 
 def _metrics(config: Config, columns: dict[str, np.ndarray], count: int, clean: float) -> dict[str, Any]:

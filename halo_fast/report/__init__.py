@@ -52,6 +52,7 @@ def write_report(config: Config, run: Run) -> None:
                 title=run.path.resolve().name,
                 metrics=metrics,
                 defective=DEFECTIVE,
+                probes=_read_probes(run.path / "evaluate" / "probes.json"),
                 meters=json.loads(Path(inputs["meters"]).read_text()) if "meters" in inputs else None,
                 clips=clips,
                 training=_training_charts(run.path / "train" / "log.csv"),
@@ -139,6 +140,10 @@ def _reward_charts(history: Path) -> Sequence[str]:
         curves_of = _columns([row for row in rows if row["phase"] == phase], _REWARD_CHARTS)
         charts += [line_chart(f"Reward model, {phase} phase: {title}", curves) for title, curves in curves_of.items()]
     return charts
+
+
+def _read_probes(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
