@@ -262,6 +262,8 @@ class TrainConfig:
         diagnostics_steps: steps between two rows of diagnostics.csv.
         validation_prompts: prompts of previews, base beside policy; null for none.
         validation_steps: steps between two previews; the first is made before training.
+        network: part of the pipeline that is trained, where there are several: "transformer_2" is Wan 2.2's expert for
+            low noise; null for its first.
         seed: of LoRA weights, order of pairs, noise and timesteps.
     """
 
@@ -299,6 +301,7 @@ class TrainConfig:
     diagnostics_steps: int = 20
     validation_prompts: list[str] | None = None
     validation_steps: int = 500
+    network: str | None = None
     seed: int = 0
 
 

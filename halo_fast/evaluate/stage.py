@@ -140,7 +140,7 @@ def _sample(config: Config, rows: Sequence[dict[str, Any]], lora: Path, folder: 
         return
     from safetensors.torch import load_file
 
-    family = load(config.pretrained_model_name_or_path)
+    family = load(config.pretrained_model_name_or_path, network=config.train.network)
     aligned = False
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0]["arm"] == "aligned" and not aligned:

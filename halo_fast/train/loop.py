@@ -69,7 +69,7 @@ def train(config: Config, run: Run) -> None:
         if done[0]:
             return
         training, heldout = _split(CachedPairs(run), config.train)
-        family = load(name, device="cpu")
+        family = load(name, device="cpu", network=config.train.network)
         result = fit(
             family, training, config.train, folder=stage.folder, references=run.path / "reference_errors",
             heldout=heldout, generate=config.generate,
@@ -87,7 +87,7 @@ def dry_run(config: Config, run: Run) -> None:
         UserError: whatever `fit` finds wrong at its start.
     """
     training, heldout = _split(CachedPairs(run), config.train)
-    family = load(config.pretrained_model_name_or_path, device="cpu")
+    family = load(config.pretrained_model_name_or_path, device="cpu", network=config.train.network)
     some = training[: config.train.train_batch_size * config.train.gradient_accumulation_steps]
     with prepared(family, some, config.train, folder=None, references=None, progress=progress) as job:
         take_step(job, 0)  # kernels and compiled blocks warm up
