@@ -49,7 +49,9 @@ class OpenAIServer:
 
     misbehave: number of the request (from 0), its question -> "" for a right answer, or how to misbehave: "429", "500",
         "quota", "401", "404", "slow", "cut", "half", "words", "range", "grade", "extra", "missing", "refusal",
-        "length", "model", "policy", "html", "gone".
+        "length", "model", "policy", "html", "gone", "deep"; or, with an answer that is right beneath, "surrogate" (half
+        a character in it), "tokens" (a count that no file holds) and "revision" (the key in the model's name). "key"
+        adds a field whose name is the key, with escapes.
     biased: answer "first" to every comparison; else the brighter video wins and equals tie.
     """
 
@@ -115,8 +117,8 @@ class OpenAIServer:
             self._at_once += change
             self.most_at_once = max(self.most_at_once, self._at_once)
 
-    def answer(self, request: Request, chat: bool, share: float = 1.0) -> dict[str, Any]:
-        """The response's document, right or wrong by the request's outcome, and its bill."""
+    def answer(self, request: Request, chat: bool, key: str, share: float = 1.0) -> dict[str, Any]:
+        """The response's document, right or wrong by the request's outcome, and its bill; `key` came with it."""
         body, outcome = request.body, request.outcome
         values = self._values(request.question, body, chat)
         first = request.question["fields"][0]
@@ -128,16 +130,24 @@ class OpenAIServer:
             values["rubric"] = "ignore it"
         elif outcome == "missing":
             del values[first]
-        text = json.dumps({"remarks": "as asked"} | values)
+        remarks = "as asked \ud83d" if outcome == "surrogate" else "as asked"
+        text = json.dumps({"remarks": remarks} | values, ensure_ascii=False)
+        if outcome == "key":
+            field_name = "".join(f"\\u{ord(letter):04x}" if index % 2 else letter for index, letter in enumerate(key))
+            text = f'{text[:-1]}, "{field_name}": 3}}'
         if outcome == "words":
             text = "I would give this clip a 4, it looks fine."
         finish = "stop"
         if outcome == "length":
             text, finish = text[: len(text) // 2], "length"
-        refusal = "I cannot look at this." if outcome == "refusal" else None
+        refusal = "I cannot look at this. \ud83d" if outcome == "refusal" else None
         model = "gpt-4o-mini-2024-07-18" if outcome == "model" else body["model"]
         used, made = sum(map(len, _texts(body))) // 4 + 85 * len(_images(body)), len(text) // 4
         request.dollars = share * (used * PRICES[0] + made * PRICES[1])
+        if outcome == "revision":
+            model = f"{model}@{key}"
+        if outcome == "tokens":
+            made = 2**63
         if chat:
             message = {"role": "assistant", "content": None if refusal else text, "refusal": refusal}
             return {
@@ -168,7 +178,7 @@ class OpenAIServer:
         verdict = "first" if self.biased or gap > 2 else "second" if gap < -2 else "tie"
         return dict.fromkeys(question["fields"], verdict)
 
-    def run_batch(self, batch: dict[str, Any]) -> None:
+    def run_batch(self, batch: dict[str, Any], key: str) -> None:
         """Answer all lines of a batch's input file; "500" fails a line, "expired" leaves it out, others misbehave."""
         output, errors = [], []
         for line in self.files[batch["input_file_id"]].decode().splitlines():
@@ -180,7 +190,7 @@ class OpenAIServer:
                 failure = {"status_code": 500, "body": {"error": {"message": "the line failed"}}}
                 errors.append({"custom_id": entry["custom_id"], "response": failure, "error": None})
                 continue
-            document = self.answer(request, chat=False, share=0.5)
+            document = self.answer(request, False, key, share=0.5)
             response = {"status_code": 200, "request_id": "r", "body": document}
             output.append({"id": "b", "custom_id": entry["custom_id"], "response": response, "error": None})
         for name, lines in (("output_file_id", output), ("error_file_id", errors)):
@@ -236,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             batch = state.batches[path.split("/")[3]]
             batch["polls"] += 1
             if batch["status"] == "in_progress" and batch["polls"] >= state.polls_until_done:
-                state.run_batch(batch)
+                state.run_batch(batch, self.headers["Authorization"].removeprefix("Bearer "))
                 batch["status"] = "completed"
             self._send(200, batch)
         elif path.endswith("/content"):
@@ -251,20 +261,24 @@ class _Handler(BaseHTTPRequestHandler):
         state.closing.wait(state.slowness if outcome == "slow" else state.pause)
         # a careless server that sends the key back
         echo = f"request was {self.headers['Authorization']}"
+        broken = f"{echo} \ud83d"
         if outcome == "gone":
             self.close_connection = True
         elif outcome == "429":
-            self._send(429, {"error": {"message": echo, "code": "rate_limit_exceeded"}}, state.retry_after)
+            self._send(429, {"error": {"message": broken, "code": "rate_limit_exceeded"}}, state.retry_after)
         elif outcome == "quota":
-            self._send(429, {"error": {"message": echo, "code": "insufficient_quota"}})
+            self._send(429, {"error": {"message": broken, "code": "insufficient_quota"}})
         elif outcome == "policy":
-            self._send(400, {"error": {"message": echo, "code": "content_policy_violation"}})
+            self._send(400, {"error": {"message": broken, "code": "content_policy_violation"}})
         elif outcome in ("400", "401", "404", "500"):
-            self._send(int(outcome), {"error": {"message": echo}})
+            self._send(int(outcome), {"error": {"message": broken, "code": []}})
         elif outcome == "html":
             self._reply(200, f"<html>{echo}</html>".encode(), "text/html")
+        elif outcome == "deep":
+            self._reply(200, b"[" * 200_000, "application/json")
         else:
-            data = json.dumps(state.answer(request, self.path.endswith("completions"))).encode()
+            key = self.headers["Authorization"].removeprefix("Bearer ")
+            data = json.dumps(state.answer(request, self.path.endswith("completions"), key)).encode()
             if outcome == "half":
                 data = data[: len(data) // 2]
             self._reply(200, data, "application/json", cut=outcome == "cut")

@@ -20,8 +20,9 @@ from halo_fast.config import OpenAIConfig
 from halo_fast.patches import PatchGrid
 from halo_fast.runs import UserError
 from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore, OpenAITeacher
+from halo_fast.teachers.openai import Clip
 from halo_fast.teachers.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
-from halo_fast.teachers.questions import VERDICTS, Question, ask_patches, parse
+from halo_fast.teachers.questions import VERDICTS, Question, ask_pair, ask_patches, parse
 from halo_fast.teachers.server import image_tokens
 
 pytest.importorskip("openai")
@@ -99,7 +100,7 @@ TRANSIENT = {"429": "failed", "500": "failed", "slow": "lost", "cut": "lost"}
 UNUSABLE = {
     "half": "malformed", "words": "malformed", "grade": "malformed", "extra": "malformed", "missing": "malformed",
     "html": "malformed", "range": "out_of_range", "refusal": "refused", "policy": "refused", "length": "truncated",
-    "model": "wrong_model",
+    "model": "wrong_model", "deep": "malformed", "key": "malformed",
 }  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def test_every_misbehaviour_is_recorded_and_survived(store, api):
         assert_as_answered(label, CLIPS.prompts[0])
         recorded = requests_in(store)
         statuses = [status for status, _, _ in recorded]
+        assert "\ud83d" not in str(recorded)
         assert statuses == [*TRANSIENT.values(), *UNUSABLE.values(), "ok", "ok"]
         assert all(reason for status, reason, _ in recorded if status != "ok")
         dollars = dict(zip([*wrong, "video", "patches"], [cost for _, _, cost in recorded], strict=True))
@@ -119,6 +121,101 @@ def test_every_misbehaviour_is_recorded_and_survived(store, api):
         # nobody knows whether these were billed: they count at the most they can have cost
         assert min(dollars["slow"], dollars["cut"]) > max(dollars["words"], dollars["video"]) > 0
         assert store.spent() >= server.billed
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+def test_half_a_character_and_a_count_beyond_reason_do_not_cost_an_answer(store, api):
+    with OpenAIServer(lambda number, _: ("surrogate", "tokens")[number % 2]) as server:
+        asked = teacher(server, store, api=api, max_concurrency=1)
+        (label,) = label_some(asked, 1)
+        assert_as_answered(label, CLIPS.prompts[0])
+        assert len(server.requests) == 2
+    with sqlite3.connect(store.path) as connection:
+        query = "SELECT text, output_tokens, dollars FROM requests ORDER BY id"
+        (text, made, _), (_, unknown, dollars) = connection.execute(query).fetchall()
+    assert json.loads(text)["remarks"] == "as asked ?" and made > 0
+    # as much as the request can have cost
+    assert unknown is None and dollars >= 0.01
+
+
+@pytest.mark.parametrize("api", ["responses", "chat", "batch"])
+def test_a_key_that_comes_back_in_disguise_is_stored_nowhere(store, api):
+    with OpenAIServer(lambda number, _: "key" if number == 0 else "revision") as server:
+        labels = label_some(teacher(server, store, api=api, max_attempts=1), 2)
+    told = [label.reason for label in labels if label.status == "malformed"]
+    assert len(told) == 1 and "<OPENAI_API_KEY>" in told[0]
+    with sqlite3.connect(store.path) as connection:
+        rows = connection.execute("SELECT reason, text, COALESCE(model, '') FROM requests").fetchall()
+    texts = [text for row in rows for text in row] + [label.reason for label in labels]
+    assert not any(KEY in text or KEY in text.encode().decode("unicode_escape") for text in texts)
+    assert f"{OpenAIConfig().model}@<OPENAI_API_KEY>" in texts
+
+
+@pytest.mark.parametrize("wrong", [KEY + "\n", " " + KEY, KEY[:9] + " " + KEY[9:], "sk-sch\u00fcssel", "sk-\udcff"])
+@pytest.mark.parametrize("api", ["responses", "batch"])
+def test_a_malformed_key_is_told_without_its_value_and_nothing_is_reserved(store, monkeypatch, wrong, api):
+    monkeypatch.setenv("OPENAI_API_KEY", wrong)
+    with OpenAIServer() as server:
+        with pytest.raises(UserError, match="^OPENAI_API_KEY: expected ASCII .*, found a space, a line end") as caught:
+            label_some(teacher(server, store, api=api), 1)
+        assert not server.requests and not requests_in(store)
+    assert wrong.strip()[:4] not in str(caught.value)
+
+
+def test_a_key_too_short_to_be_a_secret_spoils_no_answer(store, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "1")
+    with OpenAIServer(lambda number, _: "range" if number == 0 else USABLE) as server:
+        (label,) = label_some(teacher(server, store), 1)
+    assert_as_answered(label, CLIPS.prompts[0])
+    assert requests_in(store)[0][1] == "visual_quality: expected 1 to 5, got 7"
+
+
+def test_equal_questions_at_once_are_paid_once(store):
+    def clip(index):
+        return Clip(f"hash {index}", CLIPS.prompts[0], lambda: torch.from_numpy(CLIPS.videos[index]))
+
+    pairs = [(clip(0), clip(1)), (clip(1), clip(0))]
+    with OpenAIServer(pause=0.2) as server:
+        judgements = dict(teacher(server, store, max_concurrency=2).judge(pairs))
+        assert len(server.requests) == 2
+    swapped = {"a": "b", "b": "a"}
+    for name in RUBRIC_DIMENSIONS:
+        assert judgements[1][name] == swapped.get(judgements[0][name], judgements[0][name])
+
+
+def test_equal_questions_go_into_a_batch_once(store):
+    videos = torch.from_numpy(CLIPS.videos[[0, 0]])
+    with OpenAIServer() as server:
+        labels = teacher(server, store, api="batch").label(videos, [CLIPS.prompts[0]] * 2)
+        assert len(server.requests) == 2 and len(server.batches) == 1
+    for label in labels:
+        assert_as_answered(label, CLIPS.prompts[0])
+
+
+def test_another_seed_asks_only_about_patches_that_it_draws_anew(store):
+    def seeded(server, seed, **changes):
+        return OpenAITeacher(settings(server, **changes), GRID, store, (8, 4, True), seed)
+
+    with OpenAIServer() as server:
+        first, second = seeded(server, 0), seeded(server, 1)
+        assert first.name == second.name == seeded(server, 2, max_patches=48).name
+        assert label_some(first, 2) == label_some(second, 2)
+        assert len(server.requests) == 4
+        drawn = [seeded(server, seed, max_patches=4) for seed in (0, 1)]
+        assert len({first.name, *(asked.name for asked in drawn)}) == 3
+        for asked in drawn:
+            label_some(asked, 2)
+        assert [request.question["task"] for request in server.requests[4:]] == ["patches"] * 4
+    assert set(server.usable_answers().values()) == {1}
+
+
+def test_each_clip_of_a_pair_is_shown_over_its_own_length(store):
+    short, long = CLIPS.videos[0, :5], CLIPS.videos[1]
+    question = ask_pair(("s", "l"), "p", [short, long], "t", 6)
+    asked = json.loads(question.text)
+    assert asked["num_frames"] == [5, 9] and asked["frames"] == [[0, 2, 4], [0, 4, 8]]
+    shown = [short[0], short[2], short[4], long[0], long[4], long[8]]
+    assert question.pictures == tuple(whole_frame(frame) for frame in shown)
 
 
 @pytest.mark.parametrize(("misbehaviour", "status"), UNUSABLE.items())

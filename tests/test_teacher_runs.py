@@ -286,11 +286,48 @@ def test_a_killed_run_finds_its_batch_again(tmp_path, monkeypatch, moment):
         assert_as_answered(rows_of(run), CLIPS.prompts)
 
 
+def test_an_open_batch_waits_for_its_own_teacher(tmp_path, monkeypatch):
+    with OpenAIServer() as server:
+        run = run_in(tmp_path, server, api="batch")
+
+        def die(store: LabelStore, key: str, number: str) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(LabelStore, "name_batch", die)
+            annotate(run.config, run)
+        other = run_in(tmp_path, server, api="batch", model="gpt-4o-mini-2024-07-18")
+        annotate(other.config, Run(other.config, force=True))
+        assert_as_answered(rows_of(run), CLIPS.prompts)
+        assert len(server.batches) == 2
+        # back to the first model: its answers are there, and paid
+        annotate(run.config, Run(run.config, force=True))
+        assert_as_answered(rows_of(run), CLIPS.prompts)
+        assert len(server.batches) == 2 and set(server.usable_answers().values()) == {1}
+        assert spending(run) == pytest.approx(server.billed)
+
+
+def test_what_all_comparisons_will_cost_is_told_before_anything_is_sent(tmp_path, capsys):
+    clips = replace(CLIPS, prompts=[prompt for prompt in CLIPS.prompts[::2] for _ in range(2)])
+    with OpenAIServer() as server:
+        run = run_in(tmp_path, server, clips, pairwise=True, budget=0.001)
+        with pytest.raises(UserError, match="6 clips, 3 pairs, 18 requests, 42 images, about "):
+            annotate(run.config, run)
+        assert not server.requests
+        run = run_in(tmp_path, server, clips, pairwise=True)
+        annotate(run.config, run)
+        assert len(server.requests) == 18
+    told = [line for line in capsys.readouterr().err.splitlines() if "6 clips, 3 pairs" in line][-1]
+    estimate = float(told.split("about $")[1].split()[0])
+    assert server.billed / 2 < estimate < server.billed * 4
+
+
 def test_a_batch_that_was_never_taken_is_sent_again_and_paid_once(tmp_path):
     with OpenAIServer() as server:
         run = run_in(tmp_path, server, api="batch")
         with LabelStore(run.path / "labels.sqlite") as store:
-            store.reserve({"some question": 1.0}, "somebody", 50.0, batch="never uploaded")
+            name = OpenAITeacher(run.config.annotate.openai, GRID, store, (8, 4, True)).name
+            store.reserve({"some question": 1.0}, name, 50.0, batch="never uploaded")
         annotate(run.config, run)
         assert len(server.batches) == 1
         assert server.billed == pytest.approx(spending(run))

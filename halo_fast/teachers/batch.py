@@ -6,15 +6,13 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from halo_fast.runs import UserError
 from halo_fast.teachers.questions import Answer, Question
+from halo_fast.teachers.server import Server, reply, scrub
 from halo_fast.teachers.store import Reply
-
-if TYPE_CHECKING:
-    from halo_fast.teachers.server import Server
 
 __all__ = ["answers_in_batches"]
 
@@ -26,7 +24,7 @@ _SLOWEST_POLL = 60.0  # seconds
 
 
 async def answers_in_batches(
-    server: "Server", client: Any, jobs: Sequence[Callable[[], list[Question]]]
+    server: Server, client: Any, jobs: Sequence[Callable[[], list[Question]]]
 ) -> AsyncIterator[tuple[int, list[Answer]]]:
     """The answers to every job's questions, with the job's index, when the batches that hold them have ended.
 
@@ -67,16 +65,15 @@ async def answers_in_batches(
         await _submit_all(server, client, patient, [jobs[index] for index in waiting])
 
 
-async def _submit_all(
-    server: "Server", client: Any, patient: Any, jobs: Sequence[Callable[[], list[Question]]]
-) -> None:
+async def _submit_all(server: Server, client: Any, patient: Any, jobs: Sequence[Callable[[], list[Question]]]) -> None:
     """Send the jobs' questions that have no answer yet, in as few batches as their size allows."""
     part: list[Question] = []
-    size = 0
+    size, taken = 0, set[str]()
     for job in jobs:
         for question in await asyncio.to_thread(job):
-            if server.final(question) is not None:
+            if question.key in taken or server.final(question) is not None:
                 continue
+            taken.add(question.key)
             volume = sum(len(picture.data) for picture in question.pictures) * 4 // 3 + 20_000
             if part and (size + volume > _MOST_BYTES or len(part) == _MOST_REQUESTS):
                 await _submit(server, client, patient, part)
@@ -87,7 +84,7 @@ async def _submit_all(
         await _submit(server, client, patient, part)
 
 
-async def _submit(server: "Server", client: Any, patient: Any, questions: Sequence[Question]) -> None:
+async def _submit(server: Server, client: Any, patient: Any, questions: Sequence[Question]) -> None:
     key = uuid4().hex
     costs = {question.key: server.cost(question) for question in questions}
     if server.store.reserve(costs, server.teacher, server.config.budget, batch=key) is None:
@@ -110,9 +107,10 @@ async def _submit(server: "Server", client: Any, patient: Any, questions: Sequen
     print(f"annotate: batch {batch.id} of {len(questions)} requests", file=sys.stderr)
 
 
-async def _find_again(server: "Server", client: Any) -> None:
+async def _find_again(server: Server, client: Any) -> None:
     """Look up batches that were entered but not named; those that the server never took cost nothing."""
-    nameless = {key: requests for key, (number, requests) in server.store.open_batches().items() if number is None}
+    entered = server.store.open_batches(server.teacher)
+    nameless = {key: requests for key, (number, requests) in entered.items() if number is None}
     if not nameless:
         return
     with _told(server, "run again to continue"):
@@ -127,9 +125,9 @@ async def _find_again(server: "Server", client: Any) -> None:
         server.store.end_batch(key)
 
 
-async def _collect(server: "Server", client: Any, known: Mapping[str, Question], failed: dict[str, str]) -> None:
+async def _collect(server: Server, client: Any, known: Mapping[str, Question], failed: dict[str, str]) -> None:
     """Wait until every open batch has ended and settle its requests; `failed` is told why some have no answer."""
-    for key, (number, requests) in server.store.open_batches().items():
+    for key, (number, requests) in server.store.open_batches(server.teacher).items():
         delay = server.config.retry_delay
         while True:
             with _told(server, "run again to continue"):
@@ -143,51 +141,45 @@ async def _collect(server: "Server", client: Any, known: Mapping[str, Question],
             if file:
                 with _told(server, "run again to continue"):
                     content = (await client.files.content(file)).content
-                replies |= _replies(server, content.decode(), requests, known)
+                replies |= _replies(server, content.decode("utf-8", "replace"), requests, known)
         for question, request in requests.items():
-            reply = replies.setdefault(request, Reply("failed", f"batch {batch.status} without an answer"))
-            failed[question] = reply.reason
+            never = Reply("failed", f"batch {batch.status} without an answer")
+            failed[question] = replies.setdefault(request, never).reason
         server.store.settle(replies, server.prices)
         server.store.end_batch(key)
         if batch.status == "failed":
             errors = getattr(batch.errors, "data", None) or []
             reasons = "; ".join(str(error.message) for error in errors) or "no reason given"
-            raise UserError(f"{server.config.base_url}: batch {number} was refused: {_plain(reasons)}")
+            raise UserError(f"{server.config.base_url}: batch {number} was refused: {scrub(reasons)[:200]}")
 
 
 def _replies(
-    server: "Server", content: str, requests: Mapping[str, int], known: Mapping[str, Question]
+    server: Server, content: str, requests: Mapping[str, int], known: Mapping[str, Question]
 ) -> dict[int, Reply]:
     """The replies in an output or error file, by request; what cannot be read is left out and so counts as failed."""
     replies = {}
-    for line in content.splitlines():
+    for line in content.split("\n"):
         try:
             entry = json.loads(line)
             request, response = requests[entry["custom_id"]], entry.get("response") or {}
             status, body = response.get("status_code"), response.get("body")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if status == 200:
             replies[request] = server.read(known.get(entry["custom_id"]), body)
-        elif status:
+        elif isinstance(status, int):
             replies[request] = server.failure(status, body, {}).reply
         else:
-            replies[request] = Reply("failed", _plain(str(entry.get("error"))))
+            replies[request] = reply("failed", entry.get("error"))
     return replies
 
 
 @contextmanager
-def _told(server: "Server", cure: str) -> Iterator[None]:
+def _told(server: Server, cure: str) -> Iterator[None]:
     """Errors of the client as a UserError of one line, without the request that they carry."""
     import openai
 
     try:
         yield
     except openai.OpenAIError as error:
-        raise UserError(f"{server.config.base_url}: {_plain(str(error))}; {cure}") from None
-
-
-def _plain(text: str) -> str:
-    from halo_fast.teachers.server import scrub
-
-    return scrub(text)[:200]
+        raise UserError(f"{server.config.base_url}: {scrub(error)[:200]}; {cure}") from None

@@ -26,7 +26,7 @@ __all__ = ["Clip", "OpenAITeacher", "consistent"]
 Result = TypeVar("Result")
 
 # what an answer depends on; prices, bounds and retries may change while a run continues
-_ASKED = ("model", "base_url", "max_frames", "patch_frames", "max_images", "max_patches", "temperature")
+_ASKED = ("model", "base_url", "max_frames", "patch_frames", "max_images", "temperature")
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,15 @@ class OpenAITeacher:
         factors: tuple[int, int, bool] = (1, 1, False),
         seed: int = 0,
     ) -> None:
-        asked = json.dumps([*(getattr(config, name) for name in _ASKED), list(factors), seed])
-        self.name = f"{config.model} {hash_text(asked)[:12]}"
+        asked = [*(getattr(config, name) for name in _ASKED), list(factors)]
         self.grid = (grid[0], grid[1], grid[2])
+        # which patches are drawn makes other labels, but of the same questions
+        drawn = config.max_patches is not None and config.max_patches < math.prod(self.grid)
+        choice = [config.max_patches, seed] if drawn else []
+        self._asker = f"{config.model} {hash_text(json.dumps(asked))[:12]}"
+        self.name = f"{config.model} {hash_text(json.dumps(asked + choice))[:12]}"
         self._config, self._factors, self._seed = config, factors, seed
-        self._server = Server(config, store, self.name, seed)
+        self._server = Server(config, store, self._asker, seed)
 
     def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
         """One label for each clip of videos, uint8 [N, F, H, W, 3]."""
@@ -78,16 +82,22 @@ class OpenAITeacher:
         labels = dict(self.labels(clips))
         return [labels[index] for index in range(len(clips))]
 
-    def labels(self, clips: Sequence[Clip]) -> Iterator[tuple[int, Label]]:
+    def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
         """Labels as they come, each with the index of its clip.
 
         A label's status is that of the video's question; patches whose questions were not answered stay NaN, and the
         label's reason says so. "unavailable" means that the server never answered: asking again costs nothing twice.
 
+        Args:
+            clips: to be scored.
+            compared: pairs that are to be judged afterwards and belong to the estimate of what all will cost.
+
         Raises:
             UserError: the budget is used up, the server refuses requests or is gone, a clip does not fit the grid.
         """
-        return self._results([partial(self._questions, clip) for clip in clips], self._label, "clips")
+        jobs = [partial(self._questions, clip) for clip in clips]
+        kinds = {"clips": jobs, "pairs": [partial(self._comparisons, pair) for pair in compared]}
+        return self._results(jobs, self._label, kinds)
 
     def judge(self, pairs: Sequence[tuple[Clip, Clip]]) -> Iterator[tuple[int, dict[str, str]]]:
         """Judgements of pairs of clips of one prompt, as they come, each with the index of its pair.
@@ -95,14 +105,15 @@ class OpenAITeacher:
         Both orders are asked. A judgement holds status, reason and for each dimension "a", "b" or "tie", or
         "inconsistent" where the two answers differ; it holds no dimension unless its status is "ok".
         """
-        return self._results([partial(self._comparisons, pair) for pair in pairs], consistent, "pairs")
+        jobs = [partial(self._comparisons, pair) for pair in pairs]
+        return self._results(jobs, consistent, {"pairs": jobs})
 
     def _results(
-        self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], label: str
+        self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], announced: Mapping[str, Sequence[Job]]
     ) -> Iterator[tuple[int, Result]]:
         if not jobs:
             return
-        announce(self._server, jobs[0], len(jobs), label)
+        announce(self._server, announced)
         with asyncio.Runner() as runner:
             answers: AsyncIterator[tuple[int, list[Answer]]] = self._server.answers(jobs)
             while (found := runner.run(_next(answers))) is not None:
@@ -117,9 +128,9 @@ class OpenAITeacher:
             raise UserError(f"clip of {clip.prompt!r}: {error}") from None
         patches = choose_patches(video, grid, config.max_patches, seed)
         return [
-            ask_video(clip.hash, clip.prompt, video, self.name, config.max_frames),
+            ask_video(clip.hash, clip.prompt, video, self._asker, config.max_frames),
             *ask_patches(
-                clip.hash, clip.prompt, video, self.name, grid, patches, config.patch_frames, config.max_images
+                clip.hash, clip.prompt, video, self._asker, grid, patches, config.patch_frames, config.max_images
             ),
         ]
 
@@ -127,8 +138,8 @@ class OpenAITeacher:
         videos: list[np.ndarray] = [clip.frames().numpy() for clip in pair]
         most, prompt = self._config.max_frames, pair[0].prompt
         return [
-            ask_pair((pair[0].hash, pair[1].hash), prompt, videos, self.name, most),
-            ask_pair((pair[1].hash, pair[0].hash), prompt, videos[::-1], self.name, most),
+            ask_pair((pair[0].hash, pair[1].hash), prompt, videos, self._asker, most),
+            ask_pair((pair[1].hash, pair[0].hash), prompt, videos[::-1], self._asker, most),
         ]
 
     def _label(self, answers: list[Answer]) -> Label:

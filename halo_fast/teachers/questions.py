@@ -98,10 +98,9 @@ def ask_pair(
     clip_hashes: tuple[str, str], prompt: str, videos: Sequence[np.ndarray], teacher: str, max_frames: int
 ) -> Question:
     """Ask which of two videos of one prompt is the better one; `max_frames` is of both together."""
-    length = min(len(video) for video in videos)
-    frames = even_steps(0, length, max(max_frames // 2, 1))
-    text = _text("pair", prompt, length, frames, RUBRIC_DIMENSIONS)
-    pictures = tuple(whole_frame(video[frame]) for video in videos for frame in frames)
+    frames = [even_steps(0, len(video), max(max_frames // 2, 1)) for video in videos]
+    text = _text("pair", prompt, [len(video) for video in videos], frames, RUBRIC_DIMENSIONS)
+    pictures = tuple(whole_frame(video[frame]) for video, some in zip(videos, frames, strict=True) for frame in some)
     return Question(_key("pair", teacher, prompt, *clip_hashes), text, pictures, RUBRIC_DIMENSIONS, VERDICTS)
 
 
@@ -150,7 +149,9 @@ def ask_patches(
     return questions
 
 
-def _text(task: str, prompt: str, num_frames: int, frames: list[int], fields: Sequence[str]) -> str:
+def _text(
+    task: str, prompt: str, num_frames: int | list[int], frames: list[int] | list[list[int]], fields: Sequence[str]
+) -> str:
     # whatever the prompt holds, it stays within its JSON string
     question = {"task": task, "prompt": prompt, "num_frames": num_frames, "frames": frames, "fields": list(fields)}
     return json.dumps(question)

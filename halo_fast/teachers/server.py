@@ -10,6 +10,7 @@ import random
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,16 @@ from halo_fast.teachers.pictures import Picture
 from halo_fast.teachers.questions import Answer, Question, parse, schema
 from halo_fast.teachers.store import LabelStore, Reply
 
-__all__ = ["Job", "Server", "image_tokens", "scrub"]
+__all__ = ["Job", "Server", "image_tokens", "reply", "scrub"]
 
 Job = Callable[[], list[Question]]  # the questions about one clip or pair, made when their turn comes
 
 _KEY = "OPENAI_API_KEY"
 _BATCH_SHARE = 0.5  # of the price, in the Batch API
 _LONGEST_DELAY, _LONGEST_WAIT = 60.0, 600.0  # seconds: of our own back-off, and that a server may ask for
-_POLICY_CODES = {"content_policy_violation", "content_filter", "invalid_prompt"}
+_POLICY_CODES = ("content_policy_violation", "content_filter", "invalid_prompt")
+_SHORTEST_SECRET = 8  # characters; a shorter key is no secret, and cutting it out would spoil words and numbers
+_MOST_TOKENS = 10**9  # that a count can mean; beyond, it is a fault of the server
 _UNAVAILABLE = 3  # questions without any answer, one after another, that end the run
 
 
@@ -47,10 +50,25 @@ def image_tokens(picture: Picture, base: int, tile: int) -> int:
     return base + tile * math.prod(math.ceil(round(side * scale) / 512) for side in sides)
 
 
-def scrub(text: str) -> str:
-    """The text without the API key, should a server have sent it back."""
-    key = os.environ.get(_KEY)
-    return text.replace(key, f"<{_KEY}>") if key else text
+def scrub(value: object) -> str:
+    """What a server sent as text that can be stored: without the API key, plain or in JSON's escapes."""
+    try:
+        text = str(value).encode("utf-8", "replace").decode()
+    except RecursionError:
+        return "nested too deeply"
+    key = os.environ.get(_KEY, "")
+    if len(key) < _SHORTEST_SECRET:
+        return text
+    # an answer is stored as it came and parsed later, which would put an escaped key together again
+    escaped = "".join(rf"\\{{0,8}}(?:{re.escape(letter)}|u(?i:{ord(letter):04x}))" for letter in key)
+    return re.sub(escaped, f"<{_KEY}>", text)
+
+
+def reply(
+    status: str, reason: object = "", text: str = "", model: str | None = None, tokens: tuple[int, int] | None = None
+) -> Reply:
+    """A reply whose every text is scrubbed, and then cut, lest a part of the key be left."""
+    return Reply(status, scrub(reason)[:200], scrub(text), None if model is None else scrub(model)[:200], tokens)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ class Server:
                 is under way then is still awaited and kept.
         """
         self._halt, self._settled = asyncio.Event(), asyncio.Event()
+        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         async with self._client() as client:
             if self.config.api == "batch":
                 from halo_fast.teachers.batch import answers_in_batches
@@ -134,10 +153,9 @@ class Server:
 
     def final(self, question: Question) -> Answer | None:
         """The stored answer that stands: a usable one, or the last that may be paid for; None if there is none yet."""
-        replies = self.store.answers(question.key)
         answers = [
-            parse(question, reply.text) if reply.status == "ok" else Answer(reply.status, reason=reply.reason)
-            for reply in replies
+            parse(question, known.text) if known.status == "ok" else Answer(known.status, reason=known.reason)
+            for known in self.store.answers(question.key)
         ]
         usable = [answer for answer in answers if answer.status == "ok"]
         return next(iter(usable or answers[self.config.max_attempts - 1 :]), None)
@@ -174,23 +192,23 @@ class Server:
         """What a response of the API says; without its question the text is kept, to be read by the schema later."""
         try:
             model, text, refusal, finish, tokens = _fields(document, self.config.api == "chat")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            return Reply("malformed", f"not a response of this API: {type(error).__name__} {error}"[:200])
+        except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            return reply("malformed", f"not a response of this API: {type(error).__name__} {error}")
         text = scrub(text)
         if not _same_model(self.config.model, model):
-            return Reply("wrong_model", scrub(f"asked {self.config.model}, {model} answered")[:200], text, None, tokens)
+            return reply("wrong_model", f"asked {self.config.model}, {model} answered", text, None, tokens)
         if finish in ("length", "max_output_tokens"):
-            return Reply("truncated", f"longer than {self.config.max_output_tokens} tokens", text, model, tokens)
+            return reply("truncated", f"longer than {self.config.max_output_tokens} tokens", text, model, tokens)
         if refusal or finish == "content_filter":
-            return Reply("refused", scrub(str(refusal or finish))[:200], text, model, tokens)
+            return reply("refused", refusal or finish, text, model, tokens)
         answer = parse(question, text) if question else Answer("ok")
-        return Reply(answer.status, answer.reason, text, model, tokens)
+        return reply(answer.status, answer.reason, text, model, tokens)
 
     def failure(self, status: int, document: object, headers: Mapping[str, str]) -> _Outcome:
         """What an HTTP error means: a refusal, a reason to wait, or one to stop."""
         error = document.get("error", document) if isinstance(document, dict) else {}
-        error = error if isinstance(error, dict) else {"message": str(error)}
-        message = scrub(str(error.get("message") or error.get("detail") or document or ""))[:200]
+        error = error if isinstance(error, dict) else {"message": error}
+        message = scrub(error.get("message") or error.get("detail") or document or "")[:200]
         reason = f"{self.config.base_url} answered {status}: {message}"
         if status == 400 and error.get("code") in _POLICY_CODES:
             return _Outcome(Reply("refused", message, tokens=(0, 0)))
@@ -211,11 +229,17 @@ class Server:
     def _client(self) -> Any:
         from openai import AsyncOpenAI
 
-        if not os.environ.get(_KEY) and urlsplit(self.config.base_url).hostname == "api.openai.com":
+        key = os.environ.get(_KEY, "")
+        if not all("!" <= letter <= "~" for letter in key):
+            raise UserError(
+                f"{_KEY}: expected ASCII letters, digits and signs, found a space, a line end or another character; "
+                f"export the key without it"
+            )
+        if not key and urlsplit(self.config.base_url).hostname == "api.openai.com":
             raise UserError(f"{_KEY}: expected an API key in the environment, found none; export {_KEY}=...")
         # Retries are ours: each one is entered in the store before it is sent. A server of one's own needs no key.
         return AsyncOpenAI(
-            api_key=os.environ.get(_KEY) or "none",
+            api_key=key or "none",
             base_url=self.config.base_url,
             timeout=self.config.timeout,
             max_retries=0,
@@ -224,7 +248,9 @@ class Server:
     async def _answer(self, client: Any, index: int, job: Job) -> tuple[int, list[Answer]]:
         answers: list[Answer] = []
         for question in await asyncio.to_thread(job):
-            answers.append(self.final(question) or await self._ask(client, question))
+            # equal clips make equal questions: whoever comes second finds the first one's answer
+            async with self._asking[question.key]:
+                answers.append(self.final(question) or await self._ask(client, question))
             if answers[0].status != "ok":
                 break
         return index, answers
@@ -239,27 +265,27 @@ class Server:
             finally:
                 self._under_way -= 1
                 self._settled.set()
-            reply = outcome.reply
+            answered = outcome.reply
             if outcome.fatal:
-                raise UserError(reply.reason)
-            if reply.status in ("failed", "lost"):
+                raise UserError(answered.reason)
+            if answered.status in ("failed", "lost"):
                 failures += 1
                 if failures > self.config.max_retries:
-                    return self._give_up(reply)
+                    return self._give_up(answered)
                 await self._wait(question, failures, outcome.wait)
                 continue
             self._unavailable = 0
             attempts += 1
-            if reply.status == "ok":
-                return parse(question, reply.text)
+            if answered.status == "ok":
+                return parse(question, answered.text)
             if attempts >= self.config.max_attempts:
-                return Answer(reply.status, reason=reply.reason)
+                return Answer(answered.status, reason=answered.reason)
 
-    def _give_up(self, reply: Reply) -> Answer:
+    def _give_up(self, last: Reply) -> Answer:
         self._unavailable += 1
         if self._unavailable >= _UNAVAILABLE:
-            raise UserError(f"{reply.reason}; {_UNAVAILABLE} questions got no answer; run again to continue")
-        return Answer("unavailable", reason=reply.reason)
+            raise UserError(f"{last.reason}; {_UNAVAILABLE} questions got no answer; run again to continue")
+        return Answer("unavailable", reason=last.reason)
 
     async def _reserve(self, question: Question) -> int:
         """Enter the request at its highest cost; wait for others to settle if only they stand in the budget's way."""
@@ -285,12 +311,13 @@ class Server:
         import openai
 
         chat, timeout = self.config.api == "chat", self.config.timeout
+        # the client imports what it needs at the first request: not on the server's time
+        create, body = (client.chat.completions if chat else client.responses).with_raw_response, self.body(question)
         try:
             # the client's own timeout starts anew with every piece that arrives
             async with asyncio.timeout(timeout):
-                create = client.chat.completions if chat else client.responses
                 # told outright, because servers differ in what they do by default
-                response = await create.with_raw_response.create(**self.body(question), stream=False)
+                response = await create.create(**body, stream=False)
                 content = response.http_response.content
         except openai.APIStatusError as error:
             return self.failure(error.status_code, error.body, error.response.headers)
@@ -302,7 +329,7 @@ class Server:
             return _Outcome(Reply("lost", f"{self.config.base_url}: the connection broke"))
         try:
             document = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return _Outcome(Reply("malformed", "the response is no JSON"))
         if isinstance(document, dict) and document.get("status") == "failed":
             return self.failure(500, document, response.headers)
@@ -368,7 +395,7 @@ def _fields(document: Any, chat: bool) -> tuple[str, str, str | None, str | None
     usage = document.get("usage") or {}
     used, made = (usage.get(name) for name in names)
     tokens = None
-    if isinstance(used, int) and isinstance(made, int) and min(used, made) >= 0:
+    if isinstance(used, int) and isinstance(made, int) and 0 <= min(used, made) <= max(used, made) <= _MOST_TOKENS:
         tokens = (used, made)
     if not isinstance(text, str):
         raise TypeError("the text is none")
@@ -390,23 +417,27 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return seconds if math.isfinite(seconds) and seconds >= 0 else None
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+        return max(date.timestamp() - time.time(), 0.0)
+    except (ValueError, OverflowError):
         return None
-    return max(date.timestamp() - time.time(), 0.0)
 
 
-def announce(server: Server, job: Job, count: int, label: str) -> None:
-    """Tell on stderr what `count` jobs like this one will cost; a first run that cannot pay for all is refused.
+def announce(server: Server, jobs: Mapping[str, Sequence[Job]]) -> None:
+    """Tell on stderr what jobs will cost, the first of each kind taken for all; what cannot be paid for is refused.
 
     Raises:
         UserError: nothing is spent yet and the estimate exceeds the budget.
     """
-    questions = job()
-    dollars, spent = count * sum(server.cost(question, most=False) for question in questions), server.store.spent()
-    images = count * sum(len(question.pictures) for question in questions)
+    dollars, requests, images = 0.0, 0, 0
+    for some in jobs.values():
+        questions = some[0]() if some else []
+        dollars += len(some) * sum(server.cost(question, most=False) for question in questions)
+        requests += len(some) * len(questions)
+        images += len(some) * sum(len(question.pictures) for question in questions)
+    spent = server.store.spent()
     told = (
-        f"{count} {label}, {count * len(questions)} requests, {images} images, about ${dollars:.2f} "
-        f"(spent ${spent:.2f}, budget ${server.config.budget:.2f})"
+        f"{', '.join(f'{len(some)} {kind}' for kind, some in jobs.items() if some)}, {requests} requests, "
+        f"{images} images, about ${dollars:.2f} (spent ${spent:.2f}, budget ${server.config.budget:.2f})"
     )
     print(f"annotate: {told}", file=sys.stderr)
     if not spent and dollars > server.config.budget:

@@ -20,6 +20,7 @@ from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["annotate", "load_teacher"]
 
+_Pairs = dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]]  # two clips by their ids
 _PENDING = {"unavailable", "unlabelled"}  # nobody has answered yet: not kept, so that the answer may still come
 
 
@@ -98,26 +99,28 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
                     raise UserError(f"{video}: the clip is gone; run `halo generate` to make it again")
                 clip["hash"] = hash_file(video)
                 clip["key"] = label_key(clip["hash"], clip["prompt"], config.grid, teacher.name)
-            labels = _labels(clips, folder, teacher, store, config.annotate.batch_size)
+            pairwise = isinstance(teacher, OpenAITeacher) and config.annotate.openai.pairwise
+            pairs = _pairs(clips) if pairwise else {}
+            labels = _labels(clips, pairs, folder, teacher, store, config.annotate.batch_size)
             counts = _write_labels(stage.folder / "labels.parquet", clips, labels, teacher)
             if isinstance(teacher, OpenAITeacher):
-                if config.annotate.openai.pairwise:
-                    counts |= _judge(stage.folder / "judgements.parquet", clips, folder, teacher, store)
+                if pairwise:
+                    counts |= _judge(stage.folder / "judgements.parquet", pairs, folder, teacher, store)
                 counts["dollars"] = store.spent()
             stage.finish(counts)
 
 
 def _labels(
-    clips: list[dict[str, Any]], folder: Path, teacher: Teacher, store: LabelStore, batch_size: int
+    clips: list[dict[str, Any]], pairs: _Pairs, folder: Path, teacher: Teacher, store: LabelStore, batch_size: int
 ) -> dict[str, Label]:
     """The label of each clip's key; what the store does not have is asked, and stored unless nobody answered."""
     known = store.find(clip["key"] for clip in clips)
     # equal clips of equal prompts are one question
     unknown = list({clip["key"]: clip for clip in clips if clip["key"] not in known}.values())
     if isinstance(teacher, OpenAITeacher):
-        for index, label in progress(
-            teacher.labels([_clip(clip, folder) for clip in unknown]), len(unknown), "annotate"
-        ):
+        compared = [(_clip(a, folder), _clip(b, folder)) for a, b in _unjudged(pairs, store).values()]
+        labelled = teacher.labels([_clip(clip, folder) for clip in unknown], compared)
+        for index, label in progress(labelled, len(unknown), "annotate"):
             known[unknown[index]["key"]] = label
             if label.status not in _PENDING:
                 store.add({unknown[index]["key"]: label}, teacher.name)
@@ -150,24 +153,39 @@ def _write_labels(
     return counts | {status: count for status, count in sorted(statuses.items()) if status != "ok"}
 
 
-def _judge(
-    path: Path, clips: list[dict[str, Any]], folder: Path, teacher: OpenAITeacher, store: LabelStore
-) -> dict[str, int | float]:
-    """Have the candidates of each prompt compared and write the judgements; counts of all and of usable ones."""
-    import pyarrow
-
+def _pairs(clips: list[dict[str, Any]]) -> _Pairs:
+    """The candidates of each prompt by twos, by their ids; equal clips are not compared."""
     candidates = defaultdict(list)
     for clip in clips:
         candidates[clip["prompt_id"]].append(clip)
-    pairs = {
+    return {
         (a["clip_id"], b["clip_id"]): (a, b)
         for group in candidates.values()
         for a, b in combinations(group, 2)
         if a["hash"] != b["hash"]
     }
-    keys = {ids: hash_text(f"{a['key']} {b['key']}") for ids, (a, b) in pairs.items()}
+
+
+def _pair_key(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return hash_text(f"{a['key']} {b['key']}")
+
+
+def _unjudged(pairs: _Pairs, store: LabelStore) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The pairs that the store has no judgement of, by their keys."""
+    keyed = {_pair_key(*pair): pair for pair in pairs.values()}
+    known = store.find_judgements(keyed)
+    return {key: pair for key, pair in keyed.items() if key not in known}
+
+
+def _judge(
+    path: Path, pairs: _Pairs, folder: Path, teacher: OpenAITeacher, store: LabelStore
+) -> dict[str, int | float]:
+    """Have pairs compared and write the judgements; counts of all and of usable ones."""
+    import pyarrow
+
+    keys = {ids: _pair_key(*pair) for ids, pair in pairs.items()}
     known = store.find_judgements(keys.values())
-    unknown = list({key: pairs[ids] for ids, key in keys.items() if key not in known}.items())
+    unknown = list(_unjudged(pairs, store).items())
     asked = [(_clip(a, folder), _clip(b, folder)) for _, (a, b) in unknown]
     for index, judgement in progress(teacher.judge(asked), len(asked), "compare"):
         key, _ = unknown[index]

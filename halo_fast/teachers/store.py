@@ -183,10 +183,17 @@ class LabelStore:
         )
         return [Reply(*row) for row in rows]
 
-    def open_batches(self) -> dict[str, tuple[str | None, dict[str, int]]]:
-        """Batches that were entered and have not ended: id at the server, if known, and requests by question."""
+    def open_batches(self, teacher: str) -> dict[str, tuple[str | None, dict[str, int]]]:
+        """A teacher's batches that were entered and have not ended: id at the server, if known, requests by question.
+
+        Those of others wait until their teacher is back: only it can tell its answers, and only its server has them.
+        """
+        query = (
+            "SELECT DISTINCT batches.key, batches.id FROM batches JOIN requests ON requests.batch = batches.key"
+            " WHERE NOT ended AND teacher = ?"
+        )
         found = {}
-        for key, number in self._connection.execute("SELECT key, id FROM batches WHERE NOT ended").fetchall():
+        for key, number in self._connection.execute(query, (teacher,)).fetchall():
             rows = self._connection.execute("SELECT question, id FROM requests WHERE batch = ?", (key,))
             found[key] = (number, dict(rows.fetchall()))
         return found
