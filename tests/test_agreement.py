@@ -70,6 +70,23 @@ def test_calibration_error_counts_points_of_the_scale():
     assert calibration_error(scores, scores + noise) == pytest.approx(0, abs=1e-12)
 
 
+def test_calibration_error_does_not_depend_on_the_order_of_rows():
+    rng = np.random.default_rng(3)
+    group = rng.integers(4, size=90)
+    labels = rng.integers(1, 6, size=90).astype(float)
+    means = np.array([labels[group == k].mean() for k in range(4)])[group]
+    assert calibration_error(means, labels) == pytest.approx(0, abs=1e-12), "exact means of groups are calibrated"
+    coarse = np.round(labels + rng.normal(size=90))
+    found = calibration_error(coarse, labels)
+    assert found > 0.1
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(90)
+        assert calibration_error(coarse[order], labels[order]) == pytest.approx(found, abs=1e-12)
+    # without ties, bins of equally many: the first ten rows 1 too high, the others right
+    scores = np.arange(100.0)
+    assert calibration_error(scores, scores - (scores < 10)) == pytest.approx(0.1)
+
+
 def test_centring_leaves_what_neither_group_explains():
     rng = np.random.default_rng(0)
     prompt, generator = np.array(list(itertools.product(range(6), range(4)))).T
@@ -121,6 +138,30 @@ def test_unlabelled_clips_do_not_count():
     some[30:] = np.nan
     whole = video_agreement(scores[:30], labels[:30], prompts[:30], resamples=20)
     assert video_agreement(scores, some, prompts, resamples=20) == whole
+
+
+def test_a_missing_score_is_a_mistake_and_not_an_unlabelled_clip():
+    rng = np.random.default_rng(4)
+    labels = rng.normal(size=40)
+    scores, prompts = labels + rng.normal(size=40), [f"{k // 2}" for k in range(40)]
+    worst = np.argsort(np.abs(scores - labels))[-10:]
+    silent = scores.copy()
+    silent[worst] = np.nan
+    with pytest.raises(ValueError, match="scores of labelled clips: expected numbers, got NaN in 10 of 40"):
+        video_agreement(silent, labels, prompts, resamples=5)
+    labels[worst] = np.nan
+    assert np.isfinite(video_agreement(silent, labels, prompts, resamples=5)["spearman"].value)
+    with pytest.raises(ValueError, match="scores of labelled patches: expected numbers, got NaN in 1 of 4"):
+        patch_agreement([[1.0, np.nan], [2.0, 3.0]], [[0.0, 1.0], [0.0, 1.0]], ["a", "b"], resamples=5)
+    with pytest.raises(ValueError, match="score_gaps: expected numbers"):
+        pair_accuracy([np.nan, 1.0], [1, 1])
+
+
+def test_one_prompt_has_no_interval():
+    labels = np.random.default_rng(9).normal(size=20)
+    found = video_agreement(labels + 1, labels, ["a"] * 20, resamples=5)
+    assert found["spearman"].value == pytest.approx(1)
+    assert np.isnan([figure[1:] for figure in found.values()]).all()
 
 
 def test_the_prompts_are_drawn_not_the_clips():

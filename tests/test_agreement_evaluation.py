@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from halo_fast.data.clips import write_clip
-from halo_fast.data.importers import Preference
+from halo_fast.data.importers import Preference, Ratings
 from halo_fast.rewards import RewardModelConfig, Rewards
-from halo_fast.rewards.evaluation import _folds, _group_means, _rater_mean, _window, evaluate_preferences
+from halo_fast.rewards.evaluation import (
+    _folds,
+    _group_means,
+    _rater_mean,
+    _window,
+    evaluate_marks,
+    evaluate_preferences,
+)
 from halo_fast.rewards.marks import MarkHead, _turned_back, _turnings
+from halo_fast.runs import UserError
 
 
 def test_agreement_folds_keep_a_prompt_together():
@@ -68,6 +76,17 @@ def test_agreement_on_preferences(tmp_path):
     assert table["visual_quality: model"]["without_ties"].value == pytest.approx(3 / 4)
     assert table["visual_quality: model"]["pair_accuracy"].value == pytest.approx(4 / 5)
     assert np.isfinite(table["visual_quality: less motion"]["pair_accuracy"].value)
+    low, high = table["visual_quality: model"]["pair_accuracy"][1:]
+    assert 0 <= low < 0.8 < high <= 1
+    # who judges in the place of a dimension that the model lacks is told
+    named = [Preference(p.row, p.prompt, p.first, p.second, {"motion_quality": 1.0, "overall": 0.0}) for p in pairs]
+    rows = evaluate_preferences(named, Brightness(), 5)
+    assert {"motion_quality: mean of scores", "overall: mean of scores"} < set(rows)
+    model = Brightness()
+    model.config = RewardModelConfig(("visual_quality", "dynamic_degree"))
+    model.forward = lambda videos, *_: Rewards(torch.tensor([[1.0, videos.float().mean()]]), torch.zeros(1, 1, 1, 1, 1))
+    table = evaluate_preferences(named, model, 5)
+    assert table["motion_quality: model's dynamic_degree"]["without_ties"].value == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 64), (20, 240, 320), (9, 31, 33)])
@@ -84,6 +103,21 @@ def test_agreement_means_of_raters_and_generators():
     np.testing.assert_array_equal(_rater_mean(ratings), [2, 4, np.nan])
     labels = np.array([[1.0], [3.0], [np.nan], [5.0]])
     np.testing.assert_array_equal(_group_means(labels, ["a", "a", "a", "b"]), [[2], [2], [2], [5]])
+
+
+def test_agreement_marks_of_smooth_maps(monkeypatch):
+    from halo_fast.rewards import evaluation
+
+    rng = np.random.default_rng(0)
+    pictures = [torch.from_numpy(rng.integers(256, size=(1, 28, 28, 3), dtype=np.uint8)) for _ in range(8)]
+    ramp = np.tile(np.linspace(0.01, 0.99, 28, dtype=np.float32), (28, 1))  # nowhere 0; its right half is 0.5 and more
+    right = np.tile(np.arange(14) >= 7, 14)
+    monkeypatch.setattr(evaluation, "cross_validated_patches", lambda *_: np.tile(right.astype(float), (8, 1)))
+    table = evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
+    assert table["compact features"]["auc"].value == 1
+    pictures[3] = pictures[3][:, :20]
+    with pytest.raises(UserError, match=r"RichHF: expected pictures of one size, got \(20, 28\), \(28, 28\)"):
+        evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
 
 
 def test_agreement_page_tells_what_the_commands_print():

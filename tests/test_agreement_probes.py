@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from moving_shapes import GRID, SHAPES, draw_clip, make_clips, write_candidates
@@ -92,6 +93,18 @@ def test_probes_of_what_a_model_does_not_score_are_not_measured():
     assert plain["figure"]["value"] is None and plain["passed"] is None
 
 
+@pytest.mark.parametrize("part", ["video", "patches"])
+def test_a_model_that_gives_no_numbers_is_not_probed(part):
+    class Broken(Known):
+        def forward(self, videos, prompts, grid):
+            rewards = super().forward(videos, prompts, grid)
+            getattr(rewards, part)[0] = torch.nan
+            return rewards
+
+    with pytest.raises(ValueError, match=r"model: expected numbers, got NaN (video|patch) scores for \d of 16 clips"):
+        probe_all(Broken(), SOUND, PROMPTS, GRID)
+
+
 def test_frame_statistics_are_what_they_say():
     video = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     assert not frame_statistics(video).any()
@@ -115,8 +128,6 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
     config = Config(output_dir=str(tmp_path), grid=GRID)
     run = Run(config)
     write_candidates(run, CLIPS)
-    import pyarrow.parquet
-
     folder = tmp_path / "generate"
     clips = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
     rng = np.random.default_rng(0)
@@ -130,10 +141,33 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
                 store.add({key: label}, name)
         key = label_key(hash_file(folder / clips[20]["video"]), clips[20]["prompt"], GRID, "gpt")
         store.add({key: Label(status="refused")}, "gpt")
+    # the reward model knows the clips it learned from by heart and the others not at all
+    learned = truth[:24] * (np.arange(24) < 14) + (6 - truth) * (np.arange(24) >= 14)
+    for name, table in {
+        "score/scores.parquet": {
+            "clip_id": [clip["clip_id"] for clip in clips],
+            "video_visual_quality": learned,
+            "patch_quality": list(patches),
+        },
+        "annotate/labels.parquet": {"clip_id": [clip["clip_id"] for clip in clips[:14]], "status": ["ok"] * 14},
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / name)
     arguments = ["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]", "--resamples", "5"]
     assert main(arguments) == 0
     sections = dict(part.split("\n", 1) for part in capsys.readouterr().out.strip().split("\n\n"))
-    assert set(sections) == {"contrary against gpt", "contrary against human:anna", "gpt against human:anna"}
+    fresh, known = "clips that it did not train on", "on its training clips"
+    assert set(sections) == {
+        "contrary against gpt",
+        "contrary against human:anna",
+        "gpt against human:anna",
+        f"reward model against contrary, {fresh}",
+        f"reward model against gpt, {known}",
+        f"reward model against human:anna, {fresh}",
+    }, "the more trusted one is the truth"
+    for title, expected in ((f"human:anna, {fresh}", "-1.00"), (f"gpt, {known}", "1.00")):
+        row = sections[f"reward model against {title}"].splitlines()[1]
+        assert row.startswith(f"visual_quality  {expected} "), row
     for title, expected in (("gpt against human:anna", "1.00"), ("contrary against human:anna", "-1.00")):
         lines = {line.split("  ")[0]: line for line in sections[title].splitlines()}
         assert set(lines) == {"", "visual_quality", "patch quality"}
@@ -154,3 +188,13 @@ def test_reward_eval_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "b").write_bytes(b"")
     assert main(["reward", "eval", "--data", str(tmp_path / "t.csv"), "--model", "none"]) == 2
     assert "preferences need one; run `halo reward`" in capsys.readouterr().err
+
+
+def test_agreement_refuses_scores_that_are_no_numbers(tmp_path, capsys):
+    write_candidates(Run(Config(output_dir=str(tmp_path), grid=GRID)), CLIPS)
+    names = pyarrow.parquet.read_table(tmp_path / "generate" / "clips.parquet")["clip_id"]
+    (tmp_path / "score").mkdir()
+    table = pyarrow.table({"clip_id": names, "video_visual_quality": [np.nan] * len(names)})
+    pyarrow.parquet.write_table(table, tmp_path / "score" / "scores.parquet")
+    assert main(["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]"]) == 2
+    assert "expected numbers in visual_quality, got NaN" in capsys.readouterr().err

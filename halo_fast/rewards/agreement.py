@@ -4,6 +4,7 @@ Everything is a plain function of arrays; what is compared with people's labels 
 `patch_agreement`, which give every figure an interval from a bootstrap over prompts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = [
     "kendall",
     "mean_over",
     "pair_accuracy",
+    "pair_agreement",
     "patch_agreement",
     "rater_ceiling",
     "ridge_folds",
@@ -34,7 +36,7 @@ Statistic = Callable[[NDArray[np.int64]], float]
 
 
 class Figure(NamedTuple):
-    """A figure and its 95% interval from a bootstrap over prompts; NaN where it is not defined."""
+    """A figure and its 95% interval from a bootstrap over prompts; NaN where not defined, as of a single prompt."""
 
     value: float
     low: float
@@ -107,8 +109,12 @@ def pair_accuracy(score_gaps: ArrayLike, label_gaps: ArrayLike) -> float:
 
     Returns:
         the share, NaN without pairs. Saying "tie" everywhere gets the share of tied labels: the floor of this figure.
+
+    Raises:
+        ValueError: a gap that is NaN.
     """
     gaps, labels = np.asarray(score_gaps, dtype=float), np.asarray(label_gaps, dtype=float)
+    _require_known(gaps, "score_gaps")
     if not len(gaps):
         return float("nan")
     order = np.argsort(np.abs(gaps), kind="stable")
@@ -128,10 +134,16 @@ def calibration_slope(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def calibration_error(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Mean distance, in points of the scale, between mean score and mean label over ten bins of equally many scores."""
+    """Mean distance, in points of the scale, between mean score and mean label over ten bins of equally many scores.
+
+    Equal scores share the bin that the middle one of them falls into, so the order of the rows says nothing.
+    """
     x, y = np.asarray(scores, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
-    bins = np.array_split(np.argsort(x, kind="stable"), min(_BINS, len(x)))
-    return float(sum(len(rows) * abs(x[rows].mean() - y[rows].mean()) for rows in bins) / len(x))
+    _, group, size = np.unique(x, return_inverse=True, return_counts=True)
+    middle = size.cumsum() - size + (size - 1) // 2
+    parts = np.array_split(np.arange(len(x)), min(_BINS, len(x)))
+    number = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[middle][group]
+    return float(np.abs(np.bincount(number, x - y)).sum() / len(x))
 
 
 def centred(values: ArrayLike, *groups: ArrayLike) -> NDArray[np.float64]:
@@ -161,7 +173,7 @@ def video_agreement(
     """Agreement of a video score with a label of the same dimension.
 
     Args:
-        scores: [N].
+        scores: [N], a number for every clip that has a label.
         labels: [N], from 1 to 5; clips whose label is NaN do not count.
         prompts: of each clip; the unit of the bootstrap.
         generators: the model that made each clip; with them, spearman_centred is given.
@@ -172,10 +184,14 @@ def video_agreement(
         spearman, kendall (tau-b), pair_accuracy (of the pairs that share a prompt, ties included), auc (of labels above
         the median), calibration_slope, calibration_error, and spearman_centred: what is left when prompt and generator
         means are removed from both sides. A score that knows only which prompt or generator it sees has none of it.
+
+    Raises:
+        ValueError: the score of a labelled clip is NaN; left out, it would flatter who failed on the hard clips.
     """
     x, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
-    known = ~(np.isnan(x) | np.isnan(y))
+    known = ~np.isnan(y)
     x, y = x[known], y[known]
+    _require_known(x, "scores of labelled clips")
     prompt = _numbered(np.asarray(prompts)[known])
     good = y > np.median(y) if len(y) else y > 0
     figures: dict[str, Statistic] = {
@@ -193,6 +209,35 @@ def video_agreement(
     gaps = [values[first] - values[second] for values in (x, y)]
     pairs: dict[str, Statistic] = {"pair_accuracy": lambda rows: pair_accuracy(gaps[0][rows], gaps[1][rows])}
     return _figures(figures, prompt, resamples, seed) | _figures(pairs, prompt[first], resamples, seed)
+
+
+def pair_agreement(
+    score_gaps: ArrayLike, label_gaps: ArrayLike, prompts: Sequence[str], resamples: int = 1000, seed: int = 0
+) -> dict[str, Figure]:
+    """Agreement of a score with preferences between two clips.
+
+    Args:
+        score_gaps: [K] score of the one minus score of the other.
+        label_gaps: [K] likewise of the label; 0 is a tie; pairs whose label is NaN do not count.
+        prompts: of each pair; the unit of the bootstrap.
+        resamples: draws of the bootstrap.
+        seed: of the draws.
+
+    Returns:
+        pair_accuracy, ties included, and without_ties: the share of untied pairs that are ordered like the label.
+
+    Raises:
+        ValueError: a gap of a labelled pair is NaN.
+    """
+    known = ~np.isnan(np.asarray(label_gaps, dtype=float))
+    gaps, labels = (np.asarray(values, dtype=float)[known] for values in (score_gaps, label_gaps))
+    _require_known(gaps, "score_gaps")
+    right = np.where(labels == 0, np.nan, np.sign(gaps) == np.sign(labels))
+    figures: dict[str, Statistic] = {
+        "pair_accuracy": lambda rows: pair_accuracy(gaps[rows], labels[rows]),
+        "without_ties": lambda rows: _mean(right[rows]),
+    }
+    return _figures(figures, _numbered(np.asarray(prompts)[known]), resamples, seed)
 
 
 def patch_agreement(
@@ -216,9 +261,13 @@ def patch_agreement(
     Returns:
         spearman (of score and -severity) and auc over all patches, and both within clips: the mean over the clips in
         which they are defined, blind to which clip is the worse.
+
+    Raises:
+        ValueError: the score of a patch whose severity is known is NaN.
     """
     x, y = (np.asarray(values, dtype=float).reshape(len(prompts), -1) for values in (scores, severity))
     known = ~np.isnan(y)
+    _require_known(x[known], "scores of labelled patches")
     clips = list(zip(-x, y, known, strict=True))
     ranks = np.array([spearman(score[k], damage[k]) for score, damage, k in clips])
     areas = np.array([auc(score[k], damage[k] > defective) for score, damage, k in clips])
@@ -311,9 +360,19 @@ def _figures(
         def resampled(drawn: NDArray[np.int64], statistic: Statistic = statistic) -> float:
             return statistic(np.concatenate([members[unit] for unit in drawn]))
 
-        interval = bootstrap_interval(resampled, len(members), resamples, seed)
+        # one prompt drawn over and over tells nothing of how prompts differ
+        several = len(members) > 1
+        interval = bootstrap_interval(resampled, len(members), resamples, seed) if several else (math.nan, math.nan)
         result[name] = Figure(statistic(np.arange(len(units))), *interval)
     return result
+
+
+def _require_known(scores: NDArray[np.float64], name: str) -> None:
+    missing = int(np.isnan(scores).sum())
+    if missing:
+        raise ValueError(
+            f"{name}: expected numbers, got NaN in {missing} of {scores.size}; find out why before judging"
+        )
 
 
 def _numbered(names: ArrayLike) -> NDArray[np.int64]:

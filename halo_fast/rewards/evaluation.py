@@ -18,8 +18,7 @@ from halo_fast.data.clips import read_clip
 from halo_fast.data.importers import Preference, Ratings, load_frames, pool_marks, read_human
 from halo_fast.rewards.agreement import (
     Figure,
-    mean_over,
-    pair_accuracy,
+    pair_agreement,
     patch_agreement,
     rater_ceiling,
     ridge_folds,
@@ -31,7 +30,7 @@ from halo_fast.rewards.marks import cross_validated_patches
 from halo_fast.rewards.model import RewardModel, RewardModelConfig
 from halo_fast.rewards.probes import Probe, probe_all
 from halo_fast.rewards.training import LabelledClips, fit
-from halo_fast.runs import Run, UserError, hash_file, progress, write_json
+from halo_fast.runs import Run, UserError, hash_file, progress, read_table, write_json
 from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS
 from halo_fast.teachers.store import LabelStore, label_key
 
@@ -47,6 +46,9 @@ _MARK_GRID = (14, 14)
 _WORLD_CLIPS = 192
 _PLANTED_CLIPS = 192
 _ANY = "a clip"  # the prompt of windows that nothing is known of
+_MARKED = 0.5  # from half of a map's range a pixel counts as marked: smooth heat maps are nowhere quite 0
+_REWARD = "reward model"
+_NEAREST = {"motion_quality": ("temporal_consistency", "dynamic_degree")}  # the rubric splits what VideoAlign calls MQ
 _VISIBLE = 0.25  # severity from which a patch counts as damaged, as in halo_fast.demo.defects
 
 
@@ -76,10 +78,10 @@ def reward_eval(data: str = "", json: str = "", model: str = "runs/demo/reward",
                 raise UserError(f"model: {model} holds no reward model, and preferences need one; run `halo reward`")
             tables["preferences"] = evaluate_preferences(human, trained)
         else:
-            if human.scores:
-                tables |= evaluate_ratings(human, seed)
             if human.marks is not None:
                 tables["patches that people marked, folds by picture"] = evaluate_marks(human, seed)
+            if human.scores:
+                tables |= evaluate_ratings(human, seed)
             tables |= _planted_tables(human, seed)
     if trained is None:
         print(f"{model}: no reward model; the demo's world and the probes are left out (halo run makes one)")
@@ -137,9 +139,22 @@ def evaluate_ratings(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> 
 
 
 def evaluate_marks(ratings: Ratings, seed: int = 0) -> Table:
-    """Patch scores against what people marked, with eight folds by picture, beside place and pixel statistics."""
-    pictures = torch.stack([load_frames(clip)[0] for clip in ratings.clips])
-    shares = pool_marks(ratings.marks or [], *_MARK_GRID).reshape(len(pictures), -1)
+    """Patch scores against what people marked, with eight folds by picture, beside place and pixel statistics.
+
+    Maps are cut at 0.5, half of their range; a patch is positive if any of it is marked.
+
+    Raises:
+        UserError: pictures of several sizes.
+    """
+    frames = [load_frames(clip)[0] for clip in ratings.clips]
+    sizes = sorted({tuple(frame.shape[:2]) for frame in frames})
+    if len(sizes) > 1:
+        raise UserError(
+            f"{ratings.source}: expected pictures of one size, got {sizes[0]}, {sizes[1]}; scale them alike"
+        )
+    pictures = torch.stack(frames)
+    marked = [(mark >= _MARKED).astype(np.float32) for mark in ratings.marks or []]
+    shares = pool_marks(marked, *_MARK_GRID).reshape(len(pictures), -1)
     names = [str(index) for index in range(len(pictures))]
     folds = _folds(names, 8, seed)
     statistics = patch_statistics(pictures[:, None], (1, *_MARK_GRID))
@@ -153,9 +168,12 @@ def evaluate_marks(ratings: Ratings, seed: int = 0) -> Table:
     return {row: patch_agreement(-damage, shares, names, 0.0, seed=seed) for row, damage in severities.items()}
 
 
+@torch.no_grad()
 def evaluate_preferences(pairs: Sequence[Preference], model: RewardModel, resamples: int = 1000) -> Table:
-    """Pair accuracy of a model on people's preferences, with ties and without, beside chance and frame statistics."""
-    names = list(dict.fromkeys(name for pair in pairs for name in pair.preferred))
+    """Pair accuracy of a model on people's preferences, with ties and without, beside less motion.
+
+    A dimension that the model lacks is judged by the one nearest in meaning, else by the mean of all; the row says so.
+    """
     prompts = [pair.prompt for pair in pairs]
     gaps, motion = [], []
     for pair in progress(pairs, len(pairs), "pairs"):
@@ -163,19 +181,15 @@ def evaluate_preferences(pairs: Sequence[Preference], model: RewardModel, resamp
         rewards = [model(clip[None], [pair.prompt], (1, 1, 1)).video[0] for clip in clips]
         gaps.append(rewards[0] - rewards[1])
         motion.append(float(np.subtract(*(frame_statistics(clip)[-1] for clip in clips))))
+    scores, columns = torch.stack(gaps).numpy(), model.config.video_dimensions
     table: Table = {}
-    for name in names:
+    for name in dict.fromkeys(name for pair in pairs for name in pair.preferred):
         labels = np.array([2 * pair.preferred.get(name, math.nan) - 1 for pair in pairs])
-        columns = model.config.video_dimensions
-        score = torch.stack(gaps).numpy()
-        column = score[:, columns.index(name)] if name in columns else score.mean(axis=1)
-        for row, gap in ((f"{name}: model", column), (f"{name}: less motion", -np.array(motion))):
-            known = ~np.isnan(labels)
-            right = np.where(labels == 0, np.nan, (np.sign(gap) == labels).astype(float))
-            table[row] = {
-                "pair_accuracy": Figure(pair_accuracy(gap[known], labels[known]), math.nan, math.nan),
-                "without_ties": mean_over(right[known], list(np.array(prompts)[known]), resamples),
-            }
+        nearest = next((other for other in (name, *_NEAREST.get(name, ())) if other in columns), None)
+        score = scores.mean(axis=1) if nearest is None else scores[:, columns.index(nearest)]
+        judge = "mean of scores" if nearest is None else "model" if nearest == name else f"model's {nearest}"
+        table[f"{name}: {judge}"] = pair_agreement(score, labels, prompts, resamples)
+        table[f"{name}: less motion"] = pair_agreement(-np.array(motion), labels, prompts, resamples)
     return table
 
 
@@ -204,18 +218,39 @@ def demo_world(model: RewardModel, seed: int = 0) -> tuple[Table, list[Probe]]:
 def agreement(config: Config, resamples: int = 300) -> None:
     """Print how teachers, people and the reward model of a run agree with each other on the clips that both scored.
 
+    Of two, the one to be trusted more is the truth: people before teachers, teachers before the reward model. The
+    reward model is judged on clips whose labels did not train it, where there are such; else its row says so.
+
     Args:
         config: of the run; its labels.sqlite and, if there, score/scores.parquet are read.
         resamples: draws of the bootstrap over prompts.
 
     Raises:
-        UserError: no candidates, fewer than two who scored.
+        UserError: no candidates, fewer than two who scored, scores of the reward model that are no numbers.
     """
-    import pyarrow.parquet
-
     run = Run(config)
     folder = run.require("generate/clips.parquet").parent
-    clips = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()
+    clips = read_table(folder / "clips.parquet").to_pylist()
+    scorers = _stored_scores(config, run, folder, clips)
+    labels = run.path / "annotate" / "labels.parquet"
+    rows = read_table(labels).to_pylist() if labels.exists() else []
+    taught = {row["clip_id"] for row in rows if row["status"] == "ok"}
+    unseen = np.array([clip["clip_id"] not in taught for clip in clips])
+    prompts = [clip["prompt"] for clip in clips]
+    trusted = sorted(scorers, key=lambda name: (name != _REWARD, name.startswith("human:"), name))
+    for first, second in combinations(trusted, 2):
+        table, title = {}, f"{first} against {second}"
+        if first == _REWARD and taught:
+            table = _compared(scorers[first], scorers[second], prompts, unseen, resamples)
+            title += ", clips that it did not train on" if table else ", on its training clips"
+        table = table or _compared(scorers[first], scorers[second], prompts, np.ones_like(unseen), resamples)
+        print(f"\n{title}\n{_text(table) if table else '  no clip that both scored'}")
+
+
+def _stored_scores(
+    config: Config, run: Run, folder: Path, clips: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Who scored the clips of a run -> dimension -> scores [N], or [N, P] of patches; NaN is not scored."""
     hashes = [hash_file(folder / clip["video"]) for clip in clips]
     scorers: dict[str, dict[str, NDArray[np.float64]]] = {}
     with LabelStore(run.path / "labels.sqlite") as store:
@@ -232,33 +267,45 @@ def agreement(config: Config, resamples: int = 300) -> None:
             }
     scored = run.path / "score" / "scores.parquet"
     if scored.exists():
-        rows = {row["clip_id"]: row for row in pyarrow.parquet.read_table(scored).to_pylist()}
-        scorers["reward model"] = {
+        rows = {row["clip_id"]: row for row in read_table(scored).to_pylist()}
+        scorers[_REWARD] = {
             name.split("_", 1)[1]: np.array([rows[clip["clip_id"]][name] for clip in clips], dtype=float)
             for name in next(iter(rows.values()))
             if name.startswith(("video_", "patch_"))
         }
+        for name, scores in scorers[_REWARD].items():
+            if np.isnan(scores).any():
+                raise UserError(
+                    f"{scored}: expected numbers in {name}, got NaN; run `halo reward` and `halo score` again"
+                )
     if len(scorers) < 2:
         raise UserError(
             f"{run.path}: expected scores of at least two of teachers, people and reward model, got"
             f" {', '.join(scorers) or 'none'}; run `halo annotate`, `halo label` or `halo score`"
         )
-    prompts = [clip["prompt"] for clip in clips]
-    for first, second in combinations(scorers, 2):
-        table: Table = {}
-        for name in scorers[first]:
-            if name not in scorers[second]:
-                continue
-            x, y = scorers[first][name], scorers[second][name]
-            if x.ndim == 2:
-                x, y = np.where(np.isnan(y), np.nan, x), np.where(np.isnan(x), np.nan, y)
-                both = np.flatnonzero(~np.isnan(x).all(axis=1))
-                if len(both):
-                    kept = [prompts[row] for row in both.tolist()]
-                    table[f"patch {name}"] = patch_agreement(x[both], 5 - y[both], kept, 1.0, resamples)
-            elif (~np.isnan(x) & ~np.isnan(y)).sum() > 1:
-                table[name] = video_agreement(x, y, prompts, resamples=resamples)
-        print(f"\n{first} against {second}\n{_text(table) if table else '  no clip that both scored'}")
+    return scorers
+
+
+def _compared(
+    judged: Mapping[str, NDArray[np.float64]],
+    truth: Mapping[str, NDArray[np.float64]],
+    prompts: Sequence[str],
+    chosen: NDArray[np.bool_],
+    resamples: int,
+) -> Table:
+    """Agreement on the chosen clips that both scored, for each dimension of both."""
+    table: Table = {}
+    for name in judged:
+        if name not in truth:
+            continue
+        x, y = (np.where(np.isnan(judged[name] + truth[name]), np.nan, scores[name]) for scores in (judged, truth))
+        both = np.flatnonzero(~np.isnan(x.reshape(len(x), -1)).all(axis=1) & chosen)
+        kept = [prompts[row] for row in both.tolist()]
+        if x.ndim == 2 and len(both):
+            table[f"patch {name}"] = patch_agreement(x[both], 5 - y[both], kept, 1.0, resamples)
+        elif len(both) > 1:
+            table[name] = video_agreement(x[both], y[both], kept, resamples=resamples)
+    return table
 
 
 def prompt_features(prompts: Sequence[str]) -> NDArray[np.float64]:

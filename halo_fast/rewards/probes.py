@@ -58,7 +58,11 @@ class Probe:
 def probe_all(
     model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
 ) -> list[Probe]:
-    """All probes on clips uint8 [N, F, H, W, 3] that show what their prompts say, and move."""
+    """All probes on clips uint8 [N, F, H, W, 3] that show what their prompts say, and move.
+
+    Raises:
+        ValueError: the model gives NaN; a probe must not pass, or count as not measured, because scores are missing.
+    """
     return [
         prompt_swap(model, videos, prompts, grid),
         static_copy(model, videos, prompts, grid),
@@ -138,7 +142,14 @@ def _rewards(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: t
         model(videos[start : start + _BATCH], list(prompts[start : start + _BATCH]), grid)
         for start in range(0, len(videos), _BATCH)
     ]
-    return Rewards(torch.cat([part.video for part in parts]), torch.cat([part.patches for part in parts]))
+    rewards = Rewards(torch.cat([part.video for part in parts]), torch.cat([part.patches for part in parts]))
+    for name, scores in (("video", rewards.video), ("patch", rewards.patches)):
+        missing = int(scores.isnan().flatten(1).any(dim=1).sum())
+        if missing:
+            raise ValueError(
+                f"model: expected numbers, got NaN {name} scores for {missing} of {len(videos)} clips; train it again"
+            )
+    return rewards
 
 
 def _video(
