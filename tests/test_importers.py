@@ -95,6 +95,11 @@ def test_video_feedback(tmp_path, suffix):
     np.testing.assert_allclose(found.scores["visual_quality"][:, 0], [1, 7 / 3, 11 / 3, 5])
     frames = load_frames(found.clips[2])
     assert frames.shape == (2, 8, 8, 3) and frames[1, 0, 0].tolist() == [2, 1, 0]
+    short = [{name: value for name, value in row.items() if name != "dynamic degree"} for row in rows]
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "train.json").write_text(json.dumps(short))
+    with pytest.raises(UserError, match="row 1: expected VideoFeedback's five scores, got no dynamic degree"):
+        read_ratings(tmp_path / "short")
     (tmp_path / "images" / "3").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"row 4: no frames of '3'"):
         read_ratings(tmp_path)
@@ -111,6 +116,10 @@ def test_rich_hf(tmp_path):
     np.testing.assert_array_equal(found.marks[0], heat)
     np.save(tmp_path / "artifact_map" / "a.npy", heat * 255)
     with pytest.raises(UserError, match=r"a.npy: expected \[H, W\] in \[0, 1\]"):
+        read_ratings(file)
+    heat[1, 2] = np.nan
+    np.save(tmp_path / "artifact_map" / "a.npy", heat)
+    with pytest.raises(UserError, match=r"a.npy: expected .* up to nan"):
         read_ratings(file)
 
 
@@ -136,6 +145,27 @@ def test_plain_table(tmp_path):
     table(tmp_path / "t.csv", [rows[0] | {"video": "c.mp4"}])
     with pytest.raises(UserError, match=r"row 1: .*c.mp4 does not exist"):
         read_ratings(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("t.csv", "video,prompt,q\na,x,1\na,x,5\n", "rows 1 and 2 score a twice"),
+        ("t.csv", "video,prompt,q,rater\na,x,1,r\na,x,2,s\na,x,5,r\n", "rows 1 and 3 score a twice"),
+        ("t.csv", "video,prompt,q\na,x,1\na,x\n", "row 2: expected 3 cells, got 2"),
+        ("t.csv", "video,prompt,q\na,x,1,7\n", "row 1: expected 3 cells, got 4"),
+        ("t.jsonl", '{"video": "a", "prompt": "x", "q": true}', "row 1: expected 1 to 5 in 'q', got True"),
+        ("t.jsonl", '{"video": "a", "prompt": "x", "q": 1}\n{"prompt": "x", "q": 1}', "row 2: .*column 'video'"),
+        ("t.jsonl", '{"video": "a", "prompt": "x", "q": 1}\n{"video": "a", "q": 1}', "row 2: .*column 'prompt'"),
+        ("t.jsonl", '{"video": "a", "prompt": "x", "q": 1}\n{"video": "a", "prompt": "x"}', "row 2: .*column 'q'"),
+        ("t.jsonl", '{"video": ["a"], "prompt": "x", "q": 1}\n{"video": 3, "prompt": "x", "q": 1}', "row 2: .*got 3"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_named(tmp_path, name, text, complaint):
+    touch(tmp_path, "a")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        read_human(tmp_path / name)
 
 
 def picture() -> bytes:
@@ -190,7 +220,7 @@ def video_dpo(folder: Path) -> Path:
     ],
 )
 def test_preferences(tmp_path, write, preferred):
-    touch(tmp_path, "a.mp4", "b.mp4")
+    touch(tmp_path, "a.mp4", "b.mp4", "m.npy")
     (found,) = read_preferences(write(tmp_path))
     assert (found.row, found.prompt, found.preferred) == (1, "x", preferred)
     if write is pickapic:
@@ -200,6 +230,11 @@ def test_preferences(tmp_path, write, preferred):
     assert found.mask == (tmp_path / "m.npy" if write is local_dpo else None)
     with pytest.raises(UserError, match="expected scores of clips, got preferences"):
         read_ratings(write(tmp_path))
+    if write is local_dpo:
+        (tmp_path / "m.npy").unlink()
+        with pytest.raises(UserError, match=r"row 1: the mask .*m.npy does not exist"):
+            read_preferences(write(tmp_path))
+        touch(tmp_path, "m.npy")
     if write is not pickapic:
         (tmp_path / "b.mp4").unlink()
         with pytest.raises(UserError, match=r"row 1: .*b.mp4 does not exist"):

@@ -161,7 +161,7 @@ def _rows(path: Path) -> list[Row]:
             return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text)))
+            return _csv_rows(path, text)
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
@@ -170,6 +170,18 @@ def _rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: cannot be read ({error}); expected {_KNOWN}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a list of rows with named columns; expected {_KNOWN}")
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> list[Row]:
+    """The rows of a CSV, each with as many cells as there are columns."""
+    reader = csv.DictReader(io.StringIO(text))
+    rows: list[Any] = list(reader)
+    for number, row in enumerate(rows, 1):
+        # the reader keeps surplus cells under None, and gives None for cells that are not there
+        if None in row or None in row.values():
+            size = sum(value is not None for name, value in row.items() if name is not None) + len(row.get(None) or [])
+            raise UserError(f"{path}: row {number}: expected {len(reader.fieldnames or [])} cells, got {size}")
     return rows
 
 
@@ -197,7 +209,7 @@ def _score(value: Any, low: float, high: float, column: str, place: str) -> floa
     if value is None or value == "":
         return float("nan")
     try:
-        number = float(value)
+        number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
     if not low <= number <= high:
@@ -241,6 +253,8 @@ def _local_dpo(path: Path, number: int, row: Row) -> Preference:
     place = f"{path}: row {number}"
     first, second = (path.parent / _text(row, f"{side}_video_path", place) for side in ("pos", "neg"))
     mask = path.parent / row["mask"] if isinstance(row.get("mask"), str) and row["mask"] else None
+    if mask is not None and not mask.exists():
+        raise UserError(f"{place}: the mask {mask} does not exist; put it there or leave it out of the row")
     return Preference(number, _text(row, "gen_caption", place), first, second, {"overall": 1.0}, mask)
 
 
@@ -347,6 +361,9 @@ def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
     }
     clips = []
     for number, row in enumerate(rows, 1):
+        missing = [name for name in ("id", "text prompt", *(name for (name,) in columns.values())) if name not in row]
+        if missing:
+            raise UserError(f"{path}: row {number}: expected VideoFeedback's five scores, got no {', '.join(missing)}")
         # frames lie in a folder named after the clip, as the published archives have them
         found = [path.parent / folder / str(row["id"]) for folder in ("images", "frames", ".")]
         found += [path.parent / folder / f"{row['id']}.mp4" for folder in ("videos", ".")]
@@ -374,11 +391,16 @@ def _rich_hf(path: Path, rows: Sequence[Row]) -> Ratings:
         for file in (clip, heat):
             if not file.exists():
                 raise UserError(f"{path}: row {number}: {file} does not exist; put it there or leave the row out")
-        mark = np.load(heat, allow_pickle=False)
-        if mark.ndim != 2 or mark.min() < 0 or mark.max() > 1:
-            raise UserError(f"{heat}: expected [H, W] in [0, 1], got {list(mark.shape)} up to {mark.max():g}")
+        try:
+            mark = np.load(heat, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{heat}: expected an array of numbers ({error})") from error
+        # a comparison with NaN is false: what is not known to lie inside is refused
+        if mark.ndim != 2 or not mark.size or not (mark.min() >= 0 and mark.max() <= 1):
+            top = f"{mark.max():g}" if mark.size else "nothing"
+            raise UserError(f"{heat}: expected [H, W] in [0, 1], got {list(mark.shape)} up to {top}")
         clips.append(load_frames(clip.read_bytes()))
-        marks.append(mark.astype(np.float32))
+        marks.append(mark)
     return Ratings("RichHF", clips, [row.get("prompt") or "" for row in rows], scores, marks=marks)
 
 
@@ -387,19 +409,31 @@ def _plain(path: Path, rows: Sequence[Row]) -> Ratings:
     dimensions = [name for name in rows[0] if name not in ("video", "prompt", "generator", "rater", "row", "id")]
     if not dimensions:
         raise UserError(f"{path}: expected a column of scores from 1 to 5 beside video and prompt, got none")
-    raters = list(dict.fromkeys(row.get("rater", "") for row in rows))
-    files = list(dict.fromkeys(row["video"] for row in rows))
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("video", "prompt", *dimensions) if name not in row]
+        if missing:
+            raise UserError(
+                f"{path}: row {number}: expected a column {missing[0]!r} as in row 1; null where not scored"
+            )
+    raters = list(dict.fromkeys(str(row.get("rater", "")) for row in rows))
+    names = [_text(row, "video", f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    files = list(dict.fromkeys(names))
+    taken: dict[tuple[int, int], int] = {}
     scores = {name: np.full((len(files), len(raters)), np.nan) for name in dimensions}
     first: dict[str, Row] = {}
-    for number, row in enumerate(rows, 1):
-        file = path.parent / _text(row, "video", f"{path}: row {number}")
+    for number, (name, row) in enumerate(zip(names, rows, strict=True), 1):
+        file = path.parent / name
         if not file.exists():
             raise UserError(f"{path}: row {number}: {file} does not exist; put the clip there or leave the row out")
-        if row["prompt"] != first.setdefault(row["video"], row)["prompt"]:
-            raise UserError(f"{path}: row {number}: another prompt for {row['video']} than before")
-        place = files.index(row["video"]), raters.index(row.get("rater", ""))
-        for name in dimensions:
-            scores[name][place] = _score(row[name], 1, 5, name, f"{path}: row {number}")
+        if row["prompt"] != first.setdefault(name, row)["prompt"]:
+            raise UserError(f"{path}: row {number}: another prompt for {name} than before")
+        place = files.index(name), raters.index(str(row.get("rater", "")))
+        if taken.setdefault(place, number) != number:
+            raise UserError(
+                f"{path}: rows {taken[place]} and {number} score {name} twice; keep one, or name the rater of each"
+            )
+        for column in dimensions:
+            scores[column][place] = _score(row[column], 1, 5, column, f"{path}: row {number}")
     generators = [first[file]["generator"] for file in files] if "generator" in rows[0] else None
     return Ratings(
         "table", [path.parent / file for file in files], [first[file]["prompt"] for file in files], scores, generators
@@ -419,7 +453,7 @@ _PREFERENCES: dict[tuple[str, ...], Callable[[Path, int, Row], Preference]] = {
     ("caption", "chosen", "rejected"): _chosen_rejected("caption"),
 }
 _RATINGS: dict[tuple[str, ...], Callable[[Path, Sequence[Row]], Ratings]] = {
-    ("id", "text prompt", "visual quality", "temporal consistency"): _video_feedback,
+    ("id", "text prompt", "visual quality"): _video_feedback,
     ("filename", "artifact_score"): _rich_hf,
     ("video", "prompt"): _plain,
 }
