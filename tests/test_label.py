@@ -88,6 +88,21 @@ def test_label_page_is_for_those_who_have_its_address(tmp_path):
         assert urlsplit(server.url).path != token
 
 
+def test_label_page_without_its_final_slash_is_found(tmp_path):
+    with serving(candidates(tmp_path)) as server:
+        path = urlsplit(server.url).path
+        status, headers, _ = ask(server, path[:-1])
+        assert status == 308 and headers["Location"] == path
+        assert ask(server, path[:-2])[0] == 404
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "-1", "x", "1_0"])
+def test_label_server_refuses_lengths_that_are_no_numbers(tmp_path, capfd, length):
+    with serving(candidates(tmp_path)) as server:
+        assert ask(server, "overview", **{"Content-Length": length})[0] == 400
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_label_page_asks_for_nothing_from_elsewhere():
     page = (Path(__file__).parents[1] / "halo_fast" / "label" / "page.html").read_text()
     assert not re.findall(r"https?:|//[a-z]", page)
@@ -117,6 +132,7 @@ def test_label_server_gives_clips_as_they_are(tmp_path):
     "body",
     [
         "not json",
+        "[" * 100_000,
         "[]",
         scores(video={"visual_quality": 6}),
         scores(video={"visual_quality": "5"}),
@@ -230,6 +246,15 @@ def test_label_page_by_keyboard_alone(tmp_path, browser):
         browser.until("index === 1 && document.activeElement.name === 'visual_quality'")
         browser.press("s")
         browser.until("index === 2 && task.states[1] === 'skipped'")
+        for before in (1, 0):
+            browser.press("p")
+            browser.until(f"index === {before}")
+        browser.press("s")  # to skip a clip that has scores is to go on
+        browser.until("index === 1")
+        browser.until("saving.then(() => task.states[0] === 'done')")
+        assert stored(tmp_path, server)[0]["patches"].count(5) == PATCHES - 3
+        browser.press("n")
+        browser.until("index === 2 && document.activeElement.name === 'visual_quality'")
         browser.press("5", "0")  # 0 takes back what has the focus, here nothing
         browser.until("saving.then(() => task.states[2] === 'part')")
         assert "1 of 4 done, 1 in part, 1 skipped" in browser.run("$('done').textContent")

@@ -201,16 +201,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         length = self.headers.get("Content-Length", "0")
-        if not length.isdigit() or int(length) > _LONGEST_BODY:
+        # digits of other scripts are digits to isdigit and no numbers to int
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            self.close_connection = True
+            return self._send(HTTPStatus.BAD_REQUEST, b"Content-Length: expected a number")
+        if int(length) > _LONGEST_BODY:
             self.close_connection = True
             return self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"too long")
         body = self.rfile.read(int(length))
         if not self.server.admits(self.path, self.headers.get("Host", "")):
             return self._send(HTTPStatus.NOT_FOUND, b"not here; open the address that halo label printed")
         route = self.path.strip("/").split("/")[1:]
+        if not route and not self.path.endswith("/"):
+            # the page asks by addresses relative to its own
+            return self._send(HTTPStatus.PERMANENT_REDIRECT, b"", location=self.path + "/")
         try:
             self._route(method, route, body)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, RecursionError) as error:
             self._send(HTTPStatus.BAD_REQUEST, str(error).encode())
         except UserError as error:
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode())
@@ -239,7 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object) -> None:
         self._send(HTTPStatus.OK, json.dumps(value, allow_nan=False).encode(), "application/json")
 
-    def _send(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+    def _send(
+        self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8", location: str = ""
+    ) -> None:
         self.send_response(status)
         headers = {
             "Content-Type": kind,
@@ -249,6 +258,8 @@ class _Handler(BaseHTTPRequestHandler):
             "Referrer-Policy": "no-referrer",
             "X-Content-Type-Options": "nosniff",
         }
+        if location:
+            headers["Location"] = location
         for header, value in headers.items():
             self.send_header(header, value)
         self.end_headers()
