@@ -16,6 +16,7 @@ from halo_fast.config import RewardConfig
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
 from halo_fast.rewards.vlm import _read_qwen
 from halo_fast.runs import UserError
+from halo_fast.teachers.base import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
 
 WORDS = ("a", "red", "green", "disc", "moves", "left", "<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>", "/", *"1234")
 TEXT = {
@@ -153,8 +154,10 @@ def test_videoscore_starts_from_its_published_head(tmp_path):
     weights = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
     head = torch.randn(5, 32)
     save_file(weights | {"score.weight": head}, folder / "model.safetensors", {"format": "pt"})
-    model = reward_model(folder, tuple("abcde"))
-    torch.testing.assert_close(model.backbone.head[:5].data, head)
+    model = reward_model(folder, RUBRIC_DIMENSIONS)
+    published = ["visual quality", "temporal consistency", "dynamic degree", "text alignment", "factual consistency"]
+    rows = [published.index(name.replace("_", " ")) for name in RUBRIC_DIMENSIONS]
+    torch.testing.assert_close(model.backbone.head[:5].data, head[rows])
     decoder = model.backbone.network.get_decoder().layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(decoder.data, weights["model.text_model.layers.0.self_attn.q_proj.weight"])
 
@@ -167,13 +170,27 @@ def test_videoreward_starts_from_its_reward_tokens_under_its_published_names(tmp
     head = torch.randn(1, 32)
     published |= {"base_model.model.rm_head.weight": head}
     save_file(published, folder / "model.safetensors", {"format": "pt"})
-    model = reward_model(folder, ("VQ", "MQ", "TA")).backbone
+    model = reward_model(folder, ("visual_quality", "dynamic_degree", "text_alignment")).backbone
     for name, value in model.network.state_dict().items():
         torch.testing.assert_close(value, original[name])
     embedded = original["model.language_model.embed_tokens.weight"]
     rows = [model.tokenizer.convert_tokens_to_ids(word) for word in WORDS[6:9]]
     torch.testing.assert_close(model.queries[:3].data, embedded[rows])
     torch.testing.assert_close(model.head[1].data, head[0] / 1.3811)
+    other = reward_model(folder, VIDEO_DIMENSIONS).backbone
+    torch.testing.assert_close(other.queries[1:3].data, embedded[[rows[2], rows[1]]])
+
+
+def test_a_score_that_the_published_model_lacks_is_told(tmp_path, capsys):
+    folder = tiny_model(tmp_path, "idefics2")
+    weights = load_file(folder / "model.safetensors") | {"score.weight": torch.randn(5, 32)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    head = reward_model(folder, ("beauty", "text_alignment")).backbone.head
+    torch.testing.assert_close(head[1].data, weights["score.weight"][3])
+    assert "does not score beauty" in capsys.readouterr().err
+    save_file(weights | {"score.weight": torch.randn(3, 32)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="head of 5 scores"):
+        reward_model(folder, ("text_alignment",))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

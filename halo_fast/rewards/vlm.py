@@ -8,7 +8,8 @@ frames are read once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,12 @@ _HALF = (0.5, 0.5, 0.5)
 _FRAME_SIDE = 448
 _LORA_ALPHA = 2  # times the rank
 # mean and deviation of VideoReward's rewards, as published with it: visual quality, motion quality, text alignment
-_VIDEO_REWARD = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
+_VIDEO_REWARD = {
+    "visual_quality": ("VQ", 3.6757, 2.2476),
+    "dynamic_degree": ("MQ", 1.1646, 1.3811),
+    "text_alignment": ("TA", 2.8105, 2.5121),
+}
+_VIDEO_SCORE = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency")
 _VIDEO_SCORE_MIDDLE = 2.5  # of its scale from 1 to 4
 
 
@@ -196,25 +202,38 @@ class VisionLanguage(nn.Module):
             nn.init.eye_(self.place.weight)
             nn.init.zeros_(self.place.bias)
         if weights:
-            self._start(Path(name))
+            self._start(name)
 
     @torch.no_grad()
-    def _start(self, folder: Path) -> None:
-        """Take the head of a published reward model, if that is what the folder holds."""
+    def _start(self, name: str) -> None:
+        """Take the heads of a published reward model by the names of its scores, if that is what the folder holds."""
+        from huggingface_hub import snapshot_download
         from safetensors import safe_open
 
+        # of a hub model the weights were fetched just now, and are found again without asking
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns="*.safetensors"))
         heads: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 names = {key: key.removeprefix("base_model.model.") for key in tensors.keys()}  # noqa: SIM118
                 heads |= {name: tensors.get_tensor(key).float() for key, name in names.items() if name in _HEADS}
-        video = len(self.config.video_dimensions)
-        if "score.weight" in heads and len(heads["score.weight"]) == video:
-            self.head[:video] = heads["score.weight"]
-            self.offset[:video] = heads.get("score.bias", torch.zeros(video)) - _VIDEO_SCORE_MIDDLE
-        if "rm_head.weight" in heads and video == len(_VIDEO_REWARD):
-            for row, (name, (mean, deviation)) in enumerate(_VIDEO_REWARD.items()):
-                token = self.tokenizer.convert_tokens_to_ids(f"<|{name}_reward|>")
+        published: Collection[str] = ()
+        if len(heads.get("score.weight", ())) == len(_VIDEO_SCORE):
+            published = _VIDEO_SCORE
+        elif "rm_head.weight" in heads:
+            published = _VIDEO_REWARD
+        if heads and not published:
+            raise UserError(f"{folder}: expected VideoScore's head of 5 scores or VideoReward's, got {sorted(heads)}")
+        for row, dimension in enumerate(self.config.video_dimensions):
+            if published and dimension not in published:
+                print(f"reward.backbone: {folder} does not score {dimension}, it starts at random", file=sys.stderr)
+            elif published is _VIDEO_SCORE:
+                place = _VIDEO_SCORE.index(dimension)
+                self.head[row] = heads["score.weight"][place]
+                self.offset[row] = (heads["score.bias"][place] if "score.bias" in heads else 0) - _VIDEO_SCORE_MIDDLE
+            elif published is _VIDEO_REWARD:
+                word, mean, deviation = _VIDEO_REWARD[dimension]
+                token = self.tokenizer.convert_tokens_to_ids(f"<|{word}_reward|>")
                 self.queries[row] = self.network.get_input_embeddings().weight[token]
                 self.head[row] = heads["rm_head.weight"][0] / deviation
                 self.offset[row] = -mean / deviation
