@@ -1,5 +1,6 @@
 """Training against planted damage, an independent truth; the stages reward and score; continuation after a kill."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny import kill_when, output_hashes
 
 from halo_fast.config import Config, RewardConfig
 from halo_fast.data.clips import read_clip
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, score, train_reward
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, read_labels, score, train_reward
 from halo_fast.runs import Run, UserError
 from halo_fast.teachers import VIDEO_DIMENSIONS, annotate
 
@@ -105,6 +106,22 @@ def small_run(folder: Path) -> Run:
     return run
 
 
+def test_what_nobody_scored_is_not_learned(tmp_path):
+    run = small_run(tmp_path)
+    labels, table = tmp_path / "labels.parquet", pyarrow.parquet.read_table(run.path / "annotate" / "labels.parquet")
+    rows = [row | {"video_text_alignment": math.nan} for row in table.to_pylist()]
+    rows[0]["video_visual_quality"] = math.nan
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), labels)
+    config, data = read_labels(labels, run.path / "generate")
+    assert "text_alignment" not in config.video_dimensions and "visual_quality" in config.video_dimensions
+    assert data.video_scores.shape == (6, len(config.video_dimensions))
+    for row in rows:
+        row["patch_quality"] = [math.nan] * len(row["patch_quality"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), labels)
+    with pytest.raises(UserError, match="no patch has a score"):
+        read_labels(labels, run.path / "generate")
+
+
 def test_training_killed_in_either_phase_ends_in_the_same_weights(tmp_path):
     undisturbed = small_run(tmp_path / "undisturbed")
     train_reward(undisturbed.config, undisturbed)
@@ -112,6 +129,7 @@ def test_training_killed_in_either_phase_ends_in_the_same_weights(tmp_path):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+import math
 from pathlib import Path
 import torch
 torch.set_num_threads({torch.get_num_threads()})

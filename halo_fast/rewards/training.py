@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -113,8 +114,12 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
     sizes = {tuple(video.shape) for video in videos}
     if len(sizes) > 1:
         raise UserError(f"{clips}: expected clips of one size, got {sorted(sizes)}; make them alike")
-    video_dimensions = tuple(name.removeprefix("video_") for name in rows[0] if name.startswith("video_"))
-    patch_dimensions = tuple(name.removeprefix("patch_") for name in rows[0] if name.startswith("patch_"))
+    # what nobody scored is not learned, and a model that scored it all the same would make numbers up
+    scored = [name for name in rows[0] if name.startswith(("video_", "patch_")) and _labelled(rows, name)]
+    video_dimensions = tuple(name.removeprefix("video_") for name in scored if name.startswith("video_"))
+    patch_dimensions = tuple(name.removeprefix("patch_") for name in scored if name.startswith("patch_"))
+    if not patch_dimensions:
+        raise UserError(f"{labels}: no patch has a score; have patches scored too")
     patch_scores = [[row[f"patch_{name}"] for name in patch_dimensions] for row in rows]
     data = LabelledClips(
         torch.stack(videos),
@@ -126,6 +131,10 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
     )
     factors = latent_factors(clips, found[0]) or ()
     return RewardModelConfig(video_dimensions, patch_dimensions, *factors), data
+
+
+def _labelled(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return not np.isnan(np.array([row[name] for row in rows], dtype=float)).all()
 
 
 def fit(
