@@ -112,7 +112,7 @@ def launch_all(latent: str, grid: tuple[int, ...], dtype: torch.dtype) -> None:
     kernels.gran_dpo_table(
         log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", *numbers
     )
-    kernels.patch_error_backward(log_ratio, policy, target)
+    kernels.gran_dpo_backward(log_ratio[0, 0, 0, 0], log_ratio, policy, target)
 
 
 def _nvidia_tool(name: str) -> str:

@@ -58,11 +58,7 @@ def _(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
 def _gradient(factor: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """2 (o - tau) factor coefficients_p / Z_p with a 0-d ``factor``."""
     backend = backends.select(prediction.device, prediction.dtype)
-    fused = getattr(backend, "gran_dpo_backward", None)
-    if fused is None:
-        gradient: Tensor = backend.patch_error_backward(factor * coefficients, prediction, target)
-    else:
-        gradient = fused(factor, coefficients, prediction, target)
+    gradient: Tensor = backend.gran_dpo_backward(factor, coefficients, prediction, target)
     return gradient
 
 
@@ -217,7 +213,7 @@ def _watched(latent: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(latent) not in (Tensor, torch.nn.Parameter)
-        or latent.device.type == "meta"
+        or latent.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

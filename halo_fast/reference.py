@@ -80,6 +80,11 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     return torch.empty_like(prediction).copy_(gradient)
 
 
+def gran_dpo_backward(factor: Tensor, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """``patch_error_backward`` of factor * grad with a 0-d ``factor``."""
+    return patch_error_backward(factor * grad, prediction, target)
+
+
 def link(z: Tensor, name: str, smoothing: float) -> tuple[Tensor, Tensor]:
     """phi(z) and phi'(z) of a link, in forms that stay finite for any finite z.
 

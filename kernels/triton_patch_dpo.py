@@ -52,8 +52,8 @@ def forward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int, inpu
 
 
 def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> int:
-    """Bytes that patch_error_backward must move: two inputs and the gradient once, the table once."""
-    return forward_bytes(shape, grid, itemsize, 3)
+    """Bytes that gran_dpo_backward must move: two inputs and the gradient once, the table and its factor once."""
+    return forward_bytes(shape, grid, itemsize, 3) + max(4, itemsize)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -214,6 +214,7 @@ def _forward_kernel(
 
 @_jit
 def _backward_kernel(
+    factor,  # 0-d, or None for 1
     grad,  # [N, f, h, w]
     prediction,
     target,
@@ -274,6 +275,8 @@ def _backward_kernel(
             (C * frames).to(ACCUMULATE) * _length(kh, H, grid_h).to(ACCUMULATE) * _length(kw, W, grid_w).to(ACCUMULATE)
         )
     scale = tl.load(grad + (n * grid_f + kf) * grid_h * grid_w + patch, mask=live, other=0.0)
+    if factor is not None:
+        scale = tl.load(factor) * scale
     scale = 2.0 * scale / size
     if FLAT:
         prediction += position
@@ -639,11 +642,17 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tens
 
 def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """2 (prediction - target) grad_p / Z_p, in the dtype and memory order of prediction; grad is [N, f, h, w]."""
+    return gran_dpo_backward(None, grad, prediction, target)
+
+
+def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """As patch_error_backward, of factor * grad with a 0-d factor (None is 1)."""
     gradient = torch.empty_like(prediction)
     if gradient.numel() == 0:
         return gradient
     torch_dtype, dtype = _accumulate(prediction.dtype)
     grad = grad.to(torch_dtype).contiguous()
+    factor = None if factor is None else factor.to(torch_dtype)
     grid = grad.shape[1:]
     samples, channels, frames = prediction.shape[:3]
     views = (prediction, target, gradient)
@@ -655,6 +664,7 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     chunks, splits = math.ceil(height * width / config.block), math.ceil(lines / config.lines)
     with _on(prediction.device):
         _backward_kernel[(samples * grid[0] * chunks * splits,)](
+            factor,
             grad,
             prediction,
             target,

@@ -118,6 +118,9 @@ def test_parity_where_a_patch_is_shared_by_several_programs(backend, shape, grid
     grad = cases.rewards(grid, 2)[0]
     gradient = module(backend).patch_error_backward(grad.to(device), policy.to(device), target.to(device))
     assert_gradient(gradient, cases.loop_gradient(grad, policy, target))
+    factor = torch.tensor(-0.37, device=device)
+    gradient = module(backend).gran_dpo_backward(factor, grad.to(device), policy.to(device), target.to(device))
+    assert_gradient(gradient, cases.loop_gradient(-0.37 * grad, policy, target))
 
 
 def test_equal_policy_and_reference_give_exact_zero(backend):

@@ -61,6 +61,7 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
 LAUNCHES = """
 import torch
 from benchmarks.resources import TARGETS, compile_only
+from halo_fast import backends, gran_dpo
 from halo_fast.kernels import triton_patch_dpo as kernels
 
 shape, grid = (2, 16, 13, 60, 90), (4, 3, 3)
@@ -83,7 +84,7 @@ with compile_only(TARGETS["sm_90"]) as launches:
     workspace = sum(x.numel() * x.element_size() for x in args[4:6])
     assert moved(args) - workspace == kernels.forward_bytes(shape, grid, 2, inputs=2)
     launches.clear()
-    kernels.patch_error_backward(table, policy, target)
+    kernels.gran_dpo_backward(torch.ones(()), table, policy, target)
     (_, _, args, _), = launches
     assert moved(args) == kernels.backward_bytes(shape, grid, 2)
     launches.clear()
@@ -91,6 +92,21 @@ with compile_only(TARGETS["sm_90"]) as launches:
     videos = table[:, 0, 0, 0].contiguous()
     kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", *numbers)
     assert len(launches) == 1
+    launches.clear()
+    # the public call: two launches forward, one backward, and nothing that torch would launch beside them; only a CPU
+    # sums the rewards to see whether they are finite, and sets the slabs' counters to zero anew
+    backends.select = lambda device, dtype: kernels
+    one = torch.ones(())
+    policy.requires_grad_()
+    with torch.profiler.profile() as profile:
+        loss = gran_dpo(policy, target, reference, table, videos).loss
+        forward = len(launches)
+        torch.autograd.grad(loss, policy, one)
+    assert (forward, len(launches)) == (2, 3), [name for name, *_ in launches]
+    ran = {event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")}
+    ran -= {"sum", "item", "_local_scalar_dense", "fill_", "zeros", "zero_"}
+    assert not {name for name in ran if not name.startswith(("empty", "new_empty", "as_strided", "detach", "to"))}, ran
+    policy.requires_grad_(False)
     launches.clear()
     strided = policy.transpose(1, 2).contiguous().transpose(1, 2)
     assert kernels.patch_error_backward(table, strided, target).stride() == strided.stride()
