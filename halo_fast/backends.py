@@ -79,23 +79,27 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    _log.warning(message)
+def _default(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The device's default, or the reference with a warning; looked for once, a loss is shorter than the search."""
+    name = _DEFAULTS.get(device.type, "reference")
+    reason = unavailable(name, device, dtype)
+    module = _load(name)
+    if reason is None and isinstance(module, ModuleType):
+        return module
+    _log.warning(f"backend {name!r} is not used on {device.type} ({reason}); the slower reference runs instead")
+    return reference
 
 
 def select(device: torch.device, dtype: torch.dtype, name: str | None = None) -> ModuleType:
     """The module that runs tensors of ``device`` and ``dtype``; RuntimeError if the one asked for cannot."""
     asked = name or _forced or os.environ.get("HALO_FAST_BACKEND") or None
-    chosen = _check_name(asked, "backend") if asked else _DEFAULTS.get(device.type, "reference")
-    reason = unavailable(chosen, device, dtype)
-    if reason is None:
-        module = _load(chosen)
-        assert isinstance(module, ModuleType)
-        return module
-    if asked:
-        raise RuntimeError(f"backend {chosen!r} was asked for but {reason}; choose another of {', '.join(NAMES)}")
-    _warn_once(f"backend {chosen!r} is not used on {device.type} ({reason}); the slower reference runs instead")
-    return reference
+    if not asked:
+        return _default(device, dtype)
+    reason = unavailable(_check_name(asked, "backend"), device, dtype)
+    module = _load(asked)
+    if reason or isinstance(module, str):
+        raise RuntimeError(f"backend {asked!r} was asked for but {reason}; choose another of {', '.join(NAMES)}")
+    return module
 
 
 @contextmanager

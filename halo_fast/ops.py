@@ -219,20 +219,19 @@ def _watched(latent: Tensor) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """``gran_dpo_operator`` without the dispatcher's way there, which takes longer than a small latent's arithmetic."""
+    """The graph of ``gran_dpo_operator`` without the dispatcher, whose way takes longer than a small latent's sums."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> GranDPOTensors:
-        output = _gran_dpo(*arguments)
-        _save_gran_dpo(ctx, arguments, output)
-        return output
+    def forward(ctx: Any, policy: Tensor, target: Tensor, coefficients: Tensor, loss: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(coefficients, policy, target)
+        return loss[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, policy, target = ctx.saved_tensors
         # The operator refuses a second derivative; without it one would be taken for 0.
         run = gran_dpo_backward if torch.is_grad_enabled() or _watched(policy) else _gradient
-        return None if grad is None else run(grad, coefficients, policy, target), *[None] * 8
+        return run(grad, coefficients, policy, target), None, None, None
 
 
 def gran_dpo(
@@ -252,11 +251,14 @@ def gran_dpo(
     argument of an operator); ``patch_error`` too where an sft weight is not 0, else error is empty. The loss is
     differentiable in ``policy``, and nothing else of it.
     """
-    run = gran_dpo_operator if _watched(policy) else _Direct.apply
-    output: GranDPOTensors = run(
-        policy, reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers
-    )
-    return output
+    arguments = (policy, reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers)
+    if _watched(policy):
+        output: GranDPOTensors = gran_dpo_operator(*arguments)
+        return output
+    with torch.no_grad():
+        loss, coefficients, *others = _gran_dpo(*arguments)
+    # In a list the loss is no input, which autograd would not let out as it is.
+    return _Direct.apply(policy, target, coefficients, [loss]), coefficients, *others
 
 
 patch_log_ratio.register_autograd(_log_ratio_backward, setup_context=_save_log_ratio)
