@@ -38,7 +38,7 @@ class GenerateConfig:
         fps: frames a second of the mp4 files.
     """
 
-    num_prompts: int = 192
+    num_prompts: int = 384
     num_videos_per_prompt: int = 2
     batch_size: int = 32
     num_inference_steps: int = 16
@@ -130,6 +130,12 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, where it keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
+        motion_weight: weight of the preference for a clip over a frozen copy of it, in dynamic_degree.
+        backwards: also for a clip over itself backwards, where its prompt names a direction; false where such words
+            are rarely a motion's; null: only in the demo.
+        mirror: clips are mirrored with their labels and the words left and right ("horizontal"), also upside down with
+            up and down ("both"), which is false where things fall or stand on ground, or not ("none"); null: "both"
+            in the demo, else "horizontal".
         loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).
         tie_margin: scores that differ by no more are a tie to the preference losses.
         held_out_share: share of the prompts whose clips calibrate the scores instead of training them.
@@ -140,12 +146,15 @@ class RewardConfig:
     """
 
     video_steps: int = 100
-    patch_steps: int = 600
+    patch_steps: int = 700
     learning_rate: float = 4e-3
     batch_size: int = 16
     video_weight: float = 1.0
-    patch_weight: float = 3.0
+    patch_weight: float = 10.0
     swap_weight: float = 1.0
+    motion_weight: float = 1.0
+    backwards: bool | None = None
+    mirror: Literal["none", "horizontal", "both"] | None = None
     loss: str = "regression"
     tie_margin: float = 0.2
     held_out_share: float = 0.05
@@ -221,7 +230,7 @@ class ObjectiveConfig:
 
 @dataclass
 class TrainConfig:
-    """LoRA training.
+    """Training of a LoRA, or of the weights themselves.
 
     Args:
         objective: the loss.
@@ -233,9 +242,10 @@ class TrainConfig:
             null: new ones at each visit, with the reference in the loop.
         train_batch_size: pairs in a batch of one process.
         gradient_accumulation_steps: batches of each process in a step.
-        rank: of the LoRA matrices.
+        rank: of the LoRA matrices; 0 trains the weights themselves, in float32.
         lora_alpha: LoRA scale times rank.
         target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
+            At rank 0 the layers that are trained; null for all.
         max_grad_norm: gradients are clipped to this norm.
         schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto":
             the first unless its activations do not fit.
@@ -380,7 +390,7 @@ class Config:
 
 
 _MAY_BE_ZERO = {
-    *("seed", "video_steps", "patch_steps", "lora_rank", "lr_warmup_steps", "reference_draws", "max_retries"),
+    *("seed", "video_steps", "patch_steps", "lora_rank", "rank", "lr_warmup_steps", "reference_draws", "max_retries"),
     *("off_policy_pairs", "off_policy_fresh", "heldout_pairs"),
 }
 

@@ -259,7 +259,7 @@ def test_model_whose_adapter_switch_does_nothing_is_refused(pipeline, pairs, mon
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     monkeypatch.setattr(BaseTunerLayer, "enable_adapters", lambda self, enabled: None)
-    with pytest.raises(UserError, match="with the adapter off, expected the base"):
+    with pytest.raises(UserError, match="switched to the reference, expected the base"):
         fit(pipeline, pairs, CONFIG, progress=quiet)
 
 
@@ -336,7 +336,7 @@ def test_resumed_at_any_step_equals_undisturbed(pipeline, pairs, tmp_path):
             fit(pipeline, pairs, CONFIG, folder=folder, progress=stop_before(step))
         # what a kill in the middle of a checkpoint leaves: no state.json, so it does not count
         (folder / "checkpoints/step_000099").mkdir(parents=True)
-        (folder / "checkpoints/step_000099/adapter.safetensors").write_bytes(b"cut off")
+        (folder / "checkpoints/step_000099/weights.safetensors").write_bytes(b"cut off")
         resumed = fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
         assert resumed.log == whole.log
         assert all(torch.equal(value, whole.lora[name]) for name, value in resumed.lora.items())

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_every_row_is_the_mean_of_the_plain_formula(family):
     pairs = make_pairs(family, count=5)
     pairs[2] = dataclasses.replace(pairs[2], video_rewards=torch.tensor([3.0, math.nan]))
     config = dataclasses.replace(CONFIG, train_batch_size=4, heldout_pairs=4, heldout_draws=2)
-    reference = hold_out(family, family.transformer, pairs, config, CPU)
+    with adapters_off(family.transformer):
+        reference = hold_out(family, family.transformer, pairs, config, CPU)
     rows = evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=7)
     expected = plain_rows(family, pairs, [(index, draw) for draw in range(2) for index in range(4)], OBJECTIVE)
     seen = set()
@@ -113,7 +115,8 @@ def test_every_row_is_the_mean_of_the_plain_formula(family):
 def test_held_out_numbers_move_by_learning_alone(family):
     pairs = make_pairs(family)
     config = dataclasses.replace(CONFIG, heldout_draws=4)
-    reference = hold_out(family, family.transformer, pairs, config, CPU)
+    with adapters_off(family.transformer):
+        reference = hold_out(family, family.transformer, pairs, config, CPU)
     first = evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=0)
     assert first == evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=0)
     with adapters_off(family.transformer):
@@ -130,7 +133,8 @@ def test_rows_do_not_depend_on_the_batches(family):
     rows = []
     for size in (1, 4, 6):
         config = dataclasses.replace(CONFIG, train_batch_size=size, heldout_draws=2)
-        reference = hold_out(family, family.transformer, pairs, config, CPU)
+        with adapters_off(family.transformer):
+            reference = hold_out(family, family.transformer, pairs, config, CPU)
         rows.append(evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, 0))
     for row, *others in zip(*rows, strict=True):
         for other in others:
@@ -232,7 +236,7 @@ def test_previews_show_base_and_policy_from_the_same_noise(tmp_path):
     pipeline = tiny_wan()
     family, settings = family_of(pipeline), GenerateConfig(num_inference_steps=2)
     prompts = ["a cube", "a red ball rolls"]
-    start = write_previews(tmp_path, family, pipeline.transformer, prompts, settings, 0, 0)
+    start = write_previews(tmp_path, family, partial(adapters_off, pipeline.transformer), prompts, settings, 0, 0)
     assert [path.relative_to(tmp_path).as_posix() for path in start] == [
         "previews/step_000000/0.mp4", "previews/step_000000/1.mp4",
     ]  # fmt: skip
@@ -245,11 +249,11 @@ def test_previews_show_base_and_policy_from_the_same_noise(tmp_path):
     base = run_model(pipeline)
     with_random_adapter(pipeline.transformer)
     assert not torch.equal(run_model(pipeline), base)
-    later = write_previews(tmp_path, family, pipeline.transformer, prompts, settings, 0, 50)
+    later = write_previews(tmp_path, family, partial(adapters_off, pipeline.transformer), prompts, settings, 0, 50)
     before, after = read_clip(start[0]), read_clip(later[0])
     assert (before[:, :, :32].int() - after[:, :, :32].int()).abs().max() <= 4
     assert (before[:, :, 32:].int() - after[:, :, 32:].int()).abs().max() > 8
     written = later[0].stat().st_mtime_ns
-    write_previews(tmp_path, family, pipeline.transformer, prompts, settings, 0, 50)
+    write_previews(tmp_path, family, partial(adapters_off, pipeline.transformer), prompts, settings, 0, 50)
     assert later[0].stat().st_mtime_ns == written
     assert (tmp_path / "previews/prompts.txt").read_text() == "a cube\na red ball rolls\n"

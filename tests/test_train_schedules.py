@@ -13,7 +13,7 @@ from halo_fast.families import family_of
 from halo_fast.functional import GranDPO, patch_error
 from halo_fast.runs import UserError
 from halo_fast.train import adapters, fit, job, memory, planner
-from halo_fast.train.adapters import adapter, adapters_off
+from halo_fast.train.adapters import adapters_off, trainable
 from halo_fast.train.draws import make_batch
 from halo_fast.train.schedules import batched, margin_first
 from halo_fast.train.steps import run_batch
@@ -58,7 +58,7 @@ def test_both_schedules_have_one_gradient(pairs, objective, cached):
         with adapters_off(pipeline.transformer):
             return policy(part)
 
-    with adapter(family, CONFIG) as parameters:
+    with trainable(family, CONFIG) as parameters:
         torch.manual_seed(1)
         for parameter in parameters.values():
             parameter.data = parameter.data.double() + 0.05 * torch.randn(parameter.shape, dtype=torch.double)
@@ -245,7 +245,7 @@ def test_compiled_switch_without_effect_is_refused(pairs, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(adapters, "COMPILER", "eager")
     monkeypatch.setattr(BaseTunerLayer, "enable_adapters", lambda self, enabled: None)
-    with pytest.raises(UserError, match="with the adapter off, expected the base"):
+    with pytest.raises(UserError, match="switched to the reference, expected the base"):
         fit(tiny_wan(), pairs, dataclasses.replace(CONFIG, compile=True), progress=quiet)
 
 

@@ -43,12 +43,13 @@ def evaluate(config: Config, run: Run) -> None:
     import pyarrow
 
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
-    lora, reward = run.require("train/lora"), run.require("reward/model.safetensors").parent
+    trained = run.require("train/lora" if config.train.rank else "train/model")
+    reward = run.require("reward/model.safetensors").parent
     prompts = evaluation_prompts(config)
     inputs = {
         "evaluation_prompts": prompt_source(config.evaluation_prompts),
         "pretrained_model_name_or_path": source(model_name),
-        "lora": lora,
+        "trained": trained,
         "reward": reward,
     }
     if settings.meter == "demo":
@@ -63,7 +64,7 @@ def evaluate(config: Config, run: Run) -> None:
             rows = [
                 _row(arm, index, prompt, config) for arm in ("base", "aligned") for index, prompt in enumerate(prompts)
             ]
-            _sample(config, rows, lora, stage.folder)
+            _sample(config, rows, trained, stage.folder)
             columns = _measure(config, rows, stage.folder, meter, model)
             table = {name: [row[name] for row in rows] for name in rows[0]}
             table |= {name: values.tolist() for name, values in columns.items()}
@@ -132,19 +133,19 @@ def _batches(rows: Sequence[dict[str, Any]], size: int) -> list[list[dict[str, A
     ]
 
 
-def _sample(config: Config, rows: Sequence[dict[str, Any]], lora: Path, folder: Path) -> None:
+def _sample(config: Config, rows: Sequence[dict[str, Any]], trained: Path, folder: Path) -> None:
     """Write the clips that are not there yet."""
     batches = _batches(rows, config.generate.batch_size)
     missing = [batch for batch in batches if not all((folder / row["video"]).exists() for row in batch)]
     if not missing:
         return
-    from safetensors.torch import load_file
+    from halo_fast.train.export import load_trained
 
     family = load(config.pretrained_model_name_or_path, network=config.train.network)
     aligned = False
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0]["arm"] == "aligned" and not aligned:
-            family.load_lora(load_file(lora / "pytorch_lora_weights.safetensors"))
+            load_trained(family, trained)
             aligned = True
         prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
         _, videos = sample_clips(family, prompts, seeds, config.generate)

@@ -1,9 +1,10 @@
-"""The adapter and its switch: policy and reference are one set of weights, which is proven at the start."""
+"""What is trained, and the switch from policy to reference within one model, which is proven at the start."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,24 @@ from halo_fast.train.memory import checkpointing
 
 __all__ = [
     "ADAPTER",
-    "adapter",
+    "Predict",
+    "Switch",
     "adapters_off",
     "check_first_loss",
     "check_switch",
     "compile_blocks",
     "ready",
     "repeated_blocks",
+    "switched",
+    "trainable",
     "uncompiled",
 ]
 
 ADAPTER = "halo"
 COMPILER = "inductor"
+
+Switch = Callable[[], AbstractContextManager[None]]
+Predict = Callable[[Batch], Tensor]
 
 
 @contextmanager
@@ -53,8 +60,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def adapter(family: Family, config: TrainConfig) -> Iterator[dict[str, nn.Parameter]]:
-    """A fresh LoRA on the transformer, its float32 parameters by name; taken off again at the end, whatever happens."""
+def trainable(family: Family, config: TrainConfig) -> Iterator[dict[str, nn.Parameter]]:
+    """What is trained, float32, by name: a fresh LoRA on the transformer, taken off again at the end whatever happens.
+
+    At rank 0 the weights themselves: all, or those of `config.target_modules`.
+
+    Raises:
+        UserError: a model that has adapters already, or weights to train that are not float32.
+    """
     from diffusers.utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -62,15 +75,28 @@ def adapter(family: Family, config: TrainConfig) -> Iterator[dict[str, nn.Parame
     if getattr(model, "peft_config", None):
         raise UserError("model: expected one without adapters, got one that has some; fuse or unload them first")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    targets = config.target_modules or list(family.lora_targets)
-    lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets)
     try:
         model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            inject_adapter_in_model(lora, model, ADAPTER)
+        if config.rank:
+            targets = config.target_modules or list(family.lora_targets)
+            lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                inject_adapter_in_model(lora, model, ADAPTER)
+        else:
+            for name, value in model.named_parameters():
+                layer = "." + name.rpartition(".")[0]
+                ends = [f".{target}" for target in config.target_modules or ()]
+                value.requires_grad_(not ends or layer.endswith(tuple(ends)))
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not parameters:
+            raise UserError(f"train.target_modules: no layer's name ends with one of {config.target_modules}")
         for parameter in parameters.values():
+            if not config.rank and parameter.dtype != torch.float32:
+                raise UserError(
+                    f"train.rank: 0 trains the weights themselves, expected float32, got {parameter.dtype}; load the "
+                    "model in float32, and set train.mixed_precision to bf16 to compute in that"
+                )
             parameter.data = parameter.data.float()
         yield parameters
     finally:
@@ -78,6 +104,40 @@ def adapter(family: Family, config: TrainConfig) -> Iterator[dict[str, nn.Parame
         model.__dict__.pop("peft_config", None)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def switched(model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig) -> Iterator[Switch]:
+    """The context in which the model is its own reference: the adapter off, or its first weights in their old place.
+
+    At rank 0 those wait in the CPU's memory, each process's shards by themselves, and change places with the trained
+    weights one after another, so the device never holds two sets; at the end they are back for good.
+    """
+    if config.rank:
+        yield partial(adapters_off, model)
+        return
+    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
+    first = [torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value) for value in values]
+
+    def exchange() -> None:
+        for value, other in zip(values, first, strict=True):
+            mine = value.clone()
+            value.copy_(other)
+            other.copy_(mine)
+
+    @contextmanager
+    def exchanged() -> Iterator[None]:
+        exchange()
+        try:
+            yield
+        finally:
+            exchange()
+
+    try:
+        yield exchanged
+    finally:
+        for value, other in zip(values, first, strict=True):
+            value.copy_(other)
 
 
 @contextmanager
@@ -161,13 +221,14 @@ def uncompiled(model: Any) -> Iterator[None]:
             block._compiled_call_impl = implementation
 
 
-_ADVICE = "this model's adapter cannot serve as its own reference; use it uncompiled and unquantised"
+_ADVICE = "this model cannot serve as its own reference; use it uncompiled and unquantised"
 
 
+@torch.no_grad()
 def check_switch(
-    family: Family, model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, base: Tensor, *, exact: bool
+    predict: Predict, switch: Switch, parameters: Mapping[str, Tensor], batch: Batch, base: Tensor, *, exact: bool
 ) -> None:
-    """Hold that the adapter acts when it is on and leaves the base model when it is off: exactly, or but for rounding.
+    """Hold that policy and reference are told apart, and the reference is the base: exactly, or but for rounding.
 
     Compiled blocks are other graphs with and without an adapter, so they round differently; what a switch without
     effect leaves is a hundred times larger.
@@ -178,27 +239,28 @@ def check_switch(
     fresh = [parameter.clone() for parameter in parameters.values()]
     for parameter in parameters.values():
         parameter.add_(0.01)
-    on = family.predict(model, batch.noisy, batch.t, batch.conditions)
-    with adapters_off(model):
-        off = family.predict(model, batch.noisy, batch.t, batch.conditions)
+    on = predict(batch)
+    with switch():
+        off = predict(batch)
     for parameter, value in zip(parameters.values(), fresh, strict=True):
         parameter.copy_(value)
     if not (torch.equal(off, base) or (not exact and bool((off - base).norm() < 0.01 * (on - base).norm()))):
         raise UserError(
-            f"model: with the adapter off, expected the base, got {(off - base).abs().max()} off; {_ADVICE}"
+            f"model: switched to the reference, expected the base, got {(off - base).abs().max()} off; {_ADVICE}"
         )
     if torch.equal(on, base):
-        raise UserError(f"model: with the adapter on, expected another output than the base's; {_ADVICE}")
+        raise UserError(f"model: with its weights moved, expected another output than the base's; {_ADVICE}")
 
 
+@torch.no_grad()
 def check_first_loss(
-    family: Family, model: nn.Module, batch: Batch, base: Tensor, objective: GranDPO, *, exact: bool
+    predict: Predict, layout: str, batch: Batch, base: Tensor, objective: GranDPO, *, exact: bool
 ) -> None:
-    """Hold that a fresh adapter starts at a preference loss of log 2 per unit weight."""
-    policy = family.predict(model, batch.noisy, batch.t, batch.conditions)
+    """Hold that training starts at a preference loss of log 2 per unit weight."""
+    policy = predict(batch)
     preference = replace(objective, sft_weight=0.0, patch_sft_weight=0.0, anchor_weight=0.0)
     loss = gran_dpo(
-        policy, batch.target, base, batch.patch_rewards, batch.video_rewards, objective=preference, layout=family.layout
+        policy, batch.target, base, batch.patch_rewards, batch.video_rewards, objective=preference, layout=layout
     ).loss.item()
     # Comparisons with NaN, which is "not labelled", are False: a tie.
     margin = batch.video_rewards.diff().abs() > objective.video_delta

@@ -37,9 +37,16 @@ class Progressed:
 
 def save(folder: Path, step: int, job: Job, records: Sequence[Record]) -> None:
     """Write checkpoints/step_NNNNNN; state.json comes last and makes it valid. Every process must call."""
-    weights = {name: full(value.detach()) for name, value in job.parameters.items()}
+    main = job.accelerator.is_main_process
+
+    def whole(value: Tensor) -> Tensor:
+        # one tensor at a time is whole on the device, and only one process keeps it
+        gathered = full(value.detach()).contiguous()
+        return gathered.cpu() if main else gathered.new_empty(0)
+
+    weights = {name: whole(value) for name, value in job.parameters.items()}
     moments = {
-        f"{name}.{key}": full(value).contiguous()
+        f"{name}.{key}": whole(value)
         for name, parameter in job.parameters.items()
         for key, value in job.optimizer.state[parameter].items()
     }
@@ -48,9 +55,9 @@ def save(folder: Path, step: int, job: Job, records: Sequence[Record]) -> None:
     }
     if job.auto_beta is not None:
         others |= {f"auto_beta.{name}": value for name, value in job.auto_beta.state_dict().items()}
-    if job.accelerator.is_main_process:
+    if main:
         checkpoint = folder / "checkpoints" / f"step_{step:06d}"
-        write_safetensors(checkpoint / "adapter.safetensors", weights)
+        write_safetensors(checkpoint / "weights.safetensors", weights)
         write_safetensors(checkpoint / "optimizer.safetensors", moments)
         write_safetensors(checkpoint / "others.safetensors", others)
         write_json(checkpoint / "state.json", {"step": step, "schedule": job.plan.schedule, "settings": _settings(job)})
@@ -91,7 +98,7 @@ def resume(folder: Path | None, job: Job) -> Progressed:
             raise UserError(f"{place}: made with {name} {was}, now it is {value}; use another folder")
     # A schedule chosen by free memory might be another one today, and would round differently.
     job.plan = job.plan.scheduled(state["schedule"])
-    weights, moments, others = (load_file(place / f"{name}.safetensors") for name in ("adapter", "optimizer", "others"))
+    weights, moments, others = (load_file(place / f"{name}.safetensors") for name in ("weights", "optimizer", "others"))
     with torch.no_grad():
         for name, parameter in job.parameters.items():
             parameter.copy_(_like(weights[name], parameter))

@@ -30,7 +30,6 @@ from halo_fast.data import Pair
 from halo_fast.families import Family
 from halo_fast.functional import GranDPO, patch_error
 from halo_fast.objectives import preferences, volume_share
-from halo_fast.train.adapters import adapters_off
 from halo_fast.train.draws import Batch, make_batch
 
 __all__ = ["Record", "evaluate", "held_out", "hold_out", "record", "summarize"]
@@ -161,15 +160,14 @@ def _groups(t: Tensor, weight: Tensor, label: str, grid: tuple[int, ...]) -> Ite
 def hold_out(
     family: Family, model: nn.Module, pairs: Sequence[Pair], config: TrainConfig, device: torch.device
 ) -> list[Tensor]:
-    """The reference's errors on the held-out pairs, for `evaluate`, computed once; the adapter is switched off."""
-    with adapters_off(model):
-        return [
-            patch_error(
-                family.predict(model, batch.noisy, batch.t, batch.conditions),
-                batch.target, tuple(batch.patch_rewards.shape[1:]), family.layout,
-            )
-            for batch in _batches(family, pairs, config, device)
-        ]  # fmt: skip
+    """The reference's errors on the held-out pairs, for `evaluate`, computed once; `model` is the reference."""
+    return [
+        patch_error(
+            family.predict(model, batch.noisy, batch.t, batch.conditions),
+            batch.target, tuple(batch.patch_rewards.shape[1:]), family.layout,
+        )
+        for batch in _batches(family, pairs, config, device)
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -185,7 +183,7 @@ def evaluate(
     """Rows of diagnostics.csv for the held-out pairs: one forward pass of the policy over the same draws every time.
 
     Args:
-        family, model: the policy, its adapter on.
+        family, model: the policy.
         pairs: not trained on; the first `config.heldout_pairs`, each at `heldout_draws` evenly spread times.
         reference_errors: what `hold_out` gave for them.
         config: the settings.

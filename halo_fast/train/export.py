@@ -1,21 +1,23 @@
-"""The trained adapter under the names that other programs read, and what a file says about itself."""
+"""What was trained under the names that other programs read, and what a file says about itself."""
 
 import json
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halo_fast.config import TrainConfig
 from halo_fast.families import Family
-from halo_fast.runs import UserError, versions, write_safetensors
+from halo_fast.runs import UserError, versions, write_json, write_safetensors
 from halo_fast.train.adapters import ADAPTER
 
-__all__ = ["comfyui", "export", "export_run", "metadata"]
+__all__ = ["comfyui", "export", "export_run", "load_trained", "metadata", "save_network"]
 
 FORMATS = ("diffusers", "comfyui")
 _FILE = "pytorch_lora_weights.safetensors"
@@ -33,7 +35,7 @@ def export(family: Family, parameters: Mapping[str, Tensor], config: TrainConfig
 
 
 def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -> dict[str, str]:
-    """What a LoRA file says about itself, for `write_safetensors`: text alone, equal for equal trainings.
+    """What a trained file says about itself, for `write_safetensors`: text alone, equal for equal trainings.
 
     Args:
         family: what was trained; its pipeline's class decides how the layers are called elsewhere.
@@ -55,8 +57,39 @@ def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -
     }
 
 
+def save_network(folder: Path, family: Family, weights: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
+    """Write a network trained at rank 0 as diffusers does, for `from_pretrained`, with `metadata` in halo_fast.json.
+
+    Args:
+        weights: its whole state dict; nothing of it is copied.
+    """
+    from accelerate import init_empty_weights
+
+    model: Any = family.transformer
+    # FSDP2 puts a class of its own in front of the model's
+    network: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    with init_empty_weights():
+        empty: Any = network.from_config(model.config)
+    empty.load_state_dict(weights, assign=True)
+    empty.save_pretrained(folder)
+    write_json(folder / "halo_fast.json", dict(told))
+
+
+def load_trained(family: Family, folder: Path) -> None:
+    """Put what `halo train` left on the family's network: its folder train/lora, or train/model."""
+    from safetensors.torch import load_file
+
+    if (folder / _FILE).exists():
+        family.load_lora(load_file(folder / _FILE))
+    else:
+        model: Any = family.transformer
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+
 def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
-    """Write the LoRA of a run directory in a format of other programs; the file written.
+    """Write the LoRA of a run directory in a format of other programs, or the network trained at rank 0.
+
+    The file written, or the network's folder.
 
     Args:
         run: the run directory; its `train` must have finished.
@@ -64,18 +97,25 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
         output: folder of the file; None for export/<format> in the run directory.
 
     Raises:
-        UserError: an unknown format, a run without a trained LoRA, or a model whose names in ComfyUI are not known.
+        UserError: an unknown format, a run in which nothing was trained, or a model whose names in ComfyUI are not
+            known.
     """
     from safetensors import safe_open
 
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    folder = Path(output) if output is not None else Path(run) / "export" / format
+    network = Path(run) / "train" / "model"
+    if (network / "halo_fast.json").is_file():
+        if format != "diffusers":
+            raise UserError(f"format: this run trained the whole network, which {format} has no LoRA of; use diffusers")
+        told = json.loads((network / "halo_fast.json").read_text())
+        return Path(shutil.copytree(network, folder / told["network"], dirs_exist_ok=True))
     source = Path(run) / "train" / "lora" / _FILE
     if not source.is_file():
         raise UserError(f"{source}: not there; run `halo train` with --output_dir {run} first")
     with safe_open(source, framework="pt") as file:
         known, lora = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    folder = Path(output) if output is not None else Path(run) / "export" / format
     if format == "diffusers":
         write_safetensors(folder / _FILE, lora, known)
         return folder / _FILE

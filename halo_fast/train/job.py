@@ -1,4 +1,4 @@
-"""A training made ready to run: model, adapter, reference errors and plan, with every proof of the start."""
+"""A training made ready to run: model, what is trained, reference errors and plan, with every proof of the start."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ from halo_fast.families import Family, family_of
 from halo_fast.functional import GranDPO
 from halo_fast.objectives import AutoBeta
 from halo_fast.runs import UserError
-from halo_fast.train.adapters import adapter, check_first_loss, check_switch, ready
-from halo_fast.train.draws import check_pairs, make_batch
+from halo_fast.train.adapters import Switch, check_first_loss, check_switch, ready, switched, trainable
+from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.parallel import same_everywhere, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.references import check_reference_errors, reference_errors
@@ -29,10 +29,17 @@ Progress = Callable[[Iterable[int], int, str], Iterable[int]]
 
 @dataclass
 class Job:
-    """A training that is ready to run: what every step uses."""
+    """A training that is ready to run: what every step uses.
+
+    Args:
+        model: the policy; inside `with reference()`, the reference.
+        parameters: what is trained, by name.
+        errors: the reference's, [pairs, draws, 2, f, h, w]; None where it runs in the loop or nothing is compared.
+    """
 
     family: Family
     model: nn.Module
+    reference: Switch
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     accelerator: Any
@@ -55,7 +62,7 @@ def prepared(
     references: Path | None,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Model, adapter, reference errors and plan, with every proof of the start; all is undone at the end."""
+    """Model, what is trained, reference errors and plan, with every proof of the start; all is undone at the end."""
     from accelerate import Accelerator
 
     family = family_of(pipeline)
@@ -72,36 +79,38 @@ def prepared(
     if not accelerator.is_main_process:
         progress = _silent
     with ExitStack() as stack:
-        transformer = stack.enter_context(ready(family.transformer, config, device))
+        model: nn.Module = stack.enter_context(ready(family.transformer, config, device))
+
+        def predict(batch: Batch) -> Tensor:
+            # A context each: until it ends, autocast keeps copies of weights, which the checks move.
+            with accelerator.autocast(), torch.no_grad():
+                return family.predict(model, batch.noisy, batch.t, batch.conditions)
+
         errors = None
         if draws_limit and compares(objective):
             errors = reference_errors(
-                family, transformer, pairs, config.seed, draws_limit, device=device,
+                family, model, pairs, config.seed, draws_limit, device=device,
                 batch_size=config.train_batch_size, autocast=accelerator.autocast,
-                precision=f"{config.mixed_precision} {next(transformer.parameters()).dtype}", folder=references,
+                precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=references,
                 progress=progress, share=(accelerator.process_index, accelerator.num_processes),
                 wait=accelerator.wait_for_everyone,
             )  # fmt: skip
         first = make_batch(family, pairs, [(0, 0)], config.seed, device, limit=draws_limit, errors=errors)
-        with accelerator.autocast(), torch.no_grad():
-            base = family.predict(transformer, first.noisy, first.t, first.conditions)
+        base = predict(first)
         check_reference_errors(first, base, family.layout)
-        injected = stack.enter_context(adapter(family, config))
-        same_everywhere(injected.values())
-        model: nn.Module = transformer
-        parameters: dict[str, Tensor] = dict(injected)
-        plan = make_plan(family, model, parameters, first, objective, config, accelerator)
+        parameters: dict[str, Tensor] = dict(stack.enter_context(trainable(family, config)))
+        same_everywhere(parameters.values())
         sharded = accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
         if sharded:
             shard(model, device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        # A context each: until it ends, autocast keeps copies of weights, and the first check moves those.
-        with accelerator.autocast(), torch.no_grad():
-            check_switch(family, model, parameters, first, base, exact=not config.compile)
-        with accelerator.autocast(), torch.no_grad():
-            check_first_loss(family, model, first, base, objective, exact=not config.compile)
+        reference = stack.enter_context(switched(model, parameters, config))
+        check_switch(predict, reference, parameters, first, base, exact=not config.compile)
+        check_first_loss(predict, family.layout, first, base, objective, exact=not config.compile)
         job = Job(
-            family, model, parameters, _optimizer(parameters, config), accelerator, config, objective, pairs, errors,
+            family, model, reference, parameters, _optimizer(parameters, config), accelerator, config, objective, pairs,
+            errors=errors,
             plan=plan,
             auto_beta=None
             if config.auto_beta is None

@@ -1,4 +1,4 @@
-"""Training with Gran-DPO: policy and reference are one set of weights, with the adapter on and off."""
+"""Training with Gran-DPO: policy and reference are one model, switched from the one to the other."""
 
 import signal
 import sys
@@ -19,13 +19,13 @@ from halo_fast.families import load, source
 from halo_fast.runs import Run, UserError, progress, write_csv, write_safetensors
 from halo_fast.train import diagnostics
 from halo_fast.train.checkpoint import prune, resume, save
-from halo_fast.train.export import export, metadata
+from halo_fast.train.export import export, metadata, save_network
 from halo_fast.train.guards import check_rows, warn, winner_alarm
 from halo_fast.train.job import Job, Progress, prepared
 from halo_fast.train.parallel import any_process, full
 from halo_fast.train.steps import take_step
 from halo_fast.train.trackers import tracked
-from halo_fast.train.watch import Row, diagnose, preview, read_rows, record, row_of, tell_off_policy
+from halo_fast.train.watch import Row, diagnose, hold_out, preview, read_rows, record, row_of, tell_off_policy
 
 __all__ = ["Fit", "dry_run", "fit", "train"]
 
@@ -36,15 +36,18 @@ class Fit:
 
     Args:
         lora: the LoRA under the names of diffusers, its scale folded in; `pipeline.load_lora_weights(lora)` takes it.
+            Empty at rank 0.
         log: one row a step, under the names of log.csv.
+        weights: at rank 0 the trained network's, for its `load_state_dict`; else empty.
     """
 
     lora: dict[str, Tensor]
     log: list[dict[str, float]]
+    weights: dict[str, Tensor]
 
 
 def train(config: Config, run: Run) -> None:
-    """Train the LoRA of a run directory and export it to train/lora; a stage, on one process or several.
+    """Train on a run directory's pairs: the LoRA goes to train/lora, at rank 0 the network to train/model; a stage.
 
     Raises:
         UserError: whatever `fit` finds wrong.
@@ -75,8 +78,11 @@ def train(config: Config, run: Run) -> None:
             heldout=heldout, generate=config.generate,
         )  # fmt: skip
         if main:
-            file = stage.folder / "lora" / "pytorch_lora_weights.safetensors"
-            write_safetensors(file, result.lora, metadata(family, name, config.train, len(result.log)))
+            told = metadata(family, name, config.train, len(result.log))
+            if config.train.rank:
+                write_safetensors(stage.folder / "lora" / "pytorch_lora_weights.safetensors", result.lora, told)
+            else:
+                save_network(stage.folder / "model", family, result.weights, told)
             stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
 
 
@@ -120,7 +126,7 @@ def fit(
     generate: GenerateConfig | None = None,
     progress: Progress = progress,
 ) -> Fit:
-    """Train a LoRA on preference pairs; the pipeline is left as it was.
+    """Train a LoRA, or the weights themselves, on preference pairs; the pipeline is left as it was.
 
     Noise and time of a pair's draws come from a seed of their own, so a step depends on nothing but its number. The
     model stays in eval mode throughout: dropout would tell policy and reference apart by chance.
@@ -137,7 +143,7 @@ def fit(
         progress: wraps the iterable of steps, (iterable, total, label).
 
     Raises:
-        UserError: no pairs, a grid larger than the latent, a model on which "adapter off" is not the base model, a loss
+        UserError: no pairs, a grid larger than the latent, a model whose reference is not the base model, a loss
             that is not finite or spikes, or checkpoints of other settings.
     """
     with prepared(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
@@ -146,8 +152,12 @@ def fit(
         if folder is not None and config.off_policy_pairs:
             tell_off_policy(job, generate)
         log = _run(job, folder, heldout, generate, progress)
-        lora = export(job.family, {name: full(value) for name, value in job.parameters.items()}, config)
-    return Fit(lora, log)
+        if config.rank:
+            lora = export(job.family, {name: full(value) for name, value in job.parameters.items()}, config)
+            return Fit(lora, log, {})
+        # copies, for the model's own go back to where they were
+        state = job.model.state_dict().items()
+        return Fit({}, log, {name: full(value).to("cpu", copy=True) for name, value in state})
 
 
 def _run(
@@ -158,7 +168,7 @@ def _run(
     log, seen, records = state.log, state.diagnostics, state.records
     rows: list[Row] = []
     looking = folder is not None and config.diagnostics_steps > 0
-    held = diagnostics.hold_out(job.family, job.model, heldout, config, job.accelerator.device) if heldout else []
+    held = hold_out(job, heldout)
     steps = range(len(log), config.max_train_steps)
     with ExitStack() as stack:
         send = stack.enter_context(tracked(job.accelerator, config, folder))
@@ -221,4 +231,5 @@ def _sigterm(wanted: bool) -> Iterator[Callable[[], bool]]:
     try:
         yield came.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None: a handler that was not installed by Python, which Python cannot put back
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -1,7 +1,8 @@
 """Several processes as one: pairs are dealt out whole, gradients and weights of the mean are added up once a step.
 
-The adapter's gradients are small, so they travel in one message after the last backward pass, together with the number
-of pairs behind them; the division comes after the sum. Nothing hooks into the backward pass, so checkpointing,
+Gradients travel after the last backward pass of a step, with the number of pairs behind them; the division comes after
+the sum. torch's wrapper for replicas, which accelerate would put around the model, divides by processes instead, and
+counts on every process running the same backward passes. Here nothing hooks into the backward pass, so checkpointing,
 compiled blocks and processes that skip pairs do not disturb it. FSDP2 shards model and adapter, and adds up the
 gradients itself.
 """
@@ -18,6 +19,8 @@ from halo_fast.functional import GranDPOOutput, patch_error
 from halo_fast.train.adapters import repeated_blocks
 
 __all__ = ["any_process", "compact", "dealt", "divide_gradients", "full", "merged", "same_everywhere", "shard"]
+
+_MESSAGE = 2**24  # numbers in one message
 
 
 def full(value: Tensor) -> Tensor:
@@ -41,7 +44,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in repeated_blocks(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # All is sharded again after a pass: weights may be moved before the next one, which has to see it.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()
@@ -72,15 +76,24 @@ def divide_gradients(parameters: Sequence[Tensor], pairs: Tensor, sharded: bool)
             dist.all_reduce(pairs)
             factor = dist.get_world_size()
         else:
-            message = torch.cat([*(gradient.flatten() for gradient in gradients), pairs[None].to(gradients[0])])
-            dist.all_reduce(message)
-            *parts, pairs = message.split([*(gradient.numel() for gradient in gradients), 1])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-            pairs = pairs[0]
+            for message in _messages([*gradients, pairs[None]]):
+                together = torch.cat([part.flatten().to(gradients[0]) for part in message])
+                dist.all_reduce(together)
+                for part, total in zip(message, together.split([part.numel() for part in message]), strict=True):
+                    part.copy_(total.view_as(part))
     scale = factor / pairs.clamp(min=1)
     for gradient in gradients:
         gradient.mul_(scale)
+
+
+def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups that are sent as one: a LoRA's gradients fit into one or two, a whole model's do not."""
+    groups: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if groups[-1] and sum(one.numel() for one in groups[-1]) + tensor.numel() > _MESSAGE:
+            groups.append([])
+        groups[-1].append(tensor)
+    return groups
 
 
 def any_process(flags: Tensor, device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ class Plan:
     Args:
         schedule: "batched" or "margin_first".
         activations: the context of a forward pass with a graph.
-        peak: predicted bytes of weights, adapter, optimizer and activations.
+        peak: predicted bytes of weights, gradients, optimizer and activations.
         text: lines for the user.
     """
 
@@ -52,6 +52,8 @@ def make_plan(
     objective: GranDPO,
     config: TrainConfig,
     accelerator: Any,
+    *,
+    sharded: bool = False,
 ) -> Plan:
     """Measure one sample's activations and choose; `config.schedule` other than "auto" is taken as it is.
 
@@ -59,6 +61,7 @@ def make_plan(
 
     Args:
         batch: any pair; its first sample is run.
+        sharded: whether weights and what is trained will be shared out among the processes.
 
     Raises:
         UserError: activation checkpointing that recomputes nothing, or cannot keep attention's outputs.
@@ -75,9 +78,11 @@ def make_plan(
         recomputed = _prove_checkpointing(forward, parameters, mode) if mode != "none" else ""
         with _without_checkpointing(model, mode):
             whole = kept if mode == "none" else kept_bytes(forward, model, attention=False)
-    weights = sum(value.numel() * value.element_size() for value in model.parameters())
-    # gradient and two moments, in the adapter's own precision
-    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values())
+    parts = accelerator.num_processes if sharded else 1
+    weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
+    trained = sum(value.numel() for value in parameters.values())
+    # gradient and two moments, in their own precision
+    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
     # A block's activations are there in full while it is recomputed, or while they travel.
     block = whole // max(1, len(repeated_blocks(model))) if mode != "none" or config.offload_activations else 0
     held = 0 if config.offload_activations else kept
@@ -90,7 +95,8 @@ def make_plan(
         # The anchor's gradient is no function of patch errors.
         schedule = "margin_first" if bool(tight) and not objective.anchor_weight else "batched"
     lines = [
-        f"plan: {schedule}, {accelerator.num_processes} x {config.gradient_accumulation_steps} x "
+        f"plan: {schedule}, {trained:,} weights trained, "
+        f"{accelerator.num_processes} x {config.gradient_accumulation_steps} x "
         f"{config.train_batch_size} pairs a step (processes x accumulation x batch), "
         f"precision {config.mixed_precision if config.mixed_precision != 'no' else sample.noisy.dtype}, "
         f"compile {'on' if config.compile else 'off'}, "

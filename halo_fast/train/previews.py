@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halo_fast.config import GenerateConfig
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.families import Family
 from halo_fast.generate import clip_seed, sample_clips
 from halo_fast.runs import write_bytes
-from halo_fast.train.adapters import adapters_off
+from halo_fast.train.adapters import Switch
 
 __all__ = ["write_previews"]
 
@@ -20,7 +20,7 @@ __all__ = ["write_previews"]
 def write_previews(
     folder: Path,
     family: Family,
-    model: nn.Module,
+    reference: Switch,
     prompts: Sequence[str],
     generate: GenerateConfig,
     seed: int,
@@ -34,7 +34,8 @@ def write_previews(
 
     Args:
         folder: of the training.
-        family, model: the pipeline samples with its own transformer, whose adapter is switched through `model`.
+        family: its pipeline samples with the policy.
+        reference: inside it, with the reference.
         prompts: config.validation_prompts, also written to previews/prompts.txt.
         generate: size, frames a second, steps and guidance of the clips.
         seed: of the noise.
@@ -49,7 +50,7 @@ def write_previews(
         if path.exists():
             continue
         if not base.exists():
-            with adapters_off(model):
+            with reference():
                 write_clip(base, _sample(family, prompt, generate, seed, index), generate.fps)
         policy = _sample(family, prompt, generate, seed, index)
         write_clip(path, torch.cat([read_clip(base), policy], dim=2), generate.fps)

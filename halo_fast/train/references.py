@@ -1,7 +1,7 @@
 """The reference's patch errors at fixed draws, computed once: all that training needs to know of the reference.
 
 The reference enters the loss only through E_p(o_ref), one number a patch (docs/dropin.md). For K draws of noise and
-time to each pair they are computed before the adapter is there, by the plain base model, and kept as small files named
+time to each pair they are computed before anything is trained, by the plain base model, and kept as small files named
 by content: latents, prompts' conditions, model, precision, noise process and seeds. So a file is never stale, a killed
 computation continues, and a sweep over betas, ranks or learning rates reads what the first training computed. The
 noise is drawn again from its seed whenever it is needed and never stored.
@@ -60,7 +60,7 @@ def reference_errors(
     starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
     keys = {}
     if folder is not None:
-        common = _common(family, model, seed, count, precision)
+        common = _common(family, model, seed, count, precision, pairs[0].latents.shape[1:])
         for start in starts:
             chosen = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
             keys[start] = _key(common, start, [pairs[index] for index in chosen])
@@ -92,10 +92,10 @@ def reference_errors(
     return torch.cat([computed[start] for start in starts])
 
 
-def _common(family: Family, model: nn.Module, seed: int, count: int, precision: str) -> str:
+def _common(family: Family, model: nn.Module, seed: int, count: int, precision: str, shape: torch.Size) -> str:
     """What all files depend on: weights, precision, draws, and how the family makes noise, target and times."""
     probe = torch.linspace(0.05, 0.95, 7)
-    times = family.timesteps(probe)
+    times = family.timesteps(probe, shape)
     ones = torch.ones(7, 1, 1, 1, 1)
     process = [family.add_noise(ones, -2 * ones, times), family.target(ones, -2 * ones, times), times]
     return json.dumps(

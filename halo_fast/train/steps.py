@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from halo_fast.config import TrainConfig
-from halo_fast.train.adapters import adapters_off
 from halo_fast.train.draws import Batch, draws, generator, make_batch
 from halo_fast.train.job import Job, compares
 from halo_fast.train.parallel import any_process, dealt, divide_gradients, full
@@ -48,7 +47,7 @@ def run_batch(job: Job, batch: Batch, counter: tuple[int, ...] = ()) -> Passed:
             return family.predict(model, part.noisy, part.t, part.conditions)
 
     def reference(part: Batch) -> Tensor:
-        with accelerator.autocast(), adapters_off(model):
+        with accelerator.autocast(), job.reference():
             return family.predict(model, part.noisy, part.t, part.conditions)
 
     objective = job.objective

@@ -20,7 +20,7 @@ from halo_fast.train.previews import write_previews
 from halo_fast.train.schedules import Passed
 from halo_fast.train.steps import learning_rate
 
-__all__ = ["Row", "diagnose", "preview", "read_rows", "record", "row_of", "tell_off_policy"]
+__all__ = ["Row", "diagnose", "hold_out", "preview", "read_rows", "record", "row_of", "tell_off_policy"]
 
 
 @dataclass
@@ -69,6 +69,14 @@ def record(job: Job, batch: Batch, passed: Passed) -> diagnostics.Record:
     return diagnostics.record(passed.prediction, reference, batch, job.objective, job.family.layout)
 
 
+def hold_out(job: Job, heldout: Sequence[Pair]) -> list[Tensor]:
+    """The reference's errors on the held-out pairs, in the precision of training."""
+    if not heldout:
+        return []
+    with job.reference(), job.accelerator.autocast():
+        return diagnostics.hold_out(job.family, job.model, heldout, job.config, job.accelerator.device)
+
+
 def diagnose(
     job: Job, records: Sequence[diagnostics.Record], heldout: Sequence[Pair], held: Sequence[Tensor], step: int
 ) -> list[dict[str, float | str]]:
@@ -82,7 +90,7 @@ def diagnose(
 def preview(job: Job, folder: Path | None, generate: GenerateConfig | None, step: int) -> None:
     if folder is None or generate is None or not job.config.validation_prompts:
         raise UserError("train.validation_prompts: previews need a run directory; use `halo train` or set null")
-    write_previews(folder, job.family, job.model, job.config.validation_prompts, generate, job.config.seed, step)
+    write_previews(folder, job.family, job.reference, job.config.validation_prompts, generate, job.config.seed, step)
 
 
 def tell_off_policy(job: Job, generate: GenerateConfig | None) -> None:
