@@ -12,7 +12,7 @@ from tiny import finish_again, output_hashes, tiny_config, tiny_wan, write_score
 from halo_fast.config import PairsConfig, TrainConfig
 from halo_fast.data import CachedPairs, build_cache, build_pairs, read_clip, write_clip
 from halo_fast.data.cache import fingerprint
-from halo_fast.families import family_of
+from halo_fast.families import family_of, load
 from halo_fast.families.wan import Wan
 from halo_fast.generate import generate
 from halo_fast.runs import Run, UserError, write_parquet
@@ -240,3 +240,15 @@ def test_fingerprint_follows_every_weight_and_word():
     assert fingerprint([one.vae]) == fingerprint([same.vae]) != fingerprint([other.vae])
     longer = tiny_wan(max_words=13)
     assert fingerprint([one.tokenizer]) == fingerprint([same.tokenizer]) != fingerprint([longer.tokenizer])
+
+
+def test_fingerprint_follows_settings_that_are_in_no_weight_but_not_the_folder(tmp_path):
+    pipeline = tiny_wan()
+    vae, text = fingerprint([pipeline.vae]), fingerprint([pipeline.text_encoder])
+    pipeline.save_pretrained(tmp_path / "elsewhere")
+    loaded = load(str(tmp_path / "elsewhere"), device="cpu")
+    assert (fingerprint([loaded.vae]), fingerprint([loaded.pipeline.text_encoder])) == (vae, text)
+    # the latents are normalised by these
+    pipeline.vae.register_to_config(latents_std=[1.0, 1.0, 1.0, 1.0])
+    pipeline.text_encoder.config.num_heads = 4
+    assert fingerprint([pipeline.vae]) != vae and fingerprint([pipeline.text_encoder]) != text

@@ -1,6 +1,7 @@
 """Every family against diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, write_scores
 
-from halo_fast.data import CachedPairs, build_cache, build_pairs
+from halo_fast.data import CachedPairs, Pair, build_cache, build_pairs
 from halo_fast.families import family_of, load
 from halo_fast.generate import generate
 from halo_fast.runs import Run, UserError
 from halo_fast.train import fit
+from halo_fast.train.draws import make_batch
 
 PROMPTS = ['a red ball rolls "left" over the grass', "a cube"]
 STEPS = 4
@@ -295,3 +297,23 @@ def test_the_documented_model_outside_diffusers_trains():
     names: dict[str, object] = {}
     exec(code, names)
     assert set(names["result"].lora) and len(names["result"].log) == 3
+
+
+def test_prompts_are_encoded_where_the_text_encoder_is(case, monkeypatch):
+    # While training the network alone is on the accelerator, which is then what a pipeline calls its device.
+    def elsewhere(pipeline):
+        return torch.device("meta")
+
+    monkeypatch.setattr(type(case.pipeline), "_execution_device", property(elsewhere))
+    conditions = case.family.stack(case.family.encode_prompts(PROMPTS))
+    assert all(torch.equal(conditions[name], value) for name, value in case.conditions.items())
+
+
+def test_training_times_have_the_shift_of_the_clip_that_is_trained():
+    pipeline = tiny_ltx()
+    family = family_of(pipeline)
+    pair = Pair(torch.randn(2, 8, 3, 4, 4), family.encode_prompts(["a"])[0], torch.rand(2, 1, 1, 1), torch.rand(2))
+    t = make_batch(family, [pair], [(0, draw) for draw in range(200)], 0, torch.device("cpu"), limit=200).t
+    # 48 tokens lie a fourth of the way between 32 with the logarithm 0.95 and 96 with 2.05; u = 1/2 has its own shift
+    shift = math.exp(0.95 + (48 - 32) / (96 - 32) * (2.05 - 0.95))
+    assert t.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)

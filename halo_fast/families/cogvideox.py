@@ -50,6 +50,7 @@ class CogVideoX(VariancePreserving):
             prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=self.transformer.config.max_text_seq_length,
+            device=self.text_device,
         )
         return {"prompt_embeds": embeds}
 

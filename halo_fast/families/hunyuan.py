@@ -26,7 +26,9 @@ class HunyuanVideo(PipelineFamily):
         self.max_length = {"prompt_embeds": 256, "prompt_attention_mask": 256}
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        embeds, pooled, mask = self.pipeline.encode_prompt(prompt, max_sequence_length=self.max_length["prompt_embeds"])
+        embeds, pooled, mask = self.pipeline.encode_prompt(
+            prompt, max_sequence_length=self.max_length["prompt_embeds"], device=self.text_device
+        )
         return {
             "prompt_embeds": embeds * mask[..., None],
             "prompt_attention_mask": mask,
@@ -68,7 +70,7 @@ class HunyuanVideo15(PipelineFamily):
         return self.pipeline.num_channels_latents
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        embeds, mask, glyphs, glyph_mask = self.pipeline.encode_prompt(prompt)
+        embeds, mask, glyphs, glyph_mask = self.pipeline.encode_prompt(prompt, device=self.text_device)
         return {
             "prompt_embeds": embeds * mask[..., None], "prompt_embeds_mask": mask,
             "prompt_embeds_2": glyphs * glyph_mask[..., None], "prompt_embeds_mask_2": glyph_mask,

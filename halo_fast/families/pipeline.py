@@ -59,9 +59,14 @@ class PipelineFamily(Family):
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
         return *first, height // space, width // space
 
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are: while training, not where the pipeline would look for them."""
+        return self.pipeline.text_encoder.device
+
     @abstractmethod
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        """Conditions of one prompt, [1, ...] each, padded with zeros as the pipeline pads them."""
+        """Conditions of one prompt, [1, ...] each, padded with zeros as the pipeline pads them; on `text_device`."""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -178,8 +183,9 @@ class MaskedPrompts(PipelineFamily):
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         embeds, mask, *_ = self.pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"]
-        )
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"],
+            device=self.text_device,
+        )  # fmt: skip
         return {"prompt_embeds": embeds * mask[..., None], "prompt_attention_mask": mask}
 
 

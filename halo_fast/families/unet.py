@@ -26,7 +26,7 @@ class TextToVideoSD(VariancePreserving):
         return math.lcm(self.pipeline.vae_scale_factor, 8)
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        embeds, _ = self.pipeline.encode_prompt(prompt, self.pipeline._execution_device, 1, False)
+        embeds, _ = self.pipeline.encode_prompt(prompt, self.text_device, 1, False)
         return {"prompt_embeds": embeds}
 
     def encode_clip(self, pixels: Tensor) -> Tensor:

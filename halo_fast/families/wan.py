@@ -37,8 +37,9 @@ class Wan(PipelineFamily):
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         # The pipeline pads with zeros and the model attends to them, so `stack` restores what is trimmed.
         embeds, _ = self.pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"]
-        )
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"],
+            device=self.text_device,
+        )  # fmt: skip
         return {"prompt_embeds": embeds}
 
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:

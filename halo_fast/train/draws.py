@@ -31,7 +31,11 @@ class Batch:
 
 
 def check_pairs(family: Family, pairs: Sequence[Pair]) -> None:
-    """Hold that there are pairs and that the patch grid fits the latents; UserError if not."""
+    """Hold that there are pairs and that the patch grid fits the latents; `make_batch` looks at each pair it takes.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
     if not len(pairs):
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
     pair = pairs[0]
@@ -88,13 +92,17 @@ def make_batch(
     Args:
         limit: number of draws of a pair; None for any number.
         errors: [pairs, limit, 2, f, h, w], the reference's errors at all of them.
+
+    Raises:
+        UserError: a pair that is not of two clips, or of another size or grid than the batch's first.
     """
     chosen = [pairs[index] for index, _ in draws]
+    _check_alike(chosen, [index for index, _ in draws])
     shape = chosen[0].latents.shape[1:]
     drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
     latents = torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1).to(device)
     noise = torch.stack([noise for noise, _ in drawn]).to(device).repeat(2, *[1] * len(shape))
-    t = family.timesteps(torch.cat([u for _, u in drawn])).to(device).repeat(2)
+    t = family.timesteps(torch.cat([u for _, u in drawn]), shape).to(device).repeat(2)
     conditions = family.stack([pair.conditions for pair in chosen])
     reference_error = None
     if errors is not None:
@@ -109,6 +117,21 @@ def make_batch(
         video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1).to(device),
         reference_error=reference_error,
     )
+
+
+def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
+    first = chosen[0]
+    for pair, index in zip(chosen, indices, strict=True):
+        for name, value, expected in [
+            ("latents", pair.latents, (2, *first.latents.shape[1:])),
+            ("patch_rewards", pair.patch_rewards, (2, *first.patch_rewards.shape[1:])),
+            ("video_rewards", pair.video_rewards, (2,)),
+        ]:
+            if tuple(value.shape) != expected:
+                raise UserError(
+                    f"pairs: {name} of pair {index} are {list(value.shape)}, expected {list(expected)} as in pair "
+                    f"{indices[0]} of its batch; train clips of one size and one grid at a time"
+                )
 
 
 def take(batch: Batch, samples: slice) -> Batch:

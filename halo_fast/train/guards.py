@@ -52,12 +52,18 @@ def check_rows(log: Sequence[dict[str, float]], first: int, config: TrainConfig)
         if config.loss_spike_factor is None or len(before) < SPIKE_LENGTH:
             continue
         mean, usual = statistics.fmean(losses[start : index + 1]), statistics.median(before)
-        if mean > config.loss_spike_factor * usual:
+        # A median of 0 comes from steps whose pairs all tied, which say nothing of the usual loss.
+        if mean > config.loss_spike_factor * usual > 0:
             raise UserError(
                 f"train: loss spikes at step {log[index]['step']}: {mean:.4g} over {SPIKE_LENGTH} steps after "
                 f"{usual:.4g} before, expected at most {config.loss_spike_factor:g} times that; {_KEPT}; lower "
                 "learning_rate or the betas, or raise objective.patch_sft_weight (loss_spike_factor: null goes on)"
             )
+    if len(log) == config.max_train_steps and not any(row["num_pairs"] for row in log):
+        raise UserError(
+            "train: no pair had anything to teach in any step, so nothing was learned; lower "
+            "train.objective.patch_delta and video_delta, or give weight to the labels that the pairs have"
+        )
 
 
 def winner_alarm(rows: Sequence[Mapping[str, float | str]], config: TrainConfig) -> str | None:

@@ -19,17 +19,27 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 Log = Callable[[Sequence[Mapping[str, float | str]]], None]
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str], folder: Path | None) -> None:
     """Hold that every tracker of `report_to` is known and installed; accelerate itself leaves out the others silently.
+
+    To be called before anything costs time.
+
+    Args:
+        names: config.report_to.
+        folder: of the training; tensorboard writes there.
 
     Raises:
         UserError: naming the tracker and what to install.
     """
     for name in names:
         if name not in _PACKAGES:
-            raise UserError(f"report_to: expected some of {', '.join(_PACKAGES)}, got {name!r}; log.csv is always on")
+            raise UserError(
+                f"train.report_to: expected some of {', '.join(_PACKAGES)}, got {name!r}; log.csv is always on"
+            )
         if find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"report_to: {name} is not installed; pip install {_PACKAGES[name]}, or leave it out")
+            raise UserError(f"train.report_to: {name} is not installed; pip install {_PACKAGES[name]}, or leave it out")
+    if folder is None and "tensorboard" in names:
+        raise UserError("train.report_to: tensorboard needs a folder to write to; train in a run directory")
 
 
 @contextmanager
@@ -42,14 +52,12 @@ def tracked(accelerator: Any, config: TrainConfig, folder: Path | None) -> Itera
     Args:
         accelerator: accelerate.Accelerator(log_with=config.report_to, project_dir=folder).
         config: the settings, which the trackers keep as hyper-parameters.
-        folder: where tensorboard writes; None is an error with trackers that write files.
+        folder: of the training.
     """
+    check_trackers(config.report_to, folder)
     if not config.report_to:
         yield lambda rows: None
         return
-    check_trackers(config.report_to)
-    if folder is None and "tensorboard" in config.report_to:
-        raise UserError("report_to: tensorboard needs a folder to write to; train in a run directory")
     accelerator.init_trackers(PROJECT, config=_flat(asdict(config)))
 
     def log(rows: Sequence[Mapping[str, float | str]]) -> None:
@@ -64,7 +72,9 @@ def tracked(accelerator: Any, config: TrainConfig, folder: Path | None) -> Itera
     try:
         yield log
     finally:
-        accelerator.end_training()
+        # accelerate's own end_training would also end the process group, which the export of sharded weights needs.
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
