@@ -18,6 +18,7 @@ __all__ = [
     "RewardConfig",
     "ScoreConfig",
     "TrainConfig",
+    "check_numbers",
     "to_yaml",
 ]
 
@@ -295,7 +296,7 @@ class TrainConfig:
     offload_activations: bool = False
     compile: bool = False
     attention_backend: str | None = None
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     auto_beta: float | None = None
     checkpointing_steps: int = 50
     checkpoints_total_limit: int | None = None
@@ -380,7 +381,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        _check_numbers(asdict(self))
+        check_numbers(asdict(self))
         clip = (self.generate.num_frames, self.generate.height, self.generate.width)
         if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
             raise ValueError(
@@ -395,11 +396,11 @@ _MAY_BE_ZERO = {
 }
 
 
-def _check_numbers(values: Mapping[str, Any], place: str = "") -> None:
+def check_numbers(values: Mapping[str, Any], place: str = "") -> None:
     """Counts are positive and shares are shares; ValueError naming the setting."""
     for name, value in values.items():
         if isinstance(value, dict):
-            _check_numbers(value, f"{place}{name}.")
+            check_numbers(value, f"{place}{name}.")
         elif isinstance(value, int) and not isinstance(value, bool) and value < (least := name not in _MAY_BE_ZERO):
             raise ValueError(f"{place}{name}: expected at least {int(least)}, got {value}")
         elif name.endswith("_share") and not 0 <= value <= 1:

@@ -10,14 +10,31 @@ os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="halo_fast_tri
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items):  # noqa: ANN001
-    import pytest
+@pytest.fixture(scope="module")
+def pipeline():
+    """A tiny Wan pipeline; tests that change it make their own."""
+    from tiny import tiny_wan
 
+    return tiny_wan()
+
+
+@pytest.fixture(scope="module")
+def pairs(pipeline):
+    """Six random preference pairs for it."""
+    from test_train import make_pairs
+
+    from halo_fast.families import family_of
+
+    return make_pairs(family_of(pipeline))
+
+
+def pytest_collection_modifyitems(items):
     needed = {"gpu": 1, "gpu2": 2}
     for item in items:
         for marker, count in needed.items():

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ARMS, CONFIG, make_pairs, quiet
-from tiny import kill_when, output_hashes, tiny_config, tiny_wan, write_scores
+from test_train import ARMS, CONFIG, quiet
+from tiny import kill_when, output_hashes, tiny_config, write_scores
 
 from halo_fast.config import ObjectiveConfig, TrainConfig
 from halo_fast.data import build_cache, build_pairs
-from halo_fast.families import family_of
 from halo_fast.generate import generate
 from halo_fast.runs import Run
 from halo_fast.train import dry_run, fit, planner, train
@@ -87,16 +86,6 @@ def test_dry_run_tells_plan_and_time_and_writes_nothing(cached, capsys):
     told = capsys.readouterr().out
     assert "pairs: " in told and "plan: batched" in told and "predicted peak" in told and "s a step" in told
     assert sorted(run.path.rglob("*")) == before
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return tiny_wan()
-
-
-@pytest.fixture(scope="module")
-def pairs(pipeline):
-    return make_pairs(family_of(pipeline))
 
 
 def at_step(step, act):

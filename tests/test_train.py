@@ -40,16 +40,6 @@ def make_pairs(family, count=6, seed=0):
     ]
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return tiny_wan()
-
-
-@pytest.fixture(scope="module")
-def pairs(pipeline):
-    return make_pairs(family_of(pipeline))
-
-
 def quiet(iterable, total, label):
     return iterable
 

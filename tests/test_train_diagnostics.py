@@ -186,29 +186,27 @@ def test_training_writes_diagnostics_and_previews(tmp_path):
 
 
 def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):
-    check_trackers([])
+    check_trackers([], None)
     with pytest.raises(UserError, match="report_to: expected some of tensorboard, wandb, got 'mlflow'"):
-        check_trackers(["mlflow"])
+        check_trackers(["mlflow"], None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("halo_fast.train.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
-        check_trackers(["wandb"])
+        check_trackers(["wandb"], None)
 
 
 class Accelerator:
-    """Records what accelerate's own would be asked."""
+    """Records what accelerate's own would be asked, and its one tracker."""
 
     def __init__(self):
         self.calls = []
+        self.trackers = [types.SimpleNamespace(finish=lambda: self.calls.append(("end",)))]
 
     def init_trackers(self, project, config):
         self.calls.append(("init", project, config))
 
     def log(self, values, step):
         self.calls.append(("log", values, step))
-
-    def end_training(self):
-        self.calls.append(("end",))
 
 
 def test_trackers_get_rows_under_their_step_and_are_closed_whatever_happens(monkeypatch, tmp_path):

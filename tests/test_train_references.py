@@ -19,16 +19,6 @@ DRAWS = 3
 CACHED = dataclasses.replace(CONFIG, reference_draws=DRAWS, max_train_steps=5)
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return tiny_wan()
-
-
-@pytest.fixture(scope="module")
-def pairs(pipeline):
-    return make_pairs(family_of(pipeline))
-
-
 class Counting(Wan):
     """The Wan family, counting samples that ran through the model without a graph."""
 

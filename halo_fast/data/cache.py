@@ -101,7 +101,7 @@ def fingerprint(parts: Sequence[Any]) -> str:
 
 def _settings(module: Any) -> dict[str, Any]:
     """The configuration of a diffusers or transformers model, without where it was loaded from and by what."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
     told = ("transformers_version", "dtype", "torch_dtype", "architectures")
     return {name: value for name, value in settings.items() if not name.startswith("_") and name not in told}

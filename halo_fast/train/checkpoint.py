@@ -1,6 +1,7 @@
 """Checkpoints: all that a training needs to go on as if nothing had happened."""
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.config import TrainConfig
+from halo_fast.data import Pair
 from halo_fast.runs import UserError, write_json, write_safetensors
 from halo_fast.train.diagnostics import Record
 from halo_fast.train.job import Job
@@ -66,16 +68,18 @@ def save(folder: Path, step: int, job: Job, records: Sequence[Record]) -> None:
 
 
 def prune(folder: Path, config: TrainConfig) -> None:
-    """Remove all but the newest `checkpoints_total_limit` checkpoints, and old ones that SIGTERM left off schedule."""
-    complete = sorted(state.parent for state in folder.glob("checkpoints/step_*/state.json"))
+    """Remove all but the newest `checkpoints_total_limit` checkpoints, cut-off ones, and old ones off schedule."""
+    found = sorted(folder.glob("checkpoints/step_*"))
+    complete = [path for path in found if (path / "state.json").exists()]
     regular = [path for path in complete if int(path.name.removeprefix("step_")) % config.checkpointing_steps == 0]
     kept = regular[-config.checkpoints_total_limit :] if config.checkpoints_total_limit else regular
     if complete and (not kept or kept[-1] < complete[-1]):
         kept = [*kept, complete[-1]]
-    for path in complete:
+    for path in found:
+        # What a kill cut off goes too: finished trainings leave the same files however often they were stopped.
         if path not in kept:
             # Without its state it does not count, should the rest survive a kill.
-            (path / "state.json").unlink()
+            (path / "state.json").unlink(missing_ok=True)
             shutil.rmtree(path)
 
 
@@ -83,22 +87,30 @@ def resume(folder: Path | None, job: Job) -> Progressed:
     """Load the last complete checkpoint, if there is one, and say how far it had come.
 
     Raises:
-        UserError: a checkpoint of other settings, with the first that differs.
+        UserError: a checkpoint of other settings, with the first that differs; one that cannot be read.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     states = sorted(folder.glob("checkpoints/step_*/state.json")) if folder is not None else []
     if folder is None or not states:
         return Progressed()
     place = states[-1].parent
-    state = json.loads(states[-1].read_text())
+    try:
+        state = json.loads(states[-1].read_text())
+        weights, moments, others = (
+            load_file(place / f"{name}.safetensors") for name in ("weights", "optimizer", "others")
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{place}: damaged ({error}); remove this folder to go on from the checkpoint before"
+        ) from error
     for name, value in _settings(job).items():
         was = state["settings"].get(name)
         if was != value:
             raise UserError(f"{place}: made with {name} {was}, now it is {value}; use another folder")
     # A schedule chosen by free memory might be another one today, and would round differently.
     job.plan = job.plan.scheduled(state["schedule"])
-    weights, moments, others = (load_file(place / f"{name}.safetensors") for name in ("weights", "optimizer", "others"))
     with torch.no_grad():
         for name, parameter in job.parameters.items():
             parameter.copy_(_like(weights[name], parameter))
@@ -112,7 +124,7 @@ def resume(folder: Path | None, job: Job) -> Progressed:
     if job.auto_beta is not None:
         job.auto_beta.load_state_dict({"beta": others["auto_beta.beta"]})
     return Progressed(
-        _numbers(folder / "log.csv", state["step"]),
+        _log(folder / "log.csv", state["step"]),
         _numbers(folder / "diagnostics.csv", state["step"]) if (folder / "diagnostics.csv").exists() else [],
         _records(others, job),
     )
@@ -120,8 +132,31 @@ def resume(folder: Path | None, job: Job) -> Progressed:
 
 def _settings(job: Job) -> dict[str, Any]:
     """Everything that a step depends on, as JSON gives it back."""
+    # All pairs would take as long to read as an epoch; other data differ at the ends.
+    ends = {f"{name} pair": _digest(job.pairs[index]) for name, index in (("first", 0), ("last", len(job.pairs) - 1))}
     more = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
-    return json.loads(json.dumps(asdict(job.config) | more))
+    return json.loads(json.dumps(asdict(job.config) | more | ends))
+
+
+def _digest(pair: Pair) -> str:
+    """Of everything in a pair."""
+    digest = hashlib.sha256()
+    rewards = {"patch_rewards": pair.patch_rewards, "video_rewards": pair.video_rewards}
+    for name, value in {"latents": pair.latents, **rewards, **dict(sorted(pair.conditions.items()))}.items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _log(path: Path, last: int) -> list[Any]:
+    """The rows of log.csv up to a step; UserError if they are not there."""
+    rows = _numbers(path, last) if path.exists() else []
+    if [row["step"] for row in rows] != list(range(1, last + 1)):
+        raise UserError(
+            f"{path}: expected a row for each of the steps 1 to {last} that the checkpoint has seen, got {len(rows)}; "
+            "put the file back, or start in another folder"
+        )
+    return rows
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

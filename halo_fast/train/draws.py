@@ -94,7 +94,7 @@ def make_batch(
         errors: [pairs, limit, 2, f, h, w], the reference's errors at all of them.
 
     Raises:
-        UserError: a pair that is not of two clips, or of another size or grid than the batch's first.
+        UserError: a pair that is not of two clips, of another size or grid than the first, or with infinite rewards.
     """
     chosen = [pairs[index] for index, _ in draws]
     _check_alike(chosen, [index for index, _ in draws])
@@ -132,6 +132,8 @@ def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
                     f"pairs: {name} of pair {index} are {list(value.shape)}, expected {list(expected)} as in pair "
                     f"{indices[0]} of its batch; train clips of one size and one grid at a time"
                 )
+            if name != "latents" and value.isinf().any():
+                raise UserError(f"pairs: {name} of pair {index} are infinite; expected numbers, or NaN for no label")
 
 
 def take(batch: Batch, samples: slice) -> Batch:

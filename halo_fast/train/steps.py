@@ -1,7 +1,6 @@
 """One optimiser step."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,11 +49,7 @@ def run_batch(job: Job, batch: Batch, counter: tuple[int, ...] = ()) -> Passed:
         with accelerator.autocast(), job.reference():
             return family.predict(model, part.noisy, part.t, part.conditions)
 
-    objective = job.objective
-    if job.auto_beta is not None:
-        ratio = job.auto_beta.beta / objective.video_beta
-        patch_beta = None if objective.patch_beta is None else objective.patch_beta * ratio
-        objective = replace(objective, video_beta=job.auto_beta.beta, patch_beta=patch_beta)
+    objective = job.steered()
     in_loop = reference if job.errors is None and compares(objective) else None
     arguments = policy, in_loop, batch, objective, family.layout, accelerator.backward
     if job.plan.schedule == "batched":

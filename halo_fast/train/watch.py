@@ -49,7 +49,8 @@ def read_rows(job: Job, rows: Sequence[Row], done: int) -> list[dict[str, float]
         out = merged(row.outputs)
         metrics = {"loss": out.loss, "grad_norm": row.norm, **out.metrics(), **row.betas}
         if job.config.skip_below:
-            metrics["skipped"] = torch.tensor(float(row.skipped), device=out.loss.device)
+            skipped = torch.tensor(float(row.skipped), device=job.accelerator.device)
+            metrics["skipped"] = job.accelerator.reduce(skipped, "sum")
         names = list(metrics)
         values.append(torch.stack([value.detach().float() for value in metrics.values()]))
     return [
@@ -80,10 +81,11 @@ def hold_out(job: Job, heldout: Sequence[Pair]) -> list[Tensor]:
 def diagnose(
     job: Job, records: Sequence[diagnostics.Record], heldout: Sequence[Pair], held: Sequence[Tensor], step: int
 ) -> list[dict[str, float | str]]:
-    rows = diagnostics.summarize(records, job.objective, step, "train") if records else []
+    objective = job.steered()
+    rows = diagnostics.summarize(records, objective, step, "train") if records else []
     if held:
         with job.accelerator.autocast():
-            rows += diagnostics.evaluate(job.family, job.model, heldout, held, job.config, job.objective, step)
+            rows += diagnostics.evaluate(job.family, job.model, heldout, held, job.config, objective, step)
     return rows
 
 

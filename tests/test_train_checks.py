@@ -1,0 +1,284 @@
+"""What must stop a training before it costs time, or before it goes on from something else than it was."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
+from test_train import CONFIG, quiet
+from tiny import tiny_text_to_video_sd, tiny_wan
+
+from halo_fast.config import ObjectiveConfig
+from halo_fast.data import Pair
+from halo_fast.families import family_of
+from halo_fast.functional import GranDPO
+from halo_fast.objectives import AutoBeta
+from halo_fast.runs import UserError
+from halo_fast.train import diagnostics, fit, job, watch
+from halo_fast.train.adapters import check_start
+from halo_fast.train.draws import make_batch
+from halo_fast.train.steps import run_batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler": "constant_with_warmup"}, "train.lr_scheduler: expected one of constant, linear, cosine"),
+        ({"gradient_checkpointing": "on"}, "train.gradient_checkpointing: expected one of none, full, selective"),
+        ({"schedule": None}, "train.schedule: expected one of auto, batched, margin_first, got None"),
+        ({"mixed_precision": "fp16"}, "train.mixed_precision: expected one of no, bf16, got 'fp16'"),
+        ({"max_grad_norm": 0.0}, "train.max_grad_norm: expected more than 0, got 0.0; .inf clips nothing"),
+        ({"learning_rate": math.nan}, "train.learning_rate: expected more than 0, got nan"),
+        ({"train_batch_size": 0}, "train.train_batch_size: expected at least 1, got 0"),
+        ({"auto_beta": 0.7}, "train.auto_beta: target must be below 1/2"),
+        ({"objective": ObjectiveConfig(video_beta=-1.0)}, "train.objective: video_beta must be"),
+        (
+            {"objective": ObjectiveConfig(loser_guard="all")},
+            "train.objective.loser_guard: expected one of video, patch",
+        ),
+        ({"report_to": ["mlflow"]}, "train.report_to: expected some of tensorboard, wandb, got 'mlflow'"),
+        ({"target_modules": ["to_q", "to_queue"]}, "target_modules: no layer of .* has a name ending with 'to_queue'"),
+        ({"target_modules": ["norm1"]}, "train.target_modules: .* is not supported"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_by_name(pipeline, pairs, settings, message):
+    with pytest.raises(UserError, match=message):
+        fit(pipeline, pairs, dataclasses.replace(CONFIG, **settings), progress=quiet)
+
+
+def test_numbers_that_python_users_write_as_integers_are_taken(pipeline, pairs):
+    objective = ObjectiveConfig(video_weight=0, patch_weight=1, patch_beta=10, patch_sft_weight=0)
+    config = dataclasses.replace(CONFIG, max_train_steps=1, objective=objective)
+    assert fit(pipeline, pairs, config, progress=quiet).log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train.mixed_precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "train.gradient_accumulation_steps"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--use_fsdp"),
+        ("FSDP_VERSION", "1", "--fsdp_version 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params false"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "--fsdp_reshard_after_forward true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "train.gradient_checkpointing"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"),
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "WanTransformer3DModel", "WanTransformerBlock; leave it out"),
+    ],
+)
+def test_what_accelerate_launch_was_told_is_followed_or_refused(pipeline, monkeypatch, name, value, cure):
+    model = pipeline.transformer
+    # what `accelerate launch --use_fsdp --fsdp_version 2` hands on by itself
+    usual = {
+        "ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "WanTransformerBlock",
+    }  # fmt: skip
+    for setting, told in usual.items():
+        monkeypatch.setenv(setting, told)
+    job._check_launch(CONFIG, model)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"accelerate launch: {name} is {value}.*{cure}"):
+        job._check_launch(CONFIG, model)
+    if name.startswith("FSDP"):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+        job._check_launch(CONFIG, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"latents": torch.zeros(2, 4, 3, 4, 6)},
+            r"latents of pair 1 are \[2, 4, 3, 4, 6\], expected \[2, 4, 3, 4, 4\]",
+        ),
+        (
+            {"latents": torch.zeros(3, 4, 3, 4, 4)},
+            r"latents of pair 1 are \[3, 4, 3, 4, 4\], expected \[2, 4, 3, 4, 4\]",
+        ),
+        ({"patch_rewards": torch.rand(2, 3, 4, 4)}, r"patch_rewards of pair 1 .*expected \[2, 3, 2, 2\]"),
+        ({"video_rewards": torch.tensor([math.inf, 1.0])}, "video_rewards of pair 1 are infinite"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_named(pipeline, pairs, change, message):
+    odd = [pairs[0], dataclasses.replace(pairs[1], **change), *pairs[2:]]
+    with pytest.raises(UserError, match=message):
+        fit(pipeline, odd, CONFIG, progress=quiet)
+
+
+def test_pairs_that_all_tie_do_not_pass_for_a_training(pipeline, pairs, tmp_path):
+    ties = [
+        dataclasses.replace(
+            pair, patch_rewards=torch.ones_like(pair.patch_rewards), video_rewards=torch.tensor([math.nan, 1.0])
+        )
+        for pair in pairs
+    ]
+    with pytest.raises(UserError, match="no pair had anything to teach in any step"):
+        fit(pipeline, ties, dataclasses.replace(CONFIG, checkpointing_steps=100), folder=tmp_path, progress=quiet)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    log = fit(pipeline, [*ties[1:], pairs[0]], CONFIG, progress=quiet).log
+    assert {row["num_pairs"] for row in log} == {0, 1}
+
+
+def unet_of_odd_sizes():
+    """A UNet whose layers are so small that torch chooses their kernels by requires_grad, which rounds differently."""
+    tiny = tiny_text_to_video_sd()
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=4, norm_num_groups=2, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=8,
+    )  # fmt: skip
+    return TextToVideoSDPipeline(**{**tiny.components, "unet": unet.eval()})
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_rounding_of_another_kernel_stops_no_training(rank):
+    pipeline = unet_of_odd_sizes()
+    family = family_of(pipeline)
+    latents = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    rewards = torch.tensor([1.0, 5.0])
+    patch_rewards = rewards.view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    pair = Pair(latents, family.encode_prompts(["a cube"])[0], patch_rewards, rewards)
+    batch = make_batch(family, [pair], [(0, 0)], 0, CPU)
+    flags = []
+    with torch.no_grad():
+        for flag in (True, False):
+            pipeline.unet.requires_grad_(flag)
+            flags.append(family.predict(pipeline.unet, batch.noisy, batch.t, batch.conditions))
+    pipeline.unet.requires_grad_(True)
+    torch.testing.assert_close(*flags, rtol=1e-4, atol=1e-5)
+    config = dataclasses.replace(CONFIG, rank=rank, max_train_steps=1, objective=ObjectiveConfig(patch_sft_weight=0.0))
+    log = fit(family, [pair], config, progress=quiet).log
+    assert log[0]["loss"] == pytest.approx(1.05 * math.log(2), rel=1e-4)
+    assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_rounding_passes_and_a_hundredth_of_a_switch_does_not(precision):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 4, 3, 4, 4, generator=generator).to(precision)
+    effect = 0.1 * torch.randn(base.shape, generator=generator)
+    noise = torch.randn(base.shape, generator=generator)
+    weight = torch.zeros(1)
+    batch = SimpleNamespace(
+        target=torch.zeros_like(base), patch_rewards=torch.tensor([1.0, 5.0]).view(2, 1, 1, 1),
+        video_rewards=torch.tensor([1.0, 5.0]),
+    )  # fmt: skip
+
+    def check(off=0.0, start=0.0):
+        """A model of one weight whose switched-off and untouched outputs are so far from the base."""
+        state = {"off": False}
+
+        class Switch:
+            def __enter__(self):
+                state["off"] = True
+
+            def __exit__(self, *_):
+                state["off"] = False
+
+        def predict(batch):
+            if state["off"]:
+                return (base.float() + off * noise).to(precision)
+            moved = 100 * weight * effect if weight.any() else start * noise
+            return (base.float() + moved).to(precision)
+
+        check_start(predict, Switch, {"w": weight}, "BCFHW", batch, base, GranDPO(), precision)
+
+    check()
+    assert weight == 0
+    few_ulps = 4 * torch.finfo(torch.float32).eps
+    check(off=few_ulps, start=few_ulps)
+    with pytest.raises(UserError, match="switched to the reference, expected the base, got"):
+        check(off=2e-3)
+    with pytest.raises(UserError, match="before the first step, expected the base, got"):
+        check(start=2e-3 if precision == torch.float32 else 2e-2)
+    effect.zero_()
+    with pytest.raises(UserError, match="with its weights moved, expected another output"):
+        check()
+
+
+def stopped(pipeline, pairs, folder):
+    """A training that was stopped after its fifth step, with checkpoints of the second and fourth."""
+
+    def cut(iterable, total, label):
+        for step in iterable:
+            if step == 5:
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(pipeline, pairs, CONFIG, folder=folder, progress=cut)
+
+
+def test_damaged_checkpoints_and_logs_are_named_and_the_one_before_serves(pipeline, pairs, tmp_path):
+    whole = fit(pipeline, pairs, CONFIG, folder=tmp_path / "whole", progress=quiet)
+    folder = tmp_path / "cut"
+    stopped(pipeline, pairs, folder)
+    newest, log = folder / "checkpoints/step_000004", folder / "log.csv"
+    kept = log.read_text()
+    log.write_text("\n".join(kept.splitlines()[:3]) + "\n")
+    with pytest.raises(
+        UserError, match=r"log.csv: expected a row for each of the steps 1 to 4 .*, got 2; put the file"
+    ):
+        fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
+    log.write_text(kept)
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(
+        UserError, match="step_000004: damaged .*; remove this folder to go on from the checkpoint before"
+    ):
+        fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
+    # what a kill leaves of a folder: no state.json
+    (newest / "state.json").unlink()
+    resumed = fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
+    assert resumed.log == whole.log
+    files = [sorted(path.relative_to(place) for path in place.rglob("*")) for place in (folder, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
+def test_remains_of_a_kill_are_gone_at_the_end(pipeline, pairs, tmp_path):
+    cut_off = tmp_path / "checkpoints/step_000003/weights.safetensors"
+    cut_off.parent.mkdir(parents=True)
+    cut_off.write_bytes(b"cut off")
+    fit(pipeline, pairs, CONFIG, folder=tmp_path, progress=quiet)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_00000{k}" for k in (2, 4, 6)]
+
+
+def test_other_pairs_do_not_go_on_from_a_checkpoint(pipeline, pairs, tmp_path):
+    fit(pipeline, pairs, CONFIG, folder=tmp_path, progress=quiet)
+    others = [*pairs[:5], dataclasses.replace(pairs[5], video_rewards=pairs[5].video_rewards.flip(0))]
+    with pytest.raises(UserError, match="made with last pair [0-9a-f]+, now it is"):
+        fit(pipeline, others, CONFIG, folder=tmp_path, progress=quiet)
+
+
+def test_diagnostics_judge_by_the_beta_in_use(pairs, monkeypatch):
+    family = family_of(tiny_wan())
+    config = dataclasses.replace(CONFIG, auto_beta=0.3)
+    with job.prepared(family, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+        assert isinstance(prepared.auto_beta, AutoBeta)
+        prepared.auto_beta.beta = torch.tensor(25.0)
+        assert (prepared.steered().video_beta, prepared.steered().patch_beta) == (25.0, 2.5)
+        used = []
+        monkeypatch.setattr(diagnostics, "summarize", lambda records, objective, *_: used.append(objective) or [])
+        monkeypatch.setattr(diagnostics, "evaluate", lambda *given: used.append(given[-2]) or [])
+        watch.diagnose(prepared, [None], pairs, [torch.zeros(1)], 5)
+        assert [objective.video_beta for objective in used] == [25.0, 25.0]
+
+
+def test_skipped_pairs_are_counted_over_all_processes(pipeline, pairs):
+    config = dataclasses.replace(CONFIG, schedule="margin_first", skip_below=0.5)
+    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+        batch = make_batch(prepared.family, pairs, [(0, 0), (1, 0)], 0, CPU)
+        row = watch.row_of(prepared, [(batch, run_batch(prepared, batch))], torch.tensor(1.0))
+        row.skipped = 3
+        (alone,) = watch.read_rows(prepared, [row], 0)
+        prepared.accelerator = SimpleNamespace(device=CPU, reduce=lambda value, how: {"sum": value + 4}[how])
+        (together,) = watch.read_rows(prepared, [row], 0)
+    assert (alone["skipped"], together["skipped"]) == (3, 7)
