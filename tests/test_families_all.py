@@ -317,3 +317,18 @@ def test_training_times_have_the_shift_of_the_clip_that_is_trained():
     # 48 tokens lie a fourth of the way between 32 with the logarithm 0.95 and 96 with 2.05; u = 1/2 has its own shift
     shift = math.exp(0.95 + (48 - 32) / (96 - 32) * (2.05 - 0.95))
     assert t.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
+
+
+@torch.no_grad()
+def test_training_tells_the_guidance_that_the_clips_were_sampled_with():
+    pipeline = TINY["HunyuanVideo"].build()
+    family, given = family_of(pipeline), []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, named: given.append((named["timestep"][0], named["guidance"][0])), with_kwargs=True
+    )
+    conditions = family.encode_prompts(["a cube"])
+    noise = torch.randn(1, *family.latent_shape(9, 32, 32))
+    family.sample(conditions, noise, video_size=(9, 32, 32), num_inference_steps=1, guidance_scale=3.5)
+    family.guided_by(3.5)
+    family.predict(family.transformer, noise, torch.ones(1), family.stack(conditions))
+    assert given[0] == given[1] == (1000, 3500)

@@ -110,6 +110,10 @@ class Family(ABC):
         frames, height, width = shape[-4 if self.layout == "BFCHW" else -3], *shape[-2:]
         return frames, height, width
 
+    def guided_by(self, scale: float) -> None:
+        """Take the guidance scale at which the clips are sampled, for networks that are told it."""
+        return None
+
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Put a trained LoRA on the network of this family, as diffusers loads it."""
         self.pipeline.load_lora_weights(dict(lora))

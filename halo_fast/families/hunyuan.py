@@ -14,8 +14,8 @@ __all__ = ["HunyuanVideo", "HunyuanVideo15"]
 class HunyuanVideo(PipelineFamily):
     """diffusers.HunyuanVideoPipeline; the model was distilled to take the guidance scale as an input.
 
-    Training tells it `guidance`, the scale at which the pipeline samples by default: a preference is learnt by the
-    distribution that made the candidates.
+    Training tells it `guidance`: the stages that of generate.guidance_scale, for a preference is learnt by the
+    distribution that made the candidates; else the pipeline's default.
     """
 
     pipelines = ("HunyuanVideoPipeline",)
@@ -34,6 +34,9 @@ class HunyuanVideo(PipelineFamily):
             "prompt_attention_mask": mask,
             "pooled_prompt_embeds": pooled,
         }
+
+    def guided_by(self, scale: float) -> None:
+        self.guidance = scale
 
     def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
         return conditions | {"guidance_scale": guidance_scale}
