@@ -1,20 +1,22 @@
 """The whole training step on this CPU: ours in each schedule, supervised fine-tuning as the limit, public loops.
 
     python -m benchmarks.bench_step                          # the published table: benchmarks/results/step_cpu.csv
-    python -m benchmarks.bench_step --models wan --rounds 2 --check
+    python -m benchmarks.bench_step --models wan --rounds 1 --check
 
 A preference step cannot be cheaper than a supervised step on the same two samples. Every provider trains the same LoRA
-on the same real diffusers transformer with the same attention, and the same checkpointing and compile setting; they
-differ in structure alone. The public loops are re-created from descriptions of their structure, none of their code is
-used: "diffusers-DPO" encodes videos and prompt each step and runs the reference with LoRA off, "Local-DPO" has a second
-copy of the weights, the same encoders and four loss terms over a mask, "SimpleTuner" has both caches and four separate
-forward passes. The autoencoder costs about as much against the transformer's forward pass as Wan 2.1 1.3B's does (1.3
-times); of larger transformers it is a smaller part.
+on the same real diffusers transformer with the same attention, and the same checkpointing and compile setting, but for
+"ours, selective": public loops have no such checkpointing. Else they differ in structure alone. The public loops are
+re-created from descriptions of their structure, none of their code is used: "diffusers-DPO" encodes videos and prompt
+each step and runs the reference with LoRA off, "Local-DPO" has a second copy of the weights, the same encoders and four
+loss terms over a mask, "SimpleTuner" has both caches and four separate forward passes. The autoencoder costs about as
+much against the transformer's forward pass as Wan 2.1 1.3B's does (1.3 times); of larger transformers it is a smaller
+part.
 
 All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
 within one round. Before any time is taken, the LoRA gradients of each loop are compared with ours for the same formula.
 "forwards" counts floating-point operations of the transformer, autoencoder and text encoder in transformer forward
-passes over both samples, which do not depend on the machine.
+passes over both samples, which do not depend on the machine. "predicted_bytes" is what the trainer's plan says of the
+step beyond what is there before it.
 """
 
 import argparse
@@ -41,15 +43,18 @@ from halo_fast.data import Pair
 from halo_fast.families import Family, family_of
 from halo_fast.objectives import PRESETS, convert_beta, local_dpo_rewards
 from halo_fast.train import adapters_off
+from halo_fast.train.adapters import compile_blocks
 from halo_fast.train.draws import Batch, draws, make_batch
 from halo_fast.train.job import Job, prepared
-from halo_fast.train.memory import kept_bytes
+from halo_fast.train.memory import checkpointing as recomputing
+from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.steps import run_batch, take_step
 from halo_fast.train.watch import row_of
 
 CLIP = (13, 192, 192)  # frames, height, width: 4 x 24 x 24 latents, 576 tokens
 GRID = (4, 3, 3)
 BETA, LAMBDA_SFT, STRENGTH = 500.0, 0.1, 1.0
+SETTINGS = (("none", False), ("full", False), ("none", True))
 PROMPT = "a red ball rolls over the grass"
 DRAWS = 2
 
@@ -273,12 +278,23 @@ def ours(schedule: str, in_loop: bool) -> Callable[[Bench], None]:
     return step
 
 
-LIMIT = "supervised (the limit)"
+def ours_selective(bench: Bench) -> None:
+    """As ours with the cached reference, with outputs that took much work kept."""
+    model: Any = bench.job.model
+    try:
+        model.enable_gradient_checkpointing(recomputing("selective"))
+        ours("batched", in_loop=False)(bench)
+    finally:
+        model.enable_gradient_checkpointing(recomputing("full"))
+
+
+LIMIT, CACHED, SELECTIVE = "supervised (the limit)", "ours, cached reference", "ours, selective, cached"
 PROVIDERS: dict[str, Callable[[Bench], None]] = {
     LIMIT: supervised,
-    "ours, cached reference": ours("batched", in_loop=False),
+    CACHED: ours("batched", in_loop=False),
     "ours, reference in the loop": ours("batched", in_loop=True),
     "ours, margin first, cached": ours("margin_first", in_loop=False),
+    SELECTIVE: ours_selective,
     "diffusers-DPO loop": diffusers_dpo,
     "Local-DPO loop": local_dpo,
     "SimpleTuner loop": simpletuner,
@@ -325,6 +341,8 @@ def setting(name: str, checkpointing: str, compiled: bool) -> Iterator[Bench]:
             value.data = torch.randn(value.shape, generator=generator) * 0.02
         if checkpointing != "none":
             second.enable_gradient_checkpointing()
+        if compiled:
+            compile_blocks(second)
         yield Bench(job, videos, second, torch.rand(*GRID, generator=generator).round() * 0.8 + 0.2)
 
 
@@ -406,55 +424,79 @@ def peak_bytes(step: Callable[[Bench], object], bench: Bench) -> int:
     return peak
 
 
+def predicted_bytes(bench: Bench) -> dict[str, int]:
+    """What the plan says of a step of ours beyond the weights and moments that are there before it."""
+    job = bench.job
+    trained = sum(value.numel() * value.element_size() for value in job.parameters.values())
+    there = sum(value.numel() * value.element_size() for value in job.model.parameters()) + 2 * trained
+
+    def of(plan: Plan, schedule: str) -> int:
+        return plan.scheduled(schedule).peak - there
+
+    found = {CACHED: of(job.plan, "batched"), "ours, margin first, cached": of(job.plan, "margin_first")}
+    if job.config.gradient_checkpointing == "full":
+        model: Any = job.model
+        config = replace(job.config, gradient_checkpointing="selective")
+        try:
+            model.enable_gradient_checkpointing(recomputing("selective"))
+            plan = make_plan(job.family, model, job.parameters, bench.cached(), job.objective, config, job.accelerator)
+        finally:
+            model.enable_gradient_checkpointing(recomputing("full"))
+        found[SELECTIVE] = of(plan, "batched")
+    return found
+
+
 def measure(name: str, checkpointing: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model at one checkpointing and compile setting."""
     with setting(name, checkpointing, compiled) as bench:
         print(f"{name}, checkpointing {checkpointing}, compile {'on' if compiled else 'off'}", flush=True)
         gate(bench)
-        steps = PROVIDERS | COMPONENTS
-        one_forward, _ = operations(forward, bench) if not compiled else (0, 0)
+        steps: dict[str, Callable[[Bench], object]] = {
+            step: run for step, run in PROVIDERS.items() if step != SELECTIVE or checkpointing == "full"
+        }
+        if checkpointing == "none" and not compiled:
+            steps |= COMPONENTS
         facts: dict[str, dict[str, Any]] = {step: {} for step in steps}
-        for step, run in steps.items():
-            if not compiled:
-                count, syncs = operations(run, bench)
-                facts[step] = {"forwards": f"{count / one_forward:.2f}", "host_reads": syncs}
-            if step in (LIMIT, *(name for name in PROVIDERS if name.startswith("ours"))):
-                facts[step]["peak_bytes"] = peak_bytes(run, bench)
+        if compiled:
+            for run in steps.values():
+                run(bench)
+        else:
+            one_forward, _ = operations(forward, bench)
+            predicted = predicted_bytes(bench)
+            for step, run in steps.items():
+                count, reads = operations(run, bench)
+                facts[step] = {"forwards": f"{count / one_forward:.2f}", "host_reads": reads}
+                if step in (LIMIT, *predicted):
+                    facts[step] |= {"peak_bytes": peak_bytes(run, bench), "predicted_bytes": predicted.get(step, "")}
         times: dict[str, list[float]] = {step: [] for step in steps}
         names = list(steps)
-        for turn in range(rounds + 1):
+        for turn in range(rounds):
             for step in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = now()
                 steps[step](bench)
-                if turn:
-                    times[step].append(now() - start)
-        kept = {count: _kept(bench, count) for count in (1, 2)} if not compiled else {}
+                times[step].append(now() - start)
     rows = []
     for step, taken in times.items():
-        cuts = statistics.quantiles(taken, n=10, method="inclusive") if len(taken) > 1 else taken * 9
         row = {"model": name, "checkpointing": checkpointing, "compile": compiled, "provider": step}
-        row |= {"p50_s": f"{cuts[4]:.3f}", "p20_s": f"{cuts[1]:.3f}", "p80_s": f"{cuts[7]:.3f}"}
-        for column, other in (("of_limit", LIMIT), ("of_ours", "ours, cached reference")):
-            ratio = statistics.median(one / two for one, two in zip(taken, times[other], strict=True))
-            row[column] = f"{ratio:.2f}"
-        row |= {"forwards": "", "host_reads": "", "peak_bytes": "", **facts[step]}
-        row["kept_bytes"] = kept.get(1 if "margin first" in step else 2, "") if step.startswith("ours") else ""
+        row |= {"p50_s": f"{statistics.median(taken):.3f}", "min_s": f"{min(taken):.3f}", "max_s": f"{max(taken):.3f}"}
+        for column, other in (("of_limit", LIMIT), ("of_ours", CACHED), ("of_selective", SELECTIVE)):
+            pairs = zip(taken, times.get(other, []), strict=False)
+            ratios = [one / two for one, two in pairs]
+            row[column] = f"{statistics.median(ratios):.2f}" if ratios else ""
+        row |= {"forwards": "", "host_reads": "", "peak_bytes": "", "predicted_bytes": ""} | facts[step]
         rows.append(row)
         _print_row(row)
     return rows
 
 
-def _kept(bench: Bench, samples: int) -> int:
-    batch = bench.cached()
-    chosen = batch if samples == 2 else _sample(batch, 0)
-    return kept_bytes(lambda: bench.predict(bench.job.model, chosen), bench.job.model, attention=False)
-
-
 def _print_row(row: dict[str, Any]) -> None:
-    memory = f"peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""
+    memory = f"  peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""
+    memory += f", predicted {row['predicted_bytes'] / 2**20:.0f}" if row["predicted_bytes"] else ""
+    selective = f"  {row['of_selective']}x ours selective" if row["of_selective"] else ""
+    counted = f"  {row['forwards']} forwards  {row['host_reads']} reads" if row["forwards"] else ""
     print(
-        f"  {row['provider']:<34}{row['p50_s']:>8} s ({row['p20_s']} .. {row['p80_s']})  {row['of_limit']}x limit  "
-        f"{row['of_ours']}x ours cached  {row['forwards']} forwards  {row['host_reads']} reads  {memory}",
+        f"  {row['provider']:<34}{row['p50_s']:>8} s ({row['min_s']} .. {row['max_s']})  {row['of_limit']}x limit  "
+        f"{row['of_ours']}x ours cached{selective}{counted}{memory}",
         flush=True,
     )
 
@@ -469,9 +511,7 @@ def _write(file: Path, rows: list[dict[str, Any]], state: dict[str, str]) -> Non
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--checkpointing", nargs="+", choices=("none", "full"), default=["none", "full"])
-    parser.add_argument("--compile", action="store_true", help="with compiled blocks instead")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
     choice = parser.parse_args()
     torch.set_num_threads(1)
@@ -479,10 +519,10 @@ def main() -> int:
     print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
     rows = []
     for name in choice.models:
-        for checkpointing in choice.checkpointing:
-            rows += measure(name, checkpointing, choice.compile, choice.rounds)
+        for checkpointing, compiled in SETTINGS:
+            rows += measure(name, checkpointing, compiled, choice.rounds)
             if not choice.check:
-                _write(RESULTS / ("step_cpu_compiled.csv" if choice.compile else "step_cpu.csv"), rows, state)
+                _write(RESULTS / "step_cpu.csv", rows, state)
     return 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import CONFIG, Plain, make_pairs, quiet
+from test_train import CONFIG, Plain, quiet
 from tiny import tiny_wan
 from torch import nn
 
@@ -23,16 +23,6 @@ OBJECTIVES = {
     "halo": GranDPO(video_beta=100.0, patch_beta=20.0, patch_sft_weight=0.5),
     "guarded, with ties": GranDPO(video_beta=50.0, loser_guard="patch", patch_delta=1.0, sft_weight=0.3),
 }
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return tiny_wan()
-
-
-@pytest.fixture(scope="module")
-def pairs(pipeline):
-    return make_pairs(family_of(pipeline))
 
 
 def gradients(parameters):
@@ -190,7 +180,68 @@ def test_kept_bytes_count_each_storage_once_and_no_weights():
             hidden.exp() * hidden.exp()
         ).sum()  # both exp() results, saved twice each: once as output, once as factor
 
-    assert memory.kept_bytes(forward, model, attention=False) == (1 + 2) * 4 * 8 * 4
+    assert memory.kept_bytes(forward, model, selective=False) == ((1 + 2) * 4 * 8 * 4, 4 * 8 * 4)
+
+
+def test_selective_spares_the_products_that_sum_over_more_than_they_give(pairs):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipeline = tiny_wan()
+    spared, counts = 0, {}
+
+    def count(layer, inputs, output):
+        nonlocal spared
+        if layer.in_features > layer.out_features:
+            spared += 2 * layer.in_features * output.numel()
+
+    linears = [
+        layer for block in pipeline.transformer.blocks for layer in block.modules() if isinstance(layer, nn.Linear)
+    ]
+    assert any(layer.in_features > layer.out_features for layer in linears)
+    for mode in ("full", "selective"):
+        config = dataclasses.replace(CONFIG, rank=0, reference_draws=1, gradient_checkpointing=mode)
+        with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+            batch = make_batch(prepared.family, pairs, [(0, 0)], 0, CPU, limit=1, errors=prepared.errors)
+            with FlopCounterMode(display=False) as counter:
+                run_batch(prepared, batch)
+            counts[mode] = counter.get_total_flops()
+    hooks = [layer.register_forward_hook(count) for layer in linears]
+    with torch.no_grad():
+        family_of(pipeline).predict(pipeline.transformer, batch.noisy, batch.t, batch.conditions)
+    for hook in hooks:
+        hook.remove()
+    assert counts["full"] - counts["selective"] == spared > 0
+
+
+@pytest.mark.parametrize("frames", [3, 6])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_predicted_peak_is_the_measured_one(frames, mode):
+    from diffusers import WanTransformer3DModel
+
+    from benchmarks.bench_step import peak_bytes
+    from halo_fast.data import Pair
+    from halo_fast.train.steps import take_step
+
+    pipeline = tiny_wan()
+    torch.manual_seed(0)
+    pipeline.transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=384, num_layers=4, rope_max_seq_len=32,
+    )  # fmt: skip
+    condition = family_of(pipeline).encode_prompts(["a cube"])[0]
+    pairs = [
+        Pair(torch.randn(2, 4, frames, 16, 16), condition, torch.rand(2, 3, 2, 2), torch.rand(2)) for _ in range(2)
+    ]
+    config = dataclasses.replace(CONFIG, reference_draws=1, train_batch_size=1, gradient_checkpointing=mode)
+    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+        trained = sum(value.numel() * value.element_size() for value in prepared.parameters.values())
+        weights = sum(value.numel() * value.element_size() for value in prepared.model.parameters())
+        take_step(prepared, 0)
+        for schedule in ("batched", "margin_first"):
+            prepared.plan = prepared.plan.scheduled(schedule)
+            # weights and moments are there before the step
+            predicted = prepared.plan.peak - weights - 2 * trained
+            assert peak_bytes(lambda ready: take_step(ready, 1), prepared) == pytest.approx(predicted, rel=0.2)
 
 
 def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):
@@ -237,6 +288,31 @@ def test_compiled_blocks_train_alike_with_few_graphs_and_the_model_is_put_back(p
     for one, other in zip(compiled.log, plain.log, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     assert all(block._compiled_call_impl is None for block in pipeline.transformer.blocks)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_inductor_trains_alike_and_compiles_nothing_once_warm(pairs, mode):
+    from torch._dynamo.utils import counters
+
+    from halo_fast.train.steps import take_step
+
+    def losses(compile, steps):
+        config = dataclasses.replace(CONFIG, compile=compile, gradient_checkpointing=mode)
+        with job.prepared(tiny_wan(), pairs, config, folder=None, references=None, progress=quiet) as prepared:
+            found, graphs = [], []
+            for step in range(steps):
+                # the reference runs in the loop: the adapter goes off and on in each step
+                passes, norm = take_step(prepared, step)
+                found.append([passes[0][1].out.loss.item(), norm.item()])
+                graphs.append(counters["stats"]["unique_graphs"])
+        return found, graphs
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, graphs = losses(True, 4)
+    assert 0 < graphs[0] == graphs[-1] <= 6
+    plain, _ = losses(False, 4)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_switch_without_effect_is_refused(pairs, monkeypatch):

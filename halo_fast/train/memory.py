@@ -1,6 +1,6 @@
 """Memory of activations: what a forward pass keeps for the backward pass, measured, and three ways to keep less."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 __all__ = ["attention_operators", "checkpointing", "count_recomputed", "kept_bytes", "offloaded"]
 
@@ -33,17 +33,39 @@ def attention_operators() -> list[Any]:
     return found
 
 
+def _selection() -> Callable[[Any, Sequence[Any]], bool]:
+    """Which outputs selective checkpointing keeps: those that took much work for their size.
+
+    They are attention's and those of products that sum over more numbers than they give, such as the second layer of a
+    feed-forward network: a fifth of a block's activations for most of its work.
+    """
+    attention = set(attention_operators())
+    products = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1)}
+
+    def keeps(operator: Any, args: Sequence[Any]) -> bool:
+        if operator in products:
+            left, right = (args[place] for place in products[operator])
+            return bool(left.shape[1] > right.shape[1])
+        return operator in attention
+
+    return keeps
+
+
 def _checkpointed(module: nn.Module, *args: Any, context: Any = None) -> Any:
     extra = {} if context is None else {"context_fn": context}
     return checkpoint(module.__call__, *args, use_reentrant=False, **extra)
 
 
 def checkpointing(mode: str) -> Callable[..., Any]:
-    """The function that runs a block with its activations recomputed: all ("full") or all but attention's outputs."""
+    """The function that runs a block with its activations recomputed: all ("full") or the cheap ones ("selective")."""
     if mode == "full":
         return _checkpointed
-    context = partial(create_selective_checkpoint_contexts, attention_operators())
-    return partial(_checkpointed, context=context)
+    keeps = _selection()
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if keeps(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(_checkpointed, context=partial(create_selective_checkpoint_contexts, policy))
 
 
 @contextmanager
@@ -65,40 +87,42 @@ def offloaded(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def kept_bytes(forward: Callable[[], object], model: nn.Module, attention: bool) -> int:
-    """Bytes of activations that a forward pass keeps for its backward pass, each storage once, weights apart.
+def kept_bytes(forward: Callable[[], object], model: nn.Module, selective: bool) -> tuple[int, int]:
+    """Bytes of activations that a forward pass keeps for its backward pass, in all and of the largest tensor.
 
-    Nothing is kept while measuring, so this takes no more memory than a pass without a graph.
+    Each storage counts once, and weights do not. Nothing is kept while measuring, so this takes no more memory than a
+    pass without a graph.
 
     Args:
         forward: the pass; its backward pass cannot follow.
         model: whose weights do not count.
-        attention: whether selective checkpointing is on, which keeps attention's outputs beside autograd.
+        selective: whether selective checkpointing is on, which keeps outputs beside autograd.
     """
     weights = _storages(model)
     known: dict[int, StorageWeakRef] = {}
-    total = 0
+    total = largest = 0
 
     def count(tensor: Tensor) -> None:
-        nonlocal total
+        nonlocal total, largest
         address = _address(tensor)
         # An address is given out again once its storage is gone.
         if address in weights or (address in known and not known[address].expired()):
             return
         known[address] = StorageWeakRef(tensor.untyped_storage())
         total += tensor.untyped_storage().nbytes()
+        largest = max(largest, tensor.untyped_storage().nbytes())
 
     def count_output(output: Any) -> None:
         for value in output if isinstance(output, tuple) else (output,):
-            if attention and isinstance(value, Tensor):
+            if isinstance(value, Tensor):
                 count(value)
 
     def forbid(nothing: None) -> Tensor:
         raise RuntimeError("activations were only measured, their backward pass cannot run")
 
-    with _AttentionCalls(count_output), saved_tensors_hooks(count, forbid):
+    with _Calls(_selection() if selective else lambda *_: False, count_output), saved_tensors_hooks(count, forbid):
         forward()
-    return total
+    return total, largest
 
 
 def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
@@ -112,7 +136,8 @@ def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
         nonlocal linears
         linears += isinstance(module, nn.Linear)
 
-    with _AttentionCalls() as calls:
+    attention = set(attention_operators())
+    with _Calls(lambda operator, _: operator in attention) as calls:
         output = forward()
         before = calls.count
         hook = register_module_forward_hook(called)
@@ -123,18 +148,20 @@ def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
         return linears, calls.count - before, before
 
 
-class _AttentionCalls(TorchDispatchMode):
-    """Counts attention operators inside the block and shows their outputs to `seen`."""
+class _Calls(TorchDispatchMode):
+    """Counts the operators inside the block that are `wanted`, and shows their outputs to `seen`."""
 
-    def __init__(self, seen: Callable[[Any], None] = lambda output: None) -> None:
+    def __init__(
+        self, wanted: Callable[[Any, Sequence[Any]], bool], seen: Callable[[Any], None] = lambda output: None
+    ) -> None:
         super().__init__()
         self.count = 0
-        self._operators = set(attention_operators())
+        self._wanted = wanted
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in self._operators:
+        if self._wanted(func, args):
             self.count += 1
             self._seen(output)
         return output

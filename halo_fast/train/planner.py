@@ -30,14 +30,19 @@ class Plan:
     Args:
         schedule: "batched" or "margin_first".
         activations: the context of a forward pass with a graph.
-        peak: predicted bytes of weights, gradients, optimizer and activations.
+        peaks: predicted bytes of weights, gradients, optimizer and activations, of either schedule.
         text: lines for the user.
     """
 
     schedule: str
     activations: Callable[[], AbstractContextManager[Any]]
-    peak: int
+    peaks: Mapping[str, int]
     text: str
+
+    @property
+    def peak(self) -> int:
+        """Predicted bytes of the plan's own schedule."""
+        return self.peaks[self.schedule]
 
     def scheduled(self, schedule: str) -> "Plan":
         """The plan with another schedule."""
@@ -74,10 +79,10 @@ def make_plan(
 
     mode = config.gradient_checkpointing
     with uncompiled(model):
-        kept = kept_bytes(forward, model, attention=mode == "selective")
+        kept, largest = kept_bytes(forward, model, selective=mode == "selective")
         recomputed = _prove_checkpointing(forward, parameters, mode) if mode != "none" else ""
         with _without_checkpointing(model, mode):
-            whole = kept if mode == "none" else kept_bytes(forward, model, attention=False)
+            whole, largest = (kept, largest) if mode == "none" else kept_bytes(forward, model, selective=False)
     parts = accelerator.num_processes if sharded else 1
     weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
     trained = sum(value.numel() for value in parameters.values())
@@ -87,7 +92,8 @@ def make_plan(
     block = whole // max(1, len(repeated_blocks(model))) if mode != "none" or config.offload_activations else 0
     held = 0 if config.offload_activations else kept
     samples = {"batched": 2 * config.train_batch_size, "margin_first": 1}
-    need = {name: training + count * (held + block) for name, count in samples.items()}
+    # where the backward pass is at the largest activation, it has the gradients of what went in and of what came out
+    need = {name: training + count * (held + block + 2 * largest) for name, count in samples.items()}
     free = _free_memory(accelerator.device)
     schedule = config.schedule
     if schedule == "auto":
@@ -111,7 +117,7 @@ def make_plan(
     if need[schedule] > _USABLE * free:
         lines.append(f"memory: this may not fit; {_advice(config, schedule)}")
     activations = (lambda: offloaded(model)) if config.offload_activations else nullcontext
-    return Plan(schedule, activations, weights + need[schedule], "\n".join(lines))
+    return Plan(schedule, activations, {name: weights + size for name, size in need.items()}, "\n".join(lines))
 
 
 def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], mode: str) -> str:
@@ -128,7 +134,7 @@ def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str,
             f"train.gradient_checkpointing: selective keeps no attention output here ({all_attentions} attention "
             f"operators known, {attentions} recomputed); set full"
         )
-    return f" ({linears} linear layers and {attentions} of {all_attentions} attentions recomputed)"
+    return f" ({attentions} of {all_attentions} attentions recomputed)"
 
 
 @contextmanager
