@@ -253,7 +253,7 @@ class TrainConfig:
         skip_below: margin_first draws a pair whose coefficients are below this share of their first values with a
             probability in proportion, so that it mostly needs no backward pass; 0: no pair is left out.
         gradient_checkpointing: recompute activations in the backward pass: "none", "full", or "selective", which keeps
-            the outputs of attention.
+            outputs that took much work for their size: of attention, and of layers wider in than out.
         offload_activations: keep activations in the CPU's memory until the backward pass.
         compile: compile the model's blocks.
         attention_backend: diffusers' name of it ("native", "flash", "xformers", ...); null: as the model has it.
@@ -264,7 +264,8 @@ class TrainConfig:
         logging_steps: steps between two readings of the log from the device; every step has its row.
         report_to: trackers beside log.csv: "tensorboard", "wandb".
         loss_spike_factor: training stops when the loss over 5 steps exceeds its median before by this; null: never.
-        winner_alarm: share by which the error on winning patches may rise above the reference's before it is told.
+        winner_alarm: share by which the error on winning patches may rise above the reference's before it is told;
+            its root is how far the policy has moved, in units of how far the reference is from the truth.
         off_policy_pairs: pairs whose base errors are compared before training, to tell clips that are not the model's.
         off_policy_fresh: of these, pairs that are also sampled anew for comparison, which costs two clips each.
         heldout_share: share of the prompts whose pairs are kept out of training for diagnostics.csv.
