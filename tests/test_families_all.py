@@ -332,3 +332,14 @@ def test_training_tells_the_guidance_that_the_clips_were_sampled_with():
     family.guided_by(3.5)
     family.predict(family.transformer, noise, torch.ones(1), family.stack(conditions))
     assert given[0] == given[1] == (1000, 3500)
+
+
+@torch.no_grad()
+def test_weights_in_bfloat16_predict_alike(case):
+    family = family_of(case.tiny.build(), case.tiny.network)
+    t = family.timesteps(torch.tensor([0.2, 0.7]), case.noise.shape[1:])
+    expected = family.predict(family.transformer, case.noise, t, case.conditions)
+    family.transformer.to(torch.bfloat16)
+    found = family.predict(family.transformer, case.noise, t, case.conditions)
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()

@@ -186,13 +186,13 @@ def test_training_writes_diagnostics_and_previews(tmp_path):
 
 
 def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):
-    check_trackers([], None)
+    check_trackers([])
     with pytest.raises(UserError, match="report_to: expected some of tensorboard, wandb, got 'mlflow'"):
-        check_trackers(["mlflow"], None)
+        check_trackers(["mlflow"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("halo_fast.train.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
-        check_trackers(["wandb"], None)
+        check_trackers(["wandb"])
 
 
 class Accelerator:

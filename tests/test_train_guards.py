@@ -87,6 +87,20 @@ def test_winner_alarm_rings_when_the_winners_error_rises():
     assert winner_alarm([row(0.9)], TrainConfig(winner_alarm=None)) is None
 
 
+def test_the_alarms_limit_is_the_square_of_how_far_the_policy_has_moved():
+    generator = torch.Generator().manual_seed(0)
+    target, miss, change = torch.randn(3, 400_000, generator=generator)
+    reference = target + 0.6 * miss
+    for moved, rings in ((0.70, False), (0.72, True)):
+        policy = reference + moved * 0.6 * change
+        row = {
+            "step": 1, "label": "patch", "split": "heldout", "group": "all",
+            "winner_policy": (policy - target).square().mean().item(),
+            "winner_reference": (reference - target).square().mean().item(),
+        }  # fmt: skip
+        assert (winner_alarm([row], TrainConfig(winner_alarm=0.5)) is not None) == rings
+
+
 @pytest.fixture(scope="module")
 def family():
     return family_of(tiny_wan())

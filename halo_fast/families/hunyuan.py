@@ -98,7 +98,8 @@ class HunyuanVideo15(PipelineFamily):
         return model(
             hidden_states=torch.cat([noisy, first_frame], dim=1).to(dtype),
             image_embeds=image.to(dtype),
-            timestep=t.float() * pipeline.scheduler.config.num_train_timesteps,
+            # This network takes the time in its own precision alone, and its pipeline rounds it likewise.
+            timestep=(t.float() * pipeline.scheduler.config.num_train_timesteps).to(dtype),
             encoder_hidden_states=given["prompt_embeds"],
             encoder_attention_mask=given["prompt_embeds_mask"],
             encoder_hidden_states_2=given["prompt_embeds_2"],

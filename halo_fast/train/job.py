@@ -77,14 +77,15 @@ def prepared(
     family = family_of(pipeline)
     check_pairs(family, pairs)
     objective = _checked(config)
-    check_trackers(config.report_to, folder)
+    check_trackers(config.report_to)
     _check_launch(config, family.transformer)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             log_with=config.report_to or None,
-            project_dir=folder,
+            # tensorboard asks for a place at once, though a dry run writes nothing there
+            project_dir=folder or Path(),
         )
     except ValueError as error:
         raise UserError(f"train.mixed_precision: {config.mixed_precision} cannot be had here: {error}") from error

@@ -19,14 +19,8 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 Log = Callable[[Sequence[Mapping[str, float | str]]], None]
 
 
-def check_trackers(names: Sequence[str], folder: Path | None) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Hold that every tracker of `report_to` is known and installed; accelerate itself leaves out the others silently.
-
-    To be called before anything costs time.
-
-    Args:
-        names: config.report_to.
-        folder: of the training; tensorboard writes there.
 
     Raises:
         UserError: naming the tracker and what to install.
@@ -38,8 +32,6 @@ def check_trackers(names: Sequence[str], folder: Path | None) -> None:
             )
         if find_spec(_PACKAGES[name]) is None:
             raise UserError(f"train.report_to: {name} is not installed; pip install {_PACKAGES[name]}, or leave it out")
-    if folder is None and "tensorboard" in names:
-        raise UserError("train.report_to: tensorboard needs a folder to write to; train in a run directory")
 
 
 @contextmanager
@@ -52,12 +44,16 @@ def tracked(accelerator: Any, config: TrainConfig, folder: Path | None) -> Itera
     Args:
         accelerator: accelerate.Accelerator(log_with=config.report_to, project_dir=folder).
         config: the settings, which the trackers keep as hyper-parameters.
-        folder: of the training.
+        folder: of the training, where tensorboard writes.
+
+    Raises:
+        UserError: tensorboard without a folder.
     """
-    check_trackers(config.report_to, folder)
     if not config.report_to:
         yield lambda rows: None
         return
+    if folder is None and "tensorboard" in config.report_to:
+        raise UserError("train.report_to: tensorboard needs a folder to write to; train in a run directory")
     accelerator.init_trackers(PROJECT, config=_flat(asdict(config)))
 
     def log(rows: Sequence[Mapping[str, float | str]]) -> None:
