@@ -282,3 +282,24 @@ def test_skipped_pairs_are_counted_over_all_processes(pipeline, pairs):
         prepared.accelerator = SimpleNamespace(device=CPU, reduce=lambda value, how: {"sum": value + 4}[how])
         (together,) = watch.read_rows(prepared, [row], 0)
     assert (alone["skipped"], together["skipped"]) == (3, 7)
+
+
+def test_accumulated_batches_are_one_batch_whatever_ties(pipeline, pairs):
+    unlabelled = dataclasses.replace(
+        pairs[1], patch_rewards=pairs[1].patch_rewards * math.nan, video_rewards=pairs[1].video_rewards * math.nan
+    )
+    odd = [pairs[0], unlabelled, *pairs[2:]]
+    whole, parts = (
+        fit(
+            pipeline, odd,
+            dataclasses.replace(CONFIG, train_batch_size=size, gradient_accumulation_steps=4 // size, auto_beta=0.3),
+            progress=quiet,
+        )
+        for size in (4, 1)
+    )  # fmt: skip
+    # the pair without labels counts in no mean, in whichever batch it comes
+    assert {row["num_pairs"] for row in whole.log} == {3, 4}
+    for one, other in zip(whole.log, parts.log, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True)
+    for name, value in whole.lora.items():
+        torch.testing.assert_close(value, parts.lora[name], rtol=1e-3, atol=1e-5)

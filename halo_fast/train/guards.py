@@ -69,10 +69,10 @@ def check_rows(log: Sequence[dict[str, float]], first: int, config: TrainConfig)
 def winner_alarm(rows: Sequence[Mapping[str, float | str]], config: TrainConfig) -> str | None:
     """One line if the policy has become much worse at the winners than the reference is, else None.
 
-    The limit is a share a of the reference's error power: E - E_ref = |o - o_ref|^2 / N + 2 <o - o_ref, o_ref - tau> / N,
-    and the second term vanishes in the mean where the policy's change has nothing to do with what the reference got
-    wrong. Then E = (1 + a) E_ref says that the policy has moved sqrt(a) times as far from the reference as the reference
-    is from the truth: 71% of it for 0.5, all of it for 1. A change that helps makes the second term negative.
+    The limit is a share a of the reference's error power. With E - E_ref = (|o - o_ref|^2 + 2 <o - o_ref, o_ref - tau>)
+    / N, the second term vanishes in the mean where the policy's change has nothing to do with what the reference got
+    wrong. Then E = (1 + a) E_ref says that the policy has moved sqrt(a) times as far from the reference as the
+    reference is from the truth: 71% of it for 0.5, all of it for 1. A change that helps makes the second term negative.
 
     Preference training can lower its loss by spoiling losers more than winners. Winners are those of the patches, or
     of the videos where the objective has no patch preference: a video that wins as a whole has patches that lose, whose
