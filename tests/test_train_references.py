@@ -116,6 +116,8 @@ def test_files_are_read_again_and_never_stale(pairs, tmp_path, monkeypatch):
     assert computed(pairs, seed=1)[1] == computed(pairs, precision="bf16")[1] == 6
     rewards = [dataclasses.replace(pair, patch_rewards=pair.patch_rewards + 1) for pair in pairs]
     assert computed(rewards)[1] == 0
+    family.guidance = 3.5
+    assert computed(pairs)[1] == 6
     with torch.no_grad():
         next(family.transformer.parameters()).add_(1e-3)
     assert computed(pairs)[1] == 6

@@ -185,7 +185,8 @@ def _run(
                 records += [record(job, batch, passed) for batch, passed in passes]
             diagnosing = looking and (done % config.diagnostics_steps == 0 or last)
             saving = done % config.checkpointing_steps == 0
-            reading = saving or diagnosing or last or done % config.logging_steps == 0
+            previewing = bool(config.validation_prompts) and done % config.validation_steps == 0
+            reading = saving or diagnosing or previewing or last or done % config.logging_steps == 0
             # One process saves at once; several agree when they read, so that no step waits for the others.
             stopping = asked_to_stop() if job.accelerator.num_processes == 1 else False
             if reading and job.accelerator.num_processes > 1:
@@ -203,7 +204,7 @@ def _run(
                     warn(winner_alarm(looked, config))
                 seen += looked
                 records.clear()
-            if config.validation_prompts and done % config.validation_steps == 0:
+            if previewing:
                 preview(job, folder, generate, done)
             if folder is None:
                 continue

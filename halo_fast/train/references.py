@@ -102,6 +102,8 @@ def _common(family: Family, model: nn.Module, seed: int, count: int, precision: 
         {
             "model": fingerprint([model]),
             "family": type(family).__name__,
+            # such as the guidance that HunyuanVideo is told
+            "told": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
             "process": [value.flatten().tolist() for value in process],
             "precision": precision,
             "seed": seed,
