@@ -126,6 +126,10 @@ def test_a_figure_that_is_not_defined_is_left_out():
     metrics = compare_arms(arm(0.2, [1] * 4, 0.0), arm(0.1, [1] * 4, 0.0), 0.11, resamples=50, seed=0)
     assert not {"mitigated", "mitigated_interval", "motion_ratio"} & metrics.keys()
     json.dumps(metrics, allow_nan=False)
+    single = [{name: values[:1] for name, values in arm(level, [1] * 4, 1.0).items()} for level in (0.4, 0.2)]
+    metrics = compare_arms(*single, 0.0, resamples=50, seed=0)
+    assert metrics["mitigated"] == pytest.approx(0.5) and metrics["motion_ratio"] == 1
+    assert not [name for name in metrics if name.endswith("interval")]
 
 
 def aligned_run(folder: Path, scale: float = 2.0) -> Run:

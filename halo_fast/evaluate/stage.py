@@ -1,5 +1,6 @@
 """The stage that compares base and aligned model on held-out prompts with the same seeds."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,8 @@ def evaluate(config: Config, run: Run) -> None:
             table |= {name: values.tolist() for name, values in columns.items()}
             write_parquet(stage.folder / "clips.parquet", pyarrow.table(table))
             metrics = _metrics(config, columns, len(prompts), clean)
+            if len(prompts) < 2:
+                print("evaluate: an interval needs more prompts than one; see evaluate.num_prompts", file=sys.stderr)
             write_json(stage.folder / "probes.json", _probes(config, rows, stage.folder, model))
             write_json(stage.folder / "metrics.json", metrics)
             stage.finish({"prompts": len(prompts), "clips": len(rows)})

@@ -64,7 +64,7 @@ def compare_arms(
 
     Returns:
         the figures of metrics.json about defects and, where they were measured, fidelity and motion; a figure that is
-        not defined (a share of nothing) is left out.
+        not defined (a share of nothing, an interval over one prompt) is left out.
     """
     arms = [{name: np.asarray(values, dtype=np.float64) for name, values in arm.items()} for arm in (base, aligned)]
     severity = [arm["severity"].reshape(len(arm["severity"]), -1) for arm in arms]
@@ -87,7 +87,11 @@ def compare_arms(
     metrics |= _per_kind(arms)
     if "fidelity_correct" in arms[0]:
         metrics |= _fidelity_and_motion(arms, resamples, seed)
-    return {name: value for name, value in metrics.items() if not (isinstance(value, float) and np.isnan(value))}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not (isinstance(value, float | list) and np.isnan(value).any())
+    }
 
 
 def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:

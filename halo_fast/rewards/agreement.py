@@ -4,7 +4,6 @@ Everything is a plain function of arrays; what is compared with people's labels 
 `patch_agreement`, which give every figure an interval from a bootstrap over prompts.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,7 +53,12 @@ def bootstrap_interval(
         resamples: draws; those on which the statistic is not defined (NaN) are left out.
         seed: of the draws.
         level: share of the resampled values inside the interval.
+
+    Returns:
+        low, high; NaN of a single unit, which drawn over and over tells nothing of how units differ.
     """
+    if count < 2:
+        return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     values = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
     if np.isnan(values).all():
@@ -360,9 +364,7 @@ def _figures(
         def resampled(drawn: NDArray[np.int64], statistic: Statistic = statistic) -> float:
             return statistic(np.concatenate([members[unit] for unit in drawn]))
 
-        # one prompt drawn over and over tells nothing of how prompts differ
-        several = len(members) > 1
-        interval = bootstrap_interval(resampled, len(members), resamples, seed) if several else (math.nan, math.nan)
+        interval = bootstrap_interval(resampled, len(members), resamples, seed)
         result[name] = Figure(statistic(np.arange(len(units))), *interval)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +57,14 @@ class RewardModelConfig:
     video_calibration: Calibration = ()
     patch_calibration: Calibration = ()
 
+    def __post_init__(self) -> None:
+        for part in ("video", "patch"):
+            pairs, dimensions = getattr(self, f"{part}_calibration"), getattr(self, f"{part}_dimensions")
+            if not all(len(pair) == 2 and math.isfinite(sum(pair)) and pair[0] > 0 for pair in pairs):
+                raise ValueError(f"{part}_calibration: expected finite (slope above 0, offset), got {pairs}")
+            if pairs and len(pairs) != len(dimensions):
+                raise ValueError(f"{part}_calibration: expected a pair for each of {dimensions}, got {len(pairs)}")
+
 
 class Backbone(Protocol):
     """What a reward model asks of the network behind it; see Compact for the shapes."""
@@ -100,13 +109,17 @@ class RewardModel(nn.Module):
         """Scores of videos, uint8 [N, F, H, W, 3], and of their patches, from one pass over the pixels.
 
         Raises:
-            ValueError: videos of another dtype or shape, not one prompt each, a grid finer than
+            ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than
                 the latent, sides that are not multiples of 8.
         """
         if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos: expected uint8 [N, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
         if videos.shape[2] % 8 or videos.shape[3] % 8:
             raise ValueError(f"videos: expected sides divisible by 8, got {list(videos.shape[2:4])}; crop them")
+        if not len(videos):
+            raise ValueError("videos: expected at least one, got none")
+        if not len(videos):
+            raise ValueError("videos: expected at least one, got none")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
         features = self.backbone.encode(videos, self.backbone.look(videos))
@@ -128,13 +141,15 @@ class RewardModel(nn.Module):
         """Read what `save` wrote; in eval mode, without gradients.
 
         Raises:
-            UserError: files that are missing or are no reward model.
+            UserError: files that are missing or are no reward model's, weights that are not finite, a calibration that
+                does not fit its dimensions or would turn their order round.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = folder / "config.json"
         try:
-            values = json.loads((folder / "config.json").read_text())
+            values = json.loads(path.read_text())
             values |= {name: tuple(values[name]) for name in ("video_dimensions", "patch_dimensions")}
             values |= {
                 f"{part}_calibration": tuple(map(tuple, values[f"{part}_calibration"])) for part in ("video", "patch")
@@ -142,13 +157,17 @@ class RewardModel(nn.Module):
             if values["backbone"] != "compact":
                 values["backbone"] = str(folder / values["backbone"])
             model = cls(RewardModelConfig(**values), weights=False)
-            tensors = load_file(folder / "model.safetensors")
+            path = folder / "model.safetensors"
+            tensors = load_file(path)
             expected = _without_aliases(model.state_dict())
             if set(tensors) != set(expected):
                 raise ValueError(f"other weights than its config names: {sorted(set(tensors) ^ set(expected))[0]}")
+            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            if broken:
+                raise ValueError(f"{broken[0]} is not finite")
             model.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: expected a reward model ({error}); run `halo reward` to train one") from error
+            raise UserError(f"{path}: expected a reward model's ({error}); run `halo reward` to train one") from error
         return model.eval().requires_grad_(False)
 
 

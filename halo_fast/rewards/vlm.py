@@ -144,6 +144,10 @@ _KEYS = {r"^base_model\.model\.": ""}  # VideoReward was saved inside PEFT's wra
 _HEADS = ("score.weight", "score.bias", "rm_head.weight")
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 class VisionLanguage(nn.Module):
     """A transformers vision-language model that reads scores off queries at the end of its sequence.
 
@@ -156,7 +160,7 @@ class VisionLanguage(nn.Module):
         weights: whether to read the weights; without, they are drawn at random, for `RewardModel.load` to fill in.
 
     Raises:
-        UserError: a model that is missing, or of a family whose frames cannot be read here.
+        UserError: a model or weights that are missing, or of a family whose frames cannot be read here.
     """
 
     negatives = 1  # each other prompt costs a pass of the language model
@@ -174,12 +178,20 @@ class VisionLanguage(nn.Module):
                     f"reward.backbone: expected one of {', '.join(_READERS)}, got {name!r}, a {settings.model_type}"
                 )
             if weights:
-                load = AutoModelForImageTextToText.from_pretrained
-                network: Any = load(name, attn_implementation="sdpa", dtype=torch.float32, key_mapping=_KEYS)
+                network: Any
+                network, found = AutoModelForImageTextToText.from_pretrained(
+                    name, attn_implementation="sdpa", dtype=torch.float32, key_mapping=_KEYS, output_loading_info=True
+                )
+                # what turns states into words is not used: reward models are published without it
+                absent = sorted(key for key in found["missing_keys"] if not key.startswith("lm_head."))
+                if absent:
+                    raise ValueError(f"{len(absent)} of its weights are missing, such as {absent[0]}")
             else:
                 network = AutoModelForImageTextToText.from_config(settings, attn_implementation="sdpa")
         except (OSError, ValueError) as error:
-            raise UserError(f"reward.backbone: expected a model of transformers, got {name!r} ({error})") from error
+            raise UserError(
+                f"reward.backbone: expected a model of transformers, got {name!r} ({_first_line(error)})"
+            ) from error
         network.requires_grad_(False)
         network.get_decoder().requires_grad_(not config.lora_rank)
         if config.lora_rank:
@@ -210,8 +222,15 @@ class VisionLanguage(nn.Module):
         from huggingface_hub import snapshot_download
         from safetensors import safe_open
 
-        # of a hub model the weights were fetched just now, and are found again without asking
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns="*.safetensors"))
+        try:
+            # of a hub model the weights were fetched just now, and are found again without asking
+            folder = (
+                Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns="*.safetensors"))
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"reward.backbone: expected the weights of {name}, got none ({_first_line(error)})"
+            ) from error
         heads: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -234,6 +253,11 @@ class VisionLanguage(nn.Module):
             elif published is _VIDEO_REWARD:
                 word, mean, deviation = _VIDEO_REWARD[dimension]
                 token = self.tokenizer.convert_tokens_to_ids(f"<|{word}_reward|>")
+                if token in (None, self.tokenizer.unk_token_id):
+                    raise UserError(
+                        f"{folder}: expected a tokenizer with VideoReward's <|{word}_reward|>, got one without; save "
+                        "the published tokenizer beside the weights"
+                    )
                 self.queries[row] = self.network.get_input_embeddings().weight[token]
                 self.head[row] = heads["rm_head.weight"][0] / deviation
                 self.offset[row] = -mean / deviation
