@@ -19,7 +19,7 @@ from halo_fast.runs import UserError
 from halo_fast.train import diagnostics, fit, job, watch
 from halo_fast.train.adapters import check_start
 from halo_fast.train.draws import make_batch
-from halo_fast.train.steps import run_batch
+from halo_fast.train.steps import run_batch, take_step
 
 CPU = torch.device("cpu")
 
@@ -303,3 +303,28 @@ def test_accumulated_batches_are_one_batch_whatever_ties(pipeline, pairs):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True)
     for name, value in whole.lora.items():
         torch.testing.assert_close(value, parts.lora[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1e-2, math.inf])
+def test_the_optimizer_sees_gradients_of_at_most_the_norm_that_is_set(pipeline, pairs, limit):
+    config = dataclasses.replace(CONFIG, max_grad_norm=limit)
+    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+        seen = []
+
+        def step():
+            gradients = [parameter.grad.flatten().double() for parameter in prepared.parameters.values()]
+            seen.append(torch.cat(gradients).norm().item())
+
+        prepared.optimizer.step = step
+        _, told = take_step(prepared, 0)
+    assert told.item() > 2e-2
+    assert seen == [pytest.approx(min(limit, told.item()), rel=1e-3)]
+
+
+def test_the_off_policy_gap_looks_at_as_many_pairs_as_are_set(pipeline, pairs, tmp_path, capsys):
+    said = []
+    for count in (0, 2, 100):
+        config = dataclasses.replace(CONFIG, max_train_steps=1, off_policy_pairs=count)
+        fit(pipeline, pairs, config, folder=tmp_path / str(count), progress=quiet)
+        said.append([line for line in capsys.readouterr().err.splitlines() if "error of the base" in line])
+    assert said[0] == [] and len(said[1]) == len(said[2]) == 1 and said[1] != said[2]
