@@ -114,6 +114,8 @@ def test_files_are_read_again_and_never_stale(pairs, tmp_path, monkeypatch):
     prompted = dataclasses.replace(pairs[0], conditions=pairs[1].conditions)
     assert computed([prompted, *pairs[1:]])[1] == 4
     assert computed(pairs, seed=1)[1] == computed(pairs, precision="bf16")[1] == 6
+    family.guidance = 6.0
+    assert computed(pairs)[1] == 6
     rewards = [dataclasses.replace(pair, patch_rewards=pair.patch_rewards + 1) for pair in pairs]
     assert computed(rewards)[1] == 0
     family.guidance = 3.5

@@ -315,6 +315,27 @@ def test_inductor_trains_alike_and_compiles_nothing_once_warm(pairs, mode):
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=1e-6)
 
 
+def test_blocks_stay_compiled_in_more_states_than_torch_allows_by_default(pairs, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(adapters, "COMPILER", counter)
+    before = torch._dynamo.config.recompile_limit
+    config = dataclasses.replace(CONFIG, compile=True)
+    with job.prepared(tiny_wan(), pairs, config, folder=None, references=None, progress=quiet) as prepared:
+
+        def all_states():
+            for schedule in ("batched", "margin_first"):
+                prepared.plan = prepared.plan.scheduled(schedule)
+                for size in (1, 2, 3):
+                    run_batch(prepared, make_batch(prepared.family, pairs, [(k, 0) for k in range(size)], 0, CPU))
+            return counter.frame_count
+
+        assert before < all_states() == all_states()
+    assert torch._dynamo.config.recompile_limit == before
+
+
 def test_compiled_switch_without_effect_is_refused(pairs, monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 

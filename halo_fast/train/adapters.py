@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -169,7 +169,8 @@ def ready(model: Any, config: TrainConfig, device: torch.device) -> Iterator[Any
             model.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
         if config.compile:
             compile_blocks(model)
-        yield model
+        with _many_graphs() if config.compile else nullcontext():
+            yield model
     finally:
         for block in repeated_blocks(model):
             block._compiled_call_impl = None
@@ -182,6 +183,16 @@ def ready(model: Any, config: TrainConfig, device: torch.device) -> Iterator[Any
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         model.to(home)
+
+
+def _many_graphs() -> AbstractContextManager[Any]:
+    """Room for all states of a block: adapter on and off, with and without gradients, batches of several sizes.
+
+    torch keeps 8 graphs of a function, and runs further states uncompiled with no more than a line in the log.
+    """
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 def _need(model: Any, method: str, setting: str, off: str) -> None:

@@ -104,6 +104,8 @@ def _common(family: Family, model: nn.Module, seed: int, count: int, precision: 
             "family": type(family).__name__,
             # such as the guidance that HunyuanVideo is told
             "told": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
+            # a family's own numbers, such as the guidance that its network is told
+            "settings": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
             "process": [value.flatten().tolist() for value in process],
             "precision": precision,
             "seed": seed,
