@@ -254,7 +254,7 @@ class Compact(nn.Module):
         self.glance_mean.copy_(seen.mean(dim=0))
         self.glance_scale.copy_(1 / (seen.std(dim=0, correction=0) + 0.05) / seen.shape[1] ** 0.5)
         seen = (seen - self.glance_mean) * self.glance_scale
-        rows = [set(words_of(prompt)) for prompt in prompts]
+        rows = [set(words_of(prompt) or [""]) for prompt in prompts]
         known = sorted(set().union(*rows))
         named = torch.tensor([[float(word in row) for word in known] for row in rows]) * weight[:, None]
         named = named - named.mean(dim=0)
