@@ -14,11 +14,11 @@ from halo_fast.rewards.evaluation import (
     _folds,
     _group_means,
     _rater_mean,
+    _shrunk,
     _window,
     evaluate_marks,
     evaluate_preferences,
 )
-from halo_fast.rewards.marks import MarkHead, _turned_back, _turnings
 from halo_fast.runs import UserError
 
 
@@ -29,29 +29,6 @@ def test_agreement_folds_keep_a_prompt_together():
     sizes = Counter({name: int(folds[prompts.index(name)]) for name in prompts}.values())
     assert sorted(sizes.values()) == [2, 2, 3, 3, 3]
     assert (folds != _folds(prompts, 5, seed=1)).any()
-
-
-def test_agreement_turnings_are_the_eight_of_the_square_and_come_back():
-    pictures = torch.arange(2 * 3 * 3.0).reshape(2, 3, 3)
-    turned = list(_turnings(pictures, (1, 2)))
-    assert len({tuple(x[0].flatten().tolist()) for x in turned}) == 8
-    for number, x in enumerate(turned):
-        assert torch.equal(_turned_back(x, number), pictures)
-
-
-def test_agreement_mark_head_sees_a_patch_against_its_picture():
-    torch.manual_seed(0)
-    head = MarkHead(4, width=16, dropout=0.0)
-    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
-    features = torch.randn(64, 4, 5, 5) + 5 * torch.randn(64, 4, 1, 1)  # what differs between pictures says nothing
-    marked = (features[:, 0] > features[:, 0].mean(dim=(1, 2), keepdim=True) + 0.5).float()
-    for _ in range(150):
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(head(features[:48]), marked[:48])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    right = ((head(features[48:]) > 0) == (marked[48:] > 0)).float().mean()
-    assert right > 0.9 > max(marked.mean(), 1 - marked.mean())
 
 
 class Brightness(torch.nn.Module):
@@ -92,9 +69,9 @@ def test_agreement_on_preferences(tmp_path):
 @pytest.mark.parametrize("shape", [(3, 40, 64), (20, 240, 320), (9, 31, 33)])
 def test_agreement_windows_fit_the_demo_whatever_the_clip(shape):
     clip = torch.randint(256, (*shape, 3), dtype=torch.uint8)
-    window = _window(clip, np.random.default_rng(0))
+    window = _window(_shrunk(clip), np.random.default_rng(0))
     assert window.shape == (9, 32, 32, 3) and window.dtype == torch.uint8
-    still = _window(torch.full((*shape, 3), 77, dtype=torch.uint8), np.random.default_rng(0))
+    still = _window(_shrunk(torch.full((*shape, 3), 77, dtype=torch.uint8)), np.random.default_rng(0))
     assert (still == 77).all()
 
 
@@ -112,9 +89,9 @@ def test_agreement_marks_of_smooth_maps(monkeypatch):
     pictures = [torch.from_numpy(rng.integers(256, size=(1, 28, 28, 3), dtype=np.uint8)) for _ in range(8)]
     ramp = np.tile(np.linspace(0.01, 0.99, 28, dtype=np.float32), (28, 1))  # nowhere 0; its right half is 0.5 and more
     right = np.tile(np.arange(14) >= 7, 14)
-    monkeypatch.setattr(evaluation, "cross_validated_patches", lambda *_: np.tile(right.astype(float), (8, 1)))
+    monkeypatch.setattr(evaluation, "_cross_validate_marks", lambda *_: np.tile(right.astype(float), (8, 1)))
     table = evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
-    assert table["compact features"]["auc"].value == 1
+    assert table["frames model"]["auc"].value == 1
     pictures[3] = pictures[3][:, :20]
     with pytest.raises(UserError, match=r"RichHF: expected pictures of one size, got \(20, 28\), \(28, 28\)"):
         evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))

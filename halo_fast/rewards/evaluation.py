@@ -26,7 +26,6 @@ from halo_fast.rewards.agreement import (
 )
 from halo_fast.rewards.agreement import centred as _centred
 from halo_fast.rewards.compact import read_text
-from halo_fast.rewards.marks import cross_validated_patches
 from halo_fast.rewards.model import RewardModel, RewardModelConfig
 from halo_fast.rewards.probes import Probe, probe_all
 from halo_fast.rewards.training import LabelledClips, fit
@@ -44,7 +43,7 @@ _SIDE = 32  # the pixel trunk sees rated clips this small: eighty clips cannot t
 _FRAMES = 9
 _MARK_GRID = (14, 14)
 _WORLD_CLIPS = 192
-_PLANTED_CLIPS = 192
+_PLANTED_CLIPS, _TRAINED_CLIPS, _PLANTED_STEPS = 192, 1024, 300
 _ANY = "a clip"  # the prompt of windows that nothing is known of
 _MARKED = 0.5  # from half of a map's range a pixel counts as marked: smooth heat maps are nowhere quite 0
 _REWARD = "reward model"
@@ -161,11 +160,34 @@ def evaluate_marks(ratings: Ratings, seed: int = 0) -> Table:
     place = np.stack([shares[folds != fold].mean(axis=0) for fold in folds])
     flat = ridge_folds(statistics.reshape(-1, statistics.shape[-1]), shares.ravel(), np.repeat(folds, shares.shape[1]))
     severities = {
-        "compact features": cross_validated_patches(pictures, torch.from_numpy(shares), _MARK_GRID, folds, seed),
+        "frames model": _cross_validate_marks(pictures, torch.from_numpy(shares), folds, seed),
         "place only": place,
         "frame statistics": flat.reshape(shares.shape),
     }
     return {row: patch_agreement(-damage, shares, names, 0.0, seed=seed) for row, damage in severities.items()}
+
+
+def _cross_validate_marks(pictures: Tensor, shares: Tensor, folds: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Damage [N, P] that reward models with the backbone "frames" see in pictures of folds that did not train them."""
+    # a position of the latent for each patch
+    size = [8 * side for side in _MARK_GRID]
+    stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
+    videos = stills.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[:, None].contiguous()
+    grid = (1, *_MARK_GRID)
+    targets = 5 - 4 * shares.view(-1, 1, *grid)
+    config = RewardModelConfig(("visual_quality",), backbone="frames")
+    reward = RewardConfig(
+        video_steps=0, patch_steps=100, learning_rate=2e-3, held_out_share=0, mirror="both", backbone="frames"
+    )
+    damage = np.empty(shares.shape)
+    for fold in progress(np.unique(folds), len(np.unique(folds)), "marks"):
+        train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        data = LabelledClips(
+            videos[train], [_ANY] * len(train), targets[train].mean(dim=(2, 3, 4)), targets[train], ("visual_quality",)
+        )
+        model, _ = fit(config, data, reward, seed)
+        damage[test] = -model(videos[test], [_ANY] * len(test), grid).patches.flatten(1).numpy()
+    return damage
 
 
 @torch.no_grad()
@@ -362,30 +384,29 @@ def _planted(sources: Sequence[Tensor], names: Sequence[str], seed: int) -> Tabl
 
     rng = np.random.default_rng(seed)
     folds = _folds(names, 3, seed)
-    owners = [int(index) for index in np.resize(rng.permutation(len(sources)), _PLANTED_CLIPS)]
-    windows = torch.stack([_window(sources[owner], rng) for owner in owners])
-    video = world.from_uint8(windows)
-    # what stood there is gone: the window's median over time, blurred
-    still = F.avg_pool2d(video.median(dim=1).values, 9, stride=1, padding=4, count_include_pad=False)
-    clips = world.Clips(
-        video, still[:, None].expand_as(video), ((("0", "red", "drifts", "left", "dark")),) * len(video)
-    )
-    planted = defects.plant(clips, "patchy", torch.Generator().manual_seed(seed))
-    videos = world.to_uint8(planted.video)
-    targets = (5 - 4 * planted.severity)[:, None]
+    small = [_shrunk(source) for source in sources]
+    owners = np.resize(rng.permutation(len(sources)), _PLANTED_CLIPS)
+    planted = _damaged([_window(small[owner], rng) for owner in owners.tolist()], seed)
+    videos, fold_of = world.to_uint8(planted.video), folds[owners]
     scores = np.full((len(videos), math.prod(defects.GRID)), np.nan)
-    fold_of = folds[owners]
-    config = RewardModelConfig(("visual_quality",), ("quality",))
+    config = RewardModelConfig(("visual_quality",), pretrained=False)
+    reward = RewardConfig(video_steps=0, patch_steps=_PLANTED_STEPS, held_out_share=0, mirror="both", pretrained=False)
     for fold in progress(range(3), 3, "planted damage"):
-        train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        # planted labels are free: many windows of the other clips
+        others = np.resize(np.flatnonzero(folds != fold), _TRAINED_CLIPS).tolist()
+        lesson = _damaged([_window(small[owner], rng) for owner in others], seed + 1 + fold)
+        targets = (5 - 4 * lesson.severity)[:, None]
         data = LabelledClips(
-            videos[train], [_ANY] * len(train), targets[train].mean(dim=(2, 3, 4)), targets[train], ("visual_quality",)
+            world.to_uint8(lesson.video),
+            [_ANY] * len(others),
+            targets.mean(dim=(2, 3, 4)),
+            targets,
+            ("visual_quality",),
         )
-        model, _ = fit(config, data, RewardConfig(video_steps=0, patch_steps=200), seed)
-        with torch.no_grad():
-            found = model(videos[test], [_ANY] * len(test), defects.GRID).patches[:, 0]
-        scores[test] = found.flatten(1).numpy()
-    return _planted_rows("compact model", scores, planted, videos, [names[owner] for owner in owners], seed)
+        model, _ = fit(config, data, reward, seed)
+        test = np.flatnonzero(fold_of == fold)
+        scores[test] = model(videos[test], [_ANY] * len(test), defects.GRID).patches.flatten(1).numpy()
+    return _planted_rows("compact model", scores, planted, videos, [names[owner] for owner in owners.tolist()], seed)
 
 
 def _planted_rows(
@@ -411,18 +432,35 @@ def _planted_rows(
     return table
 
 
+def _damaged(windows: Sequence[Tensor], seed: int) -> Any:
+    """Windows with the demo's defects at full strength in 40% of their patches: halo_fast.demo.defects.Planted."""
+    from halo_fast.demo import defects, world
+
+    video = world.from_uint8(torch.stack(list(windows)))
+    # what stood there is gone: the window's median over time, blurred
+    still = F.avg_pool2d(video.median(dim=1).values, 9, stride=1, padding=4, count_include_pad=False)
+    clips = world.Clips(
+        video, still[:, None].expand_as(video), ((("0", "red", "drifts", "left", "dark")),) * len(video)
+    )
+    return defects.plant(clips, "patchy", torch.Generator().manual_seed(seed))
+
+
+def _shrunk(clip: Tensor) -> Tensor:
+    """A clip uint8 [F, H, W, 3] whose shorter side is twice a window's."""
+    scale = 2 * _SIDE / min(clip.shape[1:3])
+    size = [max(_SIDE, round(side * scale)) for side in clip.shape[1:3]]
+    frames = F.interpolate(clip.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
+    return frames.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def _window(clip: Tensor, rng: np.random.Generator) -> Tensor:
-    """Nine frames of a window as large as the demo's clips, after the clip's shorter side was brought to twice that."""
+    """Nine frames of a window of a shrunk clip, as large as the demo's clips."""
     start = int(rng.integers(max(len(clip) - _FRAMES, 0) + 1))
     part = clip[start : start + _FRAMES]
     if len(part) < _FRAMES:
         part = part[torch.linspace(0, len(part) - 1, _FRAMES).round().long()]
-    scale = 2 * _SIDE / min(part.shape[1:3])
-    size = [max(_SIDE, round(side * scale)) for side in part.shape[1:3]]
-    frames = F.interpolate(part.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
-    row, column = (int(rng.integers(side - _SIDE + 1)) for side in size)
-    frames = frames[:, :, row : row + _SIDE, column : column + _SIDE]
-    return frames.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    row, column = (int(rng.integers(side - _SIDE + 1)) for side in part.shape[1:3])
+    return part[:, row : row + _SIDE, column : column + _SIDE]
 
 
 def _cross_validate(

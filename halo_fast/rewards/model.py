@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.rewards.compact import Compact
+from halo_fast.rewards.frames import FrameStages
 from halo_fast.runs import UserError, write_json, write_safetensors
 
 __all__ = ["Backbone", "RewardModel", "RewardModelConfig", "Rewards"]
 
 Calibration = tuple[tuple[float, float], ...]
+
+_OWN = ("compact", "frames")
 
 
 class Rewards(NamedTuple):
@@ -39,7 +42,8 @@ class RewardModelConfig:
         causal: whether the first latent frame stands for one frame alone.
         width: channels of the compact backbone's finest stage; the next two have 3/2 and 2 times as many.
         pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
-        backbone: "compact", or a vision-language model of transformers: a folder or a hub name.
+        backbone: "compact"; "frames", for stills and few labels; or a vision-language model of transformers: a folder
+            or a hub name.
         lora_rank: rank of the LoRA matrices in such a model; 0 trains its whole language model.
         video_calibration: (slope, offset) of each video dimension's logit; empty for none.
         patch_calibration: likewise of each patch dimension's.
@@ -100,6 +104,8 @@ class RewardModel(nn.Module):
         self.backbone: Any
         if config.backbone == "compact":
             self.backbone = Compact(config)
+        elif config.backbone == "frames":
+            self.backbone = FrameStages(config)
         else:
             from halo_fast.rewards.vlm import VisionLanguage
 
@@ -129,7 +135,7 @@ class RewardModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer."""
         config = self.config
-        if config.backbone != "compact":
+        if config.backbone not in _OWN:
             for part in (self.backbone.network.config, self.backbone.tokenizer):
                 part.save_pretrained(folder / "backbone")
             config = replace(config, backbone="backbone")
@@ -154,7 +160,7 @@ class RewardModel(nn.Module):
             values |= {
                 f"{part}_calibration": tuple(map(tuple, values[f"{part}_calibration"])) for part in ("video", "patch")
             }
-            if values["backbone"] != "compact":
+            if values["backbone"] not in _OWN:
                 values["backbone"] = str(folder / values["backbone"])
             model = cls(RewardModelConfig(**values), weights=False)
             path = folder / "model.safetensors"
