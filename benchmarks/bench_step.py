@@ -54,7 +54,7 @@ from halo_fast.train.watch import row_of
 CLIP = (13, 192, 192)  # frames, height, width: 4 x 24 x 24 latents, 576 tokens
 GRID = (4, 3, 3)
 BETA, LAMBDA_SFT, STRENGTH = 500.0, 0.1, 1.0
-SETTINGS = (("none", False), ("full", False), ("none", True))
+SETTINGS = {"none": ("none", False), "full": ("full", False), "compiled": ("none", True)}
 PROMPT = "a red ball rolls over the grass"
 DRAWS = 2
 
@@ -502,28 +502,32 @@ def _print_row(row: dict[str, Any]) -> None:
     )
 
 
-def _write(file: Path, rows: list[dict[str, Any]], state: dict[str, str]) -> None:
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the rows in place of those of the same model and setting; the others stay, with the commit of their own run."""
+    before: list[dict[str, Any]] = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
+    keys = {(row["model"], row["checkpointing"], str(row["compile"])) for row in rows}
+    kept = [row for row in before if (row["model"], row["checkpointing"], row["compile"]) not in keys]
     with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, [*rows[0], *state])
+        writer = csv.DictWriter(opened, list(rows[0]))
         writer.writeheader()
-        writer.writerows(row | state for row in rows)
+        writer.writerows(kept + rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
     choice = parser.parse_args()
     torch.set_num_threads(1)
     state = conditions()
     print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
-    rows = []
     for name in choice.models:
-        for checkpointing, compiled in SETTINGS:
-            rows += measure(name, checkpointing, compiled, choice.rounds)
+        for setting in choice.settings:
+            rows = [row | state for row in measure(name, *SETTINGS[setting], choice.rounds)]
             if not choice.check:
-                _write(RESULTS / "step_cpu.csv", rows, state)
+                _write(RESULTS / "step_cpu.csv", rows)
     return 0
 
 
