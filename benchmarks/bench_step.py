@@ -503,7 +503,7 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the rows in place of those of the same model and setting; the others stay, with the commit of their own run."""
+    """Put the rows in place of those of the same model and setting; the others stay, with their own run's commit."""
     before: list[dict[str, Any]] = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
     keys = {(row["model"], row["checkpointing"], str(row["compile"])) for row in rows}
     kept = [row for row in before if (row["model"], row["checkpointing"], row["compile"]) not in keys]
@@ -524,8 +524,8 @@ def main() -> int:
     state = conditions()
     print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
     for name in choice.models:
-        for setting in choice.settings:
-            rows = [row | state for row in measure(name, *SETTINGS[setting], choice.rounds)]
+        for chosen in choice.settings:
+            rows = [row | state for row in measure(name, *SETTINGS[chosen], choice.rounds)]
             if not choice.check:
                 _write(RESULTS / "step_cpu.csv", rows)
     return 0
