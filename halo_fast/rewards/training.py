@@ -160,11 +160,18 @@ def fit(
         the model with exponentially averaged weights, in eval mode, and one row for each step.
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: an unknown loss, no clips, a held-out share that leaves none to train on.
     """
     if config.loss not in ("regression", *_PREFERENCES):
         raise ValueError(f"reward.loss: expected regression, {', '.join(_PREFERENCES)}, got {config.loss!r}")
-    data, held_out = _split(data, config.held_out_share, seed)
+    if not len(data):
+        raise ValueError("data: expected labelled clips, got none")
+    share, prompts = config.held_out_share, len(set(data.prompts))
+    if not 0 <= share < 1:
+        raise ValueError(f"reward.held_out_share: expected at least 0 and below 1, got {share:g}")
+    data, held_out = _split(data, share, seed)
+    if not len(data):
+        raise ValueError(f"reward.held_out_share: {share:g} of {prompts} prompts leaves no clip to train on")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = RewardModel(model_config)
@@ -247,11 +254,12 @@ def _look(model: RewardModel, videos: Tensor) -> Tensor | None:
 
 
 def _belief(data: LabelledClips) -> Tensor:
-    """How far each clip is believed to show what its prompt says, [N] in [0, 1]: its label where it has one."""
+    """How far each clip is believed to show what its prompt says, [N] in [0, 1]: its label, else the mean of all."""
     if _PROMPT_DIMENSION not in data.video_dimensions:
         return torch.ones(len(data))
     scores = data.video_scores[:, data.video_dimensions.index(_PROMPT_DIMENSION)]
-    return ((scores - 1) / 4).nan_to_num(1.0)
+    belief = (scores - 1) / 4
+    return torch.where(belief.isnan(), belief.nanmean().nan_to_num(1.0), belief)
 
 
 @torch.no_grad()

@@ -1,0 +1,122 @@
+"""Files that hold no sound reward model, and labels that nothing can be learned from, are refused by name."""
+
+import json
+import math
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+import torch
+from moving_shapes import GRID
+from safetensors.torch import load_file, save_file
+from test_reward_vlm import reward_model, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from halo_fast.config import RewardConfig
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
+from halo_fast.rewards.training import _belief
+from halo_fast.runs import UserError
+
+CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
+SHORT = RewardConfig(video_steps=1, patch_steps=1, batch_size=2, pretrained=False, held_out_share=0)
+
+
+def labelled(prompts: list[str], alignment: list[float] | None = None) -> LabelledClips:
+    count = len(prompts)
+    videos = torch.randint(256, (count, 9, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scores = torch.tensor([[3.0, score] for score in alignment or [4.0] * count]).reshape(count, 2)
+    return LabelledClips(videos, prompts, scores, torch.full((count, 1, *GRID), 3.0), CONFIG.video_dimensions)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    RewardModel(CONFIG).save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["backbone.stem.bias"][3] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: .*stem\.bias is not finite"):
+        RewardModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("pair", [[0.0, 1.0], [-1.0, 0.0], [1.0, math.nan], [1.0], None])
+def test_a_calibration_that_no_fit_gives_is_refused(tmp_path, pair):
+    RewardModel(CONFIG).save(tmp_path)
+    path = tmp_path / "config.json"
+    pairs = [[1.0, 0.0]] + [pair] * (pair is not None)  # a pair too few, or one that no fit gives
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"video_calibration": pairs}))
+    with pytest.raises(UserError, match=r"config\.json: .*video_calibration: expected"):
+        RewardModel.load(tmp_path)
+
+
+def test_no_clips_are_no_batch():
+    with pytest.raises(ValueError, match="videos: expected at least one, got none"):
+        RewardModel(CONFIG)(torch.zeros(0, 9, 32, 32, 3, dtype=torch.uint8), [], GRID)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "share", "complaint"),
+    [
+        ([], 0.0, "expected labelled clips, got none"),
+        (["a disc"] * 4, 1.0, "reward.held_out_share: expected at least 0 and below 1, got 1"),
+        (["a disc"] * 4, 0.6, "reward.held_out_share: 0.6 of 1 prompts leaves no clip to train on"),
+    ],
+)
+def test_what_leaves_nothing_to_train_on_is_named(prompts, share, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fit(CONFIG, labelled(prompts), replace(SHORT, held_out_share=share), 0)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_prompts_without_words_are_learned_from(pretrained):
+    config = replace(CONFIG, pretrained=pretrained)
+    model, history = fit(config, labelled(["", "...", ""]), replace(SHORT, pretrained=pretrained), 0)
+    assert math.isfinite(history[-1]["loss"])
+    assert model(labelled([""]).videos, ["?!"], GRID).video.isfinite().all()
+
+
+def test_a_clip_without_a_label_is_believed_as_far_as_the_labelled_ones():
+    assert _belief(labelled(["a"] * 3, [5.0, 2.0, math.nan])).tolist() == pytest.approx([1, 0.25, 0.625])
+    assert _belief(labelled(["a"] * 2, [math.nan] * 2)).tolist() == [1, 1]
+    assert _belief(replace(labelled(["a"] * 2), video_dimensions=("visual_quality", "beauty"))).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics2", "smolvlm"])
+def test_a_backbone_without_some_of_its_weights_is_refused(tmp_path, family):
+    folder = tiny_model(tmp_path, family)
+    weights = load_file(folder / "model.safetensors")
+    gone = next(name for name in weights if "layers.1.mlp.up_proj" in name)
+    save_file({name: value for name, value in weights.items() if name != gone}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"reward\.backbone: .*1 of its weights are missing.*layers\.1\.mlp\.up_proj"):
+        reward_model(folder)
+    words = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
+    save_file(words, folder / "model.safetensors")
+    reward_model(folder)
+
+
+def test_videorewards_head_without_its_tokens_is_refused(tmp_path):
+    folder = tiny_model(tmp_path, "qwen2_vl")
+    weights = load_file(folder / "model.safetensors") | {"rm_head.weight": torch.randn(1, 32)}
+    save_file(weights, folder / "model.safetensors")
+    reward_model(folder, ("visual_quality",))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["added_tokens"] = [token for token in state["added_tokens"] if "reward" not in token["content"]]
+    state["model"]["vocab"] = {w: n for w, n in state["model"]["vocab"].items() if "reward" not in w}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {"tokenizer_class": config["tokenizer_class"], "pad_token": tokenizer.pad_token, "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"tokenizer with VideoReward's <\|VQ_reward\|>"):
+        reward_model(folder, ("visual_quality",))
+
+
+def test_weights_that_cannot_be_fetched_are_an_error_of_one_line(monkeypatch, tmp_path):
+    model = reward_model(tiny_model(tmp_path, "qwen2_vl")).backbone
+
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand nothing kept")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"reward\.backbone: expected the weights of some/model.*no network") as told:
+        model._start("some/model")
+    assert "\n" not in str(told.value)
