@@ -39,7 +39,7 @@ class GenerateConfig:
         fps: frames a second of the mp4 files.
     """
 
-    num_prompts: int = 384
+    num_prompts: int = 192
     num_videos_per_prompt: int = 2
     batch_size: int = 32
     num_inference_steps: int = 16
@@ -131,9 +131,6 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, where it keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
-        motion_weight: weight of the preference for a clip over a frozen copy of it, in dynamic_degree.
-        backwards: also for a clip over itself backwards, where its prompt names a direction; false where such words
-            are rarely a motion's; null: only in the demo.
         mirror: clips are mirrored with their labels and the words left and right ("horizontal"), also upside down with
             up and down ("both"), which is false where things fall or stand on ground, or not ("none"); null: "both"
             in the demo, else "horizontal".
@@ -147,14 +144,12 @@ class RewardConfig:
     """
 
     video_steps: int = 100
-    patch_steps: int = 700
+    patch_steps: int = 600
     learning_rate: float = 4e-3
     batch_size: int = 16
     video_weight: float = 1.0
-    patch_weight: float = 10.0
+    patch_weight: float = 3.0
     swap_weight: float = 1.0
-    motion_weight: float = 1.0
-    backwards: bool | None = None
     mirror: Literal["none", "horizontal", "both"] | None = None
     loss: str = "regression"
     tie_margin: float = 0.2

@@ -15,7 +15,7 @@ from halo_fast.config import Config
 from halo_fast.patches import PatchGrid
 from halo_fast.rewards import RewardModelConfig, Rewards
 from halo_fast.rewards.evaluation import frame_statistics, patch_statistics
-from halo_fast.rewards.probes import probe_all
+from halo_fast.rewards.probes import names_direction, probe_all
 from halo_fast.runs import Run, hash_file
 from halo_fast.teachers import Label, LabelStore, label_key
 
@@ -198,3 +198,18 @@ def test_agreement_refuses_scores_that_are_no_numbers(tmp_path, capsys):
     pyarrow.parquet.write_table(table, tmp_path / "score" / "scores.parquet")
     assert main(["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]"]) == 2
     assert "expected numbers in visual_quality, got NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "motion"),
+    [
+        ("a green 7 drifts left over a dark field", True),
+        ("The lift goes UP.", True),
+        ("smoke moves leftwards", True),
+        ("a cup left of a plate", False),
+        ("a lamp on the right", False),
+        ("an upright piano", False),
+    ],
+)
+def test_a_direction_of_motion_is_told_from_a_place(prompt, motion):
+    assert names_direction(prompt) == motion

@@ -1,6 +1,7 @@
 """Training against planted damage, an independent truth; the stages reward and score; continuation after a kill."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from tiny import kill_when, output_hashes
 
 from halo_fast.config import Config, RewardConfig
 from halo_fast.data.clips import read_clip
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, read_labels, score, train_reward
+from halo_fast.rewards import (
+    LabelledClips,
+    RewardModel,
+    RewardModelConfig,
+    fit,
+    read_labels,
+    score,
+    train_reward,
+    training,
+)
 from halo_fast.runs import Run, UserError
 from halo_fast.teachers import VIDEO_DIMENSIONS, annotate
 
@@ -95,6 +105,27 @@ def test_a_frozen_copy_does_not_win_on_motion(trained):
     moving = trained[0](torch.from_numpy(clips), prompts, GRID).video[:, 2]
     frozen = trained[0](torch.from_numpy(np.repeat(clips[:, 4:5], 9, axis=1)), prompts, GRID).video[:, 2]
     assert (moving > frozen).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("setting", "prompts", "axes"),
+    [
+        (None, "demo:train", [-1, -2]),
+        (None, "prompts.txt", [-1]),
+        ("both", "prompts.txt", [-1, -2]),
+        ("horizontal", "demo:train", [-1]),
+        ("none", "demo:train", []),
+    ],
+)
+def test_clips_are_mirrored_only_where_that_keeps_labels_true(monkeypatch, tmp_path, setting, prompts, axes):
+    """Upside down nothing falls, so only the demo's world is turned over unless someone asks for it."""
+    run = small_run(tmp_path)
+    run.config.reward = replace(run.config.reward, mirror=setting, video_steps=0, patch_steps=1)
+    run.config.prompts = prompts
+    seen, batch = [], training._batch
+    monkeypatch.setattr(training, "_batch", lambda *given: seen.append(given[-1]) or batch(*given))
+    train_reward(run.config, run)
+    assert [axis for axis, _ in seen[0]] == axes
 
 
 def small_run(folder: Path) -> Run:

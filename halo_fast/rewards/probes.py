@@ -17,11 +17,15 @@ from halo_fast.patches import PatchGrid
 from halo_fast.rewards.agreement import Figure, mean_over
 from halo_fast.rewards.model import RewardModel, Rewards
 
-__all__ = ["Probe", "brightness", "frame_order", "planted_damage", "probe_all", "prompt_swap", "static_copy"]
+__all__ = [
+    *("Probe", "brightness", "frame_order", "names_direction", "planted_damage", "probe_all", "prompt_swap"),
+    "static_copy",
+]
 
 _BATCH = 32
 _BRIGHTER = 12  # of 255 levels
-_DIRECTIONS = r"\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b"
+# of a motion: "on the left" and "left of" name a place
+_DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,14 @@ def frame_order(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid
         _video(model, clips, prompts, grid, "dynamic_degree") for clips in (videos, videos.flip(1).contiguous())
     )
     fall = forwards - backwards
-    fall[[re.search(_DIRECTIONS, prompt.lower()) is None for prompt in prompts]] = torch.nan
+    fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
     meaning = "clips that fall on dynamic_degree backwards, of those whose prompt names a direction"
     return Probe("frame order", _share(fall > 0, fall, prompts), 0.8, True, meaning)
+
+
+def names_direction(prompt: str) -> bool:
+    """Whether a prompt names a direction of motion, so that its clip backwards shows something else."""
+    return re.search(_DIRECTIONS, prompt.lower()) is not None
 
 
 def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:

@@ -70,24 +70,27 @@ def train_reward(config: Config, run: Run) -> None:
     labels = run.require("annotate/labels.parquet")
     clips = run.require("generate/clips.parquet").parent
     settings = asdict(config.reward) | {"seed": config.seed}
+    # in the demo's world nothing falls, so a clip upside down is as true as any
+    demo = config.prompts.startswith("demo:")
+    reward = replace(config.reward, mirror=config.reward.mirror or ("both" if demo else "horizontal"))
     with run.stage("reward", settings, {"labels": labels, "clips": clips}) as stage:
         if stage.done:
             return
         model_config, data = read_labels(labels, clips)
         model_config = replace(
             model_config,
-            pretrained=config.reward.pretrained,
-            backbone=config.reward.backbone,
-            lora_rank=config.reward.lora_rank,
+            pretrained=reward.pretrained,
+            backbone=reward.backbone,
+            lora_rank=reward.lora_rank,
         )
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]
         if checkpoint.exists() or not all(path.exists() for path in outputs):
-            model, history = fit(model_config, data, config.reward, config.seed, checkpoint)
+            model, history = fit(model_config, data, reward, config.seed, checkpoint)
             model.save(stage.folder)
             write_csv(stage.folder / "history.csv", history)
             checkpoint.unlink(missing_ok=True)
-        stage.finish({"clips": len(data), "steps": config.reward.video_steps + config.reward.patch_steps})
+        stage.finish({"clips": len(data), "steps": reward.video_steps + reward.patch_steps})
 
 
 def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledClips]:
@@ -181,8 +184,9 @@ def fit(
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, eps=1e-6)
     sides = {axis: data.videos.shape[axis - 1] // model_config.spatial_factor for axis, _ in _MIRRORS}
+    allowed = {"none": (), "horizontal": _MIRRORS[:1], "both": _MIRRORS}[config.mirror or "horizontal"]
     # patches of unequal size do not map onto each other in a mirror
-    mirrors = [mirror for mirror in _MIRRORS if sides[mirror[0]] % data.patch_scores.shape[mirror[0]] == 0]
+    mirrors = [mirror for mirror in allowed if sides[mirror[0]] % data.patch_scores.shape[mirror[0]] == 0]
     scales = _scales(data.video_scores), _scales(data.patch_scores)
     history = _resume(checkpoint, parameters, average, optimizer) if checkpoint and checkpoint.exists() else []
     total = config.video_steps + config.patch_steps
