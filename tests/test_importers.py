@@ -283,6 +283,10 @@ def test_a_folder_with_too_few_clips_is_named(tmp_path):
     np.savez(tmp_path / "clips.npz", other=np.zeros(3))
     with pytest.raises(UserError, match="expected an array 'video'"):
         read_human(tmp_path)
+    whole = (tmp_path / "clips.npz").read_bytes()
+    (tmp_path / "clips.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"clips\.npz: expected an array 'video'"):
+        read_human(tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data in {SHARED} or $HALO_DATA")

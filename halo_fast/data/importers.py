@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -341,7 +342,7 @@ def _array(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     try:
         with np.load(files[0], allow_pickle=False) as arrays:
             array = arrays[name]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
         raise UserError(f"{files[0]}: expected an array {name!r} ({error})") from error
     if array.dtype != np.uint8 or array.ndim != dimensions:
         raise UserError(
