@@ -257,13 +257,13 @@ def check_start(
     batch: Batch,
     base: Tensor,
     objective: GranDPO,
-    precision: torch.dtype,
+    rounding: float,
 ) -> None:
     """Hold that policy and reference are the base, that moved weights change the policy alone, and a loss of log 2.
 
     Equal means to the bit, or but for rounding: torch may choose other kernels by memory layout, flags or graph, which
-    add up in another order. So a difference may be at most 1% of what moving the weights does (one layer of hundreds
-    whose switch fails is more), and at most 1000 units in the last place of the prediction's norm.
+    add up in another order. A difference may be at most `rounding` times the prediction's norm, and at most 1% of what
+    moving the weights does, which holds where `rounding` is coarse.
 
     Args:
         predict: of a batch, by the model as it is.
@@ -272,7 +272,7 @@ def check_start(
         batch: one pair.
         base: its prediction before anything was done to the model.
         objective: whose preference terms start at log 2 per unit weight.
-        precision: the lowest in which the model computes.
+        rounding: what it may do, as a share of the prediction's norm.
 
     Raises:
         UserError: what does not hold.
@@ -292,7 +292,7 @@ def check_start(
     if torch.equal(moved, base):
         raise UserError(f"model: with its weights moved, expected another output than the base's; {_ADVICE}")
     base_norm, effect = base.float().norm(), (moved - base).float().norm()
-    allowed = torch.minimum(0.01 * effect, 1000 * torch.finfo(precision).eps * base_norm)
+    allowed = torch.minimum(0.01 * effect, rounding * base_norm)
     for state, output in (("switched to the reference", off), ("before the first step", start)):
         if not torch.equal(output, base) and not (output - base).float().norm() <= allowed:
             raise UserError(f"model: {state}, expected the base, got {(output - base).abs().max()} off; {_ADVICE}")
