@@ -41,7 +41,7 @@ Table = dict[str, dict[str, Figure]]
 _FOLDS = 5
 _SIDE = 32  # the pixel trunk sees rated clips this small: eighty clips cannot teach it fine structure
 _FRAMES = 9
-_MARK_GRID = (14, 14)
+_MARK_GRID, _MARK_FACTOR = (14, 14), 16
 _WORLD_CLIPS = 192
 _PLANTED_CLIPS, _TRAINED_CLIPS, _PLANTED_STEPS = 192, 1024, 300
 _ANY = "a clip"  # the prompt of windows that nothing is known of
@@ -169,13 +169,13 @@ def evaluate_marks(ratings: Ratings, seed: int = 0) -> Table:
 
 def _cross_validate_marks(pictures: Tensor, shares: Tensor, folds: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
     """Damage [N, P] that reward models with the backbone "frames" see in pictures of folds that did not train them."""
-    # a position of the latent for each patch
-    size = [8 * side for side in _MARK_GRID]
-    stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
+    # a position of the latent for each patch, and nothing lost: the frame network sees 224 pixels a side
+    size = [_MARK_FACTOR * side for side in _MARK_GRID]
+    stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
     videos = stills.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[:, None].contiguous()
     grid = (1, *_MARK_GRID)
     targets = 5 - 4 * shares.view(-1, 1, *grid)
-    config = RewardModelConfig(("visual_quality",), backbone="frames")
+    config = RewardModelConfig(("visual_quality",), spatial_factor=_MARK_FACTOR, backbone="frames")
     reward = RewardConfig(
         video_steps=0, patch_steps=100, learning_rate=2e-3, held_out_share=0, mirror="both", backbone="frames"
     )
