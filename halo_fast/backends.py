@@ -46,6 +46,13 @@ def _load(name: str) -> ModuleType | str:
         return f"cannot import {_MODULES[name]}: {error}"
 
 
+def _module(name: str) -> ModuleType:
+    """The module of a backend that is not unavailable."""
+    module = _load(name)
+    assert isinstance(module, ModuleType)
+    return module
+
+
 def _check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
@@ -82,12 +89,10 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 def _default(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The device's default, or the reference with a warning; looked for once, a loss is shorter than the search."""
     name = _DEFAULTS.get(device.type, "reference")
-    reason = unavailable(name, device, dtype)
-    module = _load(name)
-    if reason is None and isinstance(module, ModuleType):
-        return module
-    _log.warning(f"backend {name!r} is not used on {device.type} ({reason}); the slower reference runs instead")
-    return reference
+    if reason := unavailable(name, device, dtype):
+        _log.warning(f"backend {name!r} is not used on {device.type} ({reason}); the slower reference runs instead")
+        return reference
+    return _module(name)
 
 
 def select(device: torch.device, dtype: torch.dtype, name: str | None = None) -> ModuleType:
@@ -95,11 +100,9 @@ def select(device: torch.device, dtype: torch.dtype, name: str | None = None) ->
     asked = name or _forced or os.environ.get("HALO_FAST_BACKEND") or None
     if not asked:
         return _default(device, dtype)
-    reason = unavailable(_check_name(asked, "backend"), device, dtype)
-    module = _load(asked)
-    if reason or isinstance(module, str):
+    if reason := unavailable(_check_name(asked, "backend"), device, dtype):
         raise RuntimeError(f"backend {asked!r} was asked for but {reason}; choose another of {', '.join(NAMES)}")
-    return module
+    return _module(asked)
 
 
 @contextmanager

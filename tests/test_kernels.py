@@ -240,6 +240,7 @@ def test_kernels_in_cpp_convert_every_half_like_torch(instruction_sets, dtype):
 
 def test_kernels_in_cpp_say_why_they_are_missing(monkeypatch):
     monkeypatch.setattr(cpu_patch_dpo, "_library", functools.cache(cpu_patch_dpo._library.__wrapped__))
+    monkeypatch.setattr(backends, "_default", functools.cache(backends._default.__wrapped__))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "HALO_FAST_CPU=OFF" in cpu_patch_dpo.unavailable(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not built"):
