@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halo_fast.patches import PatchGrid
 from halo_fast.runs import UserError
 
 if TYPE_CHECKING:
@@ -362,16 +361,7 @@ class Compact(nn.Module):
         # what the prompt leads to expect is compared before averaging: afterwards a foreign colour is a mere tint
         scale, shift = self.expect(text)[:, :, None, None, None].chunk(2, dim=1)
         middle = F.gelu(self.compare(middle * (1 + scale) + shift))
-        num_frames, height, width = features.size
-        patches = PatchGrid(
-            (grid[0], grid[1], grid[2]),
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            spatial_factor=self.config.spatial_factor,
-            temporal_factor=self.config.temporal_factor,
-            causal=self.config.causal,
-        )
+        patches = self.config.patches(grid, features.size)
         pooled = patches.pool(torch.cat((_shrink(fine, 4), _shrink(middle, 2), coarse), dim=1)).movedim(1, -1)
         if features.looks is not None:
             looks = self.looks(self.norm_looks(patches.pool(features.looks).movedim(1, -1)))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halo_fast.patches import PatchGrid
 from halo_fast.rewards.compact import frame_network
 
 if TYPE_CHECKING:
@@ -89,16 +88,7 @@ class FrameStages(nn.Module):
 
     def logits(self, features: Stages, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[N, D] logits of the video scores and [N, Q, f, h, w] of the patch scores."""
-        frames, height, width = features.size
-        patches = PatchGrid(
-            (grid[0], grid[1], grid[2]),
-            num_frames=frames,
-            height=height,
-            width=width,
-            spatial_factor=self.config.spatial_factor,
-            temporal_factor=self.config.temporal_factor,
-            causal=self.config.causal,
-        )
+        patches = self.config.patches(grid, features.size)
         whole = self._whole(features)
         hidden = F.gelu(self.local(self.drop(patches.pool(features.looks).movedim(1, -1))) + whole[:, None, None, None])
         hidden = hidden + F.gelu(self.neighbours(hidden.movedim(-1, 1))).movedim(1, -1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from halo_fast.patches import PatchGrid
 from halo_fast.rewards.compact import Compact
 from halo_fast.rewards.frames import FrameStages
 from halo_fast.runs import UserError, write_json, write_safetensors
@@ -68,6 +69,11 @@ class RewardModelConfig:
                 raise ValueError(f"{part}_calibration: expected finite (slope above 0, offset), got {pairs}")
             if pairs and len(pairs) != len(dimensions):
                 raise ValueError(f"{part}_calibration: expected a pair for each of {dimensions}, got {len(pairs)}")
+
+    def patches(self, grid: Sequence[int], size: tuple[int, int, int]) -> PatchGrid:
+        """The patches (f, h, w) of clips of `size` (frames, height, width in pixels)."""
+        factors = self.spatial_factor, self.temporal_factor, self.causal
+        return PatchGrid((grid[0], grid[1], grid[2]), *size, *factors)
 
 
 class Backbone(Protocol):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halo_fast.patches import PatchGrid
 from halo_fast.rewards.agreement import Figure, mean_over
 from halo_fast.rewards.model import RewardModel, Rewards
 
@@ -103,10 +102,8 @@ def planted_damage(
     The damage is one a person sees at once: colour channels exchanged, the contents displaced by half a patch and
     lightened or darkened by a third of the range, in one patch drawn at random.
     """
-    config = model.config
-    factors = (config.spatial_factor, config.temporal_factor, config.causal)
     frames, height, width = videos.shape[1:4]
-    patches = PatchGrid(grid, frames, height, width, *factors)
+    patches = model.config.patches(grid, (frames, height, width))
     generator, damaged = torch.Generator().manual_seed(seed), videos.clone()
     chosen = torch.randint(int(np.prod(grid)), (len(videos),), generator=generator)
     for clip, patch in enumerate(chosen.tolist()):

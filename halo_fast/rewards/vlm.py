@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halo_fast.patches import PatchGrid
 from halo_fast.runs import UserError
 
 if TYPE_CHECKING:
@@ -298,16 +297,7 @@ class VisionLanguage(nn.Module):
 
     def _patch_blocks(self, features: Frames, grid: Sequence[int]) -> list[Tensor]:
         """The tokens of each patch's block, [N, L, hidden]: where it is, what is there, the queries of its scores."""
-        frames, height, width = features.size
-        patches = PatchGrid(
-            (grid[0], grid[1], grid[2]),
-            num_frames=frames,
-            height=height,
-            width=width,
-            spatial_factor=self.config.spatial_factor,
-            temporal_factor=self.config.temporal_factor,
-            causal=self.config.causal,
-        )
+        patches = self.config.patches(grid, features.size)
         there = self.place(patches.pool(features.maps.float()).flatten(2).transpose(1, 2).to(self.place.weight.dtype))
         video, blocks = len(self.config.video_dimensions), []
         for index in range(there.shape[1]):
