@@ -125,7 +125,7 @@ def _agreement(logits: Tensor) -> Tensor:
 def _tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if hasattr(value, "to_local"):
+    if type(value) is not Tensor and hasattr(value, "to_local"):
         raise TypeError(f"{name} must be a local tensor; got a DTensor: pass {name}.to_local()")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}: pass {name}.to_dense()")

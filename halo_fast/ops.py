@@ -222,16 +222,18 @@ class _Direct(torch.autograd.Function):
     """The graph of ``gran_dpo_operator`` without the dispatcher, whose way takes longer than a small latent's sums."""
 
     @staticmethod
-    def forward(ctx: Any, policy: Tensor, target: Tensor, coefficients: Tensor, loss: list[Tensor]) -> Tensor:
-        ctx.save_for_backward(coefficients, policy, target)
-        return loss[0]
+    def forward(ctx: Any, policy: Tensor, arguments: tuple[Any, ...], others: list[Tensor]) -> Tensor:
+        loss, coefficients, *rest = _gran_dpo(policy, *arguments)
+        others += coefficients, *rest  # in a list they are no outputs, of which autograd would take care
+        ctx.save_for_backward(coefficients, policy, arguments[1])
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, policy, target = ctx.saved_tensors
         # The operator refuses a second derivative; without it one would be taken for 0.
         run = gran_dpo_backward if torch.is_grad_enabled() or _watched(policy) else _gradient
-        return run(grad, coefficients, policy, target), None, None, None
+        return run(grad, coefficients, policy, target), None, None
 
 
 def gran_dpo(
@@ -251,14 +253,12 @@ def gran_dpo(
     argument of an operator); ``patch_error`` too where an sft weight is not 0, else error is empty. The loss is
     differentiable in ``policy``, and nothing else of it.
     """
-    arguments = (policy, reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers)
+    arguments = (reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers)
     if _watched(policy):
-        output: GranDPOTensors = gran_dpo_operator(*arguments)
+        output: GranDPOTensors = gran_dpo_operator(policy, *arguments)
         return output
-    with torch.no_grad():
-        loss, coefficients, *others = _gran_dpo(*arguments)
-    # In a list the loss is no input, which autograd would not let out as it is.
-    return _Direct.apply(policy, target, coefficients, [loss]), coefficients, *others
+    others: list[Tensor] = []
+    return _Direct.apply(policy, arguments, others), *others
 
 
 patch_log_ratio.register_autograd(_log_ratio_backward, setup_context=_save_log_ratio)

@@ -20,6 +20,7 @@
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #define HALO_EXPORT extern "C" __attribute__((visibility("default")))
@@ -406,12 +407,23 @@ void spread(const Geometry& g, const Task& task, A factor, const A* grad, A* sca
 
 constexpr int64_t large = 1 << 21;  // a second-level cache, and a large page
 
-// A fresh tensor is faulted in page by page as it is written, which takes longer than computing it.
-void ask_for_large_pages(void* data, int64_t bytes) {
+// A fresh tensor would be faulted in 4 KiB at a time as it is written, which takes longer than computing it, and threads
+// that fault in the same large page do the same work twice. These are hints: an older system refuses them.
+void fault_in([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef __linux__
-    const auto begin = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large;
-    const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / large * large;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
+    constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t begin = at / page * page, end = (at + static_cast<uintptr_t>(bytes) + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    const auto last = static_cast<int64_t>((end - 1) / large);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (auto k = static_cast<int64_t>(begin / large); k <= last; ++k) {
+        const uintptr_t first = std::max(begin, static_cast<uintptr_t>(k * large));
+        const uintptr_t stop = std::min(end, static_cast<uintptr_t>((k + 1) * large));
+        unsigned char there = 1;  // what was kept from before is not looked at page by page, that takes time too
+        if (mincore(reinterpret_cast<void*>((first + stop) / 2 / page * page), page, &there) == 0 && !(there & 1))
+            madvise(reinterpret_cast<void*>(first), stop - first, populate_write);
+    }
 #endif
 }
 
@@ -426,7 +438,7 @@ void backward(const Geometry& g, Accumulate<T> factor, const Accumulate<T>* grad
     const bool whole = rows_follow_each_other(g.W, prediction, target, gradient);
     const int64_t bytes = g.N * g.C * g.F * g.H * g.W * static_cast<int64_t>(sizeof(T));
     const bool past_caches = whole && bytes >= large;
-    if (bytes >= large) ask_for_large_pages(gradient.data, bytes);
+    if (bytes >= large) fault_in(gradient.data, bytes, threads);
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
