@@ -407,22 +407,22 @@ void spread(const Geometry& g, const Task& task, A factor, const A* grad, A* sca
 
 constexpr int64_t large = 1 << 21;  // a second-level cache, and a large page
 
-// A fresh tensor would be faulted in 4 KiB at a time as it is written, which takes longer than computing it, and threads
-// that fault in the same large page do the same work twice. These are hints: an older system refuses them.
+// A fresh tensor would be faulted in 4 KiB at a time as it is written, which takes longer than computing it. What was kept
+// from before is left alone: to look at each of its pages takes time too.
 void fault_in([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef __linux__
-    constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
+    constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, since Linux 5.14; hints may be refused
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
     const uintptr_t begin = at / page * page, end = (at + static_cast<uintptr_t>(bytes) + page - 1) / page * page;
+    unsigned char there = 1;
+    if (mincore(reinterpret_cast<void*>((begin + end) / 2 / page * page), page, &there) != 0 || there & 1) return;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
     const auto last = static_cast<int64_t>((end - 1) / large);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (auto k = static_cast<int64_t>(begin / large); k <= last; ++k) {
         const uintptr_t first = std::max(begin, static_cast<uintptr_t>(k * large));
         const uintptr_t stop = std::min(end, static_cast<uintptr_t>((k + 1) * large));
-        unsigned char there = 1;  // what was kept from before is not looked at page by page, that takes time too
-        if (mincore(reinterpret_cast<void*>((first + stop) / 2 / page * page), page, &there) == 0 && !(there & 1))
-            madvise(reinterpret_cast<void*>(first), stop - first, populate_write);
+        madvise(reinterpret_cast<void*>(first), stop - first, populate_write);
     }
 #endif
 }

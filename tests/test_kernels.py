@@ -100,10 +100,13 @@ def guarded(monkeypatch):
         return allocate(shape, row_major(shape), dtype or self.dtype, self.device)
 
     like = torch.empty_like
+
+    def empty_like(x, device=None):
+        plan = like(x, device="meta")
+        return plan if device == "meta" else allocate(x.shape, plan.stride(), x.dtype, x.device)
+
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda x: allocate(x.shape, like(x, device="meta").stride(), x.dtype, x.device)
-    )
+    monkeypatch.setattr(torch, "empty_like", empty_like)
 
     def check():
         assert rooms
@@ -217,6 +220,17 @@ def test_kernels_in_cpp_write_large_gradients_like_small_ones(guarded, dtype):
     factor = torch.tensor(0.5)
     scaled = cpu_patch_dpo.gran_dpo_backward(factor, 2 * grad, policy, target)
     assert torch.equal(scaled, large)
+    frames_first = policy.transpose(1, 2).contiguous().transpose(1, 2)
+    for like in (policy, frames_first):
+        gradient = cpu_patch_dpo.patch_error_backward(grad, like, target)
+        assert torch.equal(gradient, large)
+        assert gradient.stride() == like.stride()
+        # begins on a large page, and the room before and after it is as it was
+        room = torch.empty(0, dtype=dtype).set_(gradient.untyped_storage())
+        start = gradient.storage_offset()
+        assert gradient.data_ptr() % 2**21 == 0
+        around = torch.cat([room[64:start], room[start + gradient.numel() : -64]])
+        assert around.isnan().all() and len(around) == 2**21 // dtype.itemsize
     guarded()
 
 
