@@ -222,3 +222,23 @@ def test_what_a_clip_shows_is_told_by_the_fit_to_all_other_clips():
     for evidence in (shown @ words.T, features.shown @ words.T):
         named = np.arange(len(evidence))[:, None] % 4 == np.arange(4)
         assert np.mean([roc_auc_score(named[:, n], evidence[:, n]) for n in range(4)]) > 0.9
+
+
+def test_what_a_prompt_leads_to_expect_is_told_from_what_is_foreign():
+    """Against numpy: the distance of 4 x 4 pixels to each colour of the palette, and to the nearest."""
+    backbone = random_model().backbone
+    palette = torch.tensor([[-1.0, -1, -1], [1, 0, 0], [0, 1, 0], [5, 5, 5]])
+    with torch.no_grad():
+        backbone.palette.weight.zero_()
+        backbone.palette.bias.copy_(palette.flatten())
+    generator = torch.Generator().manual_seed(0)
+    # clips of two of the named colours and of a foreign one
+    colours = torch.cat((palette[:2], torch.tensor([[0.2, -0.7, 1.0]])))[
+        torch.randint(3, (2, 3, 2, 4), generator=generator)
+    ]
+    pixels = colours.movedim(-1, 1).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    found = backbone._foreign(pixels, torch.zeros(2, backbone.palette.in_features))
+    expected = np.linalg.norm(colours[..., None, :].numpy() - palette.numpy(), axis=-1)
+    np.testing.assert_allclose(found[:, :4].movedim(1, -1), expected, atol=0.02)
+    nearest = expected.min(axis=-1)
+    assert found[:, 4][torch.from_numpy(nearest == 0)].max() < 0.7 < found[:, 4][torch.from_numpy(nearest > 0)].min()

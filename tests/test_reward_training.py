@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -13,8 +14,11 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from tiny import kill_when, output_hashes
 
-from halo_fast.config import Config, RewardConfig
+from halo_fast.config import AnnotateConfig, Config, GenerateConfig, RewardConfig
 from halo_fast.data.clips import read_clip
+from halo_fast.demo import world
+from halo_fast.demo.meters import DefectMeter
+from halo_fast.generate import generate
 from halo_fast.rewards import (
     LabelledClips,
     RewardModel,
@@ -98,6 +102,33 @@ def test_damage_lowers_the_damaged_patch_most(trained):
     assert np.mean(hits) > 0.9
 
 
+class _Displacement:
+    """A backbone whose dynamic_degree is how far the light travels, as a person would count."""
+
+    def encode(self, videos, looks, shown=None):
+        light = videos.float().mean(dim=(2, 4))
+        centre = (light * torch.arange(videos.shape[3])).sum(-1) / light.sum(-1)
+        return centre[:, -1] - centre[:, 0]
+
+    def logits(self, features, prompts, grid):
+        return features[:, None], torch.zeros(1)
+
+
+def test_clips_beat_frozen_copies_of_themselves_in_training():
+    """Against the logistic loss of 4 pixels of travel; who stands still or has no score or no motion does not count."""
+    videos = torch.zeros(5, 5, 8, 8, 3, dtype=torch.uint8)
+    for n, travel in enumerate((0, 1, 1, 1, 1)):
+        for frame in range(5):
+            videos[n, frame, :, frame * travel + 1] = 200
+    scores = torch.tensor([5, 5, math.nan, 3, 1.0])[:, None]
+    clips = LabelledClips(videos, ["a light"] * 5, scores, torch.full((5, 1, 1, 1, 1), 5.0), ("dynamic_degree",))
+    model = SimpleNamespace(backbone=_Displacement())
+    own = model.backbone.encode(videos, None)
+    assert own.tolist() == [0, 4, 4, 4, 4]
+    loss = training._frozen_loss(model, training._Batch(clips, None, None), own, 0)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
+
+
 def test_a_frozen_copy_does_not_win_on_motion(trained):
     rng = np.random.default_rng(6)
     clips = np.stack([draw_clip(rng, "square", "red", "up", 1.2) for _ in range(8)])
@@ -129,12 +160,44 @@ def test_clips_are_mirrored_only_where_that_keeps_labels_true(monkeypatch, tmp_p
 
 
 def small_run(folder: Path) -> Run:
-    reward = RewardConfig(video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3, pretrained=False)
+    reward = RewardConfig(
+        video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3, pretrained=False, examples=0
+    )
     run = Run(Config(output_dir=str(folder), grid=GRID, reward=reward))
     clips = make_clips(6, seed=4)
     write_candidates(run, clips)
     annotate(run.config, run, PlantedTeacher(clips))
     return run
+
+
+def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
+    """Judged by the demo's defect meter; their prompts are none of the held-out ones."""
+    config = Config(output_dir=str(tmp_path), generate=GenerateConfig(num_prompts=2, num_inference_steps=1))
+    config.reward = RewardConfig(examples=100, video_steps=0, patch_steps=1, pretrained=False)
+    run = Run(config)
+    for stage in (generate, annotate):
+        stage(config, run)
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda kind, data, *rest: seen.append(data) or fit(kind, data, *rest))
+    train_reward(config, run)
+    (data,) = seen
+    _, own = read_labels(run.path / "annotate" / "labels.parquet", run.path / "generate")
+    assert len(data) == len(data.videos) == len(data.video_scores) == len(data.patch_scores) == 4 + 100
+    for name in ("videos", "video_scores", "patch_scores"):
+        assert torch.equal(getattr(data, name)[:4], getattr(own, name))
+    videos, prompts, quality = data.videos[4:], data.prompts[4:], data.patch_scores[4:, 0]
+    assert not {world.caption(attributes) for attributes in world.combinations("heldout")} & set(prompts)
+    severity, _ = DefectMeter.load()(videos, prompts)
+    assert spearmanr(severity.flatten(), -quality.flatten()).statistic > 0.9
+    assert quality.min() < 1.5 and quality.max() == 5
+    scores = dict(zip(data.video_dimensions, data.video_scores[4:].T, strict=True))
+    torch.testing.assert_close(scores.pop("visual_quality"), quality.flatten(1).mean(1))
+    assert len(scores) == 2 and all(values.isnan().all() for values in scores.values())
+
+
+def test_examples_are_the_demos_alone():
+    with pytest.raises(ValueError, match=r"reward\.examples: expected 0 .* got 8 with 'human:anna'"):
+        Config(annotate=AnnotateConfig(teacher="human:anna"), reward=RewardConfig(examples=8))
 
 
 def test_what_nobody_scored_is_not_learned(tmp_path):

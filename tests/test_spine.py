@@ -27,7 +27,7 @@ STAGES = {
 }
 SETTINGS = """
 generate: {num_prompts: 8, batch_size: 4}
-reward: {video_steps: 10, patch_steps: 20, checkpointing_steps: 5}
+reward: {video_steps: 10, patch_steps: 20, checkpointing_steps: 5, examples: 64}
 train: {max_train_steps: 8, train_batch_size: 4, checkpointing_steps: 2}
 evaluate: {num_prompts: 8, bootstrap: 100}
 report: {num_clips: 2}

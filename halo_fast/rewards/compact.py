@@ -7,6 +7,7 @@ of the prompts, which has a closed form and exact leave-one-out predictions.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ _RATERS = 4
 _DROP_VIDEO, _DROP_PATCH = 0.3, 0.25  # a few hundred labelled clips are learned by heart otherwise
 _TRACK_SIDE, _TRACK_REACH, _TRACK_WIDTH = 16, 4, 6
 _TRACKED = (2 * _TRACK_REACH + 1) ** 2
+_PALETTE = 4  # colours that a prompt leads to expect
+_SHARPNESS = 4.0  # of the choice between them
 
 
 class CompactFeatures(NamedTuple):
@@ -44,6 +47,7 @@ class CompactFeatures(NamedTuple):
 
     Args:
         maps: [N, c, F, H/s, W/s] at s = 2, 4, 8.
+        pixels: [N, 3, F, H, W] in [-1, 1].
         whole: [N, hidden].
         motion: [N, hidden].
         looks: frame features [N, 152, f', y, x], or None without pretrained networks.
@@ -52,6 +56,7 @@ class CompactFeatures(NamedTuple):
     """
 
     maps: tuple[Tensor, Tensor, Tensor]
+    pixels: Tensor
     whole: Tensor
     motion: Tensor
     looks: Tensor | None
@@ -195,8 +200,10 @@ class Compact(nn.Module):
         self.drop_video, self.drop_patch = nn.Dropout(_DROP_VIDEO), nn.Dropout(_DROP_PATCH)
         self.from_patches = nn.Parameter(torch.full((video, patch), 0.3))
         self.expect = nn.Linear(hidden, 2 * middle)
+        self.palette = nn.Linear(hidden, 3 * _PALETTE)
+        self.foreign = nn.Conv3d(_PALETTE + 1, middle, 1)
         self.compare = _Residual(middle)
-        self.local = nn.Linear(fine + middle + coarse * (1 + pretrained), hidden)
+        self.local = nn.Linear(fine + 2 * middle + _PALETTE + 1 + coarse * (1 + pretrained), hidden)
         self.neighbours = _Residual(hidden, separable=False)
         self.modulate = nn.Linear(2 * hidden, 2 * hidden)
         self.patch_head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, patch))
@@ -270,7 +277,7 @@ class Compact(nn.Module):
 
     def encode(self, videos: Tensor, looks: Tensor | None, shown: Tensor | None = None) -> CompactFeatures:
         """Features of uint8 videos [N, F, H, W, 3] and their looks; `shown` stands in for the fitted regression."""
-        x = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        x = pixels = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         change = F.pad(x[:, :, 1:] - x[:, :, :-1], (0, 0, 0, 0, 1, 1))
         x = torch.cat((x, _CHANGE_SCALE * change[:, :, :-1], _CHANGE_SCALE * change[:, :, 1:]), dim=1)
         x = F.pixel_unshuffle(x.transpose(1, 2), 2).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
@@ -285,7 +292,7 @@ class Compact(nn.Module):
             shown = (_summary(looks) - self.glance_mean) * self.glance_scale @ self.glance
         size = (videos.shape[1], videos.shape[2], videos.shape[3])
         return CompactFeatures(
-            maps, self.whole(torch.cat(summary, dim=1)), self.motion(self._travel(fine)), looks, shown, size
+            maps, pixels, self.whole(torch.cat(summary, dim=1)), self.motion(self._travel(fine)), looks, shown, size
         )
 
     def _travel(self, fine: Tensor) -> Tensor:
@@ -360,9 +367,12 @@ class Compact(nn.Module):
         fine, middle, coarse = features.maps
         # what the prompt leads to expect is compared before averaging: afterwards a foreign colour is a mere tint
         scale, shift = self.expect(text)[:, :, None, None, None].chunk(2, dim=1)
-        middle = F.gelu(self.compare(middle * (1 + scale) + shift))
+        foreign = self._foreign(features.pixels, text)
+        middle = F.gelu(self.compare(middle * (1 + scale) + shift + self.foreign(foreign)))
         patches = self.config.patches(grid, features.size)
-        pooled = patches.pool(torch.cat((_shrink(fine, 4), _shrink(middle, 2), coarse), dim=1)).movedim(1, -1)
+        power = torch.cat((_shrink(foreign.square(), 2), _shrink(middle.square(), 2)), dim=1)
+        means = torch.cat((_shrink(fine, 4), _shrink(middle, 2), coarse), dim=1)
+        pooled = torch.cat((patches.pool(means), (patches.pool(power) + 1e-4).sqrt()), dim=1).movedim(1, -1)
         if features.looks is not None:
             looks = self.looks(self.norm_looks(patches.pool(features.looks).movedim(1, -1)))
             pooled = torch.cat((pooled, looks), dim=-1)
@@ -370,6 +380,16 @@ class Compact(nn.Module):
         local = self.neighbours(local.movedim(-1, 1)).movedim(1, -1)
         scale, shift = self.modulate(torch.cat((features.whole, text), dim=1))[:, None, None, None].chunk(2, dim=-1)
         return self.patch_head(F.gelu(local * (1 + scale) + shift)).movedim(-1, 1)
+
+    def _foreign(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Root mean square distance of 4 x 4 pixels to each colour of the prompt's palette and to the nearest one,
+        [N, 5, F, H/4, W/4]: damage is what is neither of what was named."""
+        palette = self.palette(text).unflatten(1, (_PALETTE, 3))
+        cross = torch.einsum("nkc,ncfhw->nkfhw", palette, pixels)
+        distance = pixels.square().sum(dim=1, keepdim=True) - 2 * cross + palette.square().sum(2)[..., None, None, None]
+        nearest = -torch.logsumexp(-_SHARPNESS * distance, dim=1, keepdim=True) / _SHARPNESS
+        nearest = nearest + math.log(_PALETTE) / _SHARPNESS
+        return (_shrink(torch.cat((distance, nearest), dim=1), 4).clamp(min=0) + 1e-4).sqrt()
 
 
 def _summary(looks: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ _LEAST_SCALE = 1e-3  # labels that hardly differ are not blown up
 _PROMPT_DIMENSION = "text_alignment"
 _MIRROR_SHARE = 0.45  # a mirrored clip teaches nothing of text_alignment
 _LOOK_BATCH = 16
+_EXAMPLES, _EXAMPLE_SEED = 768, 31
+_MOTION_DIMENSION = "dynamic_degree"
+_FROZEN_SHARE = 0.25  # of a batch
 _PREFERENCES = ("bradley_terry", "bradley_terry_ties", "combined")
 # axis of the patch grid, and the words of direction that its mirror exchanges
 _MIRRORS: tuple[tuple[int, dict[str, str]], ...] = (
@@ -73,10 +76,15 @@ def train_reward(config: Config, run: Run) -> None:
     # in the demo's world nothing falls, so a clip upside down is as true as any
     demo = config.prompts.startswith("demo:")
     reward = replace(config.reward, mirror=config.reward.mirror or ("both" if demo else "horizontal"))
+    count = reward.examples
+    if count is None:
+        count = _EXAMPLES if config.annotate.teacher == "demo" else 0
     with run.stage("reward", settings, {"labels": labels, "clips": clips}) as stage:
         if stage.done:
             return
         model_config, data = read_labels(labels, clips)
+        if count:
+            data = _with_examples(data, count, config.seed)
         model_config = replace(
             model_config,
             pretrained=reward.pretrained,
@@ -134,6 +142,23 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
     )
     factors = latent_factors(clips, found[0]) or ()
     return RewardModelConfig(video_dimensions, patch_dimensions, *factors), data
+
+
+def _with_examples(data: LabelledClips, count: int, seed: int) -> LabelledClips:
+    """The demo teacher's labels, joined by examples of its world, of which no other video score than visual_quality is
+    known."""
+    from halo_fast.demo.examples import examples
+
+    videos, prompts, quality = examples(count, _EXAMPLE_SEED + seed)
+    video_scores = torch.full((count, len(data.video_dimensions)), math.nan)
+    video_scores[:, data.video_dimensions.index("visual_quality")] = quality.flatten(1).mean(dim=1)
+    return replace(
+        data,
+        videos=torch.cat((data.videos, videos)),
+        prompts=data.prompts + prompts,
+        video_scores=torch.cat((data.video_scores, video_scores)),
+        patch_scores=torch.cat((data.patch_scores, quality[:, None])),
+    )
 
 
 def _labelled(rows: Sequence[dict[str, Any]], name: str) -> bool:
@@ -203,9 +228,11 @@ def fit(
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + step)  # of dropout
             losses = _losses(model, batch, scales, patch_phase, config)
+        video_weight = config.video_weight if patch_phase else 1.0
         weights = {
-            "video": config.video_weight if patch_phase else 1.0,
-            "swap": config.swap_weight * (config.video_weight if patch_phase else 1.0),
+            "video": video_weight,
+            "swap": config.swap_weight * video_weight,
+            "motion": config.motion_weight * video_weight,
             "patch": config.patch_weight,
         }
         loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
@@ -374,6 +401,9 @@ def _losses(
         others = torch.stack([torch.arange(len(clips)).roll(shift) for shift in range(count + 1)], dim=1)
         told = model.backbone.against(features, clips.prompts, others)[..., column]
         losses["swap"] = _swap_loss(told[:, :1] - told[:, 1:], clips, others[:, 1:], column)
+    if _MOTION_DIMENSION in model.config.video_dimensions and config.motion_weight:
+        column = model.config.video_dimensions.index(_MOTION_DIMENSION)
+        losses["motion"] = _frozen_loss(model, batch, video[: math.ceil(_FROZEN_SHARE * len(clips)), column], column)
     if patch_phase:
         losses["patch"] = score(patches, clips.patch_scores, scales[1])
     return losses
@@ -386,6 +416,24 @@ def _swap_loss(margin: Tensor, clips: LabelledClips, others: Tensor, column: int
         [clips.prompts[other] == own for other in row] for own, row in zip(clips.prompts, others.tolist(), strict=True)
     ]
     weight = weight.masked_fill(torch.tensor(same), 0)
+    return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _frozen_loss(model: RewardModel, batch: _Batch, own: Tensor, column: int) -> Tensor:
+    """Bradley-Terry [] on dynamic_degree: a clip beats a frozen copy of it, the surer the better it was judged; of the
+    first len(own) clips, whose logits those are."""
+    count, moment = len(own), torch.rand(()).item()
+    clips = _take(batch.clips, torch.arange(count))
+
+    def frozen(frames: Tensor, axis: int) -> Tensor:
+        chosen = frames.select(axis, round(moment * (frames.shape[axis] - 1)))
+        return chosen.unsqueeze(axis).expand_as(frames).contiguous()
+
+    stills = frozen(clips.videos, 1)
+    looks = None if batch.looks is None else frozen(batch.looks[:count], 2)
+    features = model.backbone.encode(stills, looks, None if batch.shown is None else batch.shown[:count])
+    margin = own - model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
+    weight = ((clips.video_scores[:, column] - 1) / 4).nan_to_num(0) * (stills != clips.videos).flatten(1).any(dim=1)
     return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
 
 

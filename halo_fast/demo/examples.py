@@ -1,0 +1,35 @@
+"""Labelled clips of the demo's world that no model made: where they are damaged, and how much, is known.
+
+They stand for a set of clips that people had scored before a teacher was asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halo_fast.demo import defects, load_pipeline, world
+from halo_fast.demo.calibrate import round_trip
+
+_SOUND = 0.1  # share of the clips without damage
+
+
+@torch.no_grad()
+def examples(count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
+    """Clips of the train split, most of them damaged in most patches at graded strength, through the autoencoder.
+
+    Args:
+        count: of clips.
+        seed: of every random choice.
+
+    Returns:
+        uint8 [N, 9, 32, 32, 3], prompts, and quality [N, 3, 4, 4] in the demo teacher's terms: 5 - 4 severity.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clips = world.draw("train", count, generator)
+    planted = defects.plant(clips, "graded", generator)
+    sound = torch.rand(count, 1, 1, 1, generator=generator) < _SOUND
+    video = torch.where(sound[..., None], clips.video, planted.video)
+    vae = load_pipeline("graded").vae
+    video = torch.cat([world.to_uint8(round_trip(vae, part).clamp(0, 1)) for part in video.split(64)])
+    return video, clips.prompts, 5 - 4 * planted.severity.masked_fill(sound, 0)
