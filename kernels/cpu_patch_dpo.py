@@ -122,7 +122,7 @@ def _empty_like(latent: Tensor) -> Tensor:
     if latent.nbytes < _LARGE_PAGE:
         return torch.empty_like(latent)
     room = latent.new_empty(latent.numel() + _LARGE_PAGE // latent.itemsize)
-    start = -room.data_ptr() % _LARGE_PAGE // latent.itemsize
+    start = room.storage_offset() + -room.data_ptr() % _LARGE_PAGE // latent.itemsize
     strides = torch.empty_like(latent, device="meta").stride()
     return latent.new_empty(0).set_(room.untyped_storage(), start, latent.shape, strides)
 
