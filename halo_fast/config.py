@@ -139,7 +139,7 @@ class RewardConfig:
         tie_margin: scores that differ by no more are a tie to the preference losses.
         held_out_share: share of the prompts whose clips calibrate the scores instead of training them.
         examples: clips of the demo's world, damaged on purpose and scored by what was done to them, that train beside
-            the run's own; null: 768 with the demo teacher. Without it there can be none.
+            the run's own; null: 768 with the demo teacher. Other teachers go without: 0.
         pretrained: add pretrained frame features and a prompt encoder (the extra "reward").
         backbone: "compact", or a vision-language model of transformers: a folder or a hub name.
         lora_rank: rank of the LoRA matrices in such a model; 0 trains its whole language model.

@@ -414,8 +414,8 @@ void fault_in([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, [[may
     constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, since Linux 5.14; hints may be refused
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
     const uintptr_t begin = at / page * page, end = (at + static_cast<uintptr_t>(bytes) + page - 1) / page * page;
-    unsigned char there = 1;
-    if (mincore(reinterpret_cast<void*>((begin + end) / 2 / page * page), page, &there) != 0 || there & 1) return;
+    unsigned char there = 0;
+    if (mincore(reinterpret_cast<void*>((begin + end) / 2 / page * page), page, &there) == 0 && there & 1) return;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
     const auto last = static_cast<int64_t>((end - 1) / large);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -16,7 +16,6 @@ LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_LARGE_PAGE = 1 << 21
 _STATUS = {1: MemoryError("halo_fast C++ kernels: not enough memory for the workspace"), 2: TypeError("unknown dtype")}
 
 
@@ -117,19 +116,9 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     return gran_dpo_backward(None, grad, prediction, target)
 
 
-def _empty_like(latent: Tensor) -> Tensor:
-    """torch.empty_like, but a large one begins on a large page: fresh memory comes faster by these."""
-    if latent.nbytes < _LARGE_PAGE:
-        return torch.empty_like(latent)
-    room = latent.new_empty(latent.numel() + _LARGE_PAGE // latent.itemsize)
-    start = room.storage_offset() + -room.data_ptr() % _LARGE_PAGE // latent.itemsize
-    strides = torch.empty_like(latent, device="meta").stride()
-    return latent.new_empty(0).set_(room.untyped_storage(), start, latent.shape, strides)
-
-
 def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """As patch_error_backward, of factor * grad with a 0-d factor (None is 1)."""
-    gradient = _empty_like(prediction)
+    gradient = torch.empty_like(prediction)
     if gradient.numel() == 0:
         return gradient
     dtype = _accumulate_dtype(prediction.dtype)

@@ -1,7 +1,9 @@
 """What the kernels promise beside their values: memory safety, fixed bits, wide offsets, clear words if missing."""
 
+import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import shutil
 import subprocess
@@ -100,13 +102,10 @@ def guarded(monkeypatch):
         return allocate(shape, row_major(shape), dtype or self.dtype, self.device)
 
     like = torch.empty_like
-
-    def empty_like(x, device=None):
-        plan = like(x, device="meta")
-        return plan if device == "meta" else allocate(x.shape, plan.stride(), x.dtype, x.device)
-
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x: allocate(x.shape, like(x, device="meta").stride(), x.dtype, x.device)
+    )
 
     def check():
         assert rooms
@@ -220,18 +219,38 @@ def test_kernels_in_cpp_write_large_gradients_like_small_ones(guarded, dtype):
     factor = torch.tensor(0.5)
     scaled = cpu_patch_dpo.gran_dpo_backward(factor, 2 * grad, policy, target)
     assert torch.equal(scaled, large)
-    frames_first = policy.transpose(1, 2).contiguous().transpose(1, 2)
-    for like in (policy, frames_first):
-        gradient = cpu_patch_dpo.patch_error_backward(grad, like, target)
-        assert torch.equal(gradient, large)
-        assert gradient.stride() == like.stride()
-        # begins on a large page, and the room before and after it is as it was
-        room = torch.empty(0, dtype=dtype).set_(gradient.untyped_storage())
-        start = gradient.storage_offset()
-        assert gradient.data_ptr() % 2**21 == 0
-        around = torch.cat([room[64:start], room[start + gradient.numel() : -64]])
-        assert around.isnan().all() and len(around) == 2**21 // dtype.itemsize
     guarded()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux alone")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_in_cpp_fault_in_what_they_write_and_no_more(monkeypatch, threads):
+    """A gradient in the middle of fresh memory: its pages are there afterwards, with its values, and no others."""
+    policy, _, target = cases.latents((16, 7, 61, 91), 2, torch.float32)
+    grad = cases.rewards(GRID, 2)[0]
+    expected = cpu_patch_dpo.patch_error_backward(grad, policy, target)
+    large, page = 2**21, mmap.PAGESIZE
+    room = mmap.mmap(-1, expected.nbytes // large * large + 4 * large)
+    start = large + 5 * page + 64
+    gradient = torch.frombuffer(room, dtype=torch.float32, count=expected.numel(), offset=start).view(expected.shape)
+    monkeypatch.setattr(torch, "empty_like", lambda x: gradient)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(cpu_patch_dpo.patch_error_backward(grad, policy, target), expected)
+    finally:
+        torch.set_num_threads(before)
+    there = (ctypes.c_ubyte * (len(room) // page))()
+    address = ctypes.c_void_p(gradient.data_ptr() - start)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(room)), there) == 0
+    first, last = start // page, (start + expected.nbytes - 1) // page
+    # large pages may begin before and end after, by less than one
+    margin = large // page
+    resident = [index for index, bits in enumerate(there) if bits & 1]
+    assert set(range(first, last + 1)) <= set(resident)
+    assert first - margin < min(resident) and max(resident) < last + margin
+    whole = torch.frombuffer(room, dtype=torch.uint8)
+    assert not whole[:start].any() and not whole[start + expected.nbytes :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

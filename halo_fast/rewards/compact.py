@@ -382,8 +382,8 @@ class Compact(nn.Module):
         return self.patch_head(F.gelu(local * (1 + scale) + shift)).movedim(-1, 1)
 
     def _foreign(self, pixels: Tensor, text: Tensor) -> Tensor:
-        """Root mean square distance of 4 x 4 pixels to each colour of the prompt's palette and to the nearest one,
-        [N, 5, F, H/4, W/4]: damage is what is neither of what was named."""
+        """Root mean square distance of 4 x 4 pixels to each colour of the prompt's palette and, by a soft minimum, to
+        the nearest one, [N, 5, F, H/4, W/4]: what is damaged is often none of the colours that were named."""
         palette = self.palette(text).unflatten(1, (_PALETTE, 3))
         cross = torch.einsum("nkc,ncfhw->nkfhw", palette, pixels)
         distance = pixels.square().sum(dim=1, keepdim=True) - 2 * cross + palette.square().sum(2)[..., None, None, None]
