@@ -225,7 +225,7 @@ def test_what_a_clip_shows_is_told_by_the_fit_to_all_other_clips():
 
 
 def test_what_a_prompt_leads_to_expect_is_told_from_what_is_foreign():
-    """Against numpy: the distance of 4 x 4 pixels to each colour of the palette, and to the nearest."""
+    """Against numpy: distances of 4 x 4 pixels to each colour of the palette; the soft minimum tells near from far."""
     backbone = random_model().backbone
     palette = torch.tensor([[-1.0, -1, -1], [1, 0, 0], [0, 1, 0], [5, 5, 5]])
     with torch.no_grad():

@@ -171,16 +171,18 @@ def small_run(folder: Path) -> Run:
 
 
 def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
-    """Judged by the demo's defect meter; their prompts are none of the held-out ones."""
+    """Judged by the demo's defect meter; neither their prompts nor their handwriting are held out."""
     config = Config(output_dir=str(tmp_path), generate=GenerateConfig(num_prompts=2, num_inference_steps=1))
     config.reward = RewardConfig(examples=100, video_steps=0, patch_steps=1, pretrained=False)
     run = Run(config)
     for stage in (generate, annotate):
         stage(config, run)
-    seen = []
+    seen, splits, handwriting = [], [], world.handwriting
     monkeypatch.setattr(training, "fit", lambda kind, data, *rest: seen.append(data) or fit(kind, data, *rest))
+    monkeypatch.setattr(world, "handwriting", lambda split: splits.append(split) or handwriting(split))
     train_reward(config, run)
     (data,) = seen
+    assert set(splits) == {"train"}
     _, own = read_labels(run.path / "annotate" / "labels.parquet", run.path / "generate")
     assert len(data) == len(data.videos) == len(data.video_scores) == len(data.patch_scores) == 4 + 100
     for name in ("videos", "video_scores", "patch_scores"):
