@@ -3,10 +3,11 @@
     python -m benchmarks.bench_loss                # the published table: writes benchmarks/results/loss_cpu.csv
     python -m benchmarks.bench_loss --rounds 5 --latents cogvideox --dtypes float32 --threads 2 --check
 
-All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
-within one round, so a disturbance that lasts longer than a round falls out. No time is printed before every provider's
-loss and gradient have been compared with float64. "floor" is what the memory needs: two streaming additions over
-tensors as large as those that the forward and the backward must move, the second into a new tensor, as a gradient is.
+All providers run in one process, in rounds whose order is drawn anew each time (who runs before one decides which pages
+and caches it finds); a ratio is the median over the rounds of the quotient within one round, so a disturbance that lasts
+longer than a round falls out. No time is printed before every provider's loss and gradient have been compared with
+float64. "floor" is what the memory needs: two streaming additions over tensors as large as those that the forward and
+the backward must move, the second into a new tensor, as a gradient is.
 
 Everything is measured twice: with memory "fresh" every large tensor is mapped anew and faulted in page by page, as in a
 process that gives freed memory back; with memory "kept" all that was ever freed is at hand again. "floor, no new
@@ -20,6 +21,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -174,9 +176,9 @@ def measure(latent: str, dtype: torch.dtype, threads: int, memory: str, rounds: 
     out = torch.empty_like(data[1])
     floors = {"floor": None, "floor, no new memory": out}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in [*providers, *floors]}
-    names = list(times)
+    order = random.Random(0)
     for turn in range(rounds + 3):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in order.sample(list(times), len(times)):
             took = floor_round(data, out, floors[name]) if name in floors else one_round(providers[name], data)
             if turn >= 3:
                 times[name].append(took)
@@ -247,7 +249,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--memory", nargs="+", choices=MEMORY, default=list(MEMORY))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
     choice = parser.parse_args()
     state = conditions()
