@@ -3,11 +3,11 @@
     python -m benchmarks.bench_loss                # the published table: writes benchmarks/results/loss_cpu.csv
     python -m benchmarks.bench_loss --rounds 5 --latents cogvideox --dtypes float32 --threads 2 --check
 
-All providers run in one process, in rounds whose order is drawn anew each time (who runs before one decides which pages
-and caches it finds); a ratio is the median over the rounds of the quotient within one round, so a disturbance that lasts
-longer than a round falls out. No time is printed before every provider's loss and gradient have been compared with
-float64. "floor" is what the memory needs: two streaming additions over tensors as large as those that the forward and
-the backward must move, the second into a new tensor, as a gradient is.
+All providers run in one process, in rounds whose order is drawn anew each time (who runs before one decides which
+pages and caches it finds); a ratio is the median over the rounds of the quotient within one round, so a disturbance
+that lasts longer than a round falls out. No time is printed before every provider's loss and gradient have been
+compared with float64. "floor" is what the memory needs: two streaming additions over tensors as large as those that
+the forward and the backward must move, the second into a new tensor, as a gradient is.
 
 Everything is measured twice: with memory "fresh" every large tensor is mapped anew and faulted in page by page, as in a
 process that gives freed memory back; with memory "kept" all that was ever freed is at hand again. "floor, no new
