@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from benchmarks import LATENTS
-from halo_fast import backends, gran_dpo, reference
+from halo_fast import gran_dpo
+from halo_fast.loss import backends, reference
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (4, 3, 3)

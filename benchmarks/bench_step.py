@@ -38,12 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.bench_loss import RESULTS, conditions, now
-from halo_fast.config import ObjectiveConfig, TrainConfig
 from halo_fast.data import Pair
 from halo_fast.families import Family, family_of
-from halo_fast.objectives import PRESETS, convert_beta, local_dpo_rewards
+from halo_fast.loss.objectives import PRESETS, convert_beta, local_dpo_rewards
 from halo_fast.train import adapters_off
 from halo_fast.train.adapters import compile_blocks
+from halo_fast.train.config import ObjectiveConfig, TrainConfig
 from halo_fast.train.draws import Batch, draws, make_batch
 from halo_fast.train.job import Job, prepared
 from halo_fast.train.memory import checkpointing as recomputing

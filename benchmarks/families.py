@@ -11,11 +11,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from halo_fast.config import TrainConfig
 from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import Family, family_of
-from halo_fast.runs import UserError, write_bytes
+from halo_fast.files import write_bytes
 from halo_fast.train import fit
+from halo_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "families.md"

@@ -11,14 +11,15 @@ import sys
 import time
 from dataclasses import replace
 
-from halo_fast.config import Config
+from halo_fast.agreement.arms import severity_mitigated
 from halo_fast.data import CachedPairs
+from halo_fast.data.prompts import read_prompts
 from halo_fast.demo import world
 from halo_fast.demo.meters import DefectMeter, FidelityMeter
-from halo_fast.evaluate import severity_mitigated
 from halo_fast.families import Family, load
-from halo_fast.generate import clip_seed, read_prompts, sample_clips
-from halo_fast.runs import Run
+from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
 from halo_fast.train import fit
 
 
@@ -31,7 +32,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = Config(output_dir=arguments.run)
     run = Run(config)
-    family, pairs = load(config.pretrained_model_name_or_path, device="cpu"), CachedPairs(run)
+    family, pairs = (
+        load(config.pretrained_model_name_or_path, device="cpu"),
+        CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache")),
+    )
     meters = DefectMeter.load(), FidelityMeter.load()
     clean = float(meters[0](*world.clean_clips(64, config.seed, split="train"))[0].mean())
     first = config.generate.num_prompts

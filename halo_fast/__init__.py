@@ -1,7 +1,7 @@
 """Preference alignment of text-to-video diffusion models at patch granularity."""
 
-from halo_fast.backends import using_backend
-from halo_fast.functional import (
+from halo_fast.loss.backends import using_backend
+from halo_fast.loss.functional import (
     GranDPOOutput,
     gran_dpo,
     gran_dpo_coefficients,
@@ -10,7 +10,7 @@ from halo_fast.functional import (
     patch_weighted_mse,
     unpack_tokens,
 )
-from halo_fast.objectives import PRESETS, AutoBeta, GranDPO, convert_beta, timestep_weight
+from halo_fast.loss.objectives import PRESETS, AutoBeta, GranDPO, convert_beta, timestep_weight
 from halo_fast.patches import PatchGrid, guard_band
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import sys
 
-from halo_fast.cli import main
+from halo_fast.pipeline.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

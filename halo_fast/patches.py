@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool3d
 
+__all__ = ["PatchGrid", "guard_band"]
+
 
 @dataclass(frozen=True)
 class PatchGrid:

@@ -149,7 +149,7 @@ def gran_dpo_table(
     link_name: str,
     *parameters: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.reference.gran_dpo_table."""
+    """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
     samples, *grid = log_ratio.shape
     # Names keep the contiguous tables alive while the kernel reads them.
     tables = [

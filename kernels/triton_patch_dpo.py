@@ -714,7 +714,7 @@ def gran_dpo_table(
     sft_weight: float,
     patch_sft_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.reference.gran_dpo_table."""
+    """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
     samples, *grid = log_ratio.shape
     pairs, patches = samples // 2, math.prod(grid)
     loss, coefficients, video_logits, patch_logits, active = (

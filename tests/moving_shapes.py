@@ -11,7 +11,8 @@ import pyarrow
 import torch
 
 from halo_fast.data.clips import write_clip
-from halo_fast.runs import Run, write_parquet, write_safetensors
+from halo_fast.files import write_parquet, write_safetensors
+from halo_fast.pipeline.run import Run
 from halo_fast.teachers import Label
 
 SHAPES = ("square", "disc", "cross", "ring")

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from halo_fast.rewards.agreement import (
+from halo_fast.agreement.figures import (
     auc,
     bootstrap_interval,
     calibration_error,

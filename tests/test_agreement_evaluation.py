@@ -9,8 +9,8 @@ import torch
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Preference, Ratings
-from halo_fast.rewards import RewardModelConfig, Rewards
-from halo_fast.rewards.evaluation import (
+from halo_fast.errors import UserError
+from halo_fast.pipeline.agreement import (
     _folds,
     _group_means,
     _rater_mean,
@@ -19,7 +19,7 @@ from halo_fast.rewards.evaluation import (
     evaluate_marks,
     evaluate_preferences,
 )
-from halo_fast.runs import UserError
+from halo_fast.rewards import RewardModelConfig, Rewards
 
 
 def test_agreement_folds_keep_a_prompt_together():
@@ -83,7 +83,7 @@ def test_agreement_means_of_raters_and_generators():
 
 
 def test_agreement_marks_of_smooth_maps(monkeypatch):
-    from halo_fast.rewards import evaluation
+    from halo_fast.pipeline import agreement as evaluation
 
     rng = np.random.default_rng(0)
     pictures = [torch.from_numpy(rng.integers(256, size=(1, 28, 28, 3), dtype=np.uint8)) for _ in range(8)]
@@ -99,7 +99,7 @@ def test_agreement_marks_of_smooth_maps(monkeypatch):
 
 def test_agreement_page_tells_what_the_commands_print():
     text = (Path(__file__).parents[1] / "docs" / "agreement.md").read_text()
-    from halo_fast.rewards import probes
+    from halo_fast.agreement import probes
 
     for name in ("prompt swap", "static copy", "planted damage", "frame order", "brightness"):
         bound = getattr(probes, name.replace(" ", "_")).__doc__

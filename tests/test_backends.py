@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from halo_fast import backends, using_backend
+from halo_fast import using_backend
+from halo_fast.loss import backends
 
 CPU = torch.device("cpu")
 

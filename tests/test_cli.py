@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from halo_fast import cli
-from halo_fast.config import Config
-from halo_fast.runs import Run, UserError, write_bytes
+from halo_fast.errors import UserError
+from halo_fast.files import write_bytes
+from halo_fast.pipeline import cli
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
@@ -40,7 +42,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(calls, tmp_path)
     file.write_text("seed: 5\ntrain: {learning_rate: 1e-3, rank: 4, objective: {patch_beta: null}}\ngrid: [1, 2, 2]\n")
     assert cli.main(["train", str(file), "--train.learning_rate", "1e-4", "--train.objective.video_beta=9"]) == 0
     ((name, config, run),) = calls
-    assert name == "halo_fast.train.train" and run.config is config and not run.force
+    assert name == "halo_fast.pipeline.stages.train.train" and run.config is config and not run.force
     expected = Config(seed=5, grid=(1, 2, 2))
     expected.train.rank = 4
     expected.train.learning_rate = 1e-4

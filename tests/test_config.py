@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from halo_fast.config import Config, GenerateConfig, to_yaml
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.pipeline.config import Config, to_yaml
 
 yaml = pytest.importorskip("yaml")
 

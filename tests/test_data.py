@@ -9,13 +9,18 @@ import torch
 from safetensors.torch import load_file
 from tiny import finish_again, output_hashes, tiny_config, tiny_wan, write_scores
 
-from halo_fast.config import PairsConfig, TrainConfig
-from halo_fast.data import CachedPairs, build_cache, build_pairs, read_clip, write_clip
-from halo_fast.data.cache import fingerprint
+from halo_fast.data import CachedPairs, read_clip, write_clip
+from halo_fast.data.pairs import PairsConfig
+from halo_fast.errors import UserError
 from halo_fast.families import family_of, load
+from halo_fast.families.fingerprint import fingerprint
 from halo_fast.families.wan import Wan
-from halo_fast.generate import generate
-from halo_fast.runs import Run, UserError, write_parquet
+from halo_fast.files import write_parquet
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
+from halo_fast.train.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +176,7 @@ def test_cache_gives_what_the_model_would(scored):
     config, run = scored
     build_pairs(config, run)
     build_cache(config, run)
-    pairs = CachedPairs(run)
+    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
     assert len(pairs) == 4 and len(pairs[1:3]) == 2
     rows = pyarrow.parquet.read_table(run.path / "pairs/pairs.parquet").to_pylist()
     family = family_of(tiny_wan())

@@ -8,12 +8,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from halo_fast.config import GenerateConfig
 from halo_fast.demo import BASES, WEIGHTS, defects, load_pipeline, pretrain, world
 from halo_fast.demo.meters import DefectMeter, FidelityMeter
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.generate import sample_clips
-from halo_fast.runs import UserError
+from halo_fast.families.sampling import GenerateConfig, sample_clips
 
 
 def generator(seed: int = 0) -> torch.Generator:

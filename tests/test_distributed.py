@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from test_train import make_pairs
 from tiny import output_hashes, tiny_config, tiny_wan, write_scores
 
-from halo_fast.config import to_yaml
-from halo_fast.data import build_cache, build_pairs
 from halo_fast.families import family_of
-from halo_fast.functional import GranDPO, gran_dpo
-from halo_fast.generate import generate
-from halo_fast.runs import Run
-from halo_fast.train import train
+from halo_fast.loss.functional import GranDPO, gran_dpo
+from halo_fast.pipeline.config import to_yaml
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
+from halo_fast.pipeline.stages.train import train
 from halo_fast.train.parallel import compact, dealt, merged
 
 STEPS = 5

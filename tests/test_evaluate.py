@@ -12,14 +12,15 @@ from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 
-from halo_fast.config import EvaluateConfig
+from halo_fast.agreement.arms import bootstrap_interval, compare_arms, rates_by_kind, severity_mitigated, spearman
 from halo_fast.data.clips import read_clip
-from halo_fast.evaluate import bootstrap_interval, compare_arms, evaluate, severity_mitigated, spearman
-from halo_fast.evaluate.statistics import rates_by_kind
+from halo_fast.errors import UserError
 from halo_fast.families import load
-from halo_fast.generate import clip_seed, sample_clips
+from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.pipeline.config import EvaluateConfig
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.evaluate import evaluate
 from halo_fast.rewards import RewardModel, RewardModelConfig
-from halo_fast.runs import Run, UserError
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 from test_train import CONFIG, make_pairs, run_model
 from tiny import tiny_wan
 
-from halo_fast.cli import main
+from halo_fast.errors import UserError
+from halo_fast.export.comfyui import comfyui
+from halo_fast.export.lora import metadata
 from halo_fast.families import family_of
-from halo_fast.runs import UserError, write_safetensors
+from halo_fast.files import write_safetensors
+from halo_fast.pipeline.cli import main
+from halo_fast.pipeline.export import export_run
 from halo_fast.train import fit
-from halo_fast.train.export import comfyui, export_run, metadata
 
 
 def adapter(layers, rank=2, seed=0):

@@ -5,10 +5,9 @@ import pytest
 import torch
 from tiny import CHANNELS, tiny_wan
 
-from halo_fast.config import GenerateConfig
+from halo_fast.errors import UserError
 from halo_fast.families import family_of, load, source
-from halo_fast.generate import sample_clips
-from halo_fast.runs import UserError
+from halo_fast.families.sampling import GenerateConfig, sample_clips
 
 PROMPTS = ["a red ball rolls left", "a cube", "", "green ball over the grass slowly"]
 

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, write_scores
 
-from halo_fast.data import CachedPairs, Pair, build_cache, build_pairs
+from halo_fast.data import CachedPairs, Pair
+from halo_fast.errors import UserError
 from halo_fast.families import family_of, load
-from halo_fast.generate import generate
-from halo_fast.runs import Run, UserError
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
 
@@ -236,7 +239,7 @@ def test_stages_training_and_export(case, tmp_path):
     build_cache(config, run)
     clips = pyarrow.parquet.read_table(run.require("generate/clips.parquet")).to_pylist()
     kept = load_file(run.require("generate") / clips[0]["latents"])["latents"]
-    pairs = CachedPairs(run)
+    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
     assert len(pairs) == 2 and any(torch.equal(kept, side) for pair in pairs for side in pair.latents)
     family = load(config.pretrained_model_name_or_path, device="cpu", network=case.tiny.network)
     before = {name: value.clone() for name, value in family.transformer.state_dict().items()}

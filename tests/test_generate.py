@@ -10,18 +10,21 @@ import torch
 from safetensors.torch import load_file
 from tiny import kill_when, output_hashes, tiny_config
 
-from halo_fast import generate as module
 from halo_fast.data import read_clip
+from halo_fast.data.prompts import read_prompts
+from halo_fast.errors import UserError
 from halo_fast.families import load
-from halo_fast.generate import clip_seed, generate, read_prompts
-from halo_fast.runs import Run, UserError
+from halo_fast.families.sampling import clip_seed
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import generate as module
+from halo_fast.pipeline.stages.generate import generate
 
 KILLED = """
 import time, torch
 from pathlib import Path
 from tiny import tiny_config
 from halo_fast import generate as module
-from halo_fast.runs import Run
+from halo_fast.pipeline.run import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}))
 config.output_dir = {output!r}

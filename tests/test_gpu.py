@@ -11,7 +11,8 @@ import cases
 import pytest
 import torch
 
-from halo_fast import backends, gran_dpo, reference, using_backend
+from halo_fast import gran_dpo, using_backend
+from halo_fast.loss import backends, reference
 
 ROOT = Path(__file__).parents[1]
 ON_BOTH = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]

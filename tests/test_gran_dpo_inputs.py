@@ -16,7 +16,7 @@ from halo_fast import (
     unpack_tokens,
     using_backend,
 )
-from halo_fast.objectives import local_dpo_rewards, video_dpo_rewards
+from halo_fast.loss.objectives import local_dpo_rewards, video_dpo_rewards
 
 SHAPE, GRID = (4, 3, 4, 5, 6), (2, 2, 3)
 INF = float("inf")

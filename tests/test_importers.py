@@ -15,7 +15,7 @@ from PIL import Image
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Ratings, load_frames, pool_marks, read_human, read_preferences, read_ratings
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
 
 SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RNG = np.random.default_rng(0)

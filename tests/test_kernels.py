@@ -15,7 +15,8 @@ import pytest
 import torch
 from halo_fast.kernels import cpu_patch_dpo
 
-from halo_fast import backends, ops, using_backend
+from halo_fast import using_backend
+from halo_fast.loss import backends, ops
 
 ROOT = Path(__file__).parents[1]
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
@@ -278,7 +279,7 @@ def test_kernels_in_cpp_say_why_they_are_missing(monkeypatch):
     assert "HALO_FAST_CPU=OFF" in cpu_patch_dpo.unavailable(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not built"):
         backends.select(torch.device("cpu"), torch.float32, "cpp")
-    assert backends.select(torch.device("cpu"), torch.float32).__name__ == "halo_fast.reference"
+    assert backends.select(torch.device("cpu"), torch.float32).__name__ == "halo_fast.loss.reference"
 
 
 needs_cmake = pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")

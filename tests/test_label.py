@@ -16,11 +16,13 @@ from browser import PROGRAM, Browser
 from moving_shapes import GRID, Clips, make_clips, write_candidates
 from PIL import Image
 
-from halo_fast.config import AnnotateConfig, Config
 from halo_fast.data.clips import read_clip
-from halo_fast.label import LabelServer
-from halo_fast.runs import Run, UserError
-from halo_fast.teachers import VIDEO_DIMENSIONS, LabelStore, annotate
+from halo_fast.errors import UserError
+from halo_fast.pipeline.config import AnnotateConfig, Config
+from halo_fast.pipeline.label import LabelServer
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import annotate
+from halo_fast.teachers import VIDEO_DIMENSIONS, LabelStore
 
 PATCHES = 48
 CLIPS = make_clips(4, seed=5)
@@ -104,7 +106,7 @@ def test_label_server_refuses_lengths_that_are_no_numbers(tmp_path, capfd, lengt
 
 
 def test_label_page_asks_for_nothing_from_elsewhere():
-    page = (Path(__file__).parents[1] / "halo_fast" / "label" / "page.html").read_text()
+    page = (Path(__file__).parents[1] / "halo_fast" / "pipeline" / "label" / "page.html").read_text()
     assert not re.findall(r"https?:|//[a-z]", page)
     assert "innerHTML" not in page and "document.write" not in page
 

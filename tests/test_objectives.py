@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid, softplus
 
 from halo_fast import PRESETS, AutoBeta, GranDPO, convert_beta, gran_dpo, timestep_weight
-from halo_fast.objectives import local_dpo_rewards, video_dpo_rewards
+from halo_fast.loss.objectives import local_dpo_rewards, video_dpo_rewards
 
 SHAPE = (4, 5, 6, 8)
 

@@ -14,16 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_fast import (
-    PRESETS,
-    AutoBeta,
-    GranDPO,
-    gran_dpo,
-    gran_dpo_coefficients,
-    ops,
-    patch_log_ratio,
-    patch_weighted_mse,
-)
+from halo_fast import PRESETS, AutoBeta, GranDPO, gran_dpo, gran_dpo_coefficients, patch_log_ratio, patch_weighted_mse
+from halo_fast.loss import ops
 
 SHAPE, GRID = (3, 4, 5, 6), (2, 2, 3)
 

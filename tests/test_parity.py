@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halo_fast import GranDPO, backends, gran_dpo, patch_log_ratio, reference, using_backend
+from halo_fast import GranDPO, gran_dpo, patch_log_ratio, using_backend
+from halo_fast.loss import backends, reference
 
 DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from halo_fast import reference
+from halo_fast.loss import reference
 
 
 @pytest.mark.parametrize(("shape", "grid"), cases.SMALL)

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from halo_fast.config import Config
 from halo_fast.data.clips import write_clip
 from halo_fast.demo import WEIGHTS
-from halo_fast.report import write_report
-from halo_fast.report.chart import Series, line_chart
-from halo_fast.report.clips import browser_video, severity_strip
-from halo_fast.runs import Run, UserError, hash_file, write_csv, write_json, write_parquet
+from halo_fast.errors import UserError
+from halo_fast.files import hash_file, write_csv, write_json, write_parquet
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.report import write_report
+from halo_fast.pipeline.report.chart import Series, line_chart
+from halo_fast.pipeline.report.clips import browser_video, severity_strip
+from halo_fast.pipeline.run import Run
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -286,7 +288,7 @@ def test_embedded_clip_is_h264_for_browsers_and_true_to_its_source():
 def test_embedded_clip_does_not_depend_on_what_memory_held():
     script = """
 import hashlib, numpy as np
-from halo_fast.report.clips import browser_video
+from halo_fast.pipeline.report.clips import browser_video
 noise = np.random.default_rng(0).integers(0, 256, (32, 41, 3), dtype=np.uint8)
 frames = np.stack([noise[:, shift : shift + 32] for shift in range(9)])
 print(hashlib.sha256(browser_video(frames, 8).encode()).hexdigest())

@@ -13,18 +13,20 @@ import torch
 from test_train import ARMS, CONFIG, quiet
 from tiny import kill_when, output_hashes, tiny_config, write_scores
 
-from halo_fast.config import ObjectiveConfig, TrainConfig
-from halo_fast.data import build_cache, build_pairs
-from halo_fast.generate import generate
-from halo_fast.runs import Run
-from halo_fast.train import dry_run, fit, planner, train
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
+from halo_fast.pipeline.stages.train import dry_run, train
+from halo_fast.train import fit, planner
+from halo_fast.train.config import ObjectiveConfig, TrainConfig
 from halo_fast.train.steps import learning_rate
 
 KILLED = """
 import time, torch
 from pathlib import Path
 from tiny import tiny_config
-from halo_fast.runs import Run
+from halo_fast.pipeline.run import Run
 from halo_fast.train import loop
 torch.set_num_threads({threads})
 take_step = loop.take_step

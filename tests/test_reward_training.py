@@ -14,23 +14,20 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from tiny import kill_when, output_hashes
 
-from halo_fast.config import AnnotateConfig, Config, GenerateConfig, RewardConfig
 from halo_fast.data.clips import read_clip
 from halo_fast.demo import world
 from halo_fast.demo.meters import DefectMeter
-from halo_fast.generate import generate
-from halo_fast.rewards import (
-    LabelledClips,
-    RewardModel,
-    RewardModelConfig,
-    fit,
-    read_labels,
-    score,
-    train_reward,
-    training,
-)
-from halo_fast.runs import Run, UserError
-from halo_fast.teachers import VIDEO_DIMENSIONS, annotate
+from halo_fast.errors import UserError
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.pipeline.config import AnnotateConfig, Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import annotate
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.reward import read_labels, train_reward
+from halo_fast.pipeline.stages.score import score
+from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, training
+from halo_fast.rewards.base import RewardConfig
+from halo_fast.teachers import VIDEO_DIMENSIONS
 
 HELD_OUT = make_clips(64, seed=2)
 

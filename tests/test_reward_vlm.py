@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from halo_fast.config import RewardConfig
+from halo_fast.errors import UserError
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
-from halo_fast.rewards.vlm import _read_qwen
-from halo_fast.runs import UserError
+from halo_fast.rewards.backbones.vlm import _read_qwen
+from halo_fast.rewards.base import RewardConfig
 from halo_fast.teachers.base import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
 
 WORDS = ("a", "red", "green", "disc", "moves", "left", "<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>", "/", *"1234")

@@ -11,10 +11,8 @@ import time
 import pytest
 import torch
 
-from halo_fast.config import Config, ObjectiveConfig, TrainConfig
-from halo_fast.runs import (
-    Run,
-    UserError,
+from halo_fast.errors import UserError
+from halo_fast.files import (
     hash_bytes,
     hash_file,
     hash_text,
@@ -27,6 +25,9 @@ from halo_fast.runs import (
     write_parquet,
     write_safetensors,
 )
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.train.config import ObjectiveConfig, TrainConfig
 
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -254,8 +255,8 @@ def test_progress_passes_items_on_and_reports_time_left(capsys, monkeypatch):
 
 KILLED = """
 import sys, time
-from halo_fast.config import Config
-from halo_fast.runs import Run, write_bytes
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run, write_bytes
 with Run(Config(output_dir=sys.argv[1])).stage("generate", {"clips": 6}, {}) as stage:
     for number in range(6):
         path = stage.folder / f"clip{number}.bin"
@@ -290,7 +291,7 @@ def test_killed_stage_continues_to_the_same_hashes(tmp_path):
 def test_kill_while_discarding_leaves_no_partial_work_behind(config, monkeypatch):
     work(config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("halo_fast.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("halo_fast.files.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         work(config, force=True)
     assert work(config)
     assert stages_of(config) == ["score"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import output_hashes
 
-from halo_fast.runs import hash_file
+from halo_fast.files import hash_file
 
 # partial work that shows that the stage is in the middle; a stage of one short act is killed as soon as it begins
 STAGES = {

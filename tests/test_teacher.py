@@ -14,9 +14,12 @@ import torch
 from moving_shapes import GRID, PlantedTeacher, make_clips, write_candidates
 from tiny import output_hashes
 
-from halo_fast.config import AnnotateConfig, Config
-from halo_fast.runs import Run, UserError
-from halo_fast.teachers import DemoTeacher, Label, LabelStore, annotate, label_key
+from halo_fast.demo.teacher import DemoTeacher
+from halo_fast.errors import UserError
+from halo_fast.pipeline.config import AnnotateConfig, Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import annotate
+from halo_fast.teachers import Label, LabelStore, label_key
 
 CLIPS = make_clips(10, seed=3)
 

@@ -16,14 +16,14 @@ from moving_shapes import GRID, make_clips
 from PIL import Image
 from servers import USABLE, OpenAIServer, expected_score
 
-from halo_fast.config import OpenAIConfig
+from halo_fast.errors import UserError
 from halo_fast.patches import PatchGrid
-from halo_fast.runs import UserError
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore, OpenAITeacher
-from halo_fast.teachers.openai import Clip
-from halo_fast.teachers.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
-from halo_fast.teachers.questions import VERDICTS, Question, ask_pair, ask_patches, parse
-from halo_fast.teachers.server import image_tokens
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore
+from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.teachers.openai.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
+from halo_fast.teachers.openai.questions import VERDICTS, Question, ask_pair, ask_patches, parse
+from halo_fast.teachers.openai.server import image_tokens
+from halo_fast.teachers.openai.teacher import Clip, OpenAITeacher
 
 pytest.importorskip("openai")
 KEY = "sk-test-5e1f7c0de0f1a5ecretkey"

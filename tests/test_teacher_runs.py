@@ -23,9 +23,13 @@ import torch
 from moving_shapes import GRID, Clips, PlantedTeacher, make_clips, write_candidates
 from servers import USABLE, OpenAIServer, expected_score
 
-from halo_fast.config import AnnotateConfig, Config, OpenAIConfig, to_yaml
-from halo_fast.runs import Run, UserError
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore, OpenAITeacher, annotate
+from halo_fast.errors import UserError
+from halo_fast.pipeline.config import AnnotateConfig, Config, to_yaml
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import annotate
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore
+from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.teachers.openai.teacher import OpenAITeacher
 
 pytest.importorskip("openai")
 KEY = "sk-test-5e1f7c0de0f1a5ecretkey"

@@ -11,13 +11,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny import CHANNELS, output_hashes, tiny_config, tiny_wan, write_scores
 
-from halo_fast.config import ObjectiveConfig, TrainConfig
-from halo_fast.data import Pair, build_cache, build_pairs
+from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import Family, family_of
 from halo_fast.families.wan import Wan
-from halo_fast.generate import generate
-from halo_fast.runs import Run, UserError
-from halo_fast.train import adapters_off, fit, train
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
+from halo_fast.pipeline.stages.train import train
+from halo_fast.train import adapters_off, fit
+from halo_fast.train.config import ObjectiveConfig, TrainConfig
 
 CONFIG = TrainConfig(
     reference_draws=None,

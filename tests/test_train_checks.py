@@ -10,14 +10,14 @@ from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
 from test_train import CONFIG, quiet
 from tiny import tiny_text_to_video_sd, tiny_wan
 
-from halo_fast.config import ObjectiveConfig
 from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.functional import GranDPO
-from halo_fast.objectives import AutoBeta
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import GranDPO
+from halo_fast.loss.objectives import AutoBeta
 from halo_fast.train import diagnostics, fit, job, watch
 from halo_fast.train.adapters import check_start
+from halo_fast.train.config import ObjectiveConfig
 from halo_fast.train.draws import make_batch
 from halo_fast.train.steps import run_batch, take_step
 

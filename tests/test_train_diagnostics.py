@@ -12,12 +12,13 @@ import torch
 from test_train import CONFIG, make_pairs, quiet, run_model, with_random_adapter
 from tiny import tiny_wan
 
-from halo_fast.config import GenerateConfig, ObjectiveConfig
 from halo_fast.data.clips import read_clip
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.functional import GranDPO
-from halo_fast.runs import UserError
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.loss.functional import GranDPO
 from halo_fast.train import adapters_off, fit
+from halo_fast.train.config import ObjectiveConfig
 from halo_fast.train.diagnostics import evaluate, held_out, hold_out, record, summarize
 from halo_fast.train.draws import make_batch
 from halo_fast.train.previews import write_previews

@@ -9,14 +9,19 @@ import torch
 from test_train import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus
 from tiny import output_hashes, tiny_config, tiny_wan, write_scores
 
-from halo_fast.config import GenerateConfig, ObjectiveConfig
-from halo_fast.data import build_cache, build_pairs
+from halo_fast.errors import UserError
+from halo_fast.export.lora import load_trained
 from halo_fast.families import family_of
-from halo_fast.generate import generate
-from halo_fast.runs import Run, UserError
-from halo_fast.train import fit, job, loop, train
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.pipeline.export import export_run
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
+from halo_fast.pipeline.stages.train import train
+from halo_fast.train import fit, job, loop
+from halo_fast.train.config import ObjectiveConfig
 from halo_fast.train.draws import make_batch
-from halo_fast.train.export import export_run, load_trained
 from halo_fast.train.steps import run_batch, take_step
 
 FULL = dataclasses.replace(CONFIG, rank=0, learning_rate=1e-3)

@@ -8,10 +8,11 @@ import torch
 from test_train import CONFIG, make_pairs, quiet
 from tiny import tiny_wan
 
-from halo_fast.config import GenerateConfig, ObjectiveConfig, TrainConfig
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.runs import UserError
+from halo_fast.families.sampling import GenerateConfig
 from halo_fast.train import fit
+from halo_fast.train.config import ObjectiveConfig, TrainConfig
 from halo_fast.train.draws import make_batch
 from halo_fast.train.guards import OffPolicy, check_rows, fresh_pairs, off_policy_gap, winner_alarm
 

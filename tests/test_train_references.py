@@ -7,12 +7,12 @@ import torch
 from test_train import ARMS, CONFIG, make_pairs, quiet
 from tiny import tiny_wan
 
-from halo_fast.config import ObjectiveConfig
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.families.wan import Wan
-from halo_fast.functional import patch_error
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import patch_error
 from halo_fast.train import adapters_off, fit, job, references
+from halo_fast.train.config import ObjectiveConfig
 from halo_fast.train.draws import draws, make_batch
 
 DRAWS = 3

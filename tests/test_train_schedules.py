@@ -8,12 +8,12 @@ from test_train import CONFIG, Plain, quiet
 from tiny import tiny_wan
 from torch import nn
 
-from halo_fast.config import ObjectiveConfig
+from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.functional import GranDPO, patch_error
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import GranDPO, patch_error
 from halo_fast.train import adapters, fit, job, memory, planner
 from halo_fast.train.adapters import adapters_off, trainable
+from halo_fast.train.config import ObjectiveConfig
 from halo_fast.train.draws import make_batch
 from halo_fast.train.schedules import batched, margin_first
 from halo_fast.train.steps import run_batch

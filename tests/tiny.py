@@ -64,8 +64,11 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from halo_fast.config import Config, GenerateConfig, TrainConfig
-from halo_fast.runs import Run, hash_file, write_json, write_parquet
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.files import hash_file, write_json, write_parquet
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.train.config import TrainConfig
 
 WORDS = ("a", "red", "green", "ball", "cube", "rolls", "jumps", "left", "right", "slowly", "over", "the", "grass")
 CHANNELS = 4

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from halo_fast.runs import UserError, replacing
+from halo_fast.errors import UserError
+from halo_fast.files import replacing
 
 __all__ = ["latent_factors", "read_clip", "write_clip"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halo_fast.data.clips import read_clip
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
 
 __all__ = ["Preference", "Ratings", "load_frames", "pool_marks", "read_human", "read_preferences", "read_ratings"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diffusers import WanPipeline
 
-    from halo_fast.config import Config
+    from halo_fast.pipeline.config import Config
 
 __all__ = ["BASES", "WEIGHTS", "check", "load_pipeline"]
 

@@ -10,10 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halo_fast.agreement.arms import rates_by_kind
 from halo_fast.demo import defects, meters, world
 from halo_fast.demo.autoencoder import BlockAutoencoder
-from halo_fast.evaluate.statistics import rates_by_kind
-from halo_fast.runs import progress, write_json, write_safetensors
+from halo_fast.files import progress, write_json, write_safetensors
+
+__all__ = [
+    "eight_bit",
+    "planted_clips",
+    "removal",
+    "round_trip",
+    "train_defect_meter",
+    "train_fidelity_meter",
+    "train_meters",
+    "validate",
+]
+
 
 REGIMES: tuple[defects.Regime, ...] = ("graded", "patchy")
 CORPUS = 6144

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from halo_fast.demo.world import NUM_FRAMES, SIZE, Clips
 
+__all__ = ["Planted", "full_strength", "patch_mean", "plant", "to_pixels"]
+
+
 GRID = (3, 4, 4)
 CELL = SIZE // GRID[1]
 FRAME_GROUPS = ((0, 1), (1, 5), (5, 9))  # a causal latent: the first frame alone, then groups of four

@@ -11,6 +11,9 @@ from torch import Tensor
 from halo_fast.demo import defects, load_pipeline, world
 from halo_fast.demo.calibrate import round_trip
 
+__all__ = ["examples"]
+
+
 _SOUND = 0.1  # share of the clips without damage
 
 

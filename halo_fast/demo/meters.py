@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from halo_fast.demo import WEIGHTS, world
 from halo_fast.demo.defects import GRID, KINDS
 
+__all__ = ["DefectMeter", "FidelityMeter", "evidence", "targets"]
+
+
 MOTIONS = tuple((speed, direction) for speed in world.SPEEDS for direction in world.DIRECTIONS)
 
 

@@ -26,7 +26,20 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from halo_fast.demo import defects, world
 from halo_fast.demo.autoencoder import BlockAutoencoder
 from halo_fast.demo.defects import Regime
-from halo_fast.runs import progress, replacing, write_json
+from halo_fast.files import progress, replacing, write_json
+
+__all__ = [
+    "Recipe",
+    "build_corpus",
+    "build_pipeline",
+    "encode_clips",
+    "encode_words",
+    "measure_base",
+    "pretrain",
+    "save_base",
+    "train_phase",
+]
+
 
 MAX_WORDS = 16
 
@@ -216,10 +229,9 @@ def save_base(pipeline: WanPipeline, folder: Path) -> None:
 
 def measure_base(pipeline: WanPipeline, num_prompts: int = 256) -> dict[str, float]:
     """What a base shows on held-out prompts, by the shipped meters: defects, right digit, colour and motion."""
-    from halo_fast.config import GenerateConfig
     from halo_fast.demo.meters import DefectMeter, FidelityMeter
     from halo_fast.families import family_of
-    from halo_fast.generate import clip_seed, sample_clips
+    from halo_fast.families.sampling import GenerateConfig, clip_seed, sample_clips
 
     family, prompts, figures = family_of(pipeline), world.prompts("heldout", num_prompts, seed=1), []
     for start in range(0, num_prompts, 32):

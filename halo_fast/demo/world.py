@@ -18,6 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "Clips",
+    "backdrop",
+    "caption",
+    "clean_clips",
+    "combinations",
+    "draw",
+    "from_uint8",
+    "handwriting",
+    "parse",
+    "prompts",
+    "render",
+    "to_uint8",
+]
+
+
 Split = Literal["train", "heldout"]
 
 NUM_FRAMES = 9

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
 
 __all__ = ["Family", "family_of", "load", "shifted", "source"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halo_fast.errors import UserError
 from halo_fast.families import shifted
 from halo_fast.families.pipeline import MaskedPrompts
-from halo_fast.runs import UserError
 
 __all__ = ["LTX"]
 

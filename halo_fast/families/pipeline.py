@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.runs import UserError
 
 __all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halo_fast.errors import UserError
 from halo_fast.families.pipeline import PipelineFamily
-from halo_fast.runs import UserError
 
 __all__ = ["Wan"]
 

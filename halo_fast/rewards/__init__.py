@@ -2,8 +2,7 @@
 
 from halo_fast.rewards.losses import calibrate, preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel, RewardModelConfig, Rewards
-from halo_fast.rewards.scoring import score, score_columns
-from halo_fast.rewards.training import LabelledClips, fit, read_labels, train_reward
+from halo_fast.rewards.training import LabelledClips, fit
 
 __all__ = [
     "LabelledClips",
@@ -13,9 +12,5 @@ __all__ = [
     "calibrate",
     "fit",
     "preference_loss",
-    "read_labels",
-    "score",
-    "score_columns",
     "score_loss",
-    "train_reward",
 ]

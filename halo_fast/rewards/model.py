@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from halo_fast.errors import UserError
+from halo_fast.files import write_json, write_safetensors
 from halo_fast.patches import PatchGrid
-from halo_fast.rewards.compact import Compact
-from halo_fast.rewards.frames import FrameStages
-from halo_fast.runs import UserError, write_json, write_safetensors
+from halo_fast.rewards.backbones.compact import Compact
+from halo_fast.rewards.backbones.frames import FrameStages
 
 __all__ = ["Backbone", "RewardModel", "RewardModelConfig", "Rewards"]
 
@@ -113,7 +114,7 @@ class RewardModel(nn.Module):
         elif config.backbone == "frames":
             self.backbone = FrameStages(config)
         else:
-            from halo_fast.rewards.vlm import VisionLanguage
+            from halo_fast.rewards.backbones.vlm import VisionLanguage
 
             self.backbone = VisionLanguage(config, weights)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from halo_fast.runs import UserError, hash_text
+from halo_fast.errors import UserError
+from halo_fast.files import hash_text
 from halo_fast.teachers.base import RUBRIC, Label
 
 __all__ = ["LabelStore", "Reply", "label_key"]

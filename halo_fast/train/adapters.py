@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.config import TrainConfig
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.functional import GranDPO, gran_dpo
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import GranDPO, gran_dpo
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch
 from halo_fast.train.memory import checkpointing
 

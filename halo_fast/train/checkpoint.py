@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halo_fast.config import TrainConfig
 from halo_fast.data import Pair
-from halo_fast.runs import UserError, write_json, write_safetensors
+from halo_fast.errors import UserError
+from halo_fast.files import write_json, write_safetensors
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.diagnostics import Record
 from halo_fast.train.job import Job
 from halo_fast.train.parallel import full

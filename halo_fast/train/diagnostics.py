@@ -25,11 +25,11 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from halo_fast.config import TrainConfig
 from halo_fast.data import Pair
 from halo_fast.families import Family
-from halo_fast.functional import GranDPO, patch_error
-from halo_fast.objectives import preferences, volume_share
+from halo_fast.loss.functional import GranDPO, patch_error
+from halo_fast.loss.objectives import preferences, volume_share
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, make_batch
 
 __all__ = ["Record", "evaluate", "held_out", "hold_out", "record", "summarize"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.runs import UserError
 
 __all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch", "take"]
 

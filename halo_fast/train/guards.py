@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from halo_fast.config import GenerateConfig, TrainConfig
 from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.functional import patch_error
-from halo_fast.runs import UserError
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.loss.functional import patch_error
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, generator
 
 __all__ = ["OffPolicy", "check_rows", "fresh_pairs", "off_policy_gap", "warn", "winner_alarm"]

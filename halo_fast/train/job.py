@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from halo_fast.config import TrainConfig, check_numbers
 from halo_fast.data import Pair
+from halo_fast.errors import UserError
 from halo_fast.families import Family, family_of
-from halo_fast.functional import GranDPO
-from halo_fast.objectives import AutoBeta
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import GranDPO
+from halo_fast.loss.objectives import AutoBeta
+from halo_fast.settings import check_numbers
 from halo_fast.train.adapters import Switch, check_start, ready, repeated_blocks, switched, trainable
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.parallel import same_everywhere, shard
 from halo_fast.train.planner import Plan, make_plan

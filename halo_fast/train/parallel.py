@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halo_fast.functional import GranDPOOutput, patch_error
+from halo_fast.loss.functional import GranDPOOutput, patch_error
 from halo_fast.train.adapters import repeated_blocks
 
 __all__ = ["any_process", "compact", "dealt", "divide_gradients", "full", "merged", "same_everywhere", "shard"]

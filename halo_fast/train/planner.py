@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.config import TrainConfig
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.functional import GranDPO
-from halo_fast.runs import UserError
+from halo_fast.loss.functional import GranDPO
 from halo_fast.train.adapters import repeated_blocks, uncompiled
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, take
 from halo_fast.train.memory import count_recomputed, kept_bytes, offloaded
 from halo_fast.train.parallel import any_process

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halo_fast.config import GenerateConfig
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.families import Family
-from halo_fast.generate import clip_seed, sample_clips
-from halo_fast.runs import write_bytes
+from halo_fast.families.sampling import GenerateConfig, clip_seed, sample_clips
+from halo_fast.files import write_bytes
 from halo_fast.train.adapters import Switch
 
 __all__ = ["write_previews"]

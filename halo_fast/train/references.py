@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
-from halo_fast.data.cache import fingerprint
+from halo_fast.errors import UserError
 from halo_fast.families import Family
-from halo_fast.functional import patch_error
-from halo_fast.runs import UserError, write_safetensors
+from halo_fast.families.fingerprint import fingerprint
+from halo_fast.files import write_safetensors
+from halo_fast.loss.functional import patch_error
 from halo_fast.train.draws import Batch, make_batch
 
 __all__ = ["check_reference_errors", "reference_errors"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halo_fast.functional import GranDPO, GranDPOOutput, gran_dpo, gran_dpo_coefficients, patch_weighted_mse
+from halo_fast.loss.functional import GranDPO, GranDPOOutput, gran_dpo, gran_dpo_coefficients, patch_weighted_mse
 from halo_fast.train.draws import Batch, take
 
 __all__ = ["Passed", "batched", "margin_first"]

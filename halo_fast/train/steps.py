@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from halo_fast.config import TrainConfig
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, draws, generator, make_batch
 from halo_fast.train.job import Job, compares
 from halo_fast.train.parallel import any_process, dealt, divide_gradients, full

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from halo_fast.config import TrainConfig
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
+from halo_fast.train.config import TrainConfig
 
 __all__ = ["check_trackers", "tracked"]
 

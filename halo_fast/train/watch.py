@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halo_fast.config import GenerateConfig
 from halo_fast.data import Pair
-from halo_fast.functional import GranDPOOutput, patch_error
-from halo_fast.runs import UserError
+from halo_fast.errors import UserError
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.loss.functional import GranDPOOutput, patch_error
 from halo_fast.train import diagnostics
 from halo_fast.train.draws import Batch, make_batch
 from halo_fast.train.guards import fresh_pairs, off_policy_gap, warn

@@ -1,0 +1,1 @@
+"""How scores agree with labels: figures with intervals, baselines, probes."""

@@ -1,0 +1,142 @@
+"""The figures that results are told in; plain functions of arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from halo_fast.agreement.figures import bootstrap_interval, spearman
+
+__all__ = ["DEFECTIVE", "bootstrap_interval", "compare_arms", "rates_by_kind", "severity_mitigated", "spearman"]
+
+DEFECTIVE = 0.25
+"""A patch whose severity is above this is defective."""
+
+_FIDELITY = ("digit", "colour", "motion")
+
+
+def severity_mitigated(base: float, aligned: float, clean: float) -> float:
+    """Share of the base's severity that is gone: 1 - (aligned - clean) / (base - clean).
+
+    Args:
+        base: mean severity of the base model's patches.
+        aligned: likewise, of the aligned model's.
+        clean: what the meter reads on clean clips.
+
+    Returns:
+        1 if the aligned model's clips read as clean, below 0 if they are worse than the base's; NaN if the base's are
+        no worse than clean ones.
+    """
+    return 1 - (aligned - clean) / (base - clean) if base > clean else float("nan")
+
+
+def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64]:
+    """Share of all patches that are defective, by kind; the shares add up to the share of defective patches.
+
+    A patch whose severity is above DEFECTIVE counts for the kind that is severest in it. Estimates of rare kinds are
+    drawn towards 0, so that such patches may still be given to another kind.
+
+    Args:
+        severity: of each patch, [...] in [0, 1].
+        by_kind: its split by kind, [K, ...].
+
+    Returns:
+        the shares, [K].
+    """
+    severity, by_kind = np.asarray(severity), np.asarray(by_kind)
+    kinds = np.arange(len(by_kind)).reshape(-1, *[1] * severity.ndim)
+    return ((by_kind.argmax(axis=0) == kinds) & (severity > DEFECTIVE)).reshape(len(by_kind), -1).mean(axis=1)
+
+
+def compare_arms(
+    base: Mapping[str, ArrayLike], aligned: Mapping[str, ArrayLike], clean: float, resamples: int, seed: int
+) -> dict[str, Any]:
+    """Aligned against base model, from what was measured on their clips of the same prompts and seeds.
+
+    Args:
+        base: columns as in evaluate/clips.parquet, one row a prompt: severity [N, P]; if known severity_<kind> [N, P],
+            digit_correct, colour_correct, motion_correct, fidelity_correct, motion_amount [N].
+        aligned: the same columns, the same prompts in the same order.
+        clean: the meter's mean severity on clean clips.
+        resamples: bootstrap draws over prompts.
+        seed: of the draws.
+
+    Returns:
+        the figures of metrics.json about defects and, where they were measured, fidelity and motion; a figure that is
+        not defined (a share of nothing, an interval over one prompt) is left out.
+    """
+    arms = [{name: np.asarray(values, dtype=np.float64) for name, values in arm.items()} for arm in (base, aligned)]
+    severity = [arm["severity"].reshape(len(arm["severity"]), -1) for arm in arms]
+    means = [values.mean(axis=1) for values in severity]
+
+    def mitigated(rows: NDArray[np.int64] | slice) -> float:
+        return severity_mitigated(means[0][rows].mean(), means[1][rows].mean(), clean)
+
+    metrics: dict[str, Any] = {
+        "num_prompts": len(severity[0]),
+        "base_defect_rate": _defect_rate(severity[0]),
+        "aligned_defect_rate": _defect_rate(severity[1]),
+        "base_severity": float(means[0].mean()),
+        "aligned_severity": float(means[1].mean()),
+        "meter_clean_reading": float(clean),
+        "mitigated": mitigated(slice(None)),
+    }
+    if np.isfinite(metrics["mitigated"]):
+        metrics["mitigated_interval"] = list(bootstrap_interval(mitigated, len(means[0]), resamples, seed))
+    metrics |= _per_kind(arms)
+    if "fidelity_correct" in arms[0]:
+        metrics |= _fidelity_and_motion(arms, resamples, seed)
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not (isinstance(value, float | list) and np.isnan(value).any())
+    }
+
+
+def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
+    """Mean severity and share of defective patches by kind, base and aligned; nothing where no kinds were measured."""
+    kinds = [name.removeprefix("severity_") for name in arms[0] if name.startswith("severity_")]
+    if not kinds:
+        return {}
+    per_kind: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    for arm, columns in zip(("base", "aligned"), arms, strict=True):
+        by_kind = np.stack([columns[f"severity_{kind}"] for kind in kinds])
+        for kind, mean, rate in zip(kinds, by_kind, rates_by_kind(columns["severity"], by_kind), strict=True):
+            per_kind[kind] |= {f"{arm}_severity": float(mean.mean()), f"{arm}_rate": float(rate)}
+    return {"per_kind": per_kind}
+
+
+def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
+    """What the prompt names and how much moves, base and aligned, with intervals over prompts."""
+    correct, motion = ([arm[name] for arm in arms] for name in ("fidelity_correct", "motion_amount"))
+
+    def gain(rows: NDArray[np.int64] | slice) -> float:
+        return float(correct[1][rows].mean() - correct[0][rows].mean())
+
+    def motion_ratio(rows: NDArray[np.int64] | slice) -> float:
+        moved = motion[0][rows].mean()
+        return float(motion[1][rows].mean() / moved) if moved > 0 else float("nan")
+
+    count, everything = len(correct[0]), slice(None)
+    metrics: dict[str, Any] = {
+        "fidelity_base": float(correct[0].mean()),
+        "fidelity_aligned": float(correct[1].mean()),
+        "fidelity_difference": gain(everything),
+        "fidelity_difference_interval": list(bootstrap_interval(gain, count, resamples, seed)),
+        "fidelity": {
+            name: {
+                arm: float(columns[f"{name}_correct"].mean())
+                for arm, columns in zip(("base", "aligned"), arms, strict=True)
+            }
+            for name in _FIDELITY
+        },
+        "motion_ratio": motion_ratio(everything),
+    }
+    if np.isfinite(metrics["motion_ratio"]):
+        metrics["motion_ratio_interval"] = list(bootstrap_interval(motion_ratio, count, resamples, seed))
+    return metrics
+
+
+def _defect_rate(severity: NDArray[np.float64]) -> float:
+    return float((severity > DEFECTIVE).mean())

@@ -1,0 +1,172 @@
+"""Sanity probes: what any reward model must get right before its scores are trusted.
+
+Each probe changes clips in one known way and looks at how the scores answer. It takes the model, clips and prompts and
+gives a figure with an interval over prompts, and whether it passes. Thresholds are fixed here, not fitted to a model.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halo_fast.agreement.figures import Figure, mean_over
+from halo_fast.rewards.model import RewardModel, Rewards
+
+__all__ = [
+    *("Probe", "brightness", "frame_order", "names_direction", "planted_damage", "probe_all", "prompt_swap"),
+    "static_copy",
+]
+
+_BATCH = 32
+_BRIGHTER = 12  # of 255 levels
+# of a motion: "on the left" and "left of" name a place
+_DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Outcome of a probe.
+
+    Args:
+        name: of the probe.
+        figure: what was measured, and its interval over prompts.
+        threshold: what the figure is held to.
+        at_least: whether it must be at least the threshold, or at most.
+        meaning: the figure in words.
+    """
+
+    name: str
+    figure: Figure
+    threshold: float
+    at_least: bool
+    meaning: str
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the figure keeps to the threshold; None if there was nothing to measure it on."""
+        if np.isnan(self.figure.value):
+            return None
+        return self.figure.value >= self.threshold if self.at_least else self.figure.value <= self.threshold
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; NaN becomes null."""
+        values = {name: None if np.isnan(value) else value for name, value in self.figure._asdict().items()}
+        return asdict(self) | {"figure": values, "passed": self.passed}
+
+
+def probe_all(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
+) -> list[Probe]:
+    """All probes on clips uint8 [N, F, H, W, 3] that show what their prompts say, and move.
+
+    Raises:
+        ValueError: the model gives NaN; a probe must not pass, or count as not measured, because scores are missing.
+    """
+    return [
+        prompt_swap(model, videos, prompts, grid),
+        static_copy(model, videos, prompts, grid),
+        planted_damage(model, videos, prompts, grid, seed),
+        frame_order(model, videos, prompts, grid),
+        brightness(model, videos, prompts, grid),
+    ]
+
+
+def prompt_swap(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+    """Under another clip's prompt, text_alignment falls: in at least 0.8 of the clips."""
+    other = [*prompts[len(prompts) // 2 :], *prompts[: len(prompts) // 2]]
+    fall = _video(model, videos, prompts, grid, "text_alignment") - _video(model, videos, other, grid, "text_alignment")
+    fall[[own == foreign for own, foreign in zip(prompts, other, strict=True)]] = torch.nan
+    return Probe("prompt swap", _share(fall > 0, fall, prompts), 0.8, True, "clips whose text_alignment falls")
+
+
+def static_copy(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+    """A copy frozen at its middle frame does not win on dynamic_degree: in at most 0.1 of the clips that move."""
+    frozen = videos[:, videos.shape[1] // 2, None].expand_as(videos).contiguous()
+    scores = [_video(model, clips, prompts, grid, "dynamic_degree") for clips in (frozen, videos)]
+    gain = scores[0] - scores[1]
+    gain[(videos == videos[:, :1]).flatten(1).all(dim=1)] = torch.nan
+    return Probe(
+        "static copy", _share(gain >= 0, gain, prompts), 0.1, False, "frozen copies that win on dynamic_degree"
+    )
+
+
+def planted_damage(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
+) -> Probe:
+    """Of all patches the damaged one falls most: in at least 0.9 of the clips (by chance one in as many as patches).
+
+    The damage is one a person sees at once: colour channels exchanged, the contents displaced by half a patch and
+    lightened or darkened by a third of the range, in one patch drawn at random.
+    """
+    frames, height, width = videos.shape[1:4]
+    patches = model.config.patches(grid, (frames, height, width))
+    generator, damaged = torch.Generator().manual_seed(seed), videos.clone()
+    chosen = torch.randint(int(np.prod(grid)), (len(videos),), generator=generator)
+    for clip, patch in enumerate(chosen.tolist()):
+        box = (clip, *patches.pixel_box([int(index) for index in np.unravel_index(patch, grid)]))
+        part = videos[box]
+        moved = part[..., [1, 2, 0]].roll((part.shape[1] // 2, part.shape[2] // 2), dims=(1, 2)).float()
+        damaged[box] = (moved + (85 if moved.mean() < 128 else -85)).clamp(0, 255).to(torch.uint8)
+    before, after = (_rewards(model, clips, prompts, grid).patches[:, 0].flatten(1) for clips in (videos, damaged))
+    hit = (before - after).argmax(dim=1) == chosen
+    figure = _share(hit, torch.zeros(len(videos)), prompts)
+    return Probe("planted damage", figure, 0.9, True, "clips whose damaged patch falls most")
+
+
+def frame_order(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+    """Backwards, a clip whose prompt names a direction falls on dynamic_degree: in at least 0.8 of them."""
+    forwards, backwards = (
+        _video(model, clips, prompts, grid, "dynamic_degree") for clips in (videos, videos.flip(1).contiguous())
+    )
+    fall = forwards - backwards
+    fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
+    meaning = "clips that fall on dynamic_degree backwards, of those whose prompt names a direction"
+    return Probe("frame order", _share(fall > 0, fall, prompts), 0.8, True, meaning)
+
+
+def names_direction(prompt: str) -> bool:
+    """Whether a prompt names a direction of motion, so that its clip backwards shows something else."""
+    return re.search(_DIRECTIONS, prompt.lower()) is not None
+
+
+def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+    """Twelve levels of 255 brighter, scores barely move: by at most 0.25 of a point on average, patches and video."""
+    brighter = (videos.int() + _BRIGHTER).clamp(max=255).to(torch.uint8)
+    before, after = (_rewards(model, clips, prompts, grid) for clips in (videos, brighter))
+    patches = (before.patches - after.patches).abs().flatten(1).mean(dim=1)
+    moved = torch.stack(((before.video - after.video).abs().mean(dim=1), patches)).mean(dim=0)
+    return Probe("brightness", mean_over(moved.numpy(), prompts), 0.25, False, "mean change of a score, in points")
+
+
+@torch.no_grad()
+def _rewards(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
+    parts = [
+        model(videos[start : start + _BATCH], list(prompts[start : start + _BATCH]), grid)
+        for start in range(0, len(videos), _BATCH)
+    ]
+    rewards = Rewards(torch.cat([part.video for part in parts]), torch.cat([part.patches for part in parts]))
+    for name, scores in (("video", rewards.video), ("patch", rewards.patches)):
+        missing = int(scores.isnan().flatten(1).any(dim=1).sum())
+        if missing:
+            raise ValueError(
+                f"model: expected numbers, got NaN {name} scores for {missing} of {len(videos)} clips; train it again"
+            )
+    return rewards
+
+
+def _video(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], dimension: str
+) -> Tensor:
+    """One video score of each clip [N]; NaN if the model has no such dimension."""
+    if dimension not in model.config.video_dimensions:
+        return torch.full((len(videos),), torch.nan)
+    return _rewards(model, videos, prompts, grid).video[:, model.config.video_dimensions.index(dimension)].clone()
+
+
+def _share(true: Tensor, measured: Tensor, prompts: Sequence[str]) -> Figure:
+    """Share of the clips for which it is true, among those that were measured."""
+    return mean_over(torch.where(measured.isnan(), torch.nan, true.float()).numpy(), prompts)

@@ -1,0 +1,1 @@
+"""What was trained, under the names that other programs read."""

@@ -1,0 +1,82 @@
+"""What was trained under the names that other programs read, and what a file says about itself."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halo_fast.families import Family
+from halo_fast.files import versions, write_json
+from halo_fast.train.adapters import ADAPTER
+from halo_fast.train.config import TrainConfig
+
+__all__ = ["export", "load_trained", "metadata", "save_network"]
+
+FORMATS = ("diffusers", "comfyui")
+_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export(family: Family, parameters: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+    """The LoRA as diffusers names it; alpha / rank goes into B, so that no loader needs to know it."""
+    scale = config.lora_alpha / config.rank
+    return {
+        f"{family.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": (
+            value.detach().cpu() * (scale if ".lora_B." in name else 1.0)
+        )
+        for name, value in parameters.items()
+    }
+
+
+def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -> dict[str, str]:
+    """What a trained file says about itself, for `write_safetensors`: text alone, equal for equal trainings.
+
+    Args:
+        family: what was trained; its pipeline's class decides how the layers are called elsewhere.
+        base_model: config.pretrained_model_name_or_path.
+        config: the settings; `alpha` is told though it is folded into the weights already.
+        steps: optimiser steps done.
+    """
+    return {
+        "format": "pt",
+        "base_model": base_model,
+        "pipeline": type(family.pipeline or family).__name__,
+        "network": family.network,
+        "objective": json.dumps(asdict(config.objective), sort_keys=True),
+        "rank": str(config.rank),
+        "alpha": str(config.lora_alpha),
+        "alpha_folded": "true",
+        "steps": str(steps),
+        "halo_fast": versions()["halo_fast"],
+    }
+
+
+def save_network(folder: Path, family: Family, weights: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
+    """Write a network trained at rank 0 as diffusers does, for `from_pretrained`, with `metadata` in halo_fast.json.
+
+    Args:
+        weights: its whole state dict; nothing of it is copied.
+    """
+    from accelerate import init_empty_weights
+
+    model: Any = family.transformer
+    # FSDP2 puts a class of its own in front of the model's
+    network: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    with init_empty_weights():
+        empty: Any = network.from_config(model.config)
+    empty.load_state_dict(weights, assign=True)
+    empty.save_pretrained(folder)
+    write_json(folder / "halo_fast.json", dict(told))
+
+
+def load_trained(family: Family, folder: Path) -> None:
+    """Put what `halo train` left on the family's network: its folder train/lora, or train/model."""
+    from safetensors.torch import load_file
+
+    if (folder / _FILE).exists():
+        family.load_lora(load_file(folder / _FILE))
+    else:
+        model: Any = family.transformer
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())

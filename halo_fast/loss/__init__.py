@@ -1,0 +1,1 @@
+"""Gran-DPO and its neighbours: the public calls, objectives, operators and backends."""

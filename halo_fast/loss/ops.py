@@ -1,0 +1,269 @@
+"""Every operator that PyTorch sees: custom_op, its fake and its gradient. The only torch.library file.
+
+The operators are opaque: a backend is chosen inside them, so that no choice of backend or of beta (a tensor) breaks a
+graph or compiles it again. Outputs are fresh tensors. There is no second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halo_fast.loss import backends, reference
+from halo_fast.loss.reference import accumulate_dtype
+
+__all__ = ["attach_gradient", "gran_dpo", "gran_dpo_table", "patch_error", "patch_error_backward", "patch_log_ratio"]
+
+
+@torch.library.custom_op("halo_fast::patch_log_ratio", mutates_args=())
+def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """-d_p [N, f, h, w] of [N, C, F, H, W] views; differentiable in ``policy``."""
+    backend = backends.select(policy.device, policy.dtype)
+    ratio: Tensor = backend.patch_log_ratio(policy, reference, target, tuple(grid))
+    return ratio
+
+
+@patch_log_ratio.register_fake
+def _(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    return policy.new_empty((policy.shape[0], *grid), dtype=accumulate_dtype(policy.dtype))
+
+
+@torch.library.custom_op("halo_fast::patch_error", mutates_args=())
+def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """E_p [N, f, h, w] of [N, C, F, H, W] views; differentiable in ``prediction``."""
+    error: Tensor = backends.select(prediction.device, prediction.dtype).patch_error(prediction, target, tuple(grid))
+    return error
+
+
+@patch_error.register_fake
+def _(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    return prediction.new_empty((prediction.shape[0], *grid), dtype=accumulate_dtype(prediction.dtype))
+
+
+@torch.library.custom_op("halo_fast::patch_error_backward", mutates_args=())
+def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """2 (o - tau) grad_p / Z_p, allocated as ``torch.empty_like(prediction)``."""
+    backend = backends.select(prediction.device, prediction.dtype)
+    gradient: Tensor = backend.patch_error_backward(grad, prediction, target)
+    return gradient
+
+
+@patch_error_backward.register_fake
+def _(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(prediction)
+
+
+def _gradient(factor: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """2 (o - tau) factor coefficients_p / Z_p with a 0-d ``factor``."""
+    backend = backends.select(prediction.device, prediction.dtype)
+    gradient: Tensor = backend.gran_dpo_backward(factor, coefficients, prediction, target)
+    return gradient
+
+
+gran_dpo_backward = torch.library.custom_op("halo_fast::gran_dpo_backward", _gradient, mutates_args=())
+
+
+@gran_dpo_backward.register_fake
+def _(factor: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(prediction)
+
+
+@torch.library.custom_op("halo_fast::attach_gradient", mutates_args=())
+def attach_gradient(loss: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """``loss`` itself, with d loss / d prediction = 2 (o - tau) coefficients_p / Z_p."""
+    return loss.clone()
+
+
+@attach_gradient.register_fake
+def _(loss: Tensor, coefficients: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+@torch.library.custom_op("halo_fast::gran_dpo_table", mutates_args=())
+def gran_dpo_table(
+    log_ratio: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    error: Tensor | None,
+    loser_scale: Tensor | None,
+    latent_shape: Sequence[int],
+    link_name: str,
+    label_smoothing: float,
+    video_weight: float,
+    patch_weight: float,
+    video_beta: float,
+    patch_beta: float,
+    video_gamma: float,
+    video_delta: float,
+    patch_gamma: float,
+    patch_delta: float,
+    sft_weight: float,
+    patch_sft_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The H1 loss and its coefficients: see ``reference.gran_dpo_table``."""
+    return _table_of(backends.select(log_ratio.device, log_ratio.dtype))(
+        log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale, tuple(latent_shape), link_name,
+        label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma,
+        patch_delta, sft_weight, patch_sft_weight,
+    )  # fmt: skip
+
+
+@gran_dpo_table.register_fake
+def _(log_ratio: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _table_outputs(log_ratio)
+
+
+def _table_of(backend: ModuleType) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The backend's own ``gran_dpo_table``, or the reference's."""
+    return getattr(backend, "gran_dpo_table", reference.gran_dpo_table)
+
+
+def _table_outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``gran_dpo_table`` returns, without values."""
+    samples, *grid = log_ratio.shape
+    scalar = log_ratio.new_empty(())
+    pairs = log_ratio.new_empty((samples // 2,))
+    patches = log_ratio.new_empty((samples // 2, *grid))
+    return scalar, torch.empty_like(log_ratio), pairs, patches, torch.empty_like(pairs)
+
+
+GranDPOTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gran_dpo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend = backends.select(policy.device, policy.dtype)
+    counts = tuple(grid)
+    log_ratio: Tensor = backend.patch_log_ratio(policy, reference, target, counts)
+    error: Tensor | None = backend.patch_error(policy, target, counts) if any(numbers[-2:]) else None
+    loss, coefficients, video_logits, patch_logits, active = _table_of(backend)(
+        log_ratio, patch_rewards, video_rewards, kappa, error, None, policy.shape[1:], link_name, *numbers
+    )
+    absent = log_ratio.new_empty(0) if error is None else error
+    return loss, coefficients, video_logits, patch_logits, active, log_ratio, absent
+
+
+gran_dpo_operator = torch.library.custom_op("halo_fast::gran_dpo", _gran_dpo, mutates_args=())
+
+
+@gran_dpo_operator.register_fake
+def _(policy: Tensor, *others: Any) -> GranDPOTensors:
+    *_, grid, _, numbers = others
+    log_ratio = policy.new_empty((policy.shape[0], *grid), dtype=accumulate_dtype(policy.dtype))
+    error = torch.empty_like(log_ratio) if any(numbers[-2:]) else log_ratio.new_empty(0)
+    return *_table_outputs(log_ratio), log_ratio, error
+
+
+def _save_log_ratio(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    policy, _, target, _ = inputs
+    ctx.save_for_backward(policy, target)
+
+
+def _log_ratio_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return patch_error_backward(-grad, *ctx.saved_tensors), None, None, None
+
+
+def _save_error(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    prediction, target, _ = inputs
+    ctx.save_for_backward(prediction, target)
+
+
+def _error_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return patch_error_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+def _save_attached(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, coefficients, prediction, target = inputs
+    ctx.save_for_backward(coefficients, prediction, target)
+
+
+def _attached_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, prediction, target = ctx.saved_tensors
+    return None, None, gran_dpo_backward(grad, coefficients, prediction, target), None
+
+
+def _save_gran_dpo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, target, *_ = inputs
+    coefficients = output[1]
+    ctx.save_for_backward(coefficients, policy, target)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gran_dpo_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    coefficients, policy, target = ctx.saved_tensors
+    gradient = None if grad is None else gran_dpo_backward(grad, coefficients, policy, target)
+    return gradient, *[None] * 8
+
+
+def _watched(latent: Tensor) -> bool:
+    """Whether something looks at operators: a tracer, a dispatch mode, a tensor without data or of another class."""
+    return (
+        torch.compiler.is_compiling()
+        or type(latent) not in (Tensor, torch.nn.Parameter)
+        or latent.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The graph of ``gran_dpo_operator`` without the dispatcher, whose way takes longer than a small latent's sums."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Tensor, arguments: tuple[Any, ...], others: list[Tensor]) -> Tensor:
+        loss, coefficients, *rest = _gran_dpo(policy, *arguments)
+        others += coefficients, *rest  # in a list they are no outputs, of which autograd would take care
+        ctx.save_for_backward(coefficients, policy, arguments[1])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, policy, target = ctx.saved_tensors
+        # The operator refuses a second derivative; without it one would be taken for 0.
+        run = gran_dpo_backward if torch.is_grad_enabled() or _watched(policy) else _gradient
+        return run(grad, coefficients, policy, target), None, None
+
+
+def gran_dpo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: Sequence[float],
+) -> GranDPOTensors:
+    """The H1 loss in one operator: (loss, coefficients, video_logits, patch_logits, active, log_ratio, error).
+
+    ``patch_log_ratio`` and ``gran_dpo_table``, whose last eleven arguments are ``numbers`` (torch takes time for each
+    argument of an operator); ``patch_error`` too where an sft weight is not 0, else error is empty. The loss is
+    differentiable in ``policy``, and nothing else of it.
+    """
+    arguments = (reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers)
+    if _watched(policy):
+        output: GranDPOTensors = gran_dpo_operator(policy, *arguments)
+        return output
+    others: list[Tensor] = []
+    return _Direct.apply(policy, arguments, others), *others
+
+
+patch_log_ratio.register_autograd(_log_ratio_backward, setup_context=_save_log_ratio)
+patch_error.register_autograd(_error_backward, setup_context=_save_error)
+attach_gradient.register_autograd(_attached_backward, setup_context=_save_attached)
+gran_dpo_operator.register_autograd(_gran_dpo_backward, setup_context=_save_gran_dpo)

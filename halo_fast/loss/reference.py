@@ -1,0 +1,250 @@
+"""The formulas in plain PyTorch: the ground truth that every backend is measured against.
+
+Tensors arrive as [N, C, F, H, W] views of any stride. float64 is computed in float64, every other dtype in float32.
+Nothing here is differentiable by itself: ``ops`` attaches the gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+__all__ = [
+    "accumulate_dtype",
+    "gran_dpo_backward",
+    "gran_dpo_table",
+    "halves",
+    "link",
+    "patch_error",
+    "patch_error_backward",
+    "patch_log_ratio",
+    "patch_mean",
+    "patch_sizes",
+    "reduce_pairs",
+    "signed_weights",
+    "winner_share",
+]
+
+
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over elements of ``dtype`` are taken: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor) -> Tensor:
+    """Z_p [f, h, w]: elements of each patch (channels included) for a latent (C, F, H, W), in the dtype of ``like``."""
+    channels, *sides = latent_shape
+    lengths = [
+        torch.diff(torch.arange(parts + 1, device=like.device) * length // parts)
+        for length, parts in zip(sides, grid, strict=True)
+    ]
+    frames, rows, columns = lengths
+    return (channels * frames[:, None, None] * rows[:, None] * columns).to(like.dtype)
+
+
+def _pool(values: Tensor, dim: int, parts: int) -> Tensor:
+    length = values.shape[dim]
+    if length % parts == 0:
+        shape = (*values.shape[:dim], parts, length // parts, *values.shape[dim + 1 :])
+        return values.reshape(shape).sum(dim + 1)
+    edges = [k * length // parts for k in range(parts + 1)]
+    pieces = [values.narrow(dim, start, end - start).sum(dim) for start, end in itertools.pairwise(edges)]
+    return torch.stack(pieces, dim)
+
+
+def _spread(values: Tensor, dim: int, length: int) -> Tensor:
+    parts = values.shape[dim]
+    patch = ((torch.arange(length, device=values.device) + 1) * parts - 1) // length
+    return values.index_select(dim, patch)
+
+
+def patch_mean(values: Tensor, grid: Sequence[int]) -> Tensor:
+    """Mean of ``values`` [N, C, F, H, W] over each patch of ``grid``: [N, f, h, w]."""
+    sums = values.sum(1)
+    for dim in (3, 2, 1):
+        sums = _pool(sums, dim, grid[dim - 1])
+    return sums / patch_sizes(values.shape[1:], grid, sums)
+
+
+def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """-d_p = -mean over the patch of (o - o_ref)(o + o_ref - 2 tau): [N, f, h, w] in the accumulate dtype."""
+    accumulate = accumulate_dtype(policy.dtype)
+    policy, reference, target = policy.to(accumulate), reference.to(accumulate), target.to(accumulate)
+    # Factored: a difference of two mean errors would lose up to four digits where policy is near reference.
+    return -patch_mean((policy - reference) * ((policy - target) + (reference - target)), grid)
+
+
+def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """E_p = mean over the patch of (o - tau)^2: [N, f, h, w] in the accumulate dtype."""
+    accumulate = accumulate_dtype(prediction.dtype)
+    return patch_mean((prediction.to(accumulate) - target.to(accumulate)).square(), grid)
+
+
+def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """2 (o - tau) grad_p / Z_p with the prediction's shape, dtype and (``torch.empty_like``) strides."""
+    accumulate = accumulate_dtype(prediction.dtype)
+    scale = 2 * grad.to(accumulate) / patch_sizes(prediction.shape[1:], grad.shape[1:], grad.to(accumulate))
+    for dim in (1, 2, 3):
+        scale = _spread(scale, dim, prediction.shape[dim + 1])
+    gradient = (prediction.to(accumulate) - target.to(accumulate)) * scale[:, None]
+    return torch.empty_like(prediction).copy_(gradient)
+
+
+def gran_dpo_backward(factor: Tensor, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """``patch_error_backward`` of factor * grad with a 0-d ``factor``."""
+    return patch_error_backward(factor * grad, prediction, target)
+
+
+def link(z: Tensor, name: str, smoothing: float) -> tuple[Tensor, Tensor]:
+    """phi(z) and phi'(z) of a link, in forms that stay finite for any finite z.
+
+    sigmoid       softplus(-z)                                              Rafailov et al. 2023
+    conservative  (1-e) softplus(-z) + e softplus(z)                        Mitchell 2023
+    robust        [(1-e) softplus(-z) - e softplus(z)] / (1-2e), e < 1/2    Chowdhury et al. 2024
+    hinge         max(0, 1-z)                                               Zhao et al. 2023
+    ipo           (z - 1/2)^2                                               Azar et al. 2023
+    kto           1 - sigma(z)                                              Ethayarajh et al. 2024
+    """
+    e = smoothing
+    if name == "sigmoid":
+        return softplus(-z), -torch.sigmoid(-z)
+    if name == "conservative":
+        return (1 - e) * softplus(-z) + e * softplus(z), -(1 - e) * torch.sigmoid(-z) + e * torch.sigmoid(z)
+    if name == "robust":
+        value = (1 - e) * softplus(-z) - e * softplus(z)
+        slope = -(1 - e) * torch.sigmoid(-z) - e * torch.sigmoid(z)
+        return value / (1 - 2 * e), slope / (1 - 2 * e)
+    if name == "hinge":
+        return torch.relu(1 - z), -(z < 1).to(z.dtype)
+    if name == "ipo":
+        return (z - 0.5).square(), 2 * (z - 0.5)
+    if name == "kto":
+        return torch.sigmoid(-z), -torch.sigmoid(z) * torch.sigmoid(-z)
+    raise ValueError(f"link must be one of {', '.join(LINKS)}; got {name!r}")
+
+
+def halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples a and their partners b: the first and the second half of the batch."""
+    pairs = table.shape[0] // 2
+    return table[:pairs], table[pairs:]
+
+
+def signed_weights(rewards: Tensor, gamma: float, delta: float) -> Tensor:
+    """s w of each pair [B, ...] from rewards [2B, ...]: sign(r_a - r_b) |r_a - r_b|^gamma, 0 on a tie or a NaN."""
+    a, b = halves(rewards)
+    margin = a - b
+    # A comparison with NaN is false, so an unlabelled entry is a tie.
+    return torch.where(margin.abs() > delta, margin.sign() * margin.abs() ** gamma, 0.0)
+
+
+def reduce_pairs(
+    pair_loss: Tensor,
+    slope: Tensor,
+    active: Tensor,
+    supervision: Tensor | None,
+    error: Tensor | None,
+    loser_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Mean over the active pairs: (loss 0-d, coefficients dL/dE_p [2B, f, h, w]); ``active`` is 1 or 0 per pair.
+
+    ``slope`` is dL_pair/dD_p [B, f, h, w]; ``supervision`` the weights rho [2B, f, h, w] of ``error``; ``loser_scale``
+    [2B, f, h, w] damps the coefficients that are negative, those of a patch's loser.
+    """
+    coefficients = torch.cat([slope, -slope])
+    if loser_scale is not None:
+        coefficients = torch.where(coefficients < 0, coefficients * loser_scale, coefficients)
+    if supervision is not None and error is not None:
+        coefficients = coefficients + supervision
+        pair_loss = pair_loss + sum(halves((supervision * error).flatten(1).sum(1)))
+    share = active / active.sum().clamp(min=1)
+    return (pair_loss * share).sum(), coefficients * share.repeat(2)[:, None, None, None]
+
+
+def winner_share(signed: Tensor, weight: Tensor) -> Tensor:
+    """``weight`` [B, ...] on the preferred sample of each pair and 0 on the other: [2B, ...]."""
+    return torch.cat([torch.where(signed > 0, weight, 0.0), torch.where(signed < 0, weight, 0.0)])
+
+
+def gran_dpo_table(
+    log_ratio: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    kappa: Tensor | None,
+    error: Tensor | None,
+    loser_scale: Tensor | None,
+    latent_shape: Sequence[int],
+    link_name: str,
+    label_smoothing: float,
+    video_weight: float,
+    patch_weight: float,
+    video_beta: float,
+    patch_beta: float,
+    video_gamma: float,
+    video_delta: float,
+    patch_gamma: float,
+    patch_delta: float,
+    sft_weight: float,
+    patch_sft_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The H1 loss and its coefficients from the [2B, f, h, w] table of log-ratios.
+
+    One pair: video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p
+              + sft_weight E(video winner) + patch_sft_weight mean of E_p over the winning patches,
+    z = -(beta kappa / 2) s D, D_p = d_p(a) - d_p(b), D = sum_p (Z_p / sum Z) D_p.
+
+    All floating tensors have the dtype of ``log_ratio``. ``kappa`` is [2, B]: what multiplies video_beta and patch_beta
+    of each pair. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w] when the
+    loser guard is on; ``latent_shape`` is (C, F, H, W).
+    Returns loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B]
+    (1 for a pair that counts in the mean, else 0).
+    """
+    a, b = halves(log_ratio)
+    margin = a - b  # -D_p
+    sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
+    volume = sizes / sizes.sum()
+    pairs = margin.shape[0]
+    video_scale = 0.5 * video_beta * (margin.new_ones(pairs) if kappa is None else kappa[0])
+    patch_scale = 0.5 * patch_beta * (margin.new_ones(pairs) if kappa is None else kappa[1])
+
+    video = (
+        margin.new_zeros(pairs) if video_rewards is None else signed_weights(video_rewards, video_gamma, video_delta)
+    )
+    patch = (
+        torch.zeros_like(margin) if patch_rewards is None else signed_weights(patch_rewards, patch_gamma, patch_delta)
+    )
+
+    video_logits = video_scale * video.sign() * (volume * margin).flatten(1).sum(1)
+    value, derivative = link(video_logits, link_name, label_smoothing)
+    pair_loss = video_weight * video.abs() * value
+    video_slope = -video_weight * video * derivative * video_scale
+    slope = video_slope[:, None, None, None] * volume
+
+    patch_logits = patch_scale[:, None, None, None] * patch.sign() * margin
+    value, derivative = link(patch_logits, link_name, label_smoothing)
+    total = patch.abs().flatten(1).sum(1)
+    share = patch_weight / torch.where(total > 0, total, 1.0)
+    pair_loss = pair_loss + share * (patch.abs() * value).flatten(1).sum(1)
+    slope = slope - (share * patch_scale)[:, None, None, None] * patch * derivative
+
+    # A group of weight 0 is no group: it must not bring its pair into the mean.
+    labelled = (patch != 0).flatten(1).sum(1)
+    active = (video != 0) & (video_weight != 0 or sft_weight != 0)
+    active = active | ((labelled > 0) & (patch_weight != 0 or patch_sft_weight != 0))
+    active = active.to(log_ratio.dtype)
+
+    supervision = None
+    if error is not None:
+        patch_share = (patch_sft_weight / labelled.clamp(min=1).to(patch.dtype))[:, None, None, None].expand_as(patch)
+        supervision = winner_share(patch, patch_share)
+        supervision = (
+            supervision + winner_share(video, torch.full_like(video, sft_weight))[:, None, None, None] * volume
+        )
+    loss, coefficients = reduce_pairs(pair_loss, slope, active, supervision, error, loser_scale)
+    return loss, coefficients, video_logits, patch_logits, active

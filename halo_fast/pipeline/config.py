@@ -1,0 +1,149 @@
+"""The settings of a run as dataclasses; the command line and the YAML files are built from these."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from halo_fast.data.pairs import PairsConfig
+from halo_fast.families.sampling import GenerateConfig
+from halo_fast.rewards.base import RewardConfig
+from halo_fast.settings import check_numbers
+from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.train.config import TrainConfig
+
+__all__ = [
+    "AnnotateConfig",
+    "CacheConfig",
+    "Config",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "OpenAIConfig",
+    "PairsConfig",
+    "ReportConfig",
+    "RewardConfig",
+    "ScoreConfig",
+    "TrainConfig",
+    "check_numbers",
+    "to_yaml",
+]
+
+
+@dataclass
+class AnnotateConfig:
+    """Scores of videos and patches by a teacher.
+
+    Args:
+        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions,
+            "human:NAME" whoever scored on the page of halo label.
+        noisy_share: share of clips on which the demo teacher errs as a person would.
+        num_clips: clips that are annotated, drawn at random; null for all.
+        batch_size: clips in one question to the demo teacher; each answer is kept at once.
+        openai: the model that is asked, and what it may cost.
+    """
+
+    teacher: str = "demo"
+    noisy_share: float = 0.2
+    num_clips: int | None = None
+    batch_size: int = 32
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
+
+
+@dataclass
+class ScoreConfig:
+    """Rewards of every candidate.
+
+    Args:
+        batch_size: clips scored at once.
+    """
+
+    batch_size: int = 32
+
+
+@dataclass
+class CacheConfig:
+    """Latents and text embeddings; nothing to set."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Base against aligned model on held-out prompts with the same seeds.
+
+    Args:
+        num_prompts: prompts taken from the top of the list.
+        meter: "demo" for the demo's defect meter, "reward" for the trained reward model.
+        bootstrap: resamples of the prompts behind each interval.
+    """
+
+    num_prompts: int = 64
+    meter: str = "demo"
+    bootstrap: int = 1000
+
+
+@dataclass
+class ReportConfig:
+    """The HTML page.
+
+    Args:
+        num_clips: clips shown side by side.
+    """
+
+    num_clips: int = 8
+
+
+@dataclass
+class Config:
+    """Everything a run is made with.
+
+    Args:
+        output_dir: the run directory, one folder a stage.
+        pretrained_model_name_or_path: "demo:graded", "demo:patchy", a diffusers folder or a hub name.
+        prompts: "demo:train", "demo:heldout" or a text file with one prompt a line.
+        evaluation_prompts: likewise, for evaluate.
+        grid: patches of a clip along time, height and width.
+        seed: every random number of a run follows from it.
+        generate: candidates of the base model.
+        annotate: labels of the teacher.
+        reward: reward model.
+        score: rewards of the candidates.
+        pairs: preference pairs.
+        cache: latents and text embeddings.
+        train: LoRA training.
+        evaluate: base against aligned.
+        report: the HTML page.
+    """
+
+    output_dir: str = "runs/demo"
+    pretrained_model_name_or_path: str = "demo:graded"
+    prompts: str = "demo:train"
+    evaluation_prompts: str = "demo:heldout"
+    grid: tuple[int, int, int] = (3, 4, 4)
+    seed: int = 0
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        check_numbers(asdict(self))
+        clip = (self.generate.num_frames, self.generate.height, self.generate.width)
+        if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
+            raise ValueError(
+                f"grid: expected 1 to {clip} patches along frames, height and width of the clip, "
+                f"got {tuple(self.grid)}; use fewer patches or larger clips"
+            )
+        if self.reward.examples and self.annotate.teacher != "demo":
+            raise ValueError(
+                f"reward.examples: expected 0 without annotate.teacher=demo, got {self.reward.examples} with "
+                f"{self.annotate.teacher!r}; set it to 0"
+            )
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as a YAML text that `halo VERB CONFIG.yaml` reads back."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)

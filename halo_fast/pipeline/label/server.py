@@ -1,0 +1,278 @@
+"""The labelling page's server: clips out of a run directory, scores into its label store, nothing beyond loopback."""
+
+import hmac
+import io
+import json
+import math
+import re
+import secrets
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from halo_fast.data.clips import latent_factors, read_clip
+from halo_fast.errors import UserError
+from halo_fast.files import hash_file, read_table
+from halo_fast.patches import PatchGrid
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label
+from halo_fast.teachers.store import LabelStore, label_key
+
+__all__ = ["LabelServer", "label"]
+
+_PAGE = files("halo_fast.pipeline.label").joinpath("page.html")
+_LONGEST_BODY = 1 << 20
+_SKIPPED = "skipped"
+# the page holds its own style and script; nothing is fetched from elsewhere, nothing can be sent elsewhere
+_POLICY = (
+    "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def label(config: Config, name: str, port: int = 0) -> None:
+    """Serve the labelling page until Ctrl-C; scores go to labels.sqlite of the run directory as they are given.
+
+    Args:
+        config: of the run whose candidates are scored; annotate.num_clips and seed choose the same clips as for any
+            other teacher.
+        name: who scores; the labels are those of the teacher "human:<name>".
+        port: on 127.0.0.1; 0 for a free one.
+
+    Raises:
+        UserError: no candidates, a name that is not a word, a port that is taken.
+    """
+    with LabelServer(config, name, port) as server:
+        print(
+            f"{name} scores {server.count} clips at\n  {server.url}\nCtrl-C ends; every score is saved at once.",
+            flush=True,
+        )
+        server.serve_forever()
+
+
+class LabelServer(ThreadingHTTPServer):
+    """HTTP on loopback under a path that only the printed address has; see `label` for the arguments.
+
+    Attributes:
+        url: address of the page, with its token.
+        count: clips to score.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, config: Config, name: str, port: int = 0) -> None:
+
+        if not re.fullmatch(r"[\w.-]{1,64}", name):
+            raise UserError(f"name: expected letters, digits, . _ or -, got {name!r}")
+        run = Run(config)
+        self._folder = run.require("generate/clips.parquet").parent
+        self._store = run.path / "labels.sqlite"
+        self._grid, self._fps, self.teacher = config.grid, config.generate.fps, f"human:{name}"
+        clips = read_table(self._folder / "clips.parquet").to_pylist()
+        # the order in which annotate draws its clips, so that people and other teachers see the same ones
+        order = np.random.default_rng(config.seed).permutation(len(clips))
+        self._clips = [clips[index] for index in order[: config.annotate.num_clips]]
+        self.count = len(self._clips)
+        self._keys = [
+            label_key(hash_file(self._folder / clip["video"]), clip["prompt"], config.grid, self.teacher)
+            for clip in self._clips
+        ]
+        self._token = secrets.token_urlsafe(24)
+        self.frames = lru_cache(maxsize=4)(self._frames)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise UserError(f"port {port}: {error.strerror}; choose another, or 0 for a free one") from error
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/{self._token}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        import sys
+
+        # browsers drop connections at will; anything else is worth seeing
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+    def admits(self, path: str, host: str) -> bool:
+        """Whether a request names the token and this address: a page elsewhere that resolves to loopback does not."""
+        token = path.strip("/").split("/")[0]
+        known = hmac.compare_digest(token.encode(), self._token.encode())
+        return known and host == f"127.0.0.1:{self.server_address[1]}"
+
+    def overview(self) -> dict[str, Any]:
+        """What the page starts with: dimensions with their rubric, and the state of every clip."""
+        with LabelStore(self._store) as store:
+            labels = store.find(self._keys)
+        lines = dict(re.findall(r"^- (\w+): (.*(?:\n  .*)*)", RUBRIC, re.MULTILINE))
+        return {
+            "teacher": self.teacher,
+            "dimensions": [{"name": name, "text": " ".join(lines[name].split())} for name in VIDEO_DIMENSIONS],
+            "patch": {"name": PATCH_DIMENSIONS[0], "text": " ".join(lines[PATCH_DIMENSIONS[0]].split())},
+            "fps": self._fps,
+            "states": [self._state(labels.get(key)) for key in self._keys],
+        }
+
+    def clip(self, index: int) -> dict[str, Any]:
+        """A clip's prompt, size, patch edges and scores so far; null is not scored."""
+        video = self.frames(index)
+        grid = self._patch_grid(index, video)
+        with LabelStore(self._store) as store:
+            found = store.find([self._keys[index]]).get(self._keys[index])
+        video_scores, patches = (dict(found.video), dict(found.patches)) if found else ({}, {})
+        scores = list(patches.get(PATCH_DIMENSIONS[0], [math.nan] * math.prod(self._grid)))
+        return {
+            "prompt": self._clips[index]["prompt"],
+            "frames": len(video),
+            "height": video.shape[1],
+            "width": video.shape[2],
+            "edges": [grid.pixel_edges(axis) for axis in range(3)],
+            "video": {name: _nullable(video_scores.get(name, math.nan)) for name in VIDEO_DIMENSIONS},
+            "patches": [_nullable(score) for score in scores],
+            "state": self._state(found),
+        }
+
+    def save(self, index: int, scores: Any) -> str:
+        """Store what the page sends, {"video": {...}, "patches": [...], "skipped": bool}; the clip's new state.
+
+        Raises:
+            ValueError: anything but scores from 1 to 5 or null, for all dimensions and patches.
+        """
+        if not isinstance(scores, dict) or set(scores) != {"video", "patches", "skipped"}:
+            raise ValueError("expected video, patches and skipped")
+        video, patches = scores["video"], scores["patches"]
+        if not isinstance(video, dict) or set(video) != set(VIDEO_DIMENSIONS):
+            raise ValueError(f"expected a score or null for {', '.join(VIDEO_DIMENSIONS)}")
+        if not isinstance(patches, list) or len(patches) != math.prod(self._grid):
+            raise ValueError(f"expected {math.prod(self._grid)} patches")
+        values = [*video.values(), *patches]
+        if not all(value is None or (type(value) in (int, float) and 1 <= value <= 5) for value in values):
+            raise ValueError("expected scores from 1 to 5 or null")
+        if any(value is not None for value in values):
+            given = {name: float(value) for name, value in video.items() if value is not None}
+            padded = [math.nan if value is None else float(value) for value in patches]
+            found: Label | None = Label(given, {PATCH_DIMENSIONS[0]: padded})
+        else:
+            found = Label(status=_SKIPPED) if scores["skipped"] else None
+        with LabelStore(self._store) as store:
+            store.replace(self._keys[index], found, self.teacher)
+        return self._state(found)
+
+    def _state(self, found: Label | None) -> str:
+        """ "open", "part", "done" or "skipped"."""
+        if found is None or found.status not in ("ok", _SKIPPED):
+            return "open"
+        if found.status == _SKIPPED:
+            return _SKIPPED
+        patches = found.patches.get(PATCH_DIMENSIONS[0], [math.nan])
+        complete = set(found.video) == set(VIDEO_DIMENSIONS) and not any(map(math.isnan, patches))
+        return "done" if complete else "part"
+
+    def _frames(self, index: int) -> Tensor:
+        return read_clip(self._folder / self._clips[index]["video"])
+
+    def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
+        frames, height, width, _ = video.shape
+        factors = latent_factors(self._folder, self._clips[index]) or (1, 1, False)
+        return PatchGrid(self._grid, frames, height, width, *factors)
+
+
+def _nullable(score: float) -> float | None:
+    return None if math.isnan(score) else score
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LabelServer
+    protocol_version = "HTTP/1.1"
+    server_version = "halo"
+    sys_version = ""
+    timeout = 60
+
+    def do_GET(self) -> None:  # noqa: N802
+        self._answer("GET")
+
+    def do_PUT(self) -> None:  # noqa: N802
+        self._answer("PUT")
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing: a line per frame helps nobody, and the address holds the token."""
+
+    def _answer(self, method: str) -> None:
+        length = self.headers.get("Content-Length", "0")
+        # digits of other scripts are digits to isdigit and no numbers to int
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            self.close_connection = True
+            return self._send(HTTPStatus.BAD_REQUEST, b"Content-Length: expected a number")
+        if int(length) > _LONGEST_BODY:
+            self.close_connection = True
+            return self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"too long")
+        body = self.rfile.read(int(length))
+        if not self.server.admits(self.path, self.headers.get("Host", "")):
+            return self._send(HTTPStatus.NOT_FOUND, b"not here; open the address that halo label printed")
+        route = self.path.strip("/").split("/")[1:]
+        if not route and not self.path.endswith("/"):
+            # the page asks by addresses relative to its own
+            return self._send(HTTPStatus.PERMANENT_REDIRECT, b"", location=self.path + "/")
+        try:
+            self._route(method, route, body)
+        except (ValueError, IndexError, RecursionError) as error:
+            self._send(HTTPStatus.BAD_REQUEST, str(error).encode())
+        except UserError as error:
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode())
+
+    def _route(self, method: str, route: list[str], body: bytes) -> None:
+        match method, route:
+            case "GET", []:
+                self._send(HTTPStatus.OK, _PAGE.read_bytes(), "text/html; charset=utf-8")
+            case "GET", ["overview"]:
+                self._json(self.server.overview())
+            case "GET", ["clips", number]:
+                self._json(self.server.clip(self._index(number)))
+            case "GET", ["clips", number, "frames", frame]:
+                video = self.server.frames(self._index(number))
+                self._send(HTTPStatus.OK, _png(video, int(frame)), "image/png")
+            case "PUT", ["clips", number]:
+                self._json({"state": self.server.save(self._index(number), json.loads(body))})
+            case _:
+                self._send(HTTPStatus.NOT_FOUND, b"no such page")
+
+    def _index(self, number: str) -> int:
+        if not number.isdecimal() or int(number) >= self.server.count:
+            raise ValueError(f"clip: expected 0 to {self.server.count - 1}, got {number!r}")
+        return int(number)
+
+    def _json(self, value: object) -> None:
+        self._send(HTTPStatus.OK, json.dumps(value, allow_nan=False).encode(), "application/json")
+
+    def _send(
+        self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8", location: str = ""
+    ) -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": _POLICY,
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
+        if location:
+            headers["Location"] = location
+        for header, value in headers.items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _png(video: Tensor, frame: int) -> bytes:
+    from PIL import Image
+
+    if not 0 <= frame < len(video):
+        raise ValueError(f"frame: expected 0 to {len(video) - 1}, got {frame}")
+    file = io.BytesIO()
+    Image.fromarray(video[frame].numpy()).save(file, "png", compress_level=1)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Networks behind a reward model, a file each."""
