@@ -30,7 +30,7 @@ HEADER = (
 
 def main() -> None:
     """Write the table."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from tiny import TINY
 
     torch.set_num_threads(1)

@@ -4,6 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+SUPPORT = str(Path(__file__).parent / "support")
+# programs that tests start find it too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SUPPORT, os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="halo_fast_triton_"))
 # Triton reads this when it is imported; looking for the driver's device files keeps CUDA itself untouched here.
@@ -27,7 +30,7 @@ def pipeline():
 @pytest.fixture(scope="module")
 def pairs(pipeline):
     """Six random preference pairs for it."""
-    from test_train import make_pairs
+    from training import make_pairs
 
     from halo_fast.families import family_of
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from test_train import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus
 from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from training import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus
 
 from halo_fast.errors import UserError
 from halo_fast.export.lora import load_trained

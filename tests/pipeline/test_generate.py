@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -81,7 +80,6 @@ def test_killed_and_continued_equals_undisturbed(made, tmp_path, monkeypatch):
     code = KILLED.format(
         threads=torch.get_num_threads(), folder=str(folder.parent.parent), output=str(output), steps=20
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     kill_when(code, lambda: len(list(output.glob("generate/videos/p*.mp4"))) >= 3)
     assert not (output / "generate/manifest.json").exists()
     finished = len(list(output.glob("generate/videos/p*.mp4")))

@@ -14,7 +14,7 @@ import torch
 from halo_fast import gran_dpo, using_backend
 from halo_fast.loss import backends, reference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_BOTH = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 SMALL, SMALL_GRID = (3, 5, 7, 9), (2, 3, 4)
 
@@ -146,7 +146,7 @@ def test_on_the_second_gpu():
 
 RACES = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import cases
 from halo_fast import backends
 device = sys.argv[1]

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_train import CONFIG, make_pairs, quiet, run_model, with_random_adapter
 from tiny import tiny_wan
+from training import CONFIG, make_pairs, quiet, run_model, with_random_adapter
 
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError

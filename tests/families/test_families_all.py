@@ -295,7 +295,7 @@ def test_times_of_a_discrete_process_are_its_steps():
 
 def test_the_documented_model_outside_diffusers_trains():
     """The code of docs/families.md runs as written."""
-    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names: dict[str, object] = {}
     exec(code, names)

@@ -98,7 +98,7 @@ def test_agreement_marks_of_smooth_maps(monkeypatch):
 
 
 def test_agreement_page_tells_what_the_commands_print():
-    text = (Path(__file__).parents[1] / "docs" / "agreement.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "agreement.md").read_text()
     from halo_fast.agreement import probes
 
     for name in ("prompt swap", "static copy", "planted damage", "frame order", "brightness"):

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton and its bundled compilers")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "resources.csv"
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers.loaders import lora_conversion_utils as theirs
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train import CONFIG, make_pairs, run_model
 from tiny import tiny_wan
+from training import CONFIG, make_pairs, run_model
 
 from halo_fast.errors import UserError
 from halo_fast.export.comfyui import comfyui

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_train import CONFIG, make_pairs, quiet
 from tiny import tiny_wan
+from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of

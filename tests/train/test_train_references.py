@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import ARMS, CONFIG, make_pairs, quiet
 from tiny import tiny_wan
+from training import ARMS, CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of

@@ -17,7 +17,7 @@ from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Ratings, load_frames, pool_marks, read_human, read_preferences, read_ratings
 from halo_fast.errors import UserError
 
-SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RNG = np.random.default_rng(0)
 
 

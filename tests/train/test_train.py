@@ -7,13 +7,12 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from tiny import CHANNELS, output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from training import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus, with_random_adapter
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
-from halo_fast.families import Family, family_of
 from halo_fast.families.wan import Wan
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache
@@ -21,31 +20,7 @@ from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import adapters_off, fit
-from halo_fast.train.config import ObjectiveConfig, TrainConfig
-
-CONFIG = TrainConfig(
-    reference_draws=None,
-    max_train_steps=6, train_batch_size=4, rank=4, lora_alpha=4, learning_rate=5e-3, lr_warmup_steps=2,
-    checkpointing_steps=2, logging_steps=4,
-)  # fmt: skip
-
-
-def make_pairs(family, count=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    conditions = family.encode_prompts(["a red ball rolls", "a cube", "green ball jumps left"])
-    return [
-        Pair(
-            latents=torch.randn(2, CHANNELS, 3, 4, 4, generator=generator),
-            conditions=conditions[index % 3],
-            patch_rewards=torch.rand(2, 3, 2, 2, generator=generator) * 4 + 1,
-            video_rewards=torch.rand(2, generator=generator) * 4 + 1,
-        )
-        for index in range(count)
-    ]
-
-
-def quiet(iterable, total, label):
-    return iterable
+from halo_fast.train.config import ObjectiveConfig
 
 
 class Spy(Wan):
@@ -61,16 +36,6 @@ class Spy(Wan):
             return output
         self.calls.append((noisy, t, conditions["prompt_embeds"], output.detach().clone(), torch.is_grad_enabled()))
         return output
-
-
-ARMS = {
-    "winning clips": {"video_weight": 0.0, "patch_weight": 0.0, "sft_weight": 1.0, "patch_sft_weight": 0.0},
-    "winning patches": {"video_weight": 0.0, "patch_weight": 0.0, "patch_sft_weight": 1.0},
-    "video": {"video_weight": 1.0, "patch_weight": 0.0, "patch_sft_weight": 0.0},
-    "patches": {"video_weight": 0.0, "patch_weight": 1.0, "patch_sft_weight": 0.0},
-    "both": {"video_weight": 0.25, "patch_weight": 1.0, "patch_sft_weight": 0.0},
-    "both and winning patches": {"video_weight": 1.0, "patch_weight": 1.0, "patch_sft_weight": 0.5},
-}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -135,10 +100,6 @@ def plain_losses(spy, pairs, objective):
     return losses
 
 
-def softplus(x):
-    return torch.nn.functional.softplus(x.double() if torch.is_tensor(x) else torch.tensor(x))
-
-
 def owner(pairs, noisy_a, noisy_b, t):
     """The pair behind two noisy samples and the noise they share; fails if they share none."""
     for pair in pairs:
@@ -174,20 +135,6 @@ def test_noise_of_a_visit_does_not_depend_on_the_batch(pipeline, pairs):
     assert len(seen[0].flatten(1).unique(dim=0)) == 12
 
 
-def with_random_adapter(model, name="other", seed=1):
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
-    inject_adapter_in_model(config, model, name)
-
-
-def run_model(pipeline):
-    family = family_of(pipeline)
-    noisy = torch.randn(2, CHANNELS, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    conditions = family.stack(family.encode_prompts(["a cube", "a red ball"]))
-    with torch.no_grad():
-        return family.predict(pipeline.transformer, noisy, torch.tensor([0.3, 0.8]), conditions)
-
-
 def test_adapter_off_is_the_base_and_everything_is_as_before_even_after_an_exception():
     pipeline = tiny_wan()
     base = run_model(pipeline)
@@ -207,20 +154,6 @@ def test_adapter_off_is_the_base_and_everything_is_as_before_even_after_an_excep
     assert torch.equal(run_model(pipeline), on)
     assert {name: p.requires_grad for name, p in pipeline.transformer.named_parameters()} == flags
     assert any(flags.values()) and not all(flags[name] for name in flags if "lora" in name)
-
-
-def snapshot(model):
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return state, flags, [module.training for module in model.modules()]
-
-
-def same(one, two):
-    return (
-        one[0].keys() == two[0].keys()
-        and all(torch.equal(v, two[0][k]) for k, v in one[0].items())
-        and one[1:] == two[1:]
-    )
 
 
 def test_pipeline_is_left_as_it_was_whatever_happens(pairs):
@@ -407,47 +340,6 @@ def test_mixed_precision_computes_in_bf16_and_leaves_the_model_in_float32(pairs)
     assert mixed.log[0]["model_mse"] == pytest.approx(exact.log[0]["model_mse"], rel=2e-2)
     assert {value.dtype for value in mixed.lora.values()} == {torch.float32}
     assert torch.equal(run_model(pipeline), before)
-
-
-class Plain(Family):
-    """A model that is no diffusers pipeline: one linear layer over channels, conditioned on a number."""
-
-    lora_targets = ("mix",)
-
-    def __init__(self):
-        super().__init__(None)
-        torch.manual_seed(0)
-        self.model = torch.nn.ModuleDict({"mix": torch.nn.Linear(3, 3)})
-
-    @property
-    def transformer(self):
-        return self.model
-
-    @property
-    def shift(self):
-        return 1.0
-
-    def latent_shape(self, num_frames, height, width):
-        return 3, num_frames, height, width
-
-    def encode_prompts(self, prompts):
-        return [{"length": torch.tensor(float(len(prompt)))} for prompt in prompts]
-
-    def stack(self, conditions):
-        return {"length": torch.stack([condition["length"] for condition in conditions])}
-
-    def encode(self, videos):
-        return videos.permute(0, 4, 1, 2, 3) / 127.5 - 1
-
-    def decode(self, latents):
-        return ((latents + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
-
-    def predict(self, model, noisy, t, conditions):
-        moved = (noisy + t.view(-1, 1, 1, 1, 1) + conditions["length"].view(-1, 1, 1, 1, 1)).movedim(1, -1)
-        return model["mix"](moved).movedim(-1, 1)
-
-    def sample(self, conditions, noise, *, video_size, num_inference_steps, guidance_scale):
-        return noise
 
 
 def test_model_outside_diffusers_trains_through_the_same_interface():

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import CONFIG, Plain, quiet
 from tiny import tiny_wan
 from torch import nn
+from training import CONFIG, Plain, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of

@@ -6,12 +6,11 @@ import math
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from test_train import ARMS, CONFIG, quiet
 from tiny import kill_when, output_hashes, tiny_config, write_scores
+from training import ARMS, CONFIG, quiet
 
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache
@@ -62,7 +61,6 @@ def cached(tmp_path_factory):
 
 def test_killed_at_three_random_steps_equals_undisturbed(cached, monkeypatch):
     folder, config, run = cached
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     for step in sorted(random.Random(5).sample(range(2, 14), 3)):
         marker = folder / f"step_{step}"
         code = KILLED.format(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
-from test_train import CONFIG, quiet
 from tiny import tiny_text_to_video_sd, tiny_wan
+from training import CONFIG, quiet
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError

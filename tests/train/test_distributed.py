@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import make_pairs
 from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from training import make_pairs
 
 from halo_fast.families import family_of
 from halo_fast.loss.functional import GranDPO, gran_dpo

@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 from moving_shapes import GRID
+from rewards import reward_model, tiny_model
 from safetensors.torch import load_file, save_file
-from test_reward_vlm import reward_model, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from halo_fast.errors import UserError

@@ -18,7 +18,7 @@ from halo_fast.kernels import cpu_patch_dpo
 from halo_fast import using_backend
 from halo_fast.loss import backends, ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
 DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -304,7 +304,7 @@ def test_kernels_build_refuses_in_words_without_a_compiler_and_can_be_switched_o
 
 SANITIZED = """
 import sys
-sys.path[:0] = [sys.argv[2]]
+sys.path[:0] = sys.argv[2:]
 import torch, cases, functools
 import test_kernels
 from halo_fast.kernels import cpu_patch_dpo as kernels
@@ -331,7 +331,14 @@ def test_kernels_in_cpp_are_clean_under_the_sanitizers(tmp_path):
     subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
     done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(tmp_path / "_cpu.so"), str(ROOT / "tests")],
+        [
+            sys.executable,
+            "-c",
+            SANITIZED,
+            str(tmp_path / "_cpu.so"),
+            str(ROOT / "tests/support"),
+            str(ROOT / "tests/kernels"),
+        ],
         # the interpreter itself never frees all it has, so leaks are not looked for
         env=os.environ
         | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "TRITON_INTERPRET": "1"},

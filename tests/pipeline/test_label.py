@@ -106,7 +106,7 @@ def test_label_server_refuses_lengths_that_are_no_numbers(tmp_path, capfd, lengt
 
 
 def test_label_page_asks_for_nothing_from_elsewhere():
-    page = (Path(__file__).parents[1] / "halo_fast" / "pipeline" / "label" / "page.html").read_text()
+    page = (Path(__file__).parents[2] / "halo_fast" / "pipeline" / "label" / "page.html").read_text()
     assert not re.findall(r"https?:|//[a-z]", page)
     assert "innerHTML" not in page and "document.write" not in page
 

@@ -1,0 +1,5 @@
+"""All that others may know of the demo: names and where they lead; see `halo_fast.registry`."""
+
+__all__ = ["TABLES"]
+
+TABLES: dict[str, dict[str, str]] = {}

@@ -1,0 +1,76 @@
+"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported when asked.
+
+Whatever takes a registered name also takes the dotted name of one's own: "package.module:Class". A plugin is a module
+with `TABLES`, {kind: {name: "module:attribute"}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from halo_fast.errors import UserError, first_line
+
+__all__ = ["known", "register", "resolve"]
+
+_PLUGINS = ("halo_fast.demo.plugin",)
+_tables: dict[str, dict[str, str]] = {}
+
+
+def register(kind: str, names: Mapping[str, str]) -> None:
+    """Add names of a kind.
+
+    Args:
+        kind: "model", "prompts", "teacher", "meter", "reward backbone", "objective" or whatever else has names.
+        names: name -> "module:attribute".
+
+    Raises:
+        ValueError: the name stands for something else already.
+    """
+    table = _tables.setdefault(kind, {})
+    for name, target in names.items():
+        if table.setdefault(name, target) != target:
+            raise ValueError(f"{kind}: {name!r} is registered as {table[name]}; choose another name")
+
+
+def known(kind: str) -> list[str]:
+    """The registered names of a kind, sorted."""
+    _load_plugins()
+    return sorted(_tables.get(kind, {}))
+
+
+def resolve(kind: str, name: str, setting: str | None = None) -> Any:
+    """The object behind a registered name, or behind a dotted "package.module:attribute".
+
+    Args:
+        kind: as for `register`.
+        name: registered or dotted.
+        setting: under which a mistake is reported; by default the kind.
+
+    Raises:
+        UserError: neither registered nor importable; the message lists the known names.
+    """
+    _load_plugins()
+    target = _tables.get(kind, {}).get(name, name)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        names = ", ".join(map(repr, known(kind))) or "none"
+        raise UserError(
+            f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
+        )
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        missing = getattr(error, "name", None)
+        if target != name and missing and missing.split(".")[0] != "halo_fast":
+            raise  # a package of one of our own is not installed, which the command line says how to mend
+        raise UserError(f"{setting or kind}: {name!r} cannot be imported ({first_line(error)})") from error
+
+
+@cache
+def _load_plugins() -> None:
+    for plugin in _PLUGINS:
+        for kind, names in import_module(plugin).TABLES.items():
+            register(kind, names)
