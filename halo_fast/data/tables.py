@@ -1,0 +1,195 @@
+"""The tables of a run as typed rows: a frozen dataclass a table, stored as parquet.
+
+A field of type `dict[str, ...]` holds one column for each of its keys, named by its prefix: `video={"visual_quality": 4}`
+is the column video_visual_quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from halo_fast.errors import UserError
+from halo_fast.files import read_table, write_parquet
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["CacheRow", "ClipRow", "LabelRow", "PairRow", "ScoreRow", "read_rows", "write_rows"]
+
+Row = TypeVar("Row")
+
+# arrow types of the annotations that rows use
+_TYPES = {"str": "string", "int": "int64", "float": "float64"}
+
+
+def _columns(prefix: str, kind: str) -> Any:
+    """A field that holds the columns whose names begin with `prefix`, each of the arrow type `kind`."""
+    return field(default_factory=dict, metadata={"prefix": prefix, "type": kind})
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """A clip, in clips.parquet.
+
+    Args:
+        clip_id: its name in all tables.
+        prompt_id: number of its prompt.
+        prompt: the prompt.
+        candidate: its number among the clips of the prompt.
+        seed: of its noise.
+        video: file of its frames, relative to the table's folder.
+        latents: file of its latents, likewise; None where there is none.
+    """
+
+    clip_id: str
+    prompt_id: int
+    prompt: str
+    candidate: int
+    seed: int
+    video: str
+    latents: str | None
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """A teacher's scores of a clip from 1 to 5, in labels.parquet; NaN is "not scored".
+
+    Args:
+        clip_id: the clip.
+        teacher: who scored it.
+        status: "ok", or why there are no scores.
+        reason: the same in words.
+        grid: patches along time, height and width.
+        video: score of each video dimension.
+        patches: scores of all patches for each patch dimension, frame by frame, row by row.
+    """
+
+    clip_id: str
+    teacher: str
+    status: str
+    reason: str
+    grid: list[int] = field(metadata={"type": "list<int32>"})
+    video: dict[str, float] = _columns("video_", "float32")
+    patches: dict[str, list[float]] = _columns("patch_", "list<float32>")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The reward model's scores of a clip, in scores.parquet; see `LabelRow` for `video` and `patches`."""
+
+    clip_id: str
+    video: dict[str, float] = _columns("video_", "float64")
+    patches: dict[str, list[float]] = _columns("patch_", "list<float64>")
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """Two clips of one prompt with their rewards, in pairs.parquet.
+
+    Args:
+        pair_id: name of the pair.
+        prompt_id: number of the prompt.
+        prompt: the prompt.
+        clip_a: one clip.
+        clip_b: the other.
+        video_reward_a: reward of the first clip.
+        video_reward_b: reward of the second.
+        patch_rewards_a: rewards of the first clip's patches, frame by frame, row by row.
+        patch_rewards_b: of the second's.
+        grid: patches along time, height and width.
+        video_margin: video_reward_a - video_reward_b.
+        patch_tie_share: share of the patches whose rewards tie.
+    """
+
+    pair_id: str
+    prompt_id: int
+    prompt: str
+    clip_a: str
+    clip_b: str
+    video_reward_a: float
+    video_reward_b: float
+    patch_rewards_a: list[float] = field(metadata={"type": "list<float64>"})
+    patch_rewards_b: list[float] = field(metadata={"type": "list<float64>"})
+    grid: list[int] = field(metadata={"type": "list<int64>"})
+    video_margin: float
+    patch_tie_share: float
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """A cached file, in index.parquet.
+
+    Args:
+        kind: "latents" or "text".
+        id: the clip, or the prompt itself.
+        file: relative to the table's folder.
+        content_hash: of what it was made from.
+    """
+
+    kind: str
+    id: str
+    file: str
+    content_hash: str
+
+
+def write_rows(path: Path, rows: Sequence[Any], kind: type[Any] | None = None) -> None:
+    """Write rows of one dataclass to a parquet file, atomically.
+
+    Args:
+        path: the file.
+        rows: of one class; all of them have the same keys in their dict fields.
+        kind: the class, needed where there may be no rows.
+    """
+    import pyarrow
+
+    kind = kind or type(rows[0])
+    columns: dict[str, Any] = {}
+    types = []
+    for one in fields(kind):
+        arrow = _arrow_type(one)
+        prefix = one.metadata.get("prefix")
+        for key in [None] if prefix is None else list(rows[0].__dict__[one.name]) if rows else []:
+            name = one.name if key is None else f"{prefix}{key}"
+            values = [getattr(row, one.name) for row in rows]
+            columns[name] = values if key is None else [value[key] for value in values]
+            types.append((name, arrow))
+    write_parquet(path, pyarrow.table(columns, schema=pyarrow.schema(types)))
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a parquet file; columns that the class does not have are left out.
+
+    Raises:
+        UserError: the file is missing, damaged, or lacks a column.
+    """
+    table = read_table(path)
+    own, prefixed = [], []
+    for one in fields(kind):  # type: ignore[arg-type]
+        (prefixed if "prefix" in one.metadata else own).append(one)
+    missing = [one.name for one in own if one.name not in table.column_names]
+    if missing:
+        raise UserError(
+            f"{path}: expected a column {missing[0]!r}, got {', '.join(table.column_names)}; make the table again"
+        )
+    return [kind(**_values(row, own, prefixed)) for row in table.to_pylist()]
+
+
+def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[Field[Any]]) -> dict[str, Any]:
+    values = {one.name: row[one.name] for one in own}
+    for one in prefixed:
+        prefix = one.metadata["prefix"]
+        values[one.name] = {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
+    return values
+
+
+def _arrow_type(one: Field[Any]) -> pyarrow.DataType:
+    import pyarrow
+
+    # annotations are texts here: "str", "str | None", "int", ...
+    name = one.metadata.get("type") or _TYPES[str(one.type).removesuffix(" | None")]
+    if name.startswith("list<"):
+        return pyarrow.list_(pyarrow.type_for_alias(name[5:-1]))
+    return pyarrow.type_for_alias(name)
