@@ -1,7 +1,7 @@
 """The tables of a run as typed rows: a frozen dataclass a table, stored as parquet.
 
-A field of type `dict[str, ...]` holds one column for each of its keys, named by its prefix: `video={"visual_quality": 4}`
-is the column video_visual_quality.
+A field of type `dict[str, ...]` holds one column for each of its keys, named by its prefix: the score
+video["visual_quality"] is the column video_visual_quality.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         UserError: the file is missing, damaged, or lacks a column.
     """
     table = read_table(path)
-    own, prefixed = [], []
-    for one in fields(kind):  # type: ignore[arg-type]
-        (prefixed if "prefix" in one.metadata else own).append(one)
+    columns = fields(kind)  # type: ignore[arg-type]
+    own = [one for one in columns if "prefix" not in one.metadata]
+    prefixed = [one for one in columns if "prefix" in one.metadata]
     missing = [one.name for one in own if one.name not in table.column_names]
     if missing:
         raise UserError(
