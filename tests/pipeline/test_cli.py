@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from halo_fast import registry
 from halo_fast.errors import UserError
 from halo_fast.files import write_bytes
 from halo_fast.pipeline import cli
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import STAGES
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
@@ -22,11 +24,20 @@ def calls(monkeypatch):
     """Stages are noted instead of run."""
     noted = []
 
-    def load(module, function):
-        return lambda config, run: noted.append((f"{module}.{function}", config, run))
+    def load(target):
+        return lambda config, run: noted.append((target.replace(":", "."), config, run))
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(registry, "load", load)
     return noted
+
+
+NEEDED = {
+    "pretrained_model_name_or_path": "model",
+    "prompts": "prompts.txt",
+    "evaluation_prompts": "heldout.txt",
+    "annotate.teacher": "human:anna",
+}
+MODEL = ("--pretrained_model_name_or_path", "model")
 
 
 def refuse(capsys, *arguments) -> str:
@@ -124,7 +135,7 @@ def test_run_directory_of_another_config(capsys, monkeypatch, tmp_path):
                 write_bytes(stage.folder / "out", b"1")
                 stage.finish({})
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: score)
+    monkeypatch.setattr(registry, "load", lambda target: score)
     arguments = ["score", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
     capsys.readouterr()
@@ -141,7 +152,7 @@ def test_output_dir_that_cannot_be(capsys, monkeypatch, tmp_path, place):
         with run.stage("score", {}, {}) as stage:
             stage.finish({})
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: score)
+    monkeypatch.setattr(registry, "load", lambda target: score)
     assert str(tmp_path / "file") in refuse(capsys, "score", "--output_dir", str(tmp_path / place))
 
 
@@ -158,7 +169,7 @@ def test_what_a_stage_raises_becomes_one_line(capsys, monkeypatch, raised, code)
     def stage(config: Config, run: Run) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: stage)
+    monkeypatch.setattr(registry, "load", lambda target: stage)
     assert cli.main(["train"]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("halo: ") and err.count("\n") == 1
@@ -171,7 +182,7 @@ def test_bugs_keep_their_traceback(monkeypatch, bug):
     def stage(config: Config, run: Run) -> None:
         raise bug
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: stage)
+    monkeypatch.setattr(registry, "load", lambda target: stage)
     with pytest.raises(type(bug)):
         cli.main(["train"])
 
@@ -183,7 +194,7 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
         """Train."""
         got.update(world=world, steps=steps, output_dir=output_dir)
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: pretrain)
+    monkeypatch.setattr(registry, "load", lambda target: pretrain)
     assert cli.main(["demo", "pretrain", "--steps", "5"]) == 0
     assert got == {"world": "graded", "steps": 5, "output_dir": None}
     assert "--stops" in refuse(capsys, "demo", "pretrain", "--stops", "5")
