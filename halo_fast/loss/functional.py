@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss import objectives, ops, reference
+from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.objectives import GranDPO
 
 __all__ = [
@@ -71,66 +72,46 @@ class GranDPOOutput:
         gradient_factor (mean sigma(-z)) and saturation (share of |z| > 10) over all labelled logits.
         Keys of a kind of label that was not given are absent; a mean over nothing is NaN.
         """
-        volume = objectives.volume_share(self._prediction.shape[1:], self.patch_logits)
+        return self.figures().metrics()
+
+    def figures(self, t: Tensor | None = None) -> PairFigures:
+        """The numbers behind ``metrics()`` for each pair and patch, to be kept, joined and averaged by groups.
+
+        Costs one pass over the latents unless a supervised term or a cached reference needed the errors already.
+
+        Args:
+            t: times of the samples, [2B] as in the batch or [B]; the two samples of a pair share theirs.
+        """
+        objective, volume = self._objective, objectives.volume_share(self._prediction.shape[1:], self.patch_logits)
         error = self._error
         if error is None:
             error = ops.patch_error(self._prediction, self._target, self.patch_logits.shape[1:])
-        values = {"loss": self.loss.detach(), "num_pairs": self.num_pairs, "model_mse": _video(volume, error).mean()}
-        if self.log_ratio is not None:
-            values["ref_mse"] = _video(volume, error + self.log_ratio).mean()
-        video, patch = objectives.preferences(self._objective, self._patch_rewards, self._video_rewards)
-        logits, weights = [], []
-        if self._objective.one_logit:
-            # one logit for all labels of a pair
-            labelled = self.active
-        elif video is not None and self._objective.form != "regression":
-            labelled = (video != 0).to(error.dtype)
-        if self._objective.one_logit or (video is not None and self._objective.form != "regression"):
-            logits.append(self.video_logits)
-            weights.append(labelled)
-            accuracy = _mean(_agreement(self.video_logits), labelled)
-            values["rewards/margins"] = _mean(self.video_logits, labelled)
-            values["rewards/accuracies"] = values["implicit_acc"] = accuracy
-        if video is not None and self._objective.form != "regression":
-            values |= self._video_metrics(video, volume)
-        if patch is not None and self._objective.form not in ("regression", "mapo"):
-            labelled = (patch != 0).to(error.dtype)
-            logits.append(self.patch_logits.flatten())
-            weights.append(labelled.flatten())
-            values["patch/margins"] = _mean(self.patch_logits, labelled)
-            values["patch/accuracies"] = _mean(_agreement(self.patch_logits), labelled)
-            values["patch/ties"] = 1 - labelled.mean()
-        if logits:
-            z, weight = torch.cat(logits), torch.cat(weights)
-            values["gradient_factor"] = _mean(torch.sigmoid(-z), weight)
-            values["saturation"] = _mean((z.abs() > 10).to(z.dtype), weight)
-        return values
-
-    def _video_metrics(self, video: Tensor, volume: Tensor) -> dict[str, Tensor]:
-        labelled = (video != 0).to(self.video_logits.dtype)
-        values = {"video/ties": 1 - labelled.mean()}
-        if self.log_ratio is None or not self._objective.paired:
-            return values
-        gain = _video(volume, self.log_ratio)
-        a, b = reference.halves(gain)
-        chosen, rejected = torch.where(video > 0, a, b), torch.where(video > 0, b, a)
-        scale = 0.5 * self._objective.video_beta * (1.0 if self._kappa is None else self._kappa)
-        values["rewards/chosen"] = _mean(scale * chosen, labelled)
-        values["rewards/rejected"] = _mean(scale * rejected, labelled)
-        values["win_gap"], values["lose_gap"] = _mean(-chosen, labelled), _mean(-rejected, labelled)
-        return values
+        video, patch = objectives.preferences(objective, self._patch_rewards, self._video_rewards)
+        if objective.form in ("regression", "mapo"):
+            patch = None
+        if objective.form == "regression":
+            video = None
+        scale: Any = 0.5 * objective.video_beta
+        scale = torch.as_tensor(scale, dtype=error.dtype, device=error.device).expand_as(self.active)
+        return PairFigures(
+            loss=self.loss.detach(),
+            active=self.active,
+            error=error,
+            log_ratio=self.log_ratio,
+            video_logits=self.video_logits,
+            patch_logits=self.patch_logits,
+            video=video,
+            patch=patch,
+            scale=scale if self._kappa is None else scale * self._kappa,
+            volume=volume,
+            t=None if t is None else t[: len(self.active)],
+            paired=objective.paired,
+            shared_logit=objective.one_logit,
+        )
 
 
 def _video(volume: Tensor, table: Tensor) -> Tensor:
     return (volume * table).flatten(1).sum(1)
-
-
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    return (values * weight).sum() / weight.sum()
-
-
-def _agreement(logits: Tensor) -> Tensor:
-    return (logits > 0).to(logits.dtype) + 0.5 * (logits == 0).to(logits.dtype)
 
 
 def _tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
@@ -389,13 +370,13 @@ def _checked(
     reference_prediction: Tensor | None,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    objective: str | GranDPO,
+    objective: objectives.Spec,
     reference_error: Tensor | None,
     layout: str,
     kappa: Tensor | None,
 ) -> dict[str, Any]:
     """The arguments of ``_evaluate``, after every check of ``gran_dpo``'s."""
-    objective = objectives.resolve(objective)
+    objective = objectives.build(objective)
     prediction = _latent("prediction", prediction, layout)
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
@@ -485,7 +466,7 @@ def gran_dpo(
     patch_rewards: Tensor | None = None,
     video_rewards: Tensor | None = None,
     *,
-    objective: str | GranDPO = "halo",
+    objective: objectives.Spec = "halo",
     reference_error: Tensor | None = None,
     layout: str = "BCFHW",
     kappa: Tensor | None = None,
@@ -540,7 +521,7 @@ def gran_dpo_coefficients(
     patch_rewards: Tensor | None = None,
     video_rewards: Tensor | None = None,
     *,
-    objective: str | GranDPO = "halo",
+    objective: objectives.Spec = "halo",
     reference_error: Tensor | None = None,
     layout: str = "BCFHW",
     kappa: Tensor | None = None,

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from halo_fast import registry
+from halo_fast.errors import UserError
 from halo_fast.loss import ops
 from halo_fast.loss.reference import (
     LINKS,
@@ -29,11 +32,11 @@ from halo_fast.loss.reference import (
 __all__ = [
     "AutoBeta",
     "GranDPO",
+    "build",
     "convert_beta",
     "evaluate",
     "local_dpo_rewards",
     "preferences",
-    "resolve",
     "table_arguments",
     "timestep_weight",
     "video_dpo_rewards",
@@ -177,6 +180,8 @@ def _kind(value: object) -> str:
 PRESETS: dict[str, GranDPO] = {
     # Own formulation after HALO, arXiv 2502.06812.
     "halo": GranDPO(),
+    # The same with supervision of the winning patches, which leads the comparison of docs/results.md.
+    "halo_sft": GranDPO(patch_sft_weight=0.5),
     # Wallace et al. 2023, arXiv 2311.12908: -log sigma(-beta/2 [(E_w - E_ref,w) - (E_l - E_ref,l)]).
     "diffusion_dpo": GranDPO(video_beta=5000.0, patch_weight=0.0),
     # Liu et al. 2025, arXiv 2501.13918: the same on velocities; kappa = (1-t)^2 is the paper's other weighting.
@@ -209,15 +214,53 @@ PRESETS: dict[str, GranDPO] = {
 }
 
 
-def resolve(objective: str | GranDPO) -> GranDPO:
-    """The GranDPO of a preset's name, or the given one."""
-    if isinstance(objective, GranDPO):
-        return objective
-    if not isinstance(objective, str):
-        raise TypeError(f"objective must be a preset's name or a GranDPO; got {type(objective).__name__}")
-    if objective not in PRESETS:
-        raise ValueError(f"objective must be one of {', '.join(PRESETS)}, or a GranDPO; got {objective!r}")
-    return PRESETS[objective]
+Spec = str | Mapping[str, Any] | GranDPO
+
+
+def build(spec: Spec) -> GranDPO:
+    """The objective that a setting describes.
+
+    Args:
+        spec: a preset's name (``PRESETS``); a mapping {"preset": NAME, field: value, ...}, the preset with fields
+            replaced; an objective; or your own as "package.module:attribute", an objective or what gives one when
+            called without arguments. "preset" takes a dotted name too.
+
+    Raises:
+        TypeError, ValueError: naming the known presets or fields.
+    """
+    if isinstance(spec, str):
+        return PRESETS[spec] if spec in PRESETS else _imported(spec)
+    if isinstance(spec, Mapping):
+        return _replaced(spec)
+    if not isinstance(spec, GranDPO):
+        raise TypeError(f"objective must be a preset's name or a GranDPO; got {type(spec).__name__}")
+    return spec
+
+
+def _imported(name: str) -> GranDPO:
+    if ":" not in name:
+        raise ValueError(
+            f'objective must be one of {", ".join(PRESETS)}, a GranDPO, or your own as "package.module:attribute"; '
+            f"got {name!r}"
+        )
+    try:
+        found = registry.resolve("objective", name)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    objective: GranDPO = found() if isinstance(found, type) or not hasattr(found, "table") else found
+    return objective
+
+
+def _replaced(spec: Mapping[str, Any]) -> GranDPO:
+    values = dict(spec)
+    if "preset" not in values:
+        raise ValueError(f'objective must name its "preset", one of {", ".join(PRESETS)}; got {values}')
+    objective = build(values.pop("preset"))
+    known = [field.name for field in fields(objective) if field.init]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"objective has no field {name!r}; {spec['preset']} has {', '.join(known)}")
+    return replace(objective, **values)
 
 
 def _sample_weights(labels: Tensor, gamma: float, delta: float) -> Tensor:
