@@ -3,6 +3,9 @@
 __all__ = ["TABLES"]
 
 TABLES: dict[str, dict[str, str]] = {
+    "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
+    "reward evaluation": {"demo": "halo_fast.demo.planted:evaluate"},
+    "reward examples": {"demo": "halo_fast.demo.examples:examples"},
     "recipe": {"demo": "halo_fast.demo:RECIPE"},
     "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},
     "prompts": {
