@@ -2,4 +2,6 @@
 
 __all__ = ["TABLES"]
 
-TABLES: dict[str, dict[str, str]] = {}
+TABLES: dict[str, dict[str, str]] = {
+    "teacher": {"demo": "halo_fast.demo.teacher:load_teacher"},
+}

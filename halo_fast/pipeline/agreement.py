@@ -33,7 +33,7 @@ from halo_fast.rewards.backbones.compact import read_text
 from halo_fast.rewards.base import RewardConfig
 from halo_fast.rewards.model import RewardModel, RewardModelConfig
 from halo_fast.rewards.training import LabelledClips, fit
-from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS
+from halo_fast.teachers.rubric import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS
 from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["agreement", "demo_world", "evaluate_marks", "evaluate_ratings", "frame_statistics", "reward_eval"]
