@@ -4,4 +4,5 @@ __all__ = ["TABLES"]
 
 TABLES: dict[str, dict[str, str]] = {
     "teacher": {"demo": "halo_fast.demo.teacher:load_teacher"},
+    "recipe": {"demo": "halo_fast.demo:RECIPE"},
 }

@@ -122,8 +122,16 @@ class PlantedTeacher:
     grid = GRID
     name = "planted"
 
-    def __init__(self, clips: Clips, questions: Path | None = None, patience: int | None = None) -> None:
-        self.clips, self.questions, self.patience = clips, questions, patience
+    def __init__(
+        self, clips: Clips, questions: Path | None = None, patience: int | None = None, batch_size: int = 32
+    ) -> None:
+        self.clips, self.questions, self.patience, self.batch_size = clips, questions, patience, batch_size
+
+    def labels(
+        self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()
+    ) -> Iterator[tuple[int, Label]]:
+        """Labels of batches; `compared` is nothing to this teacher."""
+        return label_in_batches(self.label, clips, self.batch_size)
 
     def label(self, videos: torch.Tensor, prompts: Sequence[str]) -> list[Label]:
         """Dies by SIGKILL, before it hears the question, when it has answered `patience` times."""
