@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from halo_fast.data.clips import write_clip
 from halo_fast.files import write_parquet, write_safetensors
 from halo_fast.pipeline.run import Run
-from halo_fast.teachers import Label
+from halo_fast.teachers import Clip, Label, label_in_batches
 
 SHAPES = ("square", "disc", "cross", "ring")
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 230), "yellow": (220, 200, 40)}
@@ -127,9 +127,7 @@ class PlantedTeacher:
     ) -> None:
         self.clips, self.questions, self.patience, self.batch_size = clips, questions, patience, batch_size
 
-    def labels(
-        self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()
-    ) -> Iterator[tuple[int, Label]]:
+    def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
         """Labels of batches; `compared` is nothing to this teacher."""
         return label_in_batches(self.label, clips, self.batch_size)
 
