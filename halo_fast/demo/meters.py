@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from halo_fast.agreement.meters import MeterRequest
-from halo_fast.demo import WEIGHTS, world
+from halo_fast.demo import WEIGHTS, check_clips, world
 from halo_fast.demo.defects import GRID, KINDS
-from halo_fast.errors import UserError
 
 __all__ = ["DefectMeter", "FidelityMeter", "WorldMeter", "evidence", "targets"]
 
@@ -38,18 +37,7 @@ class WorldMeter:
     """
 
     def __init__(self, request: MeterRequest) -> None:
-        size = world.NUM_FRAMES, world.SIZE, world.SIZE
-        for setting, what, wanted, given in (
-            ("grid", "patches", GRID, request.grid),
-            ("generate", "num_frames, height and width", size, request.video_size),
-        ):
-            if tuple(given) != wanted:
-                raise UserError(f"{setting}: the demo's meter reads {what} {wanted}, got {tuple(given)}; set it to that")
-        for prompt in request.prompts:
-            try:
-                world.parse(prompt)
-            except ValueError as error:
-                raise UserError(f"evaluation_prompts: {error}; use another meter for other prompts") from error
+        check_clips("meter", request.grid, request.video_size, request.prompts, "evaluation_prompts")
         self._seed = request.seed
         self._defects, self._fidelity = DefectMeter.load(), FidelityMeter.load()
 
