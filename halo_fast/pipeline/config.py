@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
@@ -35,18 +35,16 @@ class AnnotateConfig:
     """Scores of videos and patches by a teacher.
 
     Args:
-        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions,
-            "human:NAME" whoever scored on the page of halo label.
-        noisy_share: share of clips on which the demo teacher errs as a person would.
+        teacher: name of the teacher, or your own as "package.module:attribute"; "openai" is a model that answers
+            questions, "human:NAME" whoever scored on the page of halo label. Required.
+        options: what only the named teacher has.
         num_clips: clips that are annotated, drawn at random; null for all.
-        batch_size: clips in one question to the demo teacher; each answer is kept at once.
         openai: the model that is asked, and what it may cost.
     """
 
-    teacher: str = "demo"
-    noisy_share: float = 0.2
-    num_clips: int | None = None
-    batch_size: int = 32
+    teacher: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    num_clips: Annotated[int, Ge(1)] | None = None
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
 
 
