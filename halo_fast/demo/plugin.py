@@ -3,10 +3,7 @@
 __all__ = ["TABLES"]
 
 TABLES: dict[str, dict[str, str]] = {
-    "command": {
-        "demo compare": "halo_fast.pipeline.compare:compare",
-        "demo pretrain": "halo_fast.demo.pretrain:pretrain",
-    },
+    "command": {"demo compare": "compare", "demo pretrain": "halo_fast.demo.pretrain:pretrain"},
     "comparison": {"graded": "halo_fast.demo.comparison:GRADED", "patchy": "halo_fast.demo.comparison:PATCHY"},
     "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
     "reward evaluation": {"demo": "halo_fast.demo.planted:evaluate"},

@@ -31,6 +31,8 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
     """
     for setting in dict.fromkeys(name for stage in stages for name in STAGES[stage].required):
         if not reduce(getattr, setting.split("."), config):
+            from halo_fast import teachers  # noqa: F401  registers its names
+
             kind, what = _GIVE[setting]
             names = ", ".join(registry.known(kind))
             raise UserError(f"{setting}: required; give {what}, or one of {names}")
@@ -47,12 +49,13 @@ def check_run(config: Config, run: Run) -> None:
         UserError: a missing setting, unreadable prompts, an unknown teacher or meter, or one that cannot read such
             clips.
     """
+    check_required(config, STAGES)
+    # these load torch and more, for which nobody should wait who forgot a setting
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_prompts
     from halo_fast.teachers import LabelStore
 
-    check_required(config, STAGES)
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
     evaluation_prompts(config)
     if not (run.path / "annotate" / "manifest.json").exists():

@@ -84,7 +84,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _find_verb(arguments: list[str]) -> tuple[str, Verb, list[str]]:
     """The longest command that the arguments begin with, and the arguments after it."""
-    verbs = VERBS | {name: Verb(_call, registry.target("command", name), "") for name in registry.known("command")}
+    verbs = VERBS | {name: _command(registry.target("command", name)) for name in registry.known("command")}
     for count in (2, 1):
         name = " ".join(arguments[:count])
         if len(arguments) >= count and name in verbs:
@@ -95,6 +95,11 @@ def _find_verb(arguments: list[str]) -> tuple[str, Verb, list[str]]:
         what = repr(arguments[1]) if arguments[1:] else "nothing"
         raise UserError(f"halo {first}: expected one of {', '.join(seconds)}, got {what}")
     raise UserError(f"unknown verb {first!r}; expected one of {', '.join(dict.fromkeys(n.split()[0] for n in verbs))}")
+
+
+def _command(target: str) -> Verb:
+    """A registered command: "module:function", or another name for a verb."""
+    return VERBS[target] if target in VERBS else Verb(_call, target, "")
 
 
 def _overview() -> str:
