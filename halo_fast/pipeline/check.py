@@ -53,11 +53,11 @@ def check_run(config: Config, run: Run) -> None:
     # these load torch and more, for which nobody should wait who forgot a setting
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
-    from halo_fast.pipeline.stages.evaluate import evaluation_prompts
+    from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.teachers import LabelStore
 
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
-    evaluation_prompts(config)
+    evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if not (run.path / "annotate" / "manifest.json").exists():
         with LabelStore(Path(":memory:")) as store:
             load_teacher(config, store, prompts=prompts)

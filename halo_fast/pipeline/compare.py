@@ -6,7 +6,7 @@ base, labels of the teacher, scores of the trained reward model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 
 from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
+from halo_fast.agreement.meters import Meter
 from halo_fast.data import CachedPairs
 from halo_fast.data.prompts import prompt_source, read_prompts
 from halo_fast.families import Family, load, source
@@ -24,8 +25,7 @@ from halo_fast.pipeline.compare_tables import arm_slug, build_section, read_arm,
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
-from halo_fast.pipeline.stages.evaluate import load_meter
-from halo_fast.rewards import RewardModel
+from halo_fast.pipeline.stages.evaluate import evaluation_meter
 from halo_fast.train import fit
 
 __all__ = ["ARMS", "Comparison", "compare"]
@@ -151,7 +151,8 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
         if stage.done:
             return
         jobs = [(arm, seed) for arm in ARMS for seed in range(num_seeds if arm in objectives else 1)]
-        meter, clean = load_meter(config, RewardModel.load(run.require("reward/model.safetensors").parent))
+        prompts = read_prompts(config.evaluation_prompts, config.evaluate.num_prompts, config.seed)
+        meter = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent)
         family, pairs = load(name, device="cpu"), CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
         for arm, seed in progress(jobs, len(jobs), f"compare {name}"):
             file = stage.folder / f"{arm_slug(arm)}_{seed}.parquet"
@@ -161,12 +162,12 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
                 training = replace(config.train, objective=objectives[arm], seed=seed)
                 family.load_lora(fit(family, pairs, training, references=run.path / "reference_errors").lora)
             try:
-                columns = _sample_and_measure(config, family, meter)
+                columns = _sample_and_measure(config, prompts, family, meter)
             finally:
                 if arm in objectives:
                     family.pipeline.unload_lora_weights()
             write_parquet(file, pyarrow.table(columns))
-        write_json(stage.folder / "clean.json", {"severity": clean})
+        write_json(stage.folder / "clean.json", {"severity": meter.clean})
         stage.finish({"trainings": len(jobs), "pairs": len(pairs)})
 
 
@@ -175,9 +176,8 @@ def _objective(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"preset": given} if isinstance(given, str) else given), **changes}
 
 
-def _sample_and_measure(config: Config, family: Family, meter: Callable[..., Any]) -> dict[str, list[float]]:
-    """What the meter reads of one clip for each held-out prompt, in [0, 1] but for motion_amount."""
-    prompts = read_prompts(config.evaluation_prompts, config.evaluate.num_prompts, config.seed)
+def _sample_and_measure(config: Config, prompts: Sequence[str], family: Family, meter: Meter) -> dict[str, list[float]]:
+    """What the meter reads of one clip for each prompt, in [0, 1] but for motion_amount."""
     rows: dict[str, list[torch.Tensor]] = {}
     size = config.generate.batch_size
     for start in range(0, len(prompts), size):

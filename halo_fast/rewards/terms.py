@@ -73,9 +73,7 @@ def loss_terms(
         losses["swap"] = swap_loss(logits[:, :1] - logits[:, 1:], clips, others[:, 1:], column)
     if _MOTION_DIMENSION in dimensions and config.motion_weight:
         column = dimensions.index(_MOTION_DIMENSION)
-        losses["motion"] = frozen_copy_loss(
-            model, batch, video[: math.ceil(_COPY_SHARE * len(clips)), column], column
-        )
+        losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(clips)), column], column)
     if patch_phase:
         losses["patch"] = _label_loss(patches, clips.patch_scores, scales[1], config)
     return losses

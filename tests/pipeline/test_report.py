@@ -15,16 +15,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from recipe import demo_config
 
 from halo_fast.data.clips import write_clip
 from halo_fast.demo import WEIGHTS
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_csv, write_json, write_parquet
-from halo_fast.pipeline.config import Config
-from halo_fast.pipeline.report import write_report
 from halo_fast.pipeline.report.chart import Series, line_chart
 from halo_fast.pipeline.report.clips import browser_video, severity_strip
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.report import write_report
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -69,7 +69,7 @@ def clip(number: int, arm: str) -> np.ndarray:
 
 
 def make_run(folder, metrics=METRICS, prompts=5) -> Run:
-    config = Config(output_dir=str(folder / "run"))
+    config = demo_config(output_dir=str(folder / "run"))
     config.evaluate.num_prompts, config.evaluate.bootstrap = prompts, 7
     config.report.num_clips = 4
     run = Run(config)
@@ -342,7 +342,7 @@ def test_wrong_number_of_severities_is_refused(tmp_path):
 
 
 def test_report_asks_for_the_stages_before_it(tmp_path):
-    config = Config(output_dir=str(tmp_path))
+    config = demo_config(output_dir=str(tmp_path))
     with pytest.raises(UserError, match="run `halo reward`"):
         write_report(config, Run(config))
 

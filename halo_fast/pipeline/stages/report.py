@@ -11,6 +11,7 @@ from halo_fast.pipeline.report.curves import diagnostics_charts, reward_charts, 
 from halo_fast.pipeline.report.page import render_page, settings_text
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
+from halo_fast.pipeline.stages.evaluate import evaluation_meter
 
 __all__ = ["write_report"]
 
@@ -22,6 +23,9 @@ def write_report(config: Config, run: Run) -> None:
         UserError: one of these stages has not finished, a clip is unreadable, or no prompt has clips of both models.
     """
     inputs: dict[str, Path | str] = {name: run.require(name) for name in ("reward", "train", "evaluate")}
+    notes = evaluation_meter(config, [], run.path / "reward").notes
+    if notes:
+        inputs["notes on the meter"] = json.dumps(notes, sort_keys=True)
     # a directory that is moved keeps its report
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     with run.stage("report", settings, inputs) as stage:
@@ -34,7 +38,7 @@ def write_report(config: Config, run: Run) -> None:
                 title=run.path.resolve().name,
                 metrics=read_json(measured / "metrics.json"),
                 probes=json.loads(probes.read_text()) if probes.exists() else [],
-                notes=read_json(measured / "notes.json"),
+                notes=notes,
                 clips=clips,
                 charts=training_charts(run.path / "train" / "log.csv")
                 + diagnostics_charts(run.path / "train" / "diagnostics.csv")
