@@ -145,8 +145,8 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
         "pretrained_model_name_or_path": source(name),
     }
     objectives = {arm: _objective(config, changes) for arm, changes in ARMS.items() if changes is not None}
-    settings = {section: asdict(getattr(config, section)) for section in ("train", "evaluate", "generate")}
-    settings |= {"arms": objectives, "num_seeds": num_seeds, "seed": config.seed}
+    settings: dict[str, Any] = {"arms": objectives, "num_seeds": num_seeds, "seed": config.seed}
+    settings |= {section: asdict(getattr(config, section)) for section in ("train", "evaluate", "generate")}
     with run.stage("arms", settings, inputs) as stage:
         if stage.done:
             return

@@ -106,7 +106,10 @@ def _statistics(arms: Arms, clean: float, base: str) -> dict[str, Statistic]:
     def fidelity(arm: str, seeds: NDArray[np.int64], prompts: NDArray[np.int64]) -> float:
         return float(arms[arm]["fidelity"][seeds][:, prompts].mean())
 
-    return {"mitigated": mitigated} | ({"fidelity": fidelity} if "fidelity" in arms[base] else {})
+    statistics: dict[str, Statistic] = {"mitigated": mitigated}
+    if "fidelity" in arms[base]:
+        statistics["fidelity"] = fidelity
+    return statistics
 
 
 def _bootstrap(

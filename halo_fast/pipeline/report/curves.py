@@ -1,7 +1,7 @@
 """Charts of the CSV files that training leaves behind."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -50,7 +50,7 @@ def reward_charts(history: Path) -> list[Markup]:
     return charts
 
 
-def _columns(rows: Sequence[dict[str, str]], charts: dict[str, tuple[str, ...]]) -> dict[str, list[Series]]:
+def _columns(rows: Sequence[dict[str, str]], charts: Mapping[str, tuple[str, ...]]) -> dict[str, list[Series]]:
     """For each chart the curves of its columns over the column `step`; empty cells are left out."""
     names = [name for name in rows[0] if name not in ("step", "phase")] if rows else []
     found: dict[str, list[Series]] = {}
