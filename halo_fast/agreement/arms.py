@@ -13,6 +13,7 @@ __all__ = ["DEFECTIVE", "compare_arms", "compare_rewards", "rates_by_kind", "sev
 DEFECTIVE = 0.25
 """A patch whose severity is above this is defective; severity is in [0, 1]."""
 
+
 def severity_mitigated(base: float, aligned: float, clean: float) -> float:
     """Share of the base's severity that is gone: 1 - (aligned - clean) / (base - clean).
 
@@ -107,7 +108,9 @@ def compare_rewards(
     """
     arms = {"base": base, "aligned": aligned}
     metrics: dict[str, Any] = {
-        f"reward_{name}": {key: float(np.mean(arm[key])) for key in arm if key.startswith(("video_", "patch_"))}
+        f"reward_{name}": {
+            key: float(np.asarray(arm[key]).mean()) for key in arm if key.startswith(("video_", "patch_"))
+        }
         for name, arm in arms.items()
     }
     if severity is not None:

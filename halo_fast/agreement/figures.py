@@ -333,9 +333,7 @@ def _figures(
 def _require_known(scores: NDArray[np.float64], name: str) -> None:
     missing = int(np.isnan(scores).sum())
     if missing:
-        raise ValueError(
-            f"{name}: expected numbers, got NaN in {missing} of {scores.size}; find out why first"
-        )
+        raise ValueError(f"{name}: expected numbers, got NaN in {missing} of {scores.size}; find out why first")
 
 
 def _numbered(names: ArrayLike) -> NDArray[np.int64]:

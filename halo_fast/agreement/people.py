@@ -178,9 +178,7 @@ def _predict_marks(pictures: Tensor, shares: Tensor, folds: NDArray[np.int64], s
     stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
     videos = stills.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[:, None].contiguous()
     targets = 5 - 4 * shares.view(-1, 1, 1, *_MARK_GRID)
-    data = LabelledClips(
-        videos, [_ANY] * len(videos), targets.mean(dim=(2, 3, 4)), targets, ("visual_quality",)
-    )
+    data = LabelledClips(videos, [_ANY] * len(videos), targets.mean(dim=(2, 3, 4)), targets, ("visual_quality",))
     model_config = RewardModelConfig(("visual_quality",), spatial_factor=_MARK_FACTOR, backbone="frames")
     config = RewardConfig(
         video_steps=0, patch_steps=100, learning_rate=2e-3, held_out_share=0, mirror="both", backbone="frames"

@@ -33,8 +33,6 @@ def format_figure(figure: Figure) -> str:
 def table_as_json(table: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, list[float | None]]]:
     """For JSON: [value, low, high] for each figure; NaN becomes null."""
     return {
-        row: {
-            name: [None if math.isnan(value) else float(value) for value in figure] for name, figure in cells.items()
-        }
+        row: {name: [None if math.isnan(value) else float(value) for value in figure] for name, figure in cells.items()}
         for row, cells in table.items()
     }

@@ -99,7 +99,9 @@ def agreement(config: Config, resamples: int = 300) -> None:
             f" {', '.join(scorers) or 'none'}; run `halo annotate`, `halo label` or `halo score`"
         )
     labels = run.path / "annotate" / "labels.parquet"
-    trained_on = {row.clip_id for row in read_rows(labels, LabelRow) if row.status == "ok"} if labels.exists() else set()
+    trained_on = (
+        {row.clip_id for row in read_rows(labels, LabelRow) if row.status == "ok"} if labels.exists() else set()
+    )
     unseen = np.array([clip.clip_id not in trained_on for clip in clips])
     prompts = [clip.prompt for clip in clips]
     trusted = sorted(scorers, key=lambda name: (name != _REWARD, name.startswith("human:"), name))

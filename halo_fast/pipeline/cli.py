@@ -173,11 +173,11 @@ def _check(config: Config, run: Run) -> None:
     """Find before hours of work the mistakes that only a late stage would meet."""
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
-    from halo_fast.pipeline.stages.evaluate import evaluation_prompts
+    from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.teachers import LabelStore
 
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
-    evaluation_prompts(config)
+    evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if not (
         run.path / "annotate" / "manifest.json"
     ).exists():  # what is annotated needs no teacher any more, and no key

@@ -28,12 +28,11 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.annotate import annotate
 from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.evaluate import load_meter
+from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.reward import train_reward
 from halo_fast.pipeline.stages.score import score
-from halo_fast.rewards import RewardModel
 from halo_fast.train import fit
 from halo_fast.train.config import ObjectiveConfig, TrainConfig
 
@@ -113,7 +112,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
         if stage.done:
             return
         jobs = [(arm, seed) for arm in ARMS for seed in range(num_seeds if ARMS[arm] else 1)]
-        meter, clean = load_meter(config, RewardModel.load(run.require("reward/model.safetensors").parent))
+        meter = evaluation_meter(config, evaluation_prompts(config), run.require("reward/model.safetensors").parent)
         family, pairs = load(name, device="cpu"), CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
         for arm, seed in progress(jobs, len(jobs), f"compare {name}"):
             file = stage.folder / f"{_slug(arm)}_{seed}.parquet"
@@ -130,7 +129,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
                 if objective:
                     family.pipeline.unload_lora_weights()
             write_parquet(file, pyarrow.table(columns))
-        write_json(stage.folder / "clean.json", {"severity": clean})
+        write_json(stage.folder / "clean.json", {"severity": meter.clean})
         stage.finish({"trainings": len(jobs), "pairs": len(pairs)})
 
 
