@@ -108,7 +108,9 @@ def compare_rewards(
     """
     arms = {"base": base, "aligned": aligned}
     metrics: dict[str, Any] = {
-        f"reward_{name}": {key: float(np.mean(arm[key])) for key in arm if key.startswith(("video_", "patch_"))}
+        f"reward_{name}": {
+            key: float(np.asarray(arm[key]).mean()) for key in arm if key.startswith(("video_", "patch_"))
+        }
         for name, arm in arms.items()
     }
     if severity is not None:

@@ -56,7 +56,7 @@ class ScoreConfig:
         batch_size: clips scored at once.
     """
 
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 1
 
 
 @dataclass
@@ -69,14 +69,15 @@ class EvaluateConfig:
     """Base against aligned model on held-out prompts with the same seeds.
 
     Args:
-        num_prompts: prompts taken from the top of the list.
-        meter: "demo" for the demo's defect meter, "reward" for the trained reward model.
+        num_prompts: prompts taken from the top of the list; null for all.
+        meter: what measures defects: "reward", the trained reward model, which the aligned model was trained to please;
+            or a meter of your own as "package.module:attribute".
         bootstrap: resamples of the prompts behind each interval.
     """
 
-    num_prompts: int = 64
-    meter: str = "demo"
-    bootstrap: int = 1000
+    num_prompts: Annotated[int, Ge(1)] | None = 64
+    meter: str = "reward"
+    bootstrap: Annotated[int, Ge(1)] = 1000
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.files import write_json, write_safetensors
-from halo_fast.registry import known, register, resolve
+from halo_fast.registry import is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
 
 __all__ = ["RewardModel"]
@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
 
 def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
     name = config.backbone
-    if name in known("reward backbone") or (":" in name and not Path(name).exists()):
+    if is_name("reward backbone", name):
         return resolve("reward backbone", name, "reward.backbone")(config)
     from halo_fast.rewards.backbones.vlm import VisionLanguage
 

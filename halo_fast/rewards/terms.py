@@ -37,7 +37,7 @@ class Batch:
 
 
 def loss_scales(scores: Tensor) -> list[float]:
-    """For each dimension of scores [N, D, ...] the loss of the best constant; relative to it, 1 is "nothing learned"."""
+    """The loss of the best constant for each dimension of scores [N, D, ...]; 1 of it is "nothing learned"."""
     scales = []
     for values in scores.unbind(1):
         constant = ((values.nanmean() - 1) / 4).nan_to_num(0.5).clamp(1e-3, 1 - 1e-3).logit()
@@ -80,7 +80,7 @@ def loss_terms(
 
 
 def _label_loss(logits: Tensor, scores: Tensor, scales: list[float], config: RewardConfig) -> Tensor:
-    """Mean over the dimensions of [N, D, ...]; regression relative to the loss of a constant, preferences as they are."""
+    """Mean over the dimensions of [N, D, ...]; regression is relative to the loss of a constant."""
     terms = []
     for values, grades, unit in zip(logits.unbind(1), scores.unbind(1), scales, strict=True):
         if config.loss in ("regression", "combined"):

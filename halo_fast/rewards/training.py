@@ -19,6 +19,7 @@ from halo_fast.rewards.clips import MIRRORS, LabelledClips, Mirror, mirror_clips
 from halo_fast.rewards.losses import calibrate
 from halo_fast.rewards.model import RewardModel
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
+from halo_fast.settings import validate
 
 __all__ = ["TrainingInputs", "draw_batch", "train_reward_model"]
 
@@ -80,6 +81,7 @@ def train_reward_model(
         UserError: a setting out of bounds.
         ValueError: no clips, a held-out share that leaves none to train on.
     """
+    validate(config, "reward")
     clips, heldout = _split(data, config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -240,8 +242,8 @@ def _resume(path: Path, state: _State) -> None:
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = tensor
+            _, number, name = key.split(".")
+            moments.setdefault(int(number), {})[name] = tensor
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.history.extend(rest["history"])

@@ -2,11 +2,11 @@
 
 The sequence is
 
-    [frames][prompt][query of each video dimension][patch 1: place, content, queries][patch 2: place, content, queries]...
+    [frames][prompt][video query 1][video query 2]...[patch 1: place, content, queries][patch 2: ...]...
 
-and each bracket after the prompt is a block. A block sees the frames, the prompt and itself, and its positions go on
-from the end of the prompt, as if it stood there alone. So one pass gives what a pass for each patch would give, and the
-frames are read once.
+with a query for each dimension. Each bracket after the prompt is a block. A block sees the frames, the prompt and
+itself, and its positions go on from the end of the prompt, as if it stood there alone. So one pass gives what a pass
+for each patch would give, and the frames are read once.
 """
 
 from __future__ import annotations
