@@ -16,7 +16,7 @@ from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.agreement.meters import Meter
 from halo_fast.data import CachedPairs
-from halo_fast.data.prompts import prompt_source, read_prompts
+from halo_fast.data.prompts import prompt_source
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.files import progress, read_json, replacing, write_json, write_parquet
@@ -25,7 +25,7 @@ from halo_fast.pipeline.compare_tables import arm_slug, build_section, read_arm,
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
-from halo_fast.pipeline.stages.evaluate import evaluation_meter
+from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
 from halo_fast.train import fit
 
 __all__ = ["ARMS", "Comparison", "compare"]
@@ -151,7 +151,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
         if stage.done:
             return
         jobs = [(arm, seed) for arm in ARMS for seed in range(num_seeds if arm in objectives else 1)]
-        prompts = read_prompts(config.evaluation_prompts, config.evaluate.num_prompts, config.seed)
+        prompts = evaluation_prompts(config)
         meter = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent)
         family, pairs = load(name, device="cpu"), CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
         for arm, seed in progress(jobs, len(jobs), f"compare {name}"):
