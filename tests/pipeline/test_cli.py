@@ -58,7 +58,9 @@ def refuse(capsys, *arguments) -> str:
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(calls, tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("seed: 5\ntrain: {learning_rate: 1e-3, rank: 4, objective: {patch_beta: null}}\ngrid: [1, 2, 2]\n")
+    file.write_text(
+        "seed: 5\ntrain: {learning_rate: 1e-3, rank: 4, objective: {preset: halo, patch_beta: null}}\ngrid: [1, 2, 2]\n"
+    )
     words = ["train", str(file), *MODEL, "--train.learning_rate", "1e-4", "--train.objective.video_beta=9"]
     assert cli.main(words) == 0
     ((name, config, run),) = calls
@@ -66,8 +68,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(calls, tmp_path)
     expected = Config(seed=5, grid=(1, 2, 2), pretrained_model_name_or_path="model")
     expected.train.rank = 4
     expected.train.learning_rate = 1e-4
-    expected.train.objective.patch_beta = None
-    expected.train.objective.video_beta = 9.0
+    expected.train.objective = {"preset": "halo", "patch_beta": None, "video_beta": 9}
     assert config == expected
 
 
@@ -134,18 +135,20 @@ def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatc
     ("arguments", "words"),
     [
         (["trian"], ["unknown verb 'trian'", "train"]),
-        (["demo"], ["halo demo", "pretrain", "compare"]),
+        (["demo"], ["halo demo", "pretrain", "compare", "nothing"]),
         (["demo", "dance"], ["'dance'", "pretrain", "compare"]),
-        (["demo"], ["halo demo", "nothing"]),
         (["doctor", "who"], ["doctor", "'who'"]),
         (["train", "--train.lr", "3"], ["--train.lr", "halo train --help"]),
         (["train", "--colour", "3"], ["--colour"]),
-        (["train", "--train.learning_rate", "fast"], ["train.learning_rate", "float", "fast"]),
+        (["train", "--train.learning_rate", "fast"], ["train.learning_rate", "fast"]),
         (["train", "--train.max_train_steps", "1.5"], ["train.max_train_steps", "int", "1.5"]),
         (["train", "--grid", "[2,2]"], ["grid", "3 elements"]),
         (["train", "--grid", "[3,4,900]"], ["grid", "(81, 480, 832)", "(3, 4, 900)", "fewer patches"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "not exist"]),
         (["train", "--seed", "1", "stray"], ["stray"]),
+        (["train", "--seed", "-1"], ["seed", "0", "-1"]),
+        (["train", "--report.num_clips", "0"], ["report.num_clips", "1", "0"]),
+        (["train", "--train.lr_scheduler", "cosin"], ["train.lr_scheduler", "constant", "cosin"]),
     ],
 )
 def test_mistakes_in_words(capsys, calls, arguments, words):
@@ -257,7 +260,7 @@ def test_help_of_a_verb_lists_settings(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--train.objective.patch_sft_weight" in text and "supervised term on the winning patches" in text
+    assert "--train.heldout_share" in text and "share of the prompts whose pairs are kept out of training" in text
 
 
 def test_doctor_names_versions_and_backends(capsys):
