@@ -178,14 +178,6 @@ def _grid(grid: Sequence[int], latent: Tensor, name: str) -> tuple[int, ...]:
     return tuple(grid)
 
 
-def _same_dtype(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    if prediction.dtype == target.dtype:
-        return prediction, target
-    # A float32 target beside a bf16 prediction is the normal case under autocast; rounding it would cost accuracy.
-    common = torch.promote_types(prediction.dtype, target.dtype)
-    return prediction.to(common), target.to(common)
-
-
 def _reference(value: object, prediction: Tensor, layout: str) -> Tensor:
     latent = _latent("reference", value, layout, prediction)
     _constant("reference", latent)
@@ -198,9 +190,14 @@ def _reference(value: object, prediction: Tensor, layout: str) -> Tensor:
 
 
 def _numbers(
-    name: str, value: object, shape: tuple[int, ...], prediction: Tensor, missing: str = ", or NaN for 'not labelled'"
+    name: str,
+    value: object,
+    shape: tuple[int, ...],
+    prediction: Tensor,
+    dtype: torch.dtype,
+    missing: str = ", or NaN for 'not labelled'",
 ) -> Tensor:
-    """Rewards or kappa in the accumulate dtype; ``missing`` says what a NaN means, "" if there must be none."""
+    """Rewards or kappa in the dtype of the sums; ``missing`` says what a NaN means, "" if there must be none."""
     value = _tensor(name, value, prediction)
     _constant(name, value)
     if value.dtype == torch.bool or value.is_complex():
@@ -214,7 +211,7 @@ def _numbers(
             raise ValueError(f"{name} must be finite{missing}; got an infinite value: drop or clip it")
         if not missing and bool(value.isnan().any()):
             raise ValueError(f"{name} must be finite; got NaN: clip it where it diverges, as timestep_weight does")
-    return value.to(reference.accumulate_dtype(prediction.dtype))
+    return value.to(dtype)
 
 
 def patch_log_ratio(
@@ -235,10 +232,8 @@ def patch_log_ratio(
     prediction = _latent("prediction", prediction, layout)
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
-    reference = _reference(reference, prediction, layout)
-    prediction, target = _same_dtype(prediction, target)
+    reference = _view(_reference(reference, prediction, layout), layout)
     policy = _view(prediction, layout)
-    reference = _view(reference.to(prediction.dtype), layout)
     ratio: Tensor = ops.patch_log_ratio(policy, reference, _view(target, layout), _grid(grid, policy, "grid"))
     return ratio
 
@@ -252,7 +247,6 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout:
     prediction = _latent("prediction", prediction, layout)
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
-    prediction, target = _same_dtype(prediction, target)
     policy = _view(prediction, layout)
     error: Tensor = ops.patch_error(policy, _view(target, layout), _grid(grid, policy, "grid"))
     return error
@@ -270,16 +264,16 @@ def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor,
     prediction = _latent("prediction", prediction, layout)
     target = _latent("target", target, layout, prediction)
     _constant("target", target)
-    prediction, target = _same_dtype(prediction, target)
     policy, target = _view(prediction, layout), _view(target, layout)
-    coefficients = _table("coefficients", coefficients, policy)
+    dtype = reference.accumulate_dtype(policy.dtype, target.dtype)
+    coefficients = _table("coefficients", coefficients, policy, dtype)
     with torch.no_grad():
         value = (coefficients * ops.patch_error(policy, target, coefficients.shape[1:])).sum()
     loss: Tensor = ops.attach_gradient(value, coefficients, policy, target)
     return loss
 
 
-def _table(name: str, value: object, latent: Tensor) -> Tensor:
+def _table(name: str, value: object, latent: Tensor, dtype: torch.dtype) -> Tensor:
     """A [N, f, h, w] argument that must not be rounded: float32 or float64."""
     value = _tensor(name, value, latent)
     _constant(name, value)
@@ -288,7 +282,7 @@ def _table(name: str, value: object, latent: Tensor) -> Tensor:
     if value.ndim != 4 or value.shape[0] != latent.shape[0]:
         raise ValueError(f"{name} must have shape [{latent.shape[0]}, f, h, w]; got {tuple(value.shape)}")
     _grid(value.shape[1:], latent, name)
-    return value.to(reference.accumulate_dtype(latent.dtype)).contiguous()
+    return value.to(dtype).contiguous()
 
 
 def _loser_scale(objective: GranDPO, error: Tensor, prediction: Tensor, target: Tensor, volume: Tensor) -> Tensor:
@@ -318,14 +312,15 @@ def _evaluate(
     """Coefficients and output from checked arguments in [N, C, F, H, W]; its loss is differentiable in prediction."""
     log_ratio: Tensor | None
     error: Tensor | None
-    if reference_prediction is not None and objective.form in ("H1", "H3", "H4") and not objective.loser_guard:
-        rewards, scale, numbers = objectives.table_arguments(
-            objective, patch_rewards, video_rewards, kappa, grid, prediction
-        )
+    if objective.form in ("H1", "H3", "H4") and not objective.loser_guard:
+        like = video_rewards if patch_rewards is None else patch_rewards
+        assert like is not None
+        rewards, scale, numbers = objectives.table_arguments(objective, patch_rewards, video_rewards, kappa, grid, like)
         loss, coefficients, video_logits, patch_logits, active, log_ratio, error = ops.gran_dpo(
-            prediction, reference_prediction, target, rewards, video_rewards, scale, grid, objective.link, numbers
-        )
-        if not (objective.sft_weight or objective.patch_sft_weight):
+            prediction, reference_prediction, target, reference_error, rewards, video_rewards, scale, grid,
+            objective.link, numbers,
+        )  # fmt: skip
+        if reference_prediction is not None and not numbers.supervised:
             error = None
     else:
         with torch.no_grad():
@@ -352,7 +347,7 @@ def _composed(
     objective: GranDPO,
     grid: tuple[int, ...],
 ) -> tuple[objectives.Table, Tensor | None, Tensor | None]:
-    """Table, log-ratios, errors of what the one operator does not do: other forms, cached errors, the loser guard."""
+    """Table, log-ratios, errors of what the one operator does not do: other forms and the loser guard."""
     shape = tuple(prediction.shape[1:])
     supervised = bool(objective.sft_weight or objective.patch_sft_weight or objective.loser_guard)
     error = log_ratio = None
@@ -408,13 +403,13 @@ def _checked(
         raise ValueError("anchor_weight needs the reference's prediction; cached errors do not give it: pass reference")
     if reference_prediction is not None:
         reference_prediction = _reference(reference_prediction, prediction, layout)
-    prediction, target = _same_dtype(prediction, target)
     policy = _view(prediction, layout)
     if reference_prediction is not None:
-        reference_prediction = _view(reference_prediction.to(prediction.dtype), layout)
+        reference_prediction = _view(reference_prediction, layout)
+    dtype = reference.accumulate_dtype(prediction.dtype, target.dtype)
     grid: tuple[int, ...] = (1, 1, 1)
     if reference_error is not None:
-        reference_error = _table("reference_error", reference_error, policy)
+        reference_error = _table("reference_error", reference_error, policy, dtype)
         grid = tuple(reference_error.shape[1:])
     if patch_rewards is not None:
         patch_rewards = _tensor("patch_rewards", patch_rewards, policy)
@@ -424,12 +419,13 @@ def _checked(
         if reference_error is not None and shape != grid:
             raise ValueError(f"reference_error must have the patch grid {shape} of patch_rewards; got {grid}")
         grid = shape
-        patch_rewards = _numbers("patch_rewards", patch_rewards, (samples, *grid), policy)
+        patch_rewards = _numbers("patch_rewards", patch_rewards, (samples, *grid), policy, dtype)
     if video_rewards is not None:
-        video_rewards = _numbers("video_rewards", video_rewards, (samples,), policy)
+        video_rewards = _numbers("video_rewards", video_rewards, (samples,), policy, dtype)
     _check_labels(objective, patch_rewards, video_rewards)
     if kappa is not None:
-        kappa = _numbers("kappa", kappa, (samples // 2 if objective.paired else samples,), policy, missing="")
+        pairs = samples // 2 if objective.paired else samples
+        kappa = _numbers("kappa", kappa, (pairs,), policy, dtype, missing="")
     return {
         "prediction": policy,
         "target": _view(target, layout),

@@ -17,6 +17,8 @@ from torch import Tensor
 from halo_fast import ops
 from halo_fast.reference import (
     LINKS,
+    Table,
+    TableNumbers,
     accumulate_dtype,
     halves,
     link,
@@ -25,8 +27,6 @@ from halo_fast.reference import (
     signed_weights,
     winner_share,
 )
-
-Table = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 PAIR_FORMS = ("H1", "H2", "H3", "H4", "pooled")
 FORMS = (*PAIR_FORMS, "mapo", "kto", "regression")
@@ -235,7 +235,7 @@ def preferences(
 def _betas(
     objective: GranDPO, kappa: Tensor | None, grid: tuple[int, ...], like: Tensor, groups: int
 ) -> tuple[float, float, Tensor | None]:
-    """Constant betas, or 1 and a [2, groups] tensor of beta * kappa when a beta is a tensor or kappa is there."""
+    """Constant betas, or 1 and the logit scale [2, groups], beta * kappa, when a beta is a tensor or kappa is there."""
     video_beta, patch_beta = objective.video_beta, objective.patch_beta
     if patch_beta is None:
         patch_beta = video_beta / math.sqrt(math.prod(grid))
@@ -254,8 +254,11 @@ def table_arguments(
     kappa: Tensor | None,
     grid: tuple[int, ...],
     like: Tensor,
-) -> tuple[Tensor | None, Tensor | None, tuple[float, ...]]:
-    """Patch rewards, scale and numbers that make the operators' H1 of forms H1, H3 and H4; ``like`` is [2B, ...]."""
+) -> tuple[Tensor | None, Tensor | None, TableNumbers]:
+    """Patch rewards, logit scale and numbers that make the operators' H1 of forms H1, H3 and H4.
+
+    ``like`` is any table [2B, ...] of the call.
+    """
     patch_gamma, patch_delta = objective.patch_gamma, objective.patch_delta
     if objective.form != "H1" and patch_rewards is not None:
         # H3 and H4 only change the signed weights, which are rewards of a against 0.
@@ -263,11 +266,19 @@ def table_arguments(
         assert patch is not None
         patch_rewards, patch_gamma, patch_delta = torch.cat([patch, torch.zeros_like(patch)]), 1.0, 0.0
     video_beta, patch_beta, scale = _betas(objective, kappa, grid, like, like.shape[0] // 2)
-    numbers = (
-        objective.label_smoothing, objective.video_weight, objective.patch_weight, video_beta, patch_beta,
-        objective.video_gamma, objective.video_delta, patch_gamma, patch_delta, objective.sft_weight,
-        objective.patch_sft_weight,
-    )  # fmt: skip
+    numbers = TableNumbers(
+        label_smoothing=objective.label_smoothing,
+        video_weight=objective.video_weight,
+        patch_weight=objective.patch_weight,
+        video_beta=video_beta,
+        patch_beta=patch_beta,
+        video_gamma=objective.video_gamma,
+        video_delta=objective.video_delta,
+        patch_gamma=patch_gamma,
+        patch_delta=patch_delta,
+        sft_weight=objective.sft_weight,
+        patch_sft_weight=objective.patch_sft_weight,
+    )
     return patch_rewards, scale, numbers
 
 
@@ -297,7 +308,7 @@ def evaluate(
         objective, patch_rewards, video_rewards, kappa, log_ratio.shape[1:], log_ratio
     )
     table: Table = ops.gran_dpo_table(
-        log_ratio, patch_rewards, video_rewards, scale, error, loser_scale, latent_shape, objective.link, *numbers
+        log_ratio, patch_rewards, video_rewards, scale, error, loser_scale, latent_shape, objective.link, numbers
     )
     return table
 

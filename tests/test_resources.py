@@ -90,7 +90,7 @@ with compile_only(TARGETS["sm_90"]) as launches:
     launches.clear()
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     videos = table[:, 0, 0, 0].contiguous()
-    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", *numbers)
+    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", numbers)
     assert len(launches) == 1
     launches.clear()
     # the public call: two launches forward, one backward, and nothing that torch would launch beside them; only a CPU
