@@ -26,7 +26,7 @@ out = halo_fast.gran_dpo(prediction, target, prediction.detach(), rewards, video
 assert abs(out.loss.item() - 2 * math.log(2)) < 1e-5, out.loss
 out.loss.backward()
 assert prediction.grad.abs().sum() > 0
-from halo_fast import backends
+from halo_fast.loss import backends
 assert backends.unavailable("cpp", "cpu") is None, backends.unavailable("cpp", "cpu")
 print(halo_fast.__file__)
 """
