@@ -58,7 +58,7 @@ def patch_log_ratio(
         TypeError, ValueError: naming the argument.
     """
     policy, goal = check_latents(prediction, target, layout)
-    base = check_reference(reference, prediction, layout).to(policy.dtype)
+    base = check_reference(reference, prediction, layout)
     ratio: Tensor = ops.patch_log_ratio(policy, base, goal, check_grid(grid, policy, "grid"))
     return ratio
 
@@ -93,7 +93,8 @@ def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor,
         TypeError, ValueError: naming the argument.
     """
     policy, goal = check_latents(prediction, target, layout)
-    coefficients = check_table("coefficients", coefficients, policy)
+    dtype = accumulate_dtype(policy.dtype, goal.dtype)
+    coefficients = check_table("coefficients", coefficients, policy, dtype)
     with torch.no_grad():
         value = (coefficients * ops.patch_error(policy, goal, coefficients.shape[1:])).sum()
     loss: Tensor = ops.attach_gradient(value, coefficients, policy, goal)
@@ -212,7 +213,7 @@ def _checked_coefficients(objective: Objective, coefficients: Tensor, inputs: In
         raise ValueError(
             f"{type(objective).__name__}.table must give coefficients of shape {shape}; got {tuple(coefficients.shape)}"
         )
-    return coefficients.to(accumulate_dtype(inputs.prediction.dtype)).contiguous()
+    return coefficients.to(inputs.dtype).contiguous()
 
 
 def unpack_tokens(tokens: Tensor, latent_shape: Sequence[int], patch_size: Sequence[int] = (1, 1, 1)) -> Tensor:

@@ -62,7 +62,7 @@ class Inputs:
     """What an objective computes from, after all checks. Nothing here carries a graph.
 
     N samples are B pairs, all a and then their partners b, or stand alone where the objective is unpaired. Views have
-    any strides and are read in place. Numbers have the accumulate dtype: float64 for float64 views, else float32.
+    any strides and their own dtypes, and are read in place. All else has ``dtype``.
 
     Args:
         prediction: [N, C, F, H, W] view of the policy's prediction.
@@ -88,6 +88,11 @@ class Inputs:
     def latent_shape(self) -> tuple[int, ...]:
         """(C, F, H, W) of one sample."""
         return tuple(self.prediction.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which sums are taken: float64 if a view is float64, else float32."""
+        return accumulate_dtype(self.prediction.dtype, self.target.dtype)
 
     def error(self) -> Tensor:
         """E_p [N, f, h, w], mean squared errors of the policy; costs one pass over the latents."""
@@ -148,13 +153,14 @@ def check_inputs(
         )
     _check_reference_given(objective, name, reference, reference_error)
     if reference is not None:
-        reference = check_reference(reference, prediction, layout).to(policy.dtype)
+        reference = check_reference(reference, prediction, layout)
+    dtype = accumulate_dtype(policy.dtype, target.dtype)
     grid: tuple[int, ...] = (1, 1, 1)
     if reference_error is not None:
-        reference_error = check_table("reference_error", reference_error, policy)
+        reference_error = check_table("reference_error", reference_error, policy, dtype)
         grid = tuple(reference_error.shape[1:])
     if patch_rewards is not None:
-        patch_rewards = _check_patch_rewards(patch_rewards, policy)
+        patch_rewards = _check_patch_rewards(patch_rewards, policy, dtype)
         grid = tuple(patch_rewards.shape[1:])
         if reference_error is not None and reference_error.shape[1:] != grid:
             raise ValueError(
@@ -162,11 +168,11 @@ def check_inputs(
                 f"{tuple(reference_error.shape[1:])}"
             )
     if video_rewards is not None:
-        video_rewards = _check_numbers("video_rewards", video_rewards, (samples,), policy)
+        video_rewards = _check_numbers("video_rewards", video_rewards, (samples,), policy, dtype)
     _check_labels(objective, name, patch_rewards, video_rewards)
     if kappa is not None:
         shape = (samples // 2 if objective.paired else samples,)
-        kappa = _check_numbers("kappa", kappa, shape, policy, missing="")
+        kappa = _check_numbers("kappa", kappa, shape, policy, dtype, missing="")
     record = Inputs(
         policy.detach(), target, reference, reference_error, patch_rewards, video_rewards, kappa, grid
     )  # fmt: skip
@@ -193,14 +199,13 @@ def check_constant(name: str, value: Tensor) -> None:
 
 
 def check_latents(prediction: object, target: object, layout: str) -> tuple[Tensor, Tensor]:
-    """Prediction and target as [N, C, F, H, W] views of one dtype, the wider of their two."""
+    """Prediction and target as [N, C, F, H, W] views, each in its own dtype.
+
+    A float32 target beside a bf16 prediction is the normal case under autocast; nothing is rounded or copied.
+    """
     policy = _check_latent("prediction", prediction, layout)
     goal = _check_latent("target", target, layout, policy)
     check_constant("target", goal)
-    if policy.dtype != goal.dtype:
-        # A float32 target beside a bf16 prediction is the normal case under autocast; rounding it would cost accuracy.
-        common = torch.promote_types(policy.dtype, goal.dtype)
-        policy, goal = policy.to(common), goal.to(common)
     return _view(policy, layout), _view(goal, layout)
 
 
@@ -231,8 +236,8 @@ def check_grid(grid: Sequence[int], latent: Tensor, name: str) -> tuple[int, ...
     return tuple(grid)
 
 
-def check_table(name: str, value: object, latent: Tensor) -> Tensor:
-    """A [N, f, h, w] argument that must not be rounded, float32 or float64, in the accumulate dtype of ``latent``."""
+def check_table(name: str, value: object, latent: Tensor, dtype: torch.dtype) -> Tensor:
+    """A [N, f, h, w] argument that must not be rounded, float32 or float64, converted to ``dtype``."""
     value = check_tensor(name, value, latent)
     check_constant(name, value)
     if value.dtype not in (torch.float32, torch.float64):
@@ -240,7 +245,7 @@ def check_table(name: str, value: object, latent: Tensor) -> Tensor:
     if value.ndim != 4 or value.shape[0] != latent.shape[0]:
         raise ValueError(f"{name} must have shape [{latent.shape[0]}, f, h, w]; got {tuple(value.shape)}")
     check_grid(value.shape[1:], latent, name)
-    return value.to(accumulate_dtype(latent.dtype)).contiguous()
+    return value.to(dtype).contiguous()
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -313,19 +318,24 @@ def _check_reference_given(
         raise ValueError("anchor_weight needs the reference's prediction; cached errors do not give it: pass reference")
 
 
-def _check_patch_rewards(value: object, policy: Tensor) -> Tensor:
+def _check_patch_rewards(value: object, policy: Tensor, dtype: torch.dtype) -> Tensor:
     rewards = check_tensor("patch_rewards", value, policy)
     samples = policy.shape[0]
     if rewards.ndim != 4:
         raise ValueError(f"patch_rewards must have shape [{samples}, f, h, w]; got {tuple(rewards.shape)}")
     grid = check_grid(rewards.shape[1:], policy, "patch_rewards")
-    return _check_numbers("patch_rewards", rewards, (samples, *grid), policy)
+    return _check_numbers("patch_rewards", rewards, (samples, *grid), policy, dtype)
 
 
 def _check_numbers(
-    name: str, value: object, shape: tuple[int, ...], policy: Tensor, missing: str = ", or NaN for 'not labelled'"
+    name: str,
+    value: object,
+    shape: tuple[int, ...],
+    policy: Tensor,
+    dtype: torch.dtype,
+    missing: str = ", or NaN for 'not labelled'",
 ) -> Tensor:
-    """Rewards or kappa in the accumulate dtype; ``missing`` says what a NaN means, "" if there must be none."""
+    """Rewards or kappa in ``dtype``; ``missing`` says what a NaN means, "" if there must be none."""
     value = check_tensor(name, value, policy)
     check_constant(name, value)
     if value.dtype == torch.bool or value.is_complex():
@@ -339,7 +349,7 @@ def _check_numbers(
             raise ValueError(f"{name} must be finite{missing}; got an infinite value: drop or clip it")
         if not missing and bool(value.isnan().any()):
             raise ValueError(f"{name} must be finite; got NaN: clip it where it diverges, as timestep_weight does")
-    return value.to(accumulate_dtype(policy.dtype))
+    return value.to(dtype)
 
 
 def _check_labels(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss.inputs import Inputs, Requirements, check_choice, check_number
-from halo_fast.loss.reference import LINKS, accumulate_dtype, halves, patch_mean, signed_weights
+from halo_fast.loss.reference import LINKS, halves, patch_mean, signed_weights
 
 __all__ = [
     "LABELS",
@@ -207,13 +207,12 @@ def used_labels(video: float, patch: float) -> frozenset[str]:
     return frozenset(used) or LABELS
 
 
-def logit_scale(objective: Any, inputs: Inputs, like: Tensor, groups: int) -> tuple[float, float, Tensor | None]:
+def logit_scale(objective: Any, inputs: Inputs, groups: int) -> tuple[float, float, Tensor | None]:
     """The betas as numbers that are constants of a graph, and what else multiplies the logits.
 
     Args:
         objective: has video_beta and patch_beta; patch_beta None is video_beta / sqrt(patches).
         inputs: with kappa and grid.
-        like: has the device and the dtype from which the accumulate dtype follows.
         groups: B pairs, or N unpaired samples.
 
     Returns:
@@ -226,17 +225,16 @@ def logit_scale(objective: Any, inputs: Inputs, like: Tensor, groups: int) -> tu
     kappa = inputs.kappa
     if kappa is None and not isinstance(video_beta, Tensor) and not isinstance(patch_beta, Tensor):
         return video_beta, patch_beta, None
-    dtype = accumulate_dtype(like.dtype)
     if kappa is None:
-        kappa = like.new_ones(groups, dtype=dtype)
-    return 1.0, 1.0, torch.stack([kappa * video_beta, kappa * patch_beta]).to(dtype)
+        kappa = inputs.prediction.new_ones(groups, dtype=inputs.dtype)
+    return 1.0, 1.0, torch.stack([kappa * video_beta, kappa * patch_beta]).to(inputs.dtype)
 
 
-def half_scales(objective: Any, inputs: Inputs, log_ratio: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def half_scales(objective: Any, inputs: Inputs, groups: int) -> tuple[Tensor, Tensor]:
     """beta kappa / 2 of the video and of the patches, each [groups]; arguments as in ``logit_scale``."""
-    video_beta, patch_beta, scale = logit_scale(objective, inputs, log_ratio, groups)
+    video_beta, patch_beta, scale = logit_scale(objective, inputs, groups)
     if scale is None:
-        ones = log_ratio.new_ones(groups)
+        ones = inputs.prediction.new_ones(groups, dtype=inputs.dtype)
         scale = torch.stack([ones * video_beta, ones * patch_beta])
     return 0.5 * scale[0], 0.5 * scale[1]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from halo_fast.loss import ops
 from halo_fast.loss.inputs import Inputs
 from halo_fast.loss.objectives.base import PairObjective, Table, logit_scale
+from halo_fast.loss.reference import TableNumbers
 
 __all__ = ["GranDPO", "fused_table"]
 
@@ -65,11 +66,11 @@ class GranDPO(PairObjective):
     def table(self, inputs: Inputs) -> Table:
         """Loss, coefficients and logits of B pairs."""
         log_ratio, error, loser_scale = self.errors(inputs)
-        scale, numbers = _numbers(self, inputs, log_ratio)
+        scale, numbers = _numbers(self, inputs)
         supervision = error if self.supervised or self.loser_guard else None
         loss, coefficients, video_logits, patch_logits, active = ops.gran_dpo_table(
             log_ratio, inputs.patch_rewards, inputs.video_rewards, scale, supervision, loser_scale,
-            inputs.latent_shape, self.link, *numbers,
+            inputs.latent_shape, self.link, numbers,
         )  # fmt: skip
         return Table(loss, coefficients, video_logits, patch_logits, active, log_ratio, error)
 
@@ -80,26 +81,34 @@ def fused_table(objective: object, policy: Tensor, inputs: Inputs) -> Table | No
     Args:
         objective: fused if it is a ``GranDPO`` without a loser guard.
         policy: [2B, C, F, H, W], the prediction with its graph.
-        inputs: fused if the reference's prediction is there.
+        inputs: of the same call.
     """
-    if type(objective) is not GranDPO or objective.loser_guard or inputs.reference is None:
+    if type(objective) is not GranDPO or objective.loser_guard:
         return None
-    scale, numbers = _numbers(objective, inputs, policy)
+    scale, numbers = _numbers(objective, inputs)
     loss, coefficients, video_logits, patch_logits, active, log_ratio, error = ops.gran_dpo(
-        policy, inputs.reference, inputs.target, inputs.patch_rewards, inputs.video_rewards, scale, inputs.grid,
-        objective.link, numbers,
+        policy, inputs.reference, inputs.target, inputs.reference_error, inputs.patch_rewards, inputs.video_rewards,
+        scale, inputs.grid, objective.link, numbers,
     )  # fmt: skip
-    # where no supervised term needed it, the operator's error is empty
-    known = error if objective.supervised else None
+    # where nothing needed the errors, the operator's table of them is empty
+    known = error if inputs.reference is None or numbers.supervised else None
     return Table(loss, coefficients, video_logits, patch_logits, active, log_ratio, known)
 
 
-def _numbers(objective: GranDPO, inputs: Inputs, like: Tensor) -> tuple[Tensor | None, tuple[float, ...]]:
-    """What the operators take beside tensors: the scale of the logits and the numbers of the table."""
-    video_beta, patch_beta, scale = logit_scale(objective, inputs, like, like.shape[0] // 2)
-    numbers = (
-        objective.label_smoothing, objective.video_weight, objective.patch_weight, video_beta, patch_beta,
-        objective.video_gamma, objective.video_delta, objective.patch_gamma, objective.patch_delta,
-        objective.sft_weight, objective.patch_sft_weight,
-    )  # fmt: skip
+def _numbers(objective: GranDPO, inputs: Inputs) -> tuple[Tensor | None, TableNumbers]:
+    """What the operators take beside tables: the scale of the logits and the numbers."""
+    video_beta, patch_beta, scale = logit_scale(objective, inputs, inputs.prediction.shape[0] // 2)
+    numbers = TableNumbers(
+        label_smoothing=objective.label_smoothing,
+        video_weight=objective.video_weight,
+        patch_weight=objective.patch_weight,
+        video_beta=video_beta,
+        patch_beta=patch_beta,
+        video_gamma=objective.video_gamma,
+        video_delta=objective.video_delta,
+        patch_gamma=objective.patch_gamma,
+        patch_delta=objective.patch_delta,
+        sft_weight=objective.sft_weight,
+        patch_sft_weight=objective.patch_sft_weight,
+    )
     return scale, numbers

@@ -82,7 +82,7 @@ class DiffusionKTO(Objective):
         log_ratio = inputs.log_ratio(error)
         samples = log_ratio.shape[0]
         volume = inputs.volume(log_ratio)
-        video_scale, patch_scale = half_scales(self, inputs, log_ratio, samples)
+        video_scale, patch_scale = half_scales(self, inputs, samples)
         video, patch = self.preferences(inputs)
         video = log_ratio.new_zeros(samples) if video is None else video
         patch = torch.zeros_like(log_ratio) if patch is None else patch

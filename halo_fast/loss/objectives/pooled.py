@@ -42,7 +42,7 @@ class PooledDPO(PairObjective):
         a, b = halves(log_ratio)
         margin = a - b  # -D_p
         volume = inputs.volume(log_ratio)
-        video_scale, patch_scale = half_scales(self, inputs, log_ratio, margin.shape[0])
+        video_scale, patch_scale = half_scales(self, inputs, margin.shape[0])
         video, patch = self.preferences(inputs)
         video = margin.new_zeros(margin.shape[0]) if video is None else video
         patch = torch.zeros_like(margin) if patch is None else patch
