@@ -1,8 +1,11 @@
 """Labels of clips by a teacher and a store: every question is asked once, whatever happens in between."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -10,16 +13,42 @@ from pathlib import Path
 import numpy as np
 
 from halo_fast.data.clips import read_clip
-from halo_fast.data.tables import LabelRow
+from halo_fast.data.tables import ClipRow, LabelRow
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, progress
 from halo_fast.teachers.base import Clip, Judge, Teacher
 from halo_fast.teachers.rubric import PATCH_DIMENSIONS, PENDING, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label
 from halo_fast.teachers.store import LabelStore, label_key
 
-__all__ = ["candidate_pairs", "draw_clips", "judge_pairs", "label_clips", "label_rows", "open_clip"]
+__all__ = [
+    "JudgementRow",
+    "candidate_pairs",
+    "draw_clips",
+    "judge_pairs",
+    "judgement_rows",
+    "label_clips",
+    "label_rows",
+    "open_clip",
+]
 
 Pair = tuple[Clip, Clip]
+
+
+@dataclass(frozen=True)
+class JudgementRow:
+    """Two candidates of a prompt compared, in judgements.parquet: "a", "b", "tie" or "inconsistent" a dimension."""
+
+    prompt_id: int
+    clip_a: str
+    clip_b: str
+    teacher: str
+    status: str
+    reason: str
+    visual_quality: str | None = None
+    text_alignment: str | None = None
+    dynamic_degree: str | None = None
+    temporal_consistency: str | None = None
+    factual_consistency: str | None = None
 
 
 def draw_clips(total: int, count: int | None, seed: int) -> list[int]:
@@ -121,6 +150,16 @@ def label_rows(clip_ids: Sequence[str], labels: Sequence[Label], teacher: Teache
         )
         for clip_id, label in zip(clip_ids, labels, strict=True)
     ]  # fmt: skip
+
+
+def judgement_rows(
+    pairs: Sequence[tuple[ClipRow, ClipRow]], judgements: Sequence[Mapping[str, str]], teacher: Teacher
+) -> list[JudgementRow]:
+    """Judgements as rows of judgements.parquet."""
+    return [
+        JudgementRow(a.prompt_id, a.clip_id, b.clip_id, teacher.name, **judgement)
+        for (a, b), judgement in zip(pairs, judgements, strict=True)
+    ]
 
 
 def _patches(label: Label, name: str, count: int) -> list[float]:

@@ -37,11 +37,11 @@ class Reply:
     """What came back on a request.
 
     Args:
-        status: "ok", "refused", "malformed", "out_of_range", "truncated", "wrong_model": these were answers; "failed":
-            there was none, and the server charges nothing; "lost": it is unknown whether there was one.
+        status: "ok", "refused", "malformed", "out_of_range", "truncated" and "wrong_model" are answers. "failed" is no
+            answer and costs nothing; "lost" leaves open whether there was one.
         reason: in words, if not "ok".
         text: the answer as it came.
-        model: that answered, by its own account.
+        model: name of the model that answered, as the server gives it.
         tokens: of input and output, if the server counts them.
     """
 
@@ -53,10 +53,13 @@ class Reply:
 
 
 class LabelStore:
-    """Labels, judgements and requests in one SQLite file; what a method has returned from survives any kill.
+    """Labels, judgements and requests in one SQLite file; a context manager.
 
-    A context manager. A request is entered with the most it can cost before it is sent, so that neither several at
-    once nor a kill can spend more than the cap; the true cost replaces it when the answer is in.
+    What a method has written when it returns survives any kill. A request is entered at its highest cost before it is
+    sent, so neither several at once nor a kill can exceed the budget. Its true cost replaces that once it is known.
+
+    Args:
+        path: of the file, made if it does not exist; ":memory:" for none.
 
     Raises:
         UserError: the file is not a label store.
@@ -65,11 +68,11 @@ class LabelStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # the transactions are told by hand: a sum and the insert that depends on it belong together
+        # explicit transactions: a sum and the insert that depends on it belong together
         self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
-            # A commit survives the end of the process without waiting for the disk, which a request has two of; a power
-            # cut can lose the last of them, but not the file.
+            # A request has two commits. They survive the end of the process without waiting for the disk; a power cut
+            # can lose the last ones, but not the file.
             self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _SCHEMA)
         except sqlite3.DatabaseError as error:
             self._connection.close()
@@ -104,7 +107,7 @@ class LabelStore:
             self._connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", rows)
 
     def replace(self, key: str, label: Label | None, teacher: str) -> None:
-        """Store a label in place of the one before, or remove it (None): people change their minds."""
+        """Store a label in place of the one before; None removes it."""
         with self._writing():
             self._connection.execute("DELETE FROM labels WHERE key = ?", (key,))
             if label is not None:
@@ -185,9 +188,9 @@ class LabelStore:
         return [Reply(*row) for row in rows]
 
     def open_batches(self, teacher: str) -> dict[str, tuple[str | None, dict[str, int]]]:
-        """A teacher's batches that were entered and have not ended: id at the server, if known, requests by question.
+        """A teacher's batches that have not ended, by key: id at the server if known, and requests by question.
 
-        Those of others wait until their teacher is back: only it can tell its answers, and only its server has them.
+        Those of other teachers wait until that teacher is used again: only its server has their answers.
         """
         query = (
             "SELECT DISTINCT batches.key, batches.id FROM batches JOIN requests ON requests.batch = batches.key"

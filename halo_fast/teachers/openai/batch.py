@@ -135,6 +135,7 @@ class _Batches:
             await self._submit(part)
 
     async def _submit(self, questions: Sequence[Question]) -> None:
+        """Enter a batch in the store, upload it, and name it; UserError if the budget does not hold it."""
         key, config = uuid4().hex, self.ledger.config
         if self.ledger.reserve(questions, batch=key) is None:
             raise UserError(

@@ -141,6 +141,7 @@ class _Requests:
             await self._settled.wait()
 
     async def _send(self, question: Question) -> Outcome:
+        """Send a question once."""
         import openai
 
         # before the timeout starts: the client imports what it needs on first use

@@ -18,7 +18,7 @@ from halo_fast.teachers.store import Reply
 
 __all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "scrub"]
 
-_LONGEST_WAIT = 600.0  # seconds that a server may ask for
+_LONGEST_WAIT = 600.0  # seconds; a server that wants more ends the run
 _POLICY_CODES = ("content_policy_violation", "content_filter", "invalid_prompt")
 _SHORTEST_SECRET = 8  # characters; cutting out a shorter key would spoil words and numbers
 _MOST_TOKENS = 10**9  # a larger count is a fault of the server
@@ -30,7 +30,7 @@ class Outcome:
 
     Args:
         reply: what is stored.
-        wait: seconds that the server asks to wait.
+        wait: seconds to wait before the next request, if the server names them.
         fatal: whether any other question would fare the same.
     """
 
@@ -157,6 +157,7 @@ def _data_url(picture: Picture) -> str:
 
 
 def _chat_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
+    """The body of a request to /chat/completions, beside the model."""
     images = [
         {"type": "image_url", "image_url": {"url": _data_url(picture), "detail": picture.detail}}
         for picture in question.pictures
@@ -170,6 +171,7 @@ def _chat_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
 
 
 def _responses_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
+    """The body of a request to /responses, beside the model."""
     images = [
         {"type": "input_image", "image_url": _data_url(picture), "detail": picture.detail}
         for picture in question.pictures
@@ -221,7 +223,7 @@ def _same_model(asked: str, answered: str) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait."""
+    """Seconds to wait by the header Retry-After, a number or a date."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit

@@ -82,8 +82,8 @@ class OpenAITeacher:
     def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
         """Labels as they come, each with the index of its clip.
 
-        A label's status is that of the video's question; patches whose questions were not answered stay NaN, and the
-        label's reason says so. "unavailable" means that the server never answered: asking again costs nothing twice.
+        A label's status is that of the video's question. Patches whose questions were not answered stay NaN, and the
+        label's reason says so. "unavailable" means that the server never answered; asking again pays nothing twice.
 
         Args:
             clips: to be scored.
@@ -135,6 +135,7 @@ class OpenAITeacher:
             raise UserError(f"annotate.openai.budget: {estimate}; raise the budget or lower annotate.num_clips")
 
     def _questions(self, clip: Clip) -> list[Question]:
+        """The question about the whole clip, then those about its patches."""
         video = clip.frames().numpy()
         config, seed = self._config, int(hash_text(f"{self._seed} {clip.hash}")[:12], 16)
         try:
@@ -158,8 +159,9 @@ class OpenAITeacher:
         ]
 
     def _label(self, answers: list[Answer]) -> Label:
+        """The label that the answers about a clip make."""
         video, *patches = answers
-        # a server may be back tomorrow: such a label is whole or not at all
+        # the server may answer later: such a label is whole or not at all
         for answer in answers:
             if answer is video and answer.status != "ok" or answer.status == "unavailable":
                 return Label(status=answer.status, reason=answer.reason)
@@ -187,10 +189,10 @@ class OpenAIJudge(OpenAITeacher):
 
 
 def consistent(answers: Sequence[Answer]) -> dict[str, str]:
-    """The judgement that two answers about one pair, the second in swapped order, agree on.
+    """The judgement on which two answers about one pair agree, the second given in swapped order.
 
-    Judges prefer what they see first; a verdict that changes with the order says nothing about the clips
-    (Zheng et al., arXiv:2306.05685).
+    Judges prefer what they see first (Zheng et al., arXiv:2306.05685), so a verdict that changes with the order says
+    nothing about the clips.
     """
     unusable = [answer for answer in answers if answer.status != "ok"]
     if unusable:
