@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -91,8 +91,8 @@ def label_clips(
 ) -> list[Label]:
     """The label of each clip, from the store or else from the teacher.
 
-    Labels are stored as they come, so a killed process goes on without asking again. A label that nobody has answered
-    yet is not stored.
+    Labels are stored as they come, so a killed process goes on without asking again. Only final labels are kept: a clip
+    without scores, or with patches that have none, is asked about again.
 
     Args:
         clips: to be labelled; equal clips of equal prompts are one question.
@@ -104,7 +104,7 @@ def label_clips(
         UserError: whatever ends the teacher's work; the labels that came before are stored.
     """
     keys = [_clip_key(clip, teacher) for clip in clips]
-    found = store.find(keys)
+    found = {key: label for key, label in store.find(keys).items() if label.final}
     missing = {key: clip for key, clip in zip(keys, clips, strict=True) if key not in found}
     unjudged = list(_unjudged(compared, teacher, store).values())
     labels = teacher.labels(list(missing.values()), unjudged)
@@ -119,7 +119,7 @@ def label_clips(
 def judge_pairs(pairs: Sequence[Pair], teacher: Judge, store: LabelStore) -> list[Mapping[str, str]]:
     """The judgement of each pair, from the store or else from the teacher; see `label_clips`."""
     keys = [_pair_key(pair, teacher) for pair in pairs]
-    found: dict[str, Mapping[str, str]] = dict(store.find_judgements(keys))
+    found: dict[str, Mapping[str, str]] = _judged(keys, store)
     missing = _unjudged(pairs, teacher, store)
     asked = list(missing)
     for index, judgement in progress(teacher.judge(list(missing.values())), len(asked), "compare"):
@@ -180,5 +180,10 @@ def _pair_key(pair: Pair, teacher: Teacher) -> str:
 def _unjudged(pairs: Sequence[Pair], teacher: Teacher, store: LabelStore) -> dict[str, Pair]:
     """The pairs that the store has no judgement of, by their keys."""
     keyed = {_pair_key(pair, teacher): pair for pair in pairs}
-    known = store.find_judgements(keyed)
+    known = _judged(keyed, store)
     return {key: pair for key, pair in keyed.items() if key not in known}
+
+
+def _judged(keys: Iterable[str], store: LabelStore) -> dict[str, Mapping[str, str]]:
+    """The stored judgements that are usable."""
+    return {key: found for key, found in store.find_judgements(keys).items() if found["status"] == "ok"}

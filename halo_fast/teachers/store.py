@@ -101,10 +101,11 @@ class LabelStore:
         return {key: _parse(text) for key, text in self._texts("SELECT label FROM labels WHERE key = ?", keys)}
 
     def add(self, labels: Mapping[str, Label], teacher: str) -> None:
-        """Store labels in one transaction; the first answer to a key stays."""
-        rows = [(key, teacher, _format(label)) for key, label in labels.items()]
+        """Store labels in one transaction; a stored label that is final stays (`Label.final`)."""
         with self._writing():
-            self._connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", rows)
+            final = {key for key, label in self.find(labels).items() if label.final}
+            rows = [(key, teacher, _format(label)) for key, label in labels.items() if key not in final]
+            self._connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
     def replace(self, key: str, label: Label | None, teacher: str) -> None:
         """Store a label in place of the one before; None removes it."""
@@ -123,10 +124,11 @@ class LabelStore:
         return {key: json.loads(text) for key, text in self._texts(query, keys)}
 
     def add_judgements(self, judgements: Mapping[str, Mapping[str, str]], teacher: str) -> None:
-        """Store judgements in one transaction; the first one of a key stays."""
-        rows = [(key, teacher, json.dumps(dict(judgement))) for key, judgement in judgements.items()]
+        """Store judgements in one transaction; a stored judgement that is "ok" stays."""
         with self._writing():
-            self._connection.executemany("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
+            final = {key for key, found in self.find_judgements(judgements).items() if found["status"] == "ok"}
+            rows = [(key, teacher, json.dumps(dict(found))) for key, found in judgements.items() if key not in final]
+            self._connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)", rows)
 
     def spent(self) -> float:
         """US dollars spent, counting what is under way or lost at the most that it can cost."""
@@ -178,14 +180,18 @@ class LabelStore:
                     (reply.status, reply.reason, reply.text, reply.model, *tokens, dollars, number),
                 )
 
-    def answers(self, question: str) -> list[Reply]:
-        """The answers that a question got, oldest first."""
+    def answers(self, question: str) -> dict[int, Reply]:
+        """The answers that a question got, by the ids of the requests, oldest first."""
         rows = self._connection.execute(
-            "SELECT status, reason, text FROM requests WHERE question = ?"
+            "SELECT id, status, reason, text, model FROM requests WHERE question = ?"
             " AND status NOT IN ('sent', 'failed', 'lost') ORDER BY id",
             (question,),
         )
-        return [Reply(*row) for row in rows]
+        return {number: Reply(*row) for number, *row in rows}
+
+    def last_request(self) -> int:
+        """The id of the newest request; 0 if there is none."""
+        return self._connection.execute("SELECT COALESCE(MAX(id), 0) FROM requests").fetchone()[0]
 
     def open_batches(self, teacher: str) -> dict[str, tuple[str | None, dict[str, int]]]:
         """A teacher's batches that have not ended, by key: id at the server if known, and requests by question.

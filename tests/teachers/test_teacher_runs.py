@@ -82,7 +82,7 @@ class Killer:
     was answered again in vain; an abrupt kill does not wait.
     """
 
-    wrong = ("429", "500", "cut", "half", "words", "range", "refusal", "length", "model")
+    wrong = ("429", "500", "cut", "half", "words", "range", "refusal", "length")
 
     def __init__(self, server: OpenAIServer, store: Path) -> None:
         self.server, self.store = server, store

@@ -170,6 +170,7 @@ class _Batches:
                 self.failed[question] = replies.setdefault(request, never).reason
             self.ledger.settle(replies)
             store.end_batch(key)
+            self.ledger.check(replies)
             if batch.status == "failed":
                 errors = getattr(batch.errors, "data", None) or []
                 reasons = "; ".join(str(error.message) for error in errors) or "no reason given"

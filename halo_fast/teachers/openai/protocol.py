@@ -16,7 +16,7 @@ from halo_fast.teachers.openai.questions import Answer, Question, parse, schema
 from halo_fast.teachers.rubric import RUBRIC
 from halo_fast.teachers.store import Reply
 
-__all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "scrub"]
+__all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "same_model", "scrub"]
 
 _LONGEST_WAIT = 600.0  # seconds; a server that wants more ends the run
 _POLICY_CODES = ("content_policy_violation", "content_filter", "invalid_prompt")
@@ -84,8 +84,8 @@ def read_reply(question: Question | None, document: object, config: OpenAIConfig
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         return make_reply("malformed", f"not a response of this API: {type(error).__name__} {error}")
     text = scrub(text)
-    if not _same_model(config.model, model):
-        return make_reply("wrong_model", f"asked {config.model}, {model} answered", text, None, tokens)
+    if not same_model(config, model):
+        return make_reply("wrong_model", f"asked {config.model}, {model!r} answered", text, model, tokens)
     if finish in ("length", "max_output_tokens"):
         return make_reply("truncated", f"longer than {config.max_output_tokens} tokens", text, model, tokens)
     if refusal or finish == "content_filter":
@@ -117,6 +117,12 @@ def read_failure(status: int, document: object, headers: Mapping[str, str], conf
     if wait is not None and wait > _LONGEST_WAIT:
         return Outcome(Reply("failed", f"{reason}; wait {wait:.0f} s and run again"), fatal=True)
     return Outcome(Reply("failed", reason), wait)
+
+
+def same_model(config: OpenAIConfig, answered: str) -> bool:
+    """Whether the model that answered is the one asked for: by its name, with a date after it, or with a revision."""
+    name = re.escape(config.reported_model or config.model)
+    return re.fullmatch(name + r"(-\d{4}-\d\d-\d\d|@.+)?", answered) is not None
 
 
 def make_reply(
@@ -215,11 +221,6 @@ def _tokens(document: Any, *names: str) -> tuple[int, int] | None:
     if isinstance(used, int) and isinstance(made, int) and 0 <= min(used, made) <= max(used, made) <= _MOST_TOKENS:
         return used, made
     return None
-
-
-def _same_model(asked: str, answered: str) -> bool:
-    """Whether it is the model asked for: by its name, with a date after it, or with a revision."""
-    return re.fullmatch(re.escape(asked) + r"(-\d{4}-\d\d-\d\d|@.+)?", answered) is not None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

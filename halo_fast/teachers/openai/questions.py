@@ -69,7 +69,7 @@ def parse(question: Question, text: str) -> Answer:
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        return Answer("malformed", reason=f"no JSON by the schema: {error}"[:200])
+        return Answer("malformed", reason=f"no JSON by the schema: {str(error)[:80]}; it begins {text[:80]!r}"[:200])
     if not isinstance(values, dict):
         return Answer("malformed", reason=f"expected a JSON object, got {type(values).__name__}")
     expected = {"remarks", *question.fields}

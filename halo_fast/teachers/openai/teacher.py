@@ -16,7 +16,7 @@ from halo_fast.patches import PatchGrid
 from halo_fast.teachers.base import Clip, TeacherRequest, read_options
 from halo_fast.teachers.openai.batch import answer_in_batches
 from halo_fast.teachers.openai.client import open_client
-from halo_fast.teachers.openai.config import OpenAIConfig, check_config
+from halo_fast.teachers.openai.config import OpenAIConfig, check_config, normal_address
 from halo_fast.teachers.openai.direct import answer_directly
 from halo_fast.teachers.openai.ledger import Ledger
 from halo_fast.teachers.openai.pictures import choose_patches
@@ -69,7 +69,8 @@ class OpenAITeacher:
         seed: int = 0,
     ) -> None:
         check_config(config)
-        asked = [*(getattr(config, name) for name in _ASKED), list(factors)]
+        values = vars(config) | {"base_url": normal_address(config.base_url)}
+        asked = [*(values[name] for name in _ASKED), list(factors)]
         self.grid = (grid[0], grid[1], grid[2])
         # which patches are drawn makes other labels, but of the same questions
         drawn = config.max_patches is not None and config.max_patches < math.prod(self.grid)
