@@ -1,4 +1,4 @@
-"""The teacher behind OpenAI's protocol, against a server that misbehaves: what is asked, paid, recorded and kept."""
+"""The teacher behind OpenAI's protocol, with a server that misbehaves: what is asked, paid, recorded and kept."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_every_misbehaviour_is_recorded_and_survived(store, api):
         assert all(reason for status, reason, _ in recorded if status != "ok")
         dollars = dict(zip([*wrong, "video", "patches"], [cost for _, _, cost in recorded], strict=True))
         assert dollars["429"] == dollars["500"] == dollars["policy"] == 0
-        # nobody knows whether these were billed: they count at the most they can have cost
+        # it is unknown whether these were billed: they count at the most they can have cost
         assert min(dollars["slow"], dollars["cut"]) > max(dollars["words"], dollars["video"]) > 0
         assert store.spent() >= server.billed
 
@@ -159,8 +159,8 @@ def test_half_a_character_and_a_count_beyond_reason_do_not_cost_an_answer(store,
 def test_a_key_that_comes_back_in_disguise_is_stored_nowhere(store, api):
     with OpenAIServer(lambda number, _: "key" if number == 0 else "revision") as server:
         labels = label_some(teacher(server, store, api=api, max_attempts=1), 2)
-    told = [label.reason for label in labels if label.status == "malformed"]
-    assert len(told) == 1 and "<OPENAI_API_KEY>" in told[0]
+    reasons = [label.reason for label in labels if label.status == "malformed"]
+    assert len(reasons) == 1 and "<OPENAI_API_KEY>" in reasons[0]
     with sqlite3.connect(store.path) as connection:
         rows = connection.execute("SELECT reason, text, COALESCE(model, '') FROM requests").fetchall()
     texts = [text for row in rows for text in row] + [label.reason for label in labels]
@@ -170,7 +170,7 @@ def test_a_key_that_comes_back_in_disguise_is_stored_nowhere(store, api):
 
 @pytest.mark.parametrize("wrong", [KEY + "\n", " " + KEY, KEY[:9] + " " + KEY[9:], "sk-sch\u00fcssel", "sk-\udcff"])
 @pytest.mark.parametrize("api", ["responses", "batch"])
-def test_a_malformed_key_is_told_without_its_value_and_nothing_is_reserved(store, monkeypatch, wrong, api):
+def test_a_malformed_key_is_reported_without_its_value_and_nothing_is_reserved(store, monkeypatch, wrong, api):
     monkeypatch.setenv("OPENAI_API_KEY", wrong)
     with OpenAIServer() as server:
         with pytest.raises(UserError, match="^OPENAI_API_KEY: expected ASCII .*, found a space, a line end") as caught:
@@ -208,7 +208,7 @@ def test_equal_questions_go_into_a_batch_once(store):
         assert_as_answered(label, CLIPS.prompts[0])
 
 
-def test_another_seed_asks_only_about_patches_that_it_draws_anew(store):
+def test_another_seed_sends_only_questions_about_newly_drawn_patches(store):
     def seeded(server, seed, **changes):
         return OpenAITeacher(settings(server, **changes), GRID, store, (8, 4, True), seed)
 
@@ -225,13 +225,13 @@ def test_another_seed_asks_only_about_patches_that_it_draws_anew(store):
     assert set(server.usable_answers().values()) == {1}
 
 
-def test_each_clip_of_a_pair_is_shown_over_its_own_length(store):
+def test_each_clip_of_a_pair_is_sampled_over_its_own_length(store):
     short, long = CLIPS.videos[0, :5], CLIPS.videos[1]
     question = ask_pair(("s", "l"), "p", [short, long], "t", 6)
     asked = json.loads(question.text)
     assert asked["num_frames"] == [5, 9] and asked["frames"] == [[0, 2, 4], [0, 4, 8]]
-    shown = [short[0], short[2], short[4], long[0], long[4], long[8]]
-    assert question.pictures == tuple(whole_frame(frame) for frame in shown)
+    frames = [short[0], short[2], short[4], long[0], long[4], long[8]]
+    assert question.pictures == tuple(whole_frame(frame) for frame in frames)
 
 
 @pytest.mark.parametrize(("misbehaviour", "status"), UNUSABLE.items())
@@ -294,8 +294,8 @@ def test_refused_requests_end_the_run_at_once_and_keep_the_key_secret(store, mis
         with pytest.raises(UserError, match=complaint) as caught:
             label_some(teacher(server, store, api=api, max_concurrency=1), 3)
         assert len(server.requests) == 1
-    told = "".join(traceback.format_exception(caught.value))
-    assert "<OPENAI_API_KEY>" in told and KEY not in told
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "<OPENAI_API_KEY>" in printed and KEY not in printed
     assert KEY.encode() not in store.path.read_bytes()
 
 
