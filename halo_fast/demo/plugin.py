@@ -5,4 +5,9 @@ __all__ = ["TABLES"]
 TABLES: dict[str, dict[str, str]] = {
     "teacher": {"demo": "halo_fast.demo.teacher:load_teacher"},
     "recipe": {"demo": "halo_fast.demo:RECIPE"},
+    "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},
+    "prompts": {
+        "demo:train": "halo_fast.demo.world:train_prompts",
+        "demo:heldout": "halo_fast.demo.world:heldout_prompts",
+    },
 }

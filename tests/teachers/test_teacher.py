@@ -209,7 +209,7 @@ def test_some_refusals_are_recorded_without_scores(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     run = run_in(tmp_path)
-    for name in ("nobody", None):
+    for name in ("nobody", ""):
         run.config.annotate.teacher = name
         with pytest.raises(
             UserError, match="annotate.teacher: expected one of 'demo', 'human', 'openai', or your own as"

@@ -171,7 +171,7 @@ class LabelServer(ThreadingHTTPServer):
 
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
-        factors = latent_factors(self._folder, vars(self._rows[index])) or (1, 1, False)
+        factors = latent_factors(self._folder, self._rows[index]) or (1, 1, False)
         return PatchGrid(self._grid, frames, height, width, *factors)
 
 

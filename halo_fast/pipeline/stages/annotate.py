@@ -39,7 +39,7 @@ def load_teacher(
     Raises:
         UserError: no such teacher, clips that it cannot read, or settings that cannot be.
     """
-    name = config.annotate.teacher or ""
+    name = config.annotate.teacher
     sections = asdict(config.annotate)
     options = (sections[name] if isinstance(sections.get(name), dict) else {}) | config.annotate.options
     size = (config.generate.num_frames, config.generate.height, config.generate.width)
@@ -68,7 +68,7 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     rows = read_rows(folder / "clips.parquet", ClipRow)
     rows = [rows[index] for index in sorted(draw_clips(len(rows), config.annotate.num_clips, config.seed))]
     with LabelStore(run.path / "labels.sqlite") as store:
-        factors = latent_factors(folder, vars(rows[0])) or (1, 1, False)
+        factors = latent_factors(folder, rows[0]) or (1, 1, False)
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
         # the teacher's name holds what its answers depend on; bounds on money and time may change while a run goes on
         settings = {name: getattr(config.annotate, name) for name in ("teacher", "options", "num_clips")}
