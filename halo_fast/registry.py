@@ -6,14 +6,16 @@ with `TABLES`, {kind: {name: "module:attribute"}}.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["known", "register", "resolve"]
+__all__ = ["is_name", "known", "register", "resolve"]
 
 _PLUGINS = ("halo_fast.demo.plugin",)
 _tables: dict[str, dict[str, str]] = {}
@@ -41,6 +43,11 @@ def known(kind: str) -> list[str]:
     return sorted(_tables.get(kind, {}))
 
 
+def is_name(kind: str, text: str) -> bool:
+    """Whether a text is a registered name or has the form "package.module:attribute", and is no file or folder."""
+    return text in known(kind) or (re.fullmatch(r"[A-Za-z_][\w.]*:\w+", text) is not None and not Path(text).exists())
+
+
 def resolve(kind: str, name: str, setting: str | None = None) -> Any:
     """The object behind a registered name, or behind a dotted "package.module:attribute".
 
@@ -55,18 +62,17 @@ def resolve(kind: str, name: str, setting: str | None = None) -> Any:
     _load_plugins()
     target = _tables.get(kind, {}).get(name, name)
     module, _, attribute = target.partition(":")
+    names = ", ".join(map(repr, known(kind))) or "none"
+    expected = f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
     if not attribute:
-        names = ", ".join(map(repr, known(kind))) or "none"
-        raise UserError(
-            f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
-        )
+        raise UserError(expected)
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         missing = getattr(error, "name", None)
         if target != name and missing and missing.split(".")[0] != "halo_fast":
             raise  # a package of one of our own is not installed, which the command line says how to mend
-        raise UserError(f"{setting or kind}: {name!r} cannot be imported ({first_line(error)})") from error
+        raise UserError(f"{expected}, which cannot be imported ({first_line(error)})") from error
 
 
 @cache

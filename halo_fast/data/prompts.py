@@ -1,32 +1,34 @@
-"""Lists of prompts."""
+"""Lists of prompts: text files, and registered lists."""
 
 from pathlib import Path
 
+from halo_fast import registry
 from halo_fast.errors import UserError
 
 __all__ = ["prompt_source", "read_prompts"]
 
 
 def prompt_source(prompts: str) -> Path | str:
-    """What identifies a list of prompts as a stage's input: the file, or the name of a list of the demo."""
-    return prompts if prompts.startswith("demo:") else Path(prompts)
+    """What identifies a list of prompts as a stage's input: the file, or the registered or dotted name."""
+    return prompts if registry.is_name("prompts", prompts) else Path(prompts)
 
 
-def read_prompts(prompts: str, count: int, seed: int = 0, setting: str = "prompts") -> list[str]:
-    """The first `count` prompts of a text file (fewer if it is shorter), or of "demo:train" and "demo:heldout".
+def read_prompts(prompts: str, count: int | None, seed: int = 0, setting: str = "prompts") -> list[str]:
+    """The first prompts of a list.
 
-    Mistakes are reported under the name `setting`.
+    Args:
+        prompts: a text file with one prompt a line, a registered name, or "package.module:attribute" of a callable
+            that takes a count and a seed and gives prompts; it raises ValueError for a count it cannot serve.
+        count: how many; fewer come from a file that is shorter. None for all.
+        seed: for registered lists, which may be drawn.
+        setting: under which mistakes are reported.
 
     Raises:
-        UserError: a missing or unreadable file, an empty line, no prompts.
+        UserError: a missing or unreadable file, an empty line, no prompts, no list of that name.
     """
-    if prompts.startswith("demo:"):
-        from halo_fast.demo import world
-
-        if prompts not in ("demo:train", "demo:heldout"):
-            raise UserError(f'{setting}: expected "demo:train", "demo:heldout" or a text file, got {prompts!r}')
+    if registry.is_name("prompts", prompts):
         try:
-            return world.prompts("train" if prompts == "demo:train" else "heldout", count, seed)
+            return registry.resolve("prompts", prompts, setting)(count, seed)
         except ValueError as error:
             raise UserError(f"{setting}: {error}; lower num_prompts") from error
     try:

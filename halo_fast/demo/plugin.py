@@ -2,4 +2,10 @@
 
 __all__ = ["TABLES"]
 
-TABLES: dict[str, dict[str, str]] = {}
+TABLES: dict[str, dict[str, str]] = {
+    "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},
+    "prompts": {
+        "demo:train": "halo_fast.demo.world:train_prompts",
+        "demo:heldout": "halo_fast.demo.world:heldout_prompts",
+    },
+}

@@ -27,10 +27,12 @@ __all__ = [
     "draw",
     "from_uint8",
     "handwriting",
+    "heldout_prompts",
     "parse",
     "prompts",
     "render",
     "to_uint8",
+    "train_prompts",
 ]
 
 
@@ -122,13 +124,32 @@ def _choose(count: int, choices: int, generator: torch.Generator) -> list[int]:
     return torch.randint(choices, (count,), generator=generator).tolist()
 
 
-def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
-    """`count` distinct captions of a split in an order drawn from `seed`; ValueError if there are not so many."""
+def prompts(split: Split, count: int | None, seed: int = 0) -> list[str]:
+    """Distinct captions of a split, in an order drawn from `seed`.
+
+    Args:
+        split: "train" or "heldout".
+        count: how many; None for all.
+        seed: of the order.
+
+    Raises:
+        ValueError: the split has fewer.
+    """
     known = combinations(split)
-    if count > len(known):
-        raise ValueError(f"count: the {split} split has {len(known)} distinct prompts, asked for {count}")
+    if count is not None and count > len(known):
+        raise ValueError(f"count: the {split} split has {len(known)} distinct prompts, got {count}")
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
     return [caption(known[index]) for index in order[:count]]
+
+
+def train_prompts(count: int | None, seed: int) -> list[str]:
+    """Captions of the train split, registered as the prompts "demo:train"."""
+    return prompts("train", count, seed)
+
+
+def heldout_prompts(count: int | None, seed: int) -> list[str]:
+    """Captions of the heldout split, registered as the prompts "demo:heldout"."""
+    return prompts("heldout", count, seed)
 
 
 def backdrop(background: str) -> Tensor:

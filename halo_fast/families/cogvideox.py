@@ -16,7 +16,6 @@ class CogVideoX(VariancePreserving):
     The v error is the x_0 error weighted by 1 / (1 - abar), which is how the model was trained: no weight is missing.
     """
 
-    pipelines = ("CogVideoXPipeline",)
     layout = "BFCHW"
 
     @property

@@ -18,7 +18,6 @@ class HunyuanVideo(PipelineFamily):
     distribution that made the candidates; else the pipeline's default.
     """
 
-    pipelines = ("HunyuanVideoPipeline",)
     guidance = 6.0
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
@@ -35,7 +34,7 @@ class HunyuanVideo(PipelineFamily):
             "pooled_prompt_embeds": pooled,
         }
 
-    def guided_by(self, scale: float) -> None:
+    def set_guidance(self, scale: float) -> None:
         self.guidance = scale
 
     def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
@@ -57,8 +56,6 @@ class HunyuanVideo(PipelineFamily):
 
 class HunyuanVideo15(PipelineFamily):
     """diffusers.HunyuanVideo15Pipeline; latents of the image to start from are appended, all zero for text to video."""
-
-    pipelines = ("HunyuanVideo15Pipeline",)
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
         super().__init__(pipeline, network)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
-from halo_fast.families import shifted
+from halo_fast.families.base import shift_times
 from halo_fast.families.pipeline import MaskedPrompts
 
 __all__ = ["LTX"]
@@ -16,7 +16,6 @@ __all__ = ["LTX"]
 class LTX(MaskedPrompts):
     """diffusers.LTXPipeline; the model is told the frame rate, here the pipeline's default."""
 
-    pipelines = ("LTXPipeline",)
     tokens = 128
     frame_rate = 25
 
@@ -52,7 +51,7 @@ class LTX(MaskedPrompts):
         tokens = math.prod(self.latent_size(shape)) if shape is not None else config.base_image_seq_len
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         shift = math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
-        return shifted(u, shift)
+        return shift_times(u, shift)
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.flatten(2).transpose(1, 2)

@@ -13,8 +13,6 @@ class Mochi(MaskedPrompts):
     Its sampler's steps (linear, then quadratic) are no shift: training times are uniform.
     """
 
-    pipelines = ("MochiPipeline",)
-
     @property
     def compression(self) -> tuple[int, int]:
         return self.pipeline.vae_temporal_scale_factor, self.pipeline.vae_spatial_scale_factor

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from halo_fast.errors import UserError
-from halo_fast.families import Family
+from halo_fast.families.base import Family
 
 __all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving"]
 

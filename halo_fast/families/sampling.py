@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halo_fast.families import Family
+from halo_fast.families.base import Family
 
 __all__ = ["GenerateConfig", "clip_seed", "sample_clips"]
 

@@ -13,7 +13,6 @@ __all__ = ["AnimateDiff", "TextToVideoSD"]
 class TextToVideoSD(VariancePreserving):
     """diffusers.TextToVideoSDPipeline: ModelScope and ZeroScope; the autoencoder takes frames one by one."""
 
-    pipelines = ("TextToVideoSDPipeline",)
     networks = ("unet",)
     lora_prefix = "unet"
 
@@ -63,8 +62,6 @@ class TextToVideoSD(VariancePreserving):
 
 class AnimateDiff(TextToVideoSD):
     """diffusers.AnimateDiffPipeline: Stable Diffusion 1.5 with a motion adapter, which is trained with it."""
-
-    pipelines = ("AnimateDiffPipeline",)
 
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
         return conditions["prompt_embeds"].repeat_interleave(noisy.shape[2], dim=0)

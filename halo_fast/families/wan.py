@@ -18,7 +18,6 @@ class Wan(PipelineFamily):
     a time, on the times of its own that the sampler visits; their LoRAs are two files.
     """
 
-    pipelines = ("WanPipeline",)
     networks = ("transformer", "transformer_2")
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:

@@ -37,9 +37,7 @@ def test_prompts_are_distinct_and_seeded():
     assert prompts == world.prompts("heldout", 60, seed=3) != world.prompts("heldout", 60, seed=4)
     everything = len(world.combinations("heldout"))
     assert len(set(world.prompts("heldout", everything))) == everything
-    with pytest.raises(
-        ValueError, match=f"heldout split has {everything} distinct prompts, asked for {everything + 1}"
-    ):
+    with pytest.raises(ValueError, match=f"heldout split has {everything} distinct prompts, got {everything + 1}"):
         world.prompts("heldout", everything + 1)
 
 

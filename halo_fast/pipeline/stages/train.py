@@ -49,7 +49,7 @@ def train(config: Config, run: Run) -> None:
             return
         training, heldout = _split(CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache")), config.train)
         family = load(name, device="cpu", network=config.train.network)
-        family.guided_by(config.generate.guidance_scale)
+        family.set_guidance(config.generate.guidance_scale)
         result = fit(
             family, training, config.train, folder=stage.folder, references=run.path / "reference_errors",
             heldout=heldout, generate=config.generate,
@@ -71,7 +71,7 @@ def dry_run(config: Config, run: Run) -> None:
     """
     training, heldout = _split(CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache")), config.train)
     family = load(config.pretrained_model_name_or_path, device="cpu", network=config.train.network)
-    family.guided_by(config.generate.guidance_scale)
+    family.set_guidance(config.generate.guidance_scale)
     some = training[: config.train.train_batch_size * config.train.gradient_accumulation_steps]
     with prepared(family, some, config.train, folder=None, references=None, progress=progress) as job:
         take_step(job, 0)  # kernels and compiled blocks warm up
