@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from halo_fast.pipeline.config import Config
 
-__all__ = ["BASES", "WEIGHTS", "check", "load_pipeline"]
+__all__ = ["BASES", "RECIPE", "WEIGHTS", "check", "load_pipeline"]
 
+RECIPE = Path(__file__).parent / "recipe.yaml"
 WEIGHTS = Path(__file__).parent / "weights"
 BASES = ("graded", "patchy")
 
