@@ -1,13 +1,12 @@
 """Clips on disk: lossless H.264 in mp4, read and written with PyAV."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
 from halo_fast.files import replacing
 
@@ -61,18 +60,22 @@ def read_clip(path: Path | str) -> Tensor:
     return torch.stack(frames)
 
 
-def latent_factors(folder: Path, clip: Mapping[str, Any]) -> tuple[int, int, bool] | None:
-    """What the autoencoder compressed space and time of a generated clip by, and whether it is causal.
+def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
+    """By how much the autoencoder compressed the space and time of a generated clip.
 
     Args:
-        folder: of the stage generate.
-        clip: a row of its clips.parquet; without latents there is nothing to tell, and None comes back.
+        folder: of the table of clips.
+        clip: one of its rows.
+
+    Returns:
+        pixels to a side and frames of one latent position, and whether the autoencoder is causal; None if the clip has
+        no latents.
     """
-    if not clip["latents"] or not (folder / clip["latents"]).exists():
+    if clip.latents is None or not (folder / clip.latents).exists():
         return None
-    with safe_open(folder / clip["latents"], framework="pt") as file:
+    with safe_open(folder / clip.latents, framework="pt") as file:
         frames, height, _ = file.get_slice("latents").get_shape()[-3:]
-    video_frames, video_height = read_clip(folder / clip["video"]).shape[:2]
+    video_frames, video_height = read_clip(folder / clip.video).shape[:2]
     causal = frames > 1 and (video_frames - 1) % (frames - 1) == 0
     time = (video_frames - 1) // (frames - 1) if causal else video_frames // frames
     return video_height // height, time, causal

@@ -230,14 +230,15 @@ def save_base(pipeline: WanPipeline, folder: Path) -> None:
 def measure_base(pipeline: WanPipeline, num_prompts: int = 256) -> dict[str, float]:
     """What a base shows on held-out prompts, by the shipped meters: defects, right digit, colour and motion."""
     from halo_fast.demo.meters import DefectMeter, FidelityMeter
+    from halo_fast.demo.models import CLIPS
     from halo_fast.families import family_of
-    from halo_fast.families.sampling import GenerateConfig, clip_seed, sample_clips
+    from halo_fast.families.sampling import clip_seed, sample_clips
 
     family, prompts, figures = family_of(pipeline), world.prompts("heldout", num_prompts, seed=1), []
     for start in range(0, num_prompts, 32):
         batch = prompts[start : start + 32]
         seeds = [clip_seed(1, start + index, 0) for index in range(len(batch))]
-        videos = sample_clips(family, batch, seeds, GenerateConfig())[1]
+        videos = sample_clips(family, batch, seeds, CLIPS)[1]
         severity, shown = DefectMeter.load()(videos, batch)[0], FidelityMeter.load()(videos, batch)
         verdicts = [shown[f"{name}_correct"] for name in ("digit", "colour", "motion", "fidelity")]
         figures.append(

@@ -10,9 +10,10 @@ from sklearn.metrics import roc_auc_score
 
 from halo_fast.demo import BASES, WEIGHTS, defects, load_pipeline, pretrain, world
 from halo_fast.demo.meters import DefectMeter, FidelityMeter
+from halo_fast.demo.models import CLIPS
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig, sample_clips
+from halo_fast.families.sampling import sample_clips
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -127,7 +128,7 @@ def test_shipped_base_shows_the_prompt_and_the_defects(base):
     recipe = json.loads((WEIGHTS / base / "recipe.json").read_text())
     family = family_of(load_pipeline(base))
     prompts = world.prompts("heldout", 48, seed=11)
-    _, videos = sample_clips(family, prompts, range(48), GenerateConfig())
+    _, videos = sample_clips(family, prompts, range(48), CLIPS)
     severity, _ = DefectMeter.load()(videos, prompts)
     shown = FidelityMeter.load()(videos, prompts)
     assert (severity > defects.DEFECTIVE).float().mean() >= 0.25

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny import CHANNELS, tiny_wan
+from tiny import CHANNELS, tiny_clips, tiny_wan
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of, load, source
-from halo_fast.families.sampling import GenerateConfig, sample_clips
+from halo_fast.families.sampling import sample_clips
 
 PROMPTS = ["a red ball rolls left", "a cube", "", "green ball over the grass slowly"]
 
@@ -140,7 +140,7 @@ def test_clip_size_the_model_cannot_make_is_refused(family, size):
 
 
 def test_a_clip_depends_on_its_batch_only_through_rounding(family):
-    settings = GenerateConfig(num_inference_steps=3)
+    settings = tiny_clips(num_inference_steps=3)
     together, _ = sample_clips(family, PROMPTS[:2] * 2, [1, 2, 3, 4], settings)
     alone, video = sample_clips(family, PROMPTS[1:2], [2], settings)
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)

@@ -66,11 +66,12 @@ def test_finished_stage_is_kept(config):
     assert not (Run(config).path / "score" / "pending.json").exists()
 
 
-def test_stages_say_what_they_did(config, capsys):
+def test_stages_say_what_they_did(config, caplog):
+    caplog.set_level("INFO")
     work(config)
-    assert "score: finished, 1 files" in capsys.readouterr().err
+    assert "score: finished, 1 files" in caplog.text
     work(config)
-    assert "score: finished before, kept" in capsys.readouterr().err
+    assert "score: finished before, kept" in caplog.text
 
 
 def test_partial_work_is_continued(config):
@@ -256,7 +257,8 @@ def test_progress_passes_items_on_and_reports_time_left(capsys, monkeypatch):
 KILLED = """
 import sys, time
 from halo_fast.pipeline.config import Config
-from halo_fast.pipeline.run import Run, write_bytes
+from halo_fast.files import write_bytes
+from halo_fast.pipeline.run import Run
 with Run(Config(output_dir=sys.argv[1])).stage("generate", {"clips": 6}, {}) as stage:
     for number in range(6):
         path = stage.folder / f"clip{number}.bin"
@@ -291,7 +293,7 @@ def test_killed_stage_continues_to_the_same_hashes(tmp_path):
 def test_kill_while_discarding_leaves_no_partial_work_behind(config, monkeypatch):
     work(config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("halo_fast.files.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("halo_fast.pipeline.run.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         work(config, force=True)
     assert work(config)
     assert stages_of(config) == ["score"]
@@ -325,7 +327,7 @@ def test_a_first_attempt_that_failed_stands_in_nobodys_way(config):
     assert work(config, {"model": "right"})
 
 
-def test_two_processes_in_one_stage_are_told(config):
+def test_two_processes_in_one_stage_are_refused(config):
     with Run(config).stage("score", {}, {}) as stage:
         with pytest.raises(UserError, match=r"score: another process is working on it"):
             work(config)

@@ -169,7 +169,12 @@ def small_run(folder: Path) -> Run:
 
 def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
     """Judged by the demo's defect meter; neither their prompts nor their handwriting are held out."""
-    config = Config(output_dir=str(tmp_path), generate=GenerateConfig(num_prompts=2, num_inference_steps=1))
+    config = Config(
+        output_dir=str(tmp_path),
+        generate=GenerateConfig(
+            num_prompts=2, num_inference_steps=1, guidance_scale=1.0, num_frames=9, height=32, width=32, batch_size=2
+        ),
+    )
     config.reward = RewardConfig(examples=100, video_steps=0, patch_steps=1, pretrained=False)
     run = Run(config)
     for stage in (generate, annotate):

@@ -326,6 +326,12 @@ TINY = {
 }
 
 
+def tiny_clips(**changes: Any) -> GenerateConfig:
+    """Clips of 9 x 32 x 32 pixels in 4 unguided steps, with changes."""
+    settings = {"num_frames": 9, "height": 32, "width": 32, "fps": 8, "batch_size": 2}
+    return GenerateConfig(**{"num_inference_steps": 4, "guidance_scale": 1.0} | settings | changes)
+
+
 def tiny_config(folder: Path, **train: Any) -> Config:
     """A run of 4 prompts with 2 candidates on a tiny Wan pipeline, which is saved in `folder` if not there yet."""
     model, prompts = folder / "model", folder / "prompts.txt"
@@ -339,7 +345,7 @@ def tiny_config(folder: Path, **train: Any) -> Config:
         pretrained_model_name_or_path=str(model),
         prompts=str(prompts),
         grid=(3, 2, 2),
-        generate=GenerateConfig(num_prompts=4, batch_size=2, num_inference_steps=4),
+        generate=tiny_clips(num_prompts=4),
         train=TrainConfig(**{"max_train_steps": 6, "train_batch_size": 4, "rank": 4, "checkpointing_steps": 2} | train),
     )
 

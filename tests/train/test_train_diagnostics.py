@@ -9,13 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_wan
+from tiny import tiny_clips, tiny_wan
 from training import CONFIG, make_pairs, quiet, run_model, with_random_adapter
 
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
 from halo_fast.loss.functional import GranDPO
 from halo_fast.train import adapters_off, fit
 from halo_fast.train.config import ObjectiveConfig
@@ -172,7 +171,7 @@ def test_training_writes_diagnostics_and_previews(tmp_path):
     )  # fmt: skip
     fit(
         pipeline, pairs[:4], config, folder=tmp_path, heldout=pairs[4:], progress=quiet,
-        generate=GenerateConfig(num_inference_steps=2),
+        generate=tiny_clips(num_inference_steps=2),
     )  # fmt: skip
     with (tmp_path / "diagnostics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -233,7 +232,7 @@ def test_trackers_get_rows_under_their_step_and_are_closed_whatever_happens(monk
 
 def test_previews_show_base_and_policy_from_the_same_noise(tmp_path):
     pipeline = tiny_wan()
-    family, settings = family_of(pipeline), GenerateConfig(num_inference_steps=2)
+    family, settings = family_of(pipeline), tiny_clips(num_inference_steps=2)
     prompts = ["a cube", "a red ball rolls"]
     start = write_previews(tmp_path, family, partial(adapters_off, pipeline.transformer), prompts, settings, 0, 0)
     assert [path.relative_to(tmp_path).as_posix() for path in start] == [

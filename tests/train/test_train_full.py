@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, tiny_clips, tiny_config, tiny_wan, write_scores
 from training import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus
 
 from halo_fast.errors import UserError
 from halo_fast.export.lora import load_trained
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
 from halo_fast.pipeline.export import export_run
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache
@@ -113,7 +112,7 @@ def test_resume_is_exact_held_out_figures_and_previews_included(pipeline, pairs,
         FULL, reference_draws=DRAWS, diagnostics_steps=3, heldout_draws=2, validation_prompts=["a cube"],
         validation_steps=2,
     )  # fmt: skip
-    settings = {"heldout": pairs[:2], "generate": GenerateConfig(num_inference_steps=2), "progress": quiet}
+    settings = {"heldout": pairs[:2], "generate": tiny_clips(num_inference_steps=2), "progress": quiet}
     whole = fit(pipeline, pairs, config, folder=tmp_path / "whole", **settings)
 
     class Stop(Exception):

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_wan
+from tiny import tiny_clips, tiny_wan
 from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
 from halo_fast.train import fit
 from halo_fast.train.config import ObjectiveConfig, TrainConfig
 from halo_fast.train.draws import make_batch
@@ -132,7 +131,7 @@ def test_errors_of_winners_and_losers_are_those_of_the_formula(family):
 
 
 def test_clips_of_another_model_stand_out(family):
-    settings = GenerateConfig(num_inference_steps=2)
+    settings = tiny_clips(num_inference_steps=2)
     own = fresh_pairs(family, make_pairs(family), settings, seed=1)
     again = fresh_pairs(family, own, settings, seed=2)
     assert not torch.equal(own[0].latents[0], own[0].latents[1]) and not torch.equal(own[0].latents, again[0].latents)

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from halo_fast.data.clips import latent_factors, read_clip
+from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, read_table
 from halo_fast.patches import PatchGrid
@@ -177,7 +178,7 @@ class LabelServer(ThreadingHTTPServer):
 
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
-        factors = latent_factors(self._folder, self._clips[index]) or (1, 1, False)
+        factors = latent_factors(self._folder, ClipRow(**self._clips[index])) or (1, 1, False)
         return PatchGrid(self._grid, frames, height, width, *factors)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from halo_fast.data.clips import latent_factors, read_clip
+from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, progress, read_table, write_parquet
 from halo_fast.pipeline.config import Config
@@ -80,7 +81,7 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     folder = run.require("generate/clips.parquet").parent
     clips = _chosen(read_table(folder / "clips.parquet").to_pylist(), config)
     with LabelStore(run.path / "labels.sqlite") as store:
-        factors = latent_factors(folder, clips[0]) or (1, 1, False)
+        factors = latent_factors(folder, ClipRow(**clips[0])) or (1, 1, False)
         teacher = teacher or load_teacher(config, store, factors, [clip["prompt"] for clip in clips])
         settings = asdict(config.annotate) | {"judge": teacher.name, "grid": config.grid, "seed": config.seed}
         del settings["openai"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from halo_fast.data.clips import latent_factors, read_clip
+from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
 from halo_fast.files import write_csv
 from halo_fast.pipeline.config import Config
@@ -101,7 +102,7 @@ def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledC
         video_dimensions,
         patch_dimensions,
     )
-    factors = latent_factors(clips, found[0]) or ()
+    factors = latent_factors(clips, ClipRow(**found[0])) or ()
     return RewardModelConfig(video_dimensions, patch_dimensions, *factors), data
 
 
