@@ -13,21 +13,20 @@ from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.functional import GranDPO
-from halo_fast.loss.objectives import AutoBeta, build
-from halo_fast.settings import validate
+from halo_fast.loss.objectives import AutoBeta
 from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
+from halo_fast.train.checks import build_auto_beta, check_trackers, checked_objective
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.launch import check_launch, uses_fsdp
 from halo_fast.train.model import prepared_model
-from halo_fast.train.observers.trackers import check_trackers
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.references import check_reference_errors, reference_errors
 from halo_fast.train.schedules import uses_reference
 from halo_fast.train.start import check_start
 
-__all__ = ["Job", "Progress", "checked_objective", "prepared_job"]
+__all__ = ["Job", "Progress", "prepared_job"]
 
 Progress = Callable[[Iterable[int], int, str], Iterable[int]]
 
@@ -144,7 +143,7 @@ def prepared_job(
         )
         yield Job(
             family, model, reference_mode, parameters, _optimizer(parameters, config), accelerator, config, objective,
-            pairs, errors, plan, _auto_beta(config, objective, accelerator.device), sharded,
+            pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
         )  # fmt: skip
 
 
@@ -196,39 +195,3 @@ def _rounding(config: TrainConfig, dtype: torch.dtype) -> float:
 
 def _optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-
-
-def checked_objective(config: TrainConfig) -> GranDPO:
-    """The objective of the settings, after all checks that need no model.
-
-    Raises:
-        UserError: naming the setting that is out of bounds, or those that exclude each other.
-    """
-    validate(config, "train")
-    try:
-        objective = build(config.objective)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"train.objective: {error}") from error
-    anchor = getattr(objective, "anchor_weight", 0)
-    if anchor and config.reference_draws:
-        raise UserError(
-            "train.objective.anchor_weight: needs the reference in the loop; set train.reference_draws to null"
-        )
-    if anchor and config.schedule == "margin_first":
-        raise UserError("train.objective.anchor_weight: needs both samples in one batch; set train.schedule to batched")
-    _auto_beta(config, objective, torch.device("cpu"))
-    return objective
-
-
-def _auto_beta(config: TrainConfig, objective: GranDPO, device: torch.device) -> AutoBeta | None:
-    if config.auto_beta is None:
-        return None
-    if not (uses_reference(objective) and getattr(objective, "video_weight", 0)):
-        raise UserError(
-            "train.auto_beta: adjusts the betas by the videos' logits, which this objective has not (it needs a "
-            "reference and a video_weight above 0); set null"
-        )
-    try:
-        return AutoBeta(objective.video_beta, config.auto_beta, device=device)
-    except ValueError as error:
-        raise UserError(f"train.auto_beta: {error}") from error

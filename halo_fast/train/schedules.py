@@ -82,9 +82,9 @@ def loss_arguments(
     error = batch.reference_error
     if not objective.needs_reference:
         reference = error = None
-    elif not uses_reference(objective):
-        # The reference must be given but has no weight: the policy stands for it, which saves its forward pass.
-        reference, error = prediction.detach(), None
+    elif reference is None and error is None:
+        # The reference has no weight in this loss: the policy stands for it, which saves a forward pass.
+        reference = prediction.detach()
     return {
         "prediction": prediction,
         "target": batch.target,

@@ -31,7 +31,7 @@ def check_start(
     objective: GranDPO,
     rounding: float,
 ) -> None:
-    """Raise unless policy and reference are the base, moved weights change the policy alone, and the first loss is right.
+    """Raise unless policy and reference are the base, moved weights change the policy alone, and the loss starts right.
 
     Equal means to the bit, or but for rounding: torch may choose other kernels by memory layout, flags or graph, which
     add up in another order. A difference may be at most `rounding` times the prediction's norm, and at most 1% of what

@@ -171,7 +171,9 @@ def heldout_figures(
         # The anchor changes no figure, and its value would need the reference's predictions.
         objective = replace(objective, anchor_weight=0.0)
     figures = []
-    for batch, errors in zip(_batches(family, pairs, config, reference_errors[0].device), reference_errors, strict=True):
+    for batch, errors in zip(
+        _batches(family, pairs, config, reference_errors[0].device), reference_errors, strict=True
+    ):
         prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
         known = replace(batch, reference_error=errors)
         _, out = gran_dpo_coefficients(**loss_arguments(known, prediction, None, objective, family.layout))
