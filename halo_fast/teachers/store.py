@@ -11,7 +11,7 @@ from types import TracebackType
 
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text
-from halo_fast.teachers.base import RUBRIC, Label
+from halo_fast.teachers.rubric import RUBRIC, Label
 
 __all__ = ["LabelStore", "Reply", "label_key"]
 

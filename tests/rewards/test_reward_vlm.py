@@ -11,7 +11,7 @@ from halo_fast.errors import UserError
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
 from halo_fast.rewards.backbones.vlm import _read_qwen
 from halo_fast.rewards.base import RewardConfig
-from halo_fast.teachers.base import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
+from halo_fast.teachers.rubric import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
 
 
 def clips(count: int = 2, frames: int = 9) -> torch.Tensor:

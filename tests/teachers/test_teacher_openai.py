@@ -8,6 +8,7 @@ import sqlite3
 import time
 import traceback
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ from PIL import Image
 from servers import USABLE, OpenAIServer, expected_score
 
 from halo_fast.errors import UserError
+from halo_fast.files import hash_bytes
 from halo_fast.patches import PatchGrid
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, Clip, LabelStore, TeacherRequest
 from halo_fast.teachers.openai.config import OpenAIConfig
 from halo_fast.teachers.openai.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
+from halo_fast.teachers.openai.pricing import highest_cost, image_tokens
 from halo_fast.teachers.openai.questions import VERDICTS, Question, ask_pair, ask_patches, parse
-from halo_fast.teachers.openai.server import image_tokens
-from halo_fast.teachers.openai.teacher import Clip, OpenAITeacher
+from halo_fast.teachers.openai.teacher import OpenAITeacher, load_openai
 
 pytest.importorskip("openai")
 KEY = "sk-test-5e1f7c0de0f1a5ecretkey"
@@ -47,11 +49,24 @@ def settings(server: OpenAIServer, **changes) -> OpenAIConfig:
 
 
 def teacher(server: OpenAIServer, store: LabelStore, **changes) -> OpenAITeacher:
-    return OpenAITeacher(settings(server, **changes), GRID, store, (8, 4, True))
+    options = vars(settings(server, **changes))
+    return load_openai(TeacherRequest("openai", GRID, store, options, factors=(8, 4, True)))
+
+
+def clips_of(videos: np.ndarray, prompts: list[str]) -> list[Clip]:
+    return [
+        Clip(hash_bytes(video.tobytes()), prompt, partial(torch.from_numpy, video))
+        for video, prompt in zip(videos, prompts, strict=True)
+    ]
+
+
+def label_all(teacher: OpenAITeacher, videos: np.ndarray, prompts: list[str]) -> list:
+    labels = dict(teacher.labels(clips_of(videos, prompts)))
+    return [labels[index] for index in range(len(prompts))]
 
 
 def label_some(teacher: OpenAITeacher, count: int) -> list:
-    return teacher.label(torch.from_numpy(CLIPS.videos[:count]), CLIPS.prompts[:count])
+    return label_all(teacher, CLIPS.videos[:count], CLIPS.prompts[:count])
 
 
 def requests_in(store: LabelStore) -> list[tuple]:
@@ -176,7 +191,7 @@ def test_equal_questions_at_once_are_paid_once(store):
 
     pairs = [(clip(0), clip(1)), (clip(1), clip(0))]
     with OpenAIServer(pause=0.2) as server:
-        judgements = dict(teacher(server, store, max_concurrency=2).judge(pairs))
+        judgements = dict(teacher(server, store, max_concurrency=2, pairwise=True).judge(pairs))
         assert len(server.requests) == 2
     swapped = {"a": "b", "b": "a"}
     for name in RUBRIC_DIMENSIONS:
@@ -184,9 +199,8 @@ def test_equal_questions_at_once_are_paid_once(store):
 
 
 def test_equal_questions_go_into_a_batch_once(store):
-    videos = torch.from_numpy(CLIPS.videos[[0, 0]])
     with OpenAIServer() as server:
-        labels = teacher(server, store, api="batch").label(videos, [CLIPS.prompts[0]] * 2)
+        labels = label_all(teacher(server, store, api="batch"), CLIPS.videos[[0, 0]], [CLIPS.prompts[0]] * 2)
         assert len(server.requests) == 2 and len(server.batches) == 1
     for label in labels:
         assert_as_answered(label, CLIPS.prompts[0])
@@ -329,9 +343,8 @@ def test_as_many_requests_at_once_as_allowed(store):
 
 def test_the_budget_holds_with_many_requests_under_way_and_can_be_raised(store):
     with OpenAIServer(pause=0.05) as server:
-        probe = teacher(server, store, max_concurrency=6)._server
         question = Question("k", json.dumps({"prompt": "x" * 60}), (), RUBRIC_DIMENSIONS)
-        budget = 2.5 * probe.cost(question)
+        budget = 2.5 * highest_cost(question, settings(server))
         # a store that has spent something does not judge by the estimate
         numbers = store.reserve({"before": 1e-6}, "somebody", budget)
         assert numbers is not None
@@ -346,14 +359,13 @@ def test_the_budget_holds_with_many_requests_under_way_and_can_be_raised(store):
         assert set(server.usable_answers().values()) == {1}
 
 
-def test_an_estimate_over_the_budget_is_told_before_anything_is_sent(store, capsys):
-    with OpenAIServer() as server:
+def test_an_estimate_over_the_budget_is_reported_before_anything_is_sent(store, caplog):
+    with OpenAIServer() as server, caplog.at_level(logging.INFO, logger="halo_fast"):
         with pytest.raises(UserError, match=r"annotate.openai.budget: 6 clips, 12 requests, 30 images, about \$0\."):
             label_some(teacher(server, store, budget=0.001), 6)
         assert not server.requests
         label_some(teacher(server, store), 6)
-    told = capsys.readouterr().err.splitlines()[-1]
-    estimate = float(told.split("about $")[1].split()[0])
+    estimate = float(caplog.messages[-1].split("about $")[1].split()[0])
     assert server.billed / 2 < estimate < server.billed * 4
 
 
@@ -376,10 +388,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("api", ["responses", "chat"])
 def test_a_prompt_is_data_whatever_it_says(store, api):
-    videos = torch.from_numpy(CLIPS.videos[: len(HOSTILE)])
+    videos = CLIPS.videos[: len(HOSTILE)]
     with OpenAIServer() as server:
-        labels = teacher(server, store, api=api, max_concurrency=1).label(videos, HOSTILE)
-        benign = teacher(server, store, api=api, max_concurrency=1).label(videos[:1], ["a ball"])
+        labels = label_all(teacher(server, store, api=api, max_concurrency=1), videos, HOSTILE)
+        benign = label_all(teacher(server, store, api=api, max_concurrency=1), videos[:1], ["a ball"])
     assert benign[0].status == "ok"
     for label, prompt in zip(labels, HOSTILE, strict=True):
         assert_as_answered(label, prompt)
@@ -507,7 +519,7 @@ def test_patches_that_are_not_asked_about_stay_unlabelled(store):
 def test_settings_that_cannot_be_are_named(store, monkeypatch):
     with OpenAIServer() as server:
         for change, complaint in [
-            ({"api": "guess"}, 'api: expected "responses", "chat" or "batch"'),
+            ({"api": "guess"}, "api: expected one of 'responses', 'chat', 'batch', got 'guess'"),
             ({"base_url": "api.openai.com"}, "base_url: expected http"),
             ({"base_url": "https://me:secret@host/v1"}, "base_url: expected an address without credentials"),
             ({"base_url": "http://far.example/v1"}, "would travel unencrypted"),
@@ -515,6 +527,7 @@ def test_settings_that_cannot_be_are_named(store, monkeypatch):
             ({"budget": math.nan}, "budget: expected at least 0"),
             ({"max_frames": 30, "max_images": 20}, "max_frames: expected at most max_images = 20, got 30"),
             ({"max_patches": 0}, "max_patches: expected at least 1"),
+            ({"timeout": 0.0}, "timeout: expected more than 0"),
         ]:
             with pytest.raises(UserError, match=complaint) as caught:
                 teacher(server, store, **change)
