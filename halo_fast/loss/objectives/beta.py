@@ -18,7 +18,15 @@ def convert_beta(beta: float, source: str, target: str = "half_mean", num_elemen
 
     A convention says what beta multiplies: "half_mean" (beta/2 times a mean squared error: here, Diffusion-DPO,
     VideoDPO, LocalDPO), "mean" (DenseDPO, VideoGPA, diffusers' SD script), "half_sum" (SimpleTuner's default), "sum".
-    num_elements: elements of one sample's latent, C F H W; needed between a mean and a sum.
+
+    Args:
+        beta: above 0.
+        source: convention of ``beta``.
+        target: convention of the result.
+        num_elements: elements of one sample's latent, C F H W; needed between a mean and a sum.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     check_choice("source", source, _CONVENTIONS)
     check_choice("target", target, _CONVENTIONS)
@@ -41,8 +49,17 @@ def timestep_weight(head: str, space: str, signal: Tensor, noise: Tensor, maximu
     With x_t = signal x0 + noise eps: |eps error|^2 = signal^2 |v error|^2 and |x0 error|^2 = noise^2 |v error|^2, for
     the variance-preserving v = signal eps - noise x0 (signal^2 = abar) as for the flow's eps - x0 (signal 1-t, noise
     t).
-    head, space: "epsilon", "sample", "v_prediction" or "flow" (the last two are the v error of their own schedule).
-    signal, noise: [B] coefficients at each sample's timestep, computed before any cast to bf16.
+
+    Args:
+        head: what the model predicts: "epsilon", "sample", "v_prediction" or "flow". The last two are the v error of
+            their own schedule.
+        space: whose error is wanted, one of the same.
+        signal: [B], float, coefficient at each sample's timestep, computed before any cast to bf16.
+        noise: [B], likewise.
+        maximum: clips weights that diverge at the ends of the schedule.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     names = ("epsilon", "sample", "v_prediction", "flow")
     check_choice("head", head, names)
@@ -58,12 +75,22 @@ def timestep_weight(head: str, space: str, signal: Tensor, noise: Tensor, maximu
 
 
 class AutoBeta:
-    """A beta steered so that the mean gradient factor sigma(-|z|) of the labelled logits is ``target``.
+    """Adapts beta until the mean gradient factor sigma(-|z|) of the labelled logits is ``target``.
 
-    beta starts at ``initial``; ``update`` multiplies it by exp(rate (mean sigma(-|z|) - target)) within [minimum,
-    maximum]. The mean is summed over all ranks when torch.distributed is initialised, so every rank holds the same
-    beta, and ``state_dict`` saves it. ``beta`` is a 0-d float32 tensor: GranDPO(video_beta=auto.beta) never compiles
-    again, and nothing here waits for the device.
+    ``update`` multiplies beta by exp(rate (mean sigma(-|z|) - target)). The mean is taken over all ranks when
+    torch.distributed is initialised, so every rank has the same beta. ``beta`` is a 0-d float32 tensor:
+    GranDPO(video_beta=auto.beta) never compiles again, and nothing here waits for the device.
+
+    Args:
+        initial: first beta.
+        target: mean gradient factor, between 0 and 1/2.
+        rate: step size.
+        minimum: lower bound of beta.
+        maximum: upper bound of beta.
+        device: of beta.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -87,10 +114,10 @@ class AutoBeta:
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Move beta after a step with these logits (``out.video_logits`` or ``out.patch_logits``); exact 0 is a tie.
+        """Move beta after a step with these logits (``out.video_logits`` or ``out.patch_logits``).
 
-        At the very start policy equals reference, all logits are 0, and beta stays. NaN logits are left out: one
-        broken step, which the loss shows, must not leave beta NaN for ever.
+        A logit of exactly 0 counts as a tie. At the very start policy equals reference, all logits are 0, and beta
+        stays. NaN logits are left out: the loss shows a broken step, and beta must survive it.
         """
         labelled = (logits != 0) & ~logits.isnan()
         factor = torch.sigmoid(-logits.abs().float())
@@ -102,9 +129,9 @@ class AutoBeta:
         self.beta = (self.beta * step.exp()).clamp(self.minimum, self.maximum)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: beta."""
+        """Beta, for a checkpoint."""
         return {"beta": self.beta.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the beta of ``state_dict``."""
+        """Restore beta from ``state_dict``."""
         self.beta = state["beta"].to(self.beta)

@@ -17,9 +17,19 @@ __all__ = ["local_dpo_rewards", "video_dpo_rewards"]
 def video_dpo_rewards(video_rewards: Tensor, scores: Tensor, alpha: float = 1.0, bin_width: float = 0.01) -> Tensor:
     """Rewards [2B] for the "video_dpo" preset, whose gap is VideoDPO's pair weight (p_max / sqrt(p_a p_b))^alpha.
 
-    p is the frequency of a reward in the histogram of ``scores`` (all candidates' rewards, 1-d) with ``bin_width``:
-    pairs of rare scores weigh more. Both arguments on any scale, float. Not differentiable. A score outside the
-    histogram takes the rarest bin's frequency. Source: VideoDPO, arXiv 2412.14167.
+    p is the frequency of a reward in a histogram, so pairs of rare scores weigh more. A reward outside the histogram
+    takes the rarest bin's frequency. Not differentiable.
+
+    Args:
+        video_rewards: [2B], float, any scale.
+        scores: [S], float, rewards of all candidates, which make the histogram.
+        alpha: exponent of the weight.
+        bin_width: of the histogram, in the unit of the rewards.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Source: VideoDPO, arXiv 2412.14167.
     """
     for name, values in (("video_rewards", video_rewards), ("scores", scores)):
         if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
@@ -46,8 +56,18 @@ def video_dpo_rewards(video_rewards: Tensor, scores: Tensor, alpha: float = 1.0,
 def local_dpo_rewards(mask: Tensor, video_rewards: Tensor, strength: Tensor | float = 1.0) -> Tensor:
     """Patch rewards [2B, F, H, W] for the "local_dpo" preset from the soft masks [B, F, H, W] of corrupted positions.
 
-    The gap of a pair is y M |Omega| / sum M, signed by the video's winner; y is the region ``strength``, a number or
-    [B]. The sum is taken per sample and an empty mask gives a tie. Source: LocalDPO, arXiv 2601.04068.
+    The gap of a pair is y M |Omega| / sum M, signed by the video's winner. The sum is taken per sample, and an empty
+    mask gives a tie.
+
+    Args:
+        mask: [B, F, H, W], one for each pair.
+        video_rewards: [2B]; they say which sample wins.
+        strength: y, how strong the corruption is, a number or [B].
+
+    Raises:
+        ValueError: naming the argument.
+
+    Source: LocalDPO, arXiv 2601.04068.
     """
     if mask.ndim != 4 or tuple(video_rewards.shape) != (2 * mask.shape[0],):
         raise ValueError(

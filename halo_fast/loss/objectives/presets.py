@@ -69,7 +69,9 @@ def build(spec: Spec) -> Objective:
 
 
 def _checked(value: Any, expected: str) -> Objective:
-    if isinstance(value, type) or not callable(getattr(value, "table", None)):
+    if isinstance(value, type):
+        raise TypeError(f"objective must be {expected}; got the class {value.__name__}: call it")
+    if not callable(getattr(value, "table", None)):
         raise TypeError(f"objective must be {expected}; got {type(value).__name__}")
     objective: Objective = value
     return objective
