@@ -51,6 +51,7 @@ def validate(settings: Any, place: str = "") -> None:
 
 
 def _check(value: Any, hint: Any, place: str) -> None:
+    """Check one value by its annotation, and whatever is nested in it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(value) and not isinstance(value, type):
         validate(value, place)
@@ -75,6 +76,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
 
 
 def _check_bounds(value: Any, metadata: tuple[Any, ...], place: str) -> None:
+    """Check a number by the bounds in the metadata of its annotation; other metadata is ignored."""
     parts = [part for group in metadata for part in (group if isinstance(group, GroupedMetadata) else (group,))]
     bounds = [(*_BOUNDS[type(part)], part) for part in parts if type(part) in _BOUNDS]
     if not bounds:
