@@ -1,4 +1,4 @@
-"""What can be found wrong with a config before hours of work: missing settings, prompts, teacher and meter."""
+"""Checks of a config before hours of work: missing settings, objective, prompts, teacher and meter."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def check_run(config: Config, run: Run) -> None:
         run: its directory; what is annotated already needs no teacher any more, and no key.
 
     Raises:
-        UserError: a missing setting, unreadable prompts, an unknown teacher or meter, or one that cannot read such
-            clips.
+        UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, an unknown
+            teacher or meter, or one that cannot read such clips.
     """
     check_required(config, STAGES)
     # these load torch and more, for which nobody should wait who forgot a setting
@@ -55,7 +55,10 @@ def check_run(config: Config, run: Run) -> None:
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.teachers import LabelStore
+    from halo_fast.train.checks import check_trackers, checked_objective
 
+    checked_objective(config.train)
+    check_trackers(config.train.report_to)
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
     evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if not (run.path / "annotate" / "manifest.json").exists():

@@ -122,6 +122,24 @@ def test_run_asks_for_every_missing_setting_before_it_starts(capsys, calls):
     assert not calls
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.objective.preset", "hallo"], ["train.objective", "hallo", "halo"]),
+        (["--train.objective.video_bet", "3"], ["train.objective", "video_bet", "video_beta"]),
+        (["--train.report_to", "[mlflow]"], ["train.report_to", "mlflow", "wandb"]),
+        (["--prompts", "nowhere.txt"], ["prompts", "nowhere.txt"]),
+        (["--annotate.teacher", "robot"], ["annotate.teacher", "robot", "openai"]),
+        (["--evaluate.meter", "ruler"], ["evaluate.meter", "ruler", "reward"]),
+        (["--grid", "[3,4,3]"], ["grid", "(3, 4, 4)", "(3, 4, 3)"]),
+    ],
+)
+def test_run_finds_the_mistakes_of_late_stages_before_it_starts(capsys, calls, tmp_path, arguments, words):
+    line = refuse(capsys, "run", "demo", "--output_dir", str(tmp_path / "run"), *arguments)
+    assert all(word in line for word in words), line
+    assert not calls and not (tmp_path / "run").exists()
+
+
 def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["score", "demo", "--output_dir", "elsewhere", "--score.batch_size", "3"]) == 0
