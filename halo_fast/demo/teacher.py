@@ -52,6 +52,7 @@ def load_teacher(request: TeacherRequest) -> "DemoTeacher":
 
 
 def _check(request: TeacherRequest) -> None:
+    """UserError for clips or prompts that are not of the demo's world."""
     size = (world.NUM_FRAMES, world.SIZE, world.SIZE)
     if tuple(request.grid) != GRID:
         raise UserError(f"grid: the demo's teacher reads patches {GRID}, got {tuple(request.grid)}; set it to that")

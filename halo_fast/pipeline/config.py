@@ -42,7 +42,7 @@ class AnnotateConfig:
         openai: the model that is asked, and what it may cost.
     """
 
-    teacher: str | None = None
+    teacher: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     num_clips: Annotated[int, Ge(1)] | None = None
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)

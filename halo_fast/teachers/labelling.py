@@ -1,8 +1,11 @@
 """Labels of clips by a teacher and a store: every question is asked once, whatever happens in between."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -10,16 +13,42 @@ from pathlib import Path
 import numpy as np
 
 from halo_fast.data.clips import read_clip
-from halo_fast.data.tables import LabelRow
+from halo_fast.data.tables import ClipRow, LabelRow
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, progress
 from halo_fast.teachers.base import Clip, Judge, Teacher
 from halo_fast.teachers.rubric import PATCH_DIMENSIONS, PENDING, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label
 from halo_fast.teachers.store import LabelStore, label_key
 
-__all__ = ["candidate_pairs", "draw_clips", "judge_pairs", "label_clips", "label_rows", "open_clip"]
+__all__ = [
+    "JudgementRow",
+    "candidate_pairs",
+    "draw_clips",
+    "judge_pairs",
+    "judgement_rows",
+    "label_clips",
+    "label_rows",
+    "open_clip",
+]
 
 Pair = tuple[Clip, Clip]
+
+
+@dataclass(frozen=True)
+class JudgementRow:
+    """Two candidates of a prompt compared, in judgements.parquet: "a", "b", "tie" or "inconsistent" a dimension."""
+
+    prompt_id: int
+    clip_a: str
+    clip_b: str
+    teacher: str
+    status: str
+    reason: str
+    visual_quality: str | None = None
+    text_alignment: str | None = None
+    dynamic_degree: str | None = None
+    temporal_consistency: str | None = None
+    factual_consistency: str | None = None
 
 
 def draw_clips(total: int, count: int | None, seed: int) -> list[int]:
@@ -62,8 +91,8 @@ def label_clips(
 ) -> list[Label]:
     """The label of each clip, from the store or else from the teacher.
 
-    Labels are stored as they come, so a killed process goes on without asking again. A label that nobody has answered
-    yet is not stored.
+    Labels are stored as they come, so a killed process goes on without asking again. Only final labels are kept: a clip
+    without scores, or with patches that have none, is asked about again.
 
     Args:
         clips: to be labelled; equal clips of equal prompts are one question.
@@ -75,7 +104,7 @@ def label_clips(
         UserError: whatever ends the teacher's work; the labels that came before are stored.
     """
     keys = [_clip_key(clip, teacher) for clip in clips]
-    found = store.find(keys)
+    found = {key: label for key, label in store.find(keys).items() if label.final}
     missing = {key: clip for key, clip in zip(keys, clips, strict=True) if key not in found}
     unjudged = list(_unjudged(compared, teacher, store).values())
     labels = teacher.labels(list(missing.values()), unjudged)
@@ -90,7 +119,7 @@ def label_clips(
 def judge_pairs(pairs: Sequence[Pair], teacher: Judge, store: LabelStore) -> list[Mapping[str, str]]:
     """The judgement of each pair, from the store or else from the teacher; see `label_clips`."""
     keys = [_pair_key(pair, teacher) for pair in pairs]
-    found: dict[str, Mapping[str, str]] = dict(store.find_judgements(keys))
+    found: dict[str, Mapping[str, str]] = _judged(keys, store)
     missing = _unjudged(pairs, teacher, store)
     asked = list(missing)
     for index, judgement in progress(teacher.judge(list(missing.values())), len(asked), "compare"):
@@ -123,6 +152,16 @@ def label_rows(clip_ids: Sequence[str], labels: Sequence[Label], teacher: Teache
     ]  # fmt: skip
 
 
+def judgement_rows(
+    pairs: Sequence[tuple[ClipRow, ClipRow]], judgements: Sequence[Mapping[str, str]], teacher: Teacher
+) -> list[JudgementRow]:
+    """Judgements as rows of judgements.parquet."""
+    return [
+        JudgementRow(a.prompt_id, a.clip_id, b.clip_id, teacher.name, **judgement)
+        for (a, b), judgement in zip(pairs, judgements, strict=True)
+    ]
+
+
 def _patches(label: Label, name: str, count: int) -> list[float]:
     scores = list(label.patches.get(name, [math.nan] * count))
     if len(scores) != count:
@@ -141,5 +180,10 @@ def _pair_key(pair: Pair, teacher: Teacher) -> str:
 def _unjudged(pairs: Sequence[Pair], teacher: Teacher, store: LabelStore) -> dict[str, Pair]:
     """The pairs that the store has no judgement of, by their keys."""
     keyed = {_pair_key(pair, teacher): pair for pair in pairs}
-    known = store.find_judgements(keyed)
+    known = _judged(keyed, store)
     return {key: pair for key, pair in keyed.items() if key not in known}
+
+
+def _judged(keys: Iterable[str], store: LabelStore) -> dict[str, Mapping[str, str]]:
+    """The stored judgements that are usable."""
+    return {key: found for key, found in store.find_judgements(keys).items() if found["status"] == "ok"}

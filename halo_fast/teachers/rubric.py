@@ -33,6 +33,11 @@ class Label:
     status: str = "ok"
     reason: str = ""
 
+    @property
+    def final(self) -> bool:
+        """Whether asking again is pointless: scored without a gap, or skipped by a person."""
+        return self.status in ("ok", "skipped") and not self.reason
+
     def __post_init__(self) -> None:
         if self.status != "ok" and (self.video or self.patches):
             raise ValueError(f"status: {self.status!r} with scores; only an ok label has scores")

@@ -1,4 +1,4 @@
-"""Teachers: what a label may say, the store that pays once, the demo's teacher, the stage that asks."""
+"""Teachers: what a label may say, the store that pays once, the demo's teacher, the stage annotate."""
 
 import math
 import os
@@ -143,7 +143,7 @@ def test_annotate_writes_labels_of_every_clip(tmp_path):
     np.testing.assert_allclose(patches, 5 - 4 * CLIPS.severity.reshape(10, -1), rtol=1e-6)
 
 
-def test_annotate_asks_about_some_clips_only_if_told(tmp_path):
+def test_annotate_scores_some_clips_only_on_demand(tmp_path):
     run = run_in(tmp_path, num_clips=4)
     annotate(run.config, run, PlantedTeacher(CLIPS, tmp_path / "questions"))
     assert len(labels_of(run)) == len((tmp_path / "questions").read_text().split()) == 4
@@ -209,7 +209,7 @@ def test_some_refusals_are_recorded_without_scores(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     run = run_in(tmp_path)
-    for name in ("nobody", None):
+    for name in ("nobody", ""):
         run.config.annotate.teacher = name
         with pytest.raises(
             UserError, match="annotate.teacher: expected one of 'demo', 'human', 'openai', or your own as"

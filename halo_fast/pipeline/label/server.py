@@ -29,7 +29,7 @@ __all__ = ["LabelServer", "label"]
 _PAGE = files("halo_fast.pipeline.label").joinpath("page.html")
 _LONGEST_BODY = 1 << 20
 _SKIPPED = "skipped"
-# the page holds its own style and script; nothing is fetched from elsewhere, nothing can be sent elsewhere
+# style and script are in the page; nothing is fetched from elsewhere or sent elsewhere
 _POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -93,7 +93,7 @@ class LabelServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def admits(self, path: str, host: str) -> bool:
-        """Whether a request names the token and this address: a page elsewhere that resolves to loopback does not."""
+        """Whether a request has the token and this address; a page whose name resolves to loopback has another."""
         token = path.strip("/").split("/")[0]
         known = hmac.compare_digest(token.encode(), self._token.encode())
         return known and host == f"127.0.0.1:{self.server_address[1]}"
@@ -193,9 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("PUT")
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: a line per frame helps nobody, and the address holds the token."""
+        """Log nothing: there is a request for each frame, and the address holds the token."""
 
     def _answer(self, method: str) -> None:
+        """Answer one request; a mistake in it becomes a status and a line of text."""
         length = self.headers.get("Content-Length", "0")
         # digits of other scripts are digits to isdigit and no numbers to int
         if not re.fullmatch(r"[0-9]{1,18}", length):
@@ -209,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.NOT_FOUND, b"not here; open the address that halo label printed")
         route = self.path.strip("/").split("/")[1:]
         if not route and not self.path.endswith("/"):
-            # the page asks by addresses relative to its own
+            # the page uses addresses relative to its own
             return self._send(HTTPStatus.PERMANENT_REDIRECT, b"", location=self.path + "/")
         try:
             self._route(method, route, body)
@@ -219,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode())
 
     def _route(self, method: str, route: list[str], body: bytes) -> None:
+        """Answer by the parts of the path behind the token."""
         match method, route:
             case "GET", []:
                 self._send(HTTPStatus.OK, _PAGE.read_bytes(), "text/html; charset=utf-8")
@@ -245,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8", location: str = ""
     ) -> None:
+        """Send a response with the headers that keep the page and its address private."""
         self.send_response(status)
         headers = {
             "Content-Type": kind,

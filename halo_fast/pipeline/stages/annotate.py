@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from halo_fast.data.clips import latent_factors
@@ -11,26 +11,18 @@ from halo_fast.errors import UserError
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.teachers import Clip, Judge, LabelStore, Teacher, TeacherRequest, teacher_of
-from halo_fast.teachers.labelling import candidate_pairs, draw_clips, judge_pairs, label_clips, label_rows, open_clip
+from halo_fast.teachers.labelling import (
+    JudgementRow,
+    candidate_pairs,
+    draw_clips,
+    judge_pairs,
+    judgement_rows,
+    label_clips,
+    label_rows,
+    open_clip,
+)
 
-__all__ = ["JudgementRow", "annotate", "load_teacher"]
-
-
-@dataclass(frozen=True)
-class JudgementRow:
-    """Two candidates of a prompt compared, in judgements.parquet: "a", "b", "tie" or "inconsistent" a dimension."""
-
-    prompt_id: int
-    clip_a: str
-    clip_b: str
-    teacher: str
-    status: str
-    reason: str
-    visual_quality: str | None = None
-    text_alignment: str | None = None
-    dynamic_degree: str | None = None
-    temporal_consistency: str | None = None
-    factual_consistency: str | None = None
+__all__ = ["annotate", "load_teacher"]
 
 
 def load_teacher(
@@ -47,7 +39,7 @@ def load_teacher(
     Raises:
         UserError: no such teacher, clips that it cannot read, or settings that cannot be.
     """
-    name = config.annotate.teacher or ""
+    name = config.annotate.teacher
     sections = asdict(config.annotate)
     options = (sections[name] if isinstance(sections.get(name), dict) else {}) | config.annotate.options
     size = (config.generate.num_frames, config.generate.height, config.generate.width)
@@ -110,11 +102,7 @@ def _write_tables(
     counts: dict[str, int | float] = {"clips": len(labels), "labelled": statuses.pop("ok")}
     counts |= dict(sorted(statuses.items()))
     if isinstance(teacher, Judge):
-        judgements = judge_pairs(compared, teacher, store)
-        judged = [
-            JudgementRow(rows[a].prompt_id, rows[a].clip_id, rows[b].clip_id, teacher.name, **judgement)
-            for (a, b), judgement in zip(pairs, judgements, strict=True)
-        ]
+        judged = judgement_rows([(rows[a], rows[b]) for a, b in pairs], judge_pairs(compared, teacher, store), teacher)
         write_rows(folder / "judgements.parquet", judged, JudgementRow)
         counts |= {"pairs": len(judged), "judged": sum(row.status == "ok" for row in judged)}
     return counts

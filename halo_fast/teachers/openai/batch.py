@@ -135,6 +135,7 @@ class _Batches:
             await self._submit(part)
 
     async def _submit(self, questions: Sequence[Question]) -> None:
+        """Enter a batch in the store, upload it, and name it; UserError if the budget does not hold it."""
         key, config = uuid4().hex, self.ledger.config
         if self.ledger.reserve(questions, batch=key) is None:
             raise UserError(
@@ -169,6 +170,7 @@ class _Batches:
                 self.failed[question] = replies.setdefault(request, never).reason
             self.ledger.settle(replies)
             store.end_batch(key)
+            self.ledger.check(replies)
             if batch.status == "failed":
                 errors = getattr(batch.errors, "data", None) or []
                 reasons = "; ".join(str(error.message) for error in errors) or "no reason given"

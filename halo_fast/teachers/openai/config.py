@@ -10,9 +10,11 @@ from annotated_types import Ge, Gt
 from halo_fast.errors import UserError
 from halo_fast.settings import validate
 
-__all__ = ["KEY", "OpenAIConfig", "check_config"]
+__all__ = ["KEY", "OpenAIConfig", "check_config", "normal_address"]
 
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the API key
+_ADDRESS = "OPENAI_BASE_URL"  # the environment variable by which OpenAI's clients choose another server
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PLACE = "annotate.openai"
 
 
@@ -22,6 +24,8 @@ class OpenAIConfig:
 
     Args:
         model: name of the model, best a dated one.
+        reported_model: name that the server gives the model in its answers, where it differs; null for `model` itself,
+            perhaps with a date or revision after it.
         base_url: address of the server, without credentials.
         api: "responses"; "chat" for servers that have chat completions only; "batch" for half the price within a day.
         budget: US dollars that the run directory may cost in all; nothing is sent that could exceed them.
@@ -44,6 +48,7 @@ class OpenAIConfig:
     """
 
     model: str = "gpt-4o-2024-11-20"
+    reported_model: str | None = None
     base_url: str = "https://api.openai.com/v1"
     api: Literal["responses", "chat", "batch"] = "responses"
     budget: Annotated[float, Ge(0)] = 5.0
@@ -81,6 +86,30 @@ def check_config(config: OpenAIConfig) -> None:
         raise UserError(f"{_PLACE}.base_url: expected http(s)://host/v1, got {config.base_url!r}")
     if address.username or address.password or address.query:
         raise UserError(f"{_PLACE}.base_url: expected an address without credentials; keys belong in {KEY}")
-    near = address.hostname in ("localhost", "127.0.0.1", "::1")
-    if address.scheme == "http" and not near and os.environ.get(KEY):
+    if address.scheme == "http" and address.hostname not in _LOOPBACK and os.environ.get(KEY):
         raise UserError(f"{_PLACE}.base_url: {KEY} would travel unencrypted; use https, or unset {KEY}")
+    other = os.environ.get(_ADDRESS, "")
+    if other and normal_address(other) != normal_address(config.base_url):
+        raise UserError(
+            f"{_ADDRESS}: the environment has {normal_address(other)}, {_PLACE}.base_url is {config.base_url}; set "
+            f"both to the same address, or unset {_ADDRESS}"
+        )
+
+
+def normal_address(url: str) -> str:
+    """One spelling of a server's address, without credentials.
+
+    Scheme and host are in lower case, this machine is "localhost", a default port and final slashes are left out.
+
+    Raises:
+        UserError: the port is no number.
+    """
+    address = urlsplit(url.strip())
+    host = "localhost" if address.hostname in _LOOPBACK else address.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    try:
+        port = address.port
+    except ValueError as error:
+        raise UserError(f"{_PLACE}.base_url: expected http(s)://host:port/v1, got another port ({error})") from None
+    suffix = "" if port in (None, {"http": 80, "https": 443}.get(address.scheme)) else f":{port}"
+    return f"{address.scheme}://{host}{suffix}{address.path.rstrip('/')}"

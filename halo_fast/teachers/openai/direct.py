@@ -10,7 +10,7 @@ from typing import Any
 
 from halo_fast.errors import UserError
 from halo_fast.teachers.openai.ledger import Ledger
-from halo_fast.teachers.openai.protocol import Outcome, endpoint, read_failure, read_reply, request_body
+from halo_fast.teachers.openai.protocol import Outcome, endpoint, make_reply, read_failure, read_reply, request_body
 from halo_fast.teachers.openai.questions import Answer, Job, Question, parse
 from halo_fast.teachers.store import Reply
 
@@ -109,6 +109,7 @@ class _Requests:
         try:
             outcome = await self._send(question)
             self._ledger.settle({number: outcome.reply})
+            self._ledger.check({number: outcome.reply})
         finally:
             self._under_way -= 1
             self._settled.set()
@@ -141,6 +142,7 @@ class _Requests:
             await self._settled.wait()
 
     async def _send(self, question: Question) -> Outcome:
+        """Send a question once."""
         import openai
 
         # before the timeout starts: the client imports what it needs on first use
@@ -158,7 +160,7 @@ class _Requests:
         try:
             document = json.loads(content)
         except (ValueError, RecursionError):
-            return Outcome(Reply("malformed", "the response is no JSON"))
+            return Outcome(make_reply("malformed", f"the response is no JSON: {content.decode('utf-8', 'replace')}"))
         if isinstance(document, dict) and document.get("status") == "failed":
             return read_failure(500, document, response.headers, self._config)
         return Outcome(read_reply(question, document, self._config))

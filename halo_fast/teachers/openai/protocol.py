@@ -16,9 +16,9 @@ from halo_fast.teachers.openai.questions import Answer, Question, parse, schema
 from halo_fast.teachers.rubric import RUBRIC
 from halo_fast.teachers.store import Reply
 
-__all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "scrub"]
+__all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "same_model", "scrub"]
 
-_LONGEST_WAIT = 600.0  # seconds that a server may ask for
+_LONGEST_WAIT = 600.0  # seconds; a server that wants more ends the run
 _POLICY_CODES = ("content_policy_violation", "content_filter", "invalid_prompt")
 _SHORTEST_SECRET = 8  # characters; cutting out a shorter key would spoil words and numbers
 _MOST_TOKENS = 10**9  # a larger count is a fault of the server
@@ -30,7 +30,7 @@ class Outcome:
 
     Args:
         reply: what is stored.
-        wait: seconds that the server asks to wait.
+        wait: seconds to wait before the next request, if the server names them.
         fatal: whether any other question would fare the same.
     """
 
@@ -84,8 +84,8 @@ def read_reply(question: Question | None, document: object, config: OpenAIConfig
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         return make_reply("malformed", f"not a response of this API: {type(error).__name__} {error}")
     text = scrub(text)
-    if not _same_model(config.model, model):
-        return make_reply("wrong_model", f"asked {config.model}, {model} answered", text, None, tokens)
+    if not same_model(config, model):
+        return make_reply("wrong_model", f"asked {config.model}, {model!r} answered", text, model, tokens)
     if finish in ("length", "max_output_tokens"):
         return make_reply("truncated", f"longer than {config.max_output_tokens} tokens", text, model, tokens)
     if refusal or finish == "content_filter":
@@ -117,6 +117,12 @@ def read_failure(status: int, document: object, headers: Mapping[str, str], conf
     if wait is not None and wait > _LONGEST_WAIT:
         return Outcome(Reply("failed", f"{reason}; wait {wait:.0f} s and run again"), fatal=True)
     return Outcome(Reply("failed", reason), wait)
+
+
+def same_model(config: OpenAIConfig, answered: str) -> bool:
+    """Whether the model that answered is the one asked for: by its name, with a date after it, or with a revision."""
+    name = re.escape(config.reported_model or config.model)
+    return re.fullmatch(name + r"(-\d{4}-\d\d-\d\d|@.+)?", answered) is not None
 
 
 def make_reply(
@@ -157,6 +163,7 @@ def _data_url(picture: Picture) -> str:
 
 
 def _chat_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
+    """The body of a request to /chat/completions, beside the model."""
     images = [
         {"type": "image_url", "image_url": {"url": _data_url(picture), "detail": picture.detail}}
         for picture in question.pictures
@@ -170,6 +177,7 @@ def _chat_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
 
 
 def _responses_body(question: Question, config: OpenAIConfig) -> dict[str, Any]:
+    """The body of a request to /responses, beside the model."""
     images = [
         {"type": "input_image", "image_url": _data_url(picture), "detail": picture.detail}
         for picture in question.pictures
@@ -215,13 +223,8 @@ def _tokens(document: Any, *names: str) -> tuple[int, int] | None:
     return None
 
 
-def _same_model(asked: str, answered: str) -> bool:
-    """Whether it is the model asked for: by its name, with a date after it, or with a revision."""
-    return re.fullmatch(re.escape(asked) + r"(-\d{4}-\d\d-\d\d|@.+)?", answered) is not None
-
-
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait."""
+    """Seconds to wait by the header Retry-After, a number or a date."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit

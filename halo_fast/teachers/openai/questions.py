@@ -44,7 +44,7 @@ Job = Callable[[], list[Question]]  # makes the questions about one clip or pair
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a question: values of its fields if status is "ok", and otherwise the reason why there are none."""
+    """The values of a question's fields if status is "ok", and otherwise the reason why there are none."""
 
     status: str
     values: Mapping[str, float | str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def parse(question: Question, text: str) -> Answer:
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        return Answer("malformed", reason=f"no JSON by the schema: {error}"[:200])
+        return Answer("malformed", reason=f"no JSON by the schema: {str(error)[:80]}; it begins {text[:80]!r}"[:200])
     if not isinstance(values, dict):
         return Answer("malformed", reason=f"expected a JSON object, got {type(values).__name__}")
     expected = {"remarks", *question.fields}
@@ -134,9 +134,9 @@ def ask_patches(
     questions = []
     for spans, asked in _requests(grid, patches, [len(some) for some in frames], max_images):
         fields = tuple(f"patch_{patch + 1}" for patch in asked)
-        shown = [(frame, span) for span in spans for frame in frames[span]]
-        text = _text("patches", prompt, len(video), [frame for frame, _ in shown], fields)
-        pictures = tuple(cut_frame(video[frame], grid, span) for frame, span in shown)
+        chosen = [(frame, span) for span in spans for frame in frames[span]]
+        text = _text("patches", prompt, len(video), [frame for frame, _ in chosen], fields)
+        pictures = tuple(cut_frame(video[frame], grid, span) for frame, span in chosen)
         key = _key("patches", teacher, prompt, clip_hash, [grid.pixel_edges(axis) for axis in range(3)], fields)
         questions.append(Question(key, text, pictures, fields))
     return questions

@@ -16,7 +16,7 @@ from halo_fast.patches import PatchGrid
 from halo_fast.teachers.base import Clip, TeacherRequest, read_options
 from halo_fast.teachers.openai.batch import answer_in_batches
 from halo_fast.teachers.openai.client import open_client
-from halo_fast.teachers.openai.config import OpenAIConfig, check_config
+from halo_fast.teachers.openai.config import OpenAIConfig, check_config, normal_address
 from halo_fast.teachers.openai.direct import answer_directly
 from halo_fast.teachers.openai.ledger import Ledger
 from halo_fast.teachers.openai.pictures import choose_patches
@@ -69,7 +69,8 @@ class OpenAITeacher:
         seed: int = 0,
     ) -> None:
         check_config(config)
-        asked = [*(getattr(config, name) for name in _ASKED), list(factors)]
+        values = vars(config) | {"base_url": normal_address(config.base_url)}
+        asked = [*(values[name] for name in _ASKED), list(factors)]
         self.grid = (grid[0], grid[1], grid[2])
         # which patches are drawn makes other labels, but of the same questions
         drawn = config.max_patches is not None and config.max_patches < math.prod(self.grid)
@@ -82,8 +83,8 @@ class OpenAITeacher:
     def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
         """Labels as they come, each with the index of its clip.
 
-        A label's status is that of the video's question; patches whose questions were not answered stay NaN, and the
-        label's reason says so. "unavailable" means that the server never answered: asking again costs nothing twice.
+        A label's status is that of the video's question. Patches whose questions were not answered stay NaN, and the
+        label's reason says so. "unavailable" means that the server never answered; asking again pays nothing twice.
 
         Args:
             clips: to be scored.
@@ -135,6 +136,7 @@ class OpenAITeacher:
             raise UserError(f"annotate.openai.budget: {estimate}; raise the budget or lower annotate.num_clips")
 
     def _questions(self, clip: Clip) -> list[Question]:
+        """The question about the whole clip, then those about its patches."""
         video = clip.frames().numpy()
         config, seed = self._config, int(hash_text(f"{self._seed} {clip.hash}")[:12], 16)
         try:
@@ -158,8 +160,9 @@ class OpenAITeacher:
         ]
 
     def _label(self, answers: list[Answer]) -> Label:
+        """The label that the answers about a clip make."""
         video, *patches = answers
-        # a server may be back tomorrow: such a label is whole or not at all
+        # the server may answer later: such a label is whole or not at all
         for answer in answers:
             if answer is video and answer.status != "ok" or answer.status == "unavailable":
                 return Label(status=answer.status, reason=answer.reason)
@@ -187,10 +190,10 @@ class OpenAIJudge(OpenAITeacher):
 
 
 def consistent(answers: Sequence[Answer]) -> dict[str, str]:
-    """The judgement that two answers about one pair, the second in swapped order, agree on.
+    """The judgement on which two answers about one pair agree, the second given in swapped order.
 
-    Judges prefer what they see first; a verdict that changes with the order says nothing about the clips
-    (Zheng et al., arXiv:2306.05685).
+    Judges prefer what they see first (Zheng et al., arXiv:2306.05685), so a verdict that changes with the order says
+    nothing about the clips.
     """
     unusable = [answer for answer in answers if answer.status != "ok"]
     if unusable:
