@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -46,14 +45,9 @@ def validate(settings: Any, place: str = "") -> None:
     Raises:
         UserError: a value is out of its bounds or no allowed choice; the message names the dotted setting.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         _check(getattr(settings, field.name), hints[field.name], f"{place}.{field.name}" if place else field.name)
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
 
 
 def _check(value: Any, hint: Any, place: str) -> None:

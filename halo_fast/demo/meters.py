@@ -7,7 +7,6 @@ trained on clean clips alone, which does not see the prompt. Both are small conv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from halo_fast.agreement.meters import MeterRequest
 from halo_fast.demo import WEIGHTS, check_clips, world
 from halo_fast.demo.defects import GRID, KINDS
+from halo_fast.demo.notes import meter_notes
 
 __all__ = ["DefectMeter", "FidelityMeter", "WorldMeter", "evidence", "targets"]
 
@@ -54,8 +54,8 @@ class WorldMeter:
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What both read on held-out clips with planted defects and without; see `calibrate.validate`."""
-        return json.loads((WEIGHTS / "meters.json").read_text())
+        """What both read on held-out clips with planted defects and without."""
+        return meter_notes()
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Severity and severity_<kind> [N, 3, 4, 4]; what FidelityMeter gives [N]."""

@@ -3,6 +3,8 @@
 __all__ = ["TABLES"]
 
 TABLES: dict[str, dict[str, str]] = {
+    "command": {"demo compare": "compare", "demo pretrain": "halo_fast.demo.pretrain:pretrain"},
+    "comparison": {"graded": "halo_fast.demo.comparison:GRADED", "patchy": "halo_fast.demo.comparison:PATCHY"},
     "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
     "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},
     "prompts": {
