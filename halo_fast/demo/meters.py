@@ -73,7 +73,7 @@ def _attribute_codes(attributes: tuple[world.Attributes, ...]) -> Tensor:
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:
-    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear; pixels beyond the edge repeat it."""
+    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear; edges are repeated."""
     size = images.shape[-1]
     pixel = torch.arange(size, dtype=torch.float32)
     rows = ((pixel[None] - offsets[:, 0:1] + 0.5) * (2 / size) - 1)[:, :, None].expand(-1, -1, size)
