@@ -38,7 +38,8 @@ def predict_ridge(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, groups = np.asarray(features, dtype=float), np.asarray(folds)
+    # what varies by less than this is rounding, which standardising would make a feature of
+    x, groups = np.asarray(features, dtype=float).round(6), np.asarray(folds)
     columns = np.asarray(labels, dtype=float).reshape(len(x), -1)
     columns = np.where(np.isnan(columns), np.nanmean(columns, axis=0), columns)
     search = GridSearchCV(

@@ -31,7 +31,10 @@ class Meter(Protocol):
 
     @property
     def notes(self) -> Mapping[str, Any] | None:
-        """What the report says of the meter's own accuracy; None for nothing."""
+        """What the report says of the meter's own accuracy, for JSON; None for nothing.
+
+        A title, and parts in their order: paragraphs, and tables with caption, head and rows.
+        """
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """Readings of videos uint8 [N, F, H, W, 3] with their prompts.

@@ -20,14 +20,14 @@ BASES = ("graded", "patchy")
 
 
 def check_clips(
-    reader: str, grid: Sequence[int], video_size: Sequence[int], prompts: Sequence[str], setting: str
+    reader: str, grid: Sequence[int], video_size: Sequence[int] | None, prompts: Sequence[str], setting: str
 ) -> None:
     """Check that a teacher or meter of the demo can read such clips.
 
     Args:
         reader: which one, for messages.
         grid: patches (f, h, w).
-        video_size: frames, height, width.
+        video_size: frames, height, width; None where it is not known yet.
         prompts: of the clips.
         setting: name under which a prompt of another world is reported.
 
@@ -41,7 +41,7 @@ def check_clips(
         ("grid", "patches", GRID, grid),
         ("generate", "num_frames, height and width", (world.NUM_FRAMES, world.SIZE, world.SIZE), video_size),
     ):
-        if tuple(given) != wanted:
+        if given is not None and tuple(given) != wanted:
             raise UserError(f"{name}: the demo's {reader} reads {what} {wanted}, got {tuple(given)}; set it to that")
     for prompt in prompts:
         try:

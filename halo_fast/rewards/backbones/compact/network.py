@@ -219,6 +219,7 @@ class Compact(nn.Module):
         return self._video_logits(features, self._read_words(prompts), others)
 
     def _read_words(self, prompts: Sequence[str]) -> _Words:
+        """Embed the different words of M prompts, and the prompts; without pretrained networks words are hashed."""
         rows = [words_of(prompt) or [""] for prompt in prompts]
         known = sorted({word for row in rows for word in row})
         share = torch.tensor([[row.count(word) / len(row) for word in known] for row in rows])

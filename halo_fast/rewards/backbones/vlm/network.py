@@ -231,18 +231,18 @@ class VisionLanguage(nn.Module):
 def block_mask(known: Tensor, sizes: Tensor) -> Tensor:
     """Attention mask [N, 1, L, L], True where a query (row) sees a key (column).
 
-    For two blocks behind a prompt that is padded by one token (.):
+    For two tokens of frames, a prompt of two tokens that is padded to three, and two blocks of two tokens:
 
                       frames  prompt   block 1  block 2
-            frames    x       .  .  .  .  .     .  .
-                      x x     .  .  .  .  .     .  .      causal
-            prompt    x x     x  .  .  .  .     .  .
-                      x x     x  x  .  .  .     .  .
-            padding   x x     x  x  x  .  .     .  .      sees itself, or its softmax is empty; nobody else sees it
-            block 1   x x     x  x  .  x  .     .  .
-                      x x     x  x  .  x  x     .  .
-            block 2   x x     x  x  .  .  .     x  .      sees frames, prompt and itself, not block 1
-                      x x     x  x  .  .  .     x  x
+            frames    x .     . . .    . .      . .
+                      x x     . . .    . .      . .      causal
+            prompt    x x     x . .    . .      . .
+                      x x     x x .    . .      . .
+            padding   x x     x x x    . .      . .      sees itself, or its softmax is empty; nothing else sees it
+            block 1   x x     x x .    x .      . .
+                      x x     x x .    x x      . .
+            block 2   x x     x x .    . .      x .      sees frames, prompt and itself, not block 1
+                      x x     x x .    . .      x x
 
     Args:
         known: bool [N, prefix], which tokens of frames and prompt are no padding.
