@@ -39,7 +39,7 @@ def main() -> None:
     )
     meters = DefectMeter.load(), FidelityMeter.load()
     clean = float(meters[0](*world.clean_clips(64, config.seed, split="train"))[0].mean())
-    first = config.generate.num_prompts
+    first = config.generate.num_prompts or 0
     prompts = read_prompts("demo:train", first + arguments.num_prompts, config.seed)[first:]
     base, base_fidelity = _measure(config, family, meters, prompts)
     print("| reference | mitigated, % | fidelity, % | seconds of training |\n|---|---|---|---|", flush=True)
