@@ -162,8 +162,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def damaged(path: Path, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    return f"{path}: missing or damaged ({reason}); delete {path.parent} and run `halo {path.parent.name}` again"
+    """The message for a stage's file that cannot be read.
+
+    Args:
+        path: of the file, whose folder has the name of its stage.
+        error: that reading it raised.
+    """
+    return (
+        f"{path}: missing or damaged ({first_line(error)}); "
+        f"delete {path.parent} and run `halo {path.parent.name}` again"
+    )
 
 
 def hash_bytes(data: bytes) -> str:

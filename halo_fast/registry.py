@@ -1,7 +1,7 @@
-"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported when asked.
+"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported on demand.
 
-Whatever takes a registered name also takes the dotted name of one's own: "package.module:Class". A plugin is a module
-with `TABLES`, {kind: {name: "module:attribute"}}.
+Whatever takes a registered name also takes a dotted name of your own: "package.module:Class". A plugin is a module with
+`TABLES`, {kind: {name: "module:attribute"}}.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ def register(kind: str, names: Mapping[str, str]) -> None:
     """Add names of a kind.
 
     Args:
-        kind: "model", "prompts", "teacher", "meter", "reward backbone", "objective" or whatever else has names.
+        kind: "model", "prompts", "teacher", "meter", "reward backbone", "reward examples", "recipe", "comparison",
+            "command" or whatever else has names.
         names: name -> "module:attribute".
 
     Raises:
         ValueError: the name stands for something else already.
     """
     table = _tables.setdefault(kind, {})
-    for name, target in names.items():
-        if table.setdefault(name, target) != target:
+    for name, place in names.items():
+        if table.setdefault(name, place) != place:
             raise ValueError(f"{kind}: {name!r} is registered as {table[name]}; choose another name")
 
 
@@ -48,6 +49,18 @@ def is_name(kind: str, text: str) -> bool:
     return text in known(kind) or (re.fullmatch(r"[A-Za-z_][\w.]*:\w+", text) is not None and not Path(text).exists())
 
 
+def load(target: str) -> Any:
+    """The object behind "module:attribute", imported if it is not yet."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def target(kind: str, name: str) -> str:
+    """The "module:attribute" that a registered name stands for; any other name is returned as it is."""
+    _load_plugins()
+    return _tables.get(kind, {}).get(name, name)
+
+
 def resolve(kind: str, name: str, setting: str | None = None) -> Any:
     """The object behind a registered name, or behind a dotted "package.module:attribute".
 
@@ -59,19 +72,17 @@ def resolve(kind: str, name: str, setting: str | None = None) -> Any:
     Raises:
         UserError: neither registered nor importable; the message lists the known names.
     """
-    _load_plugins()
-    target = _tables.get(kind, {}).get(name, name)
-    module, _, attribute = target.partition(":")
+    place = target(kind, name)
     names = ", ".join(map(repr, known(kind))) or "none"
     expected = f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
-    if not attribute:
+    if ":" not in place:
         raise UserError(expected)
     try:
-        return getattr(import_module(module), attribute)
+        return load(place)
     except (ImportError, AttributeError) as error:
         missing = getattr(error, "name", None)
-        if target != name and missing and missing.split(".")[0] != "halo_fast":
-            raise  # a package of one of our own is not installed, which the command line says how to mend
+        if place != name and missing and missing.split(".")[0] != "halo_fast":
+            raise  # a missing package of an extra: the command line says what to install
         raise UserError(f"{expected}, which cannot be imported ({first_line(error)})") from error
 
 

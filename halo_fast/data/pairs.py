@@ -141,6 +141,7 @@ def _ties(margin: float, delta: float) -> bool:
 
 
 def _pair_row(a: _Candidate, b: _Candidate, patch_delta: float, grid: Sequence[int]) -> PairRow:
+    """The row of two candidates; `patch_delta` is the largest difference of patches that tie."""
     margins = [x - y for x, y in zip(a.patch_rewards, b.patch_rewards, strict=True)]
     return PairRow(
         pair_id=f"{a.clip.clip_id}-{b.clip.clip_id}",

@@ -103,6 +103,7 @@ _SETTING = "pretrained_model_name_or_path"
 
 
 def _load_pipeline(name: str) -> Any:
+    """The pipeline or model under a registered or dotted name, in a folder, or on the hub."""
     if registry.is_name("model", name):
         model = registry.resolve("model", name, _SETTING)
         return model.load() if isinstance(model, RegisteredModel) else model()
@@ -125,11 +126,11 @@ def _no_loading_bars() -> Iterator[None]:
     import transformers.utils.logging
 
     logs = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in shown:
+    enabled = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in enabled:
         log.disable_progress_bar()
     try:
         yield
     finally:
-        for log in shown:
+        for log in enabled:
             log.enable_progress_bar()

@@ -37,7 +37,7 @@ class TextToVideoSD(VariancePreserving):
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         if hasattr(self.transformer, "load_lora_adapter"):
             return super().load_lora(lora)
-        # diffusers has taken the loading of LoRAs from the UNet of this pipeline; peft itself does it.
+        # diffusers no longer loads LoRAs into the UNet of this pipeline; peft does
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
         weights = {name.removeprefix(f"{self.lora_prefix}."): value for name, value in lora.items()}
@@ -56,7 +56,7 @@ class TextToVideoSD(VariancePreserving):
         )[0]
 
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
-        """The prompt embeddings as the network takes them."""
+        """The prompt embeddings in the network's form."""
         return conditions["prompt_embeds"]
 
 

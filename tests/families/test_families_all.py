@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
+"""Every family compared with diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ STEPS = 4
 
 
 class Case:
-    """One tiny pipeline, its family, noise, and what the pipeline itself did when asked for the prompts."""
+    """One tiny pipeline, its family, noise, and what the pipeline itself made of the prompts."""
 
     def __init__(self, name):
         self.name, self.tiny = name, TINY[name]
@@ -323,7 +323,7 @@ def test_training_times_have_the_shift_of_the_clip_that_is_trained():
 
 
 @torch.no_grad()
-def test_training_tells_the_guidance_that_the_clips_were_sampled_with():
+def test_training_uses_the_guidance_that_the_clips_were_sampled_with():
     pipeline = TINY["HunyuanVideo"].build()
     family, given = family_of(pipeline), []
     pipeline.transformer.register_forward_pre_hook(

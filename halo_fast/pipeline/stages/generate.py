@@ -1,10 +1,11 @@
 """The stage that samples candidates of the base model: clips of every prompt with recorded seeds."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from halo_fast.data.clips import write_clip
-from halo_fast.data.prompts import prompt_source, read_prompts
+from halo_fast.data.prompts import prompt_source, read_prompts, shared_prompts
 from halo_fast.data.tables import ClipRow, write_rows
 from halo_fast.errors import UserError
 from halo_fast.families import Family, load, source
@@ -14,6 +15,8 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
 
 __all__ = ["generate"]
+
+logger = logging.getLogger(__name__)
 
 
 def generate(config: Config, run: Run) -> None:
@@ -27,6 +30,7 @@ def generate(config: Config, run: Run) -> None:
     """
     settings = config.generate
     prompts = read_prompts(config.prompts, settings.num_prompts, config.seed)
+    _warn_of_leakage(prompts, config)
     model = config.pretrained_model_name_or_path
     inputs = {"prompts": prompt_source(config.prompts), "pretrained_model_name_or_path": source(model)}
     with run.stage("generate", asdict(settings) | {"seed": config.seed}, inputs) as stage:
@@ -42,6 +46,23 @@ def generate(config: Config, run: Run) -> None:
         stage.finish({"prompts": len(prompts), "clips": len(clips)})
 
 
+def _warn_of_leakage(prompts: Sequence[str], config: Config) -> None:
+    """Say how many evaluation prompts are also trained on, before anything is generated."""
+    if not config.evaluation_prompts:
+        return
+    evaluation = read_prompts(
+        config.evaluation_prompts, config.evaluate.num_prompts, config.seed, setting="evaluation_prompts"
+    )
+    shared = shared_prompts(prompts, evaluation)
+    if shared:
+        logger.warning(
+            "evaluation_prompts: %d of %d are among the prompts that are trained on, such as %r; they are not held out",
+            len(shared),
+            len(evaluation),
+            shared[0],
+        )
+
+
 def _check_grid(family: Family, config: Config) -> None:
     settings = config.generate
     latent_size = family.latent_size(family.latent_shape(settings.num_frames, settings.height, settings.width))
@@ -53,6 +74,7 @@ def _check_grid(family: Family, config: Config) -> None:
 
 
 def _clip_rows(prompts: Sequence[str], candidates: int, seed: int) -> list[ClipRow]:
+    """A row for each candidate of each prompt, with its seed and its files."""
     return [
         ClipRow(
             clip_id=(clip_id := f"p{index:04d}_s{candidate}"),
