@@ -9,9 +9,7 @@ import numpy as np
 from annotated_types import Interval
 from torch import Tensor
 
-from halo_fast.demo import WEIGHTS, world
-from halo_fast.demo.defects import GRID
-from halo_fast.errors import UserError
+from halo_fast.demo import WEIGHTS, check_clips, world
 from halo_fast.files import hash_file, hash_text
 from halo_fast.teachers.base import Clip, TeacherRequest, label_in_batches, read_options
 from halo_fast.teachers.rubric import Label
@@ -45,27 +43,11 @@ def load_teacher(request: TeacherRequest) -> "DemoTeacher":
     from halo_fast.demo.meters import DefectMeter, FidelityMeter
 
     options = read_options(DemoOptions, request.options, "annotate.options")
-    _check(request)
+    size = request.video_size or (world.NUM_FRAMES, world.SIZE, world.SIZE)
+    check_clips("teacher", request.grid, size, request.prompts, "prompts")
     version = hash_text("".join(hash_file(WEIGHTS / f"{name}_meter.safetensors") for name in ("defect", "fidelity")))
     meter = DefectMeter.load()
     return DemoTeacher(meter, FidelityMeter.load(), meter.grid, options.noisy_share, request.seed, version[:12])
-
-
-def _check(request: TeacherRequest) -> None:
-    """UserError for clips or prompts that are not of the demo's world."""
-    size = (world.NUM_FRAMES, world.SIZE, world.SIZE)
-    if tuple(request.grid) != GRID:
-        raise UserError(f"grid: the demo's teacher reads patches {GRID}, got {tuple(request.grid)}; set it to that")
-    if request.video_size not in (None, size):
-        raise UserError(
-            f"generate: the demo's teacher reads num_frames, height and width {size}, got {request.video_size}; "
-            f"set them to that"
-        )
-    for prompt in request.prompts:
-        try:
-            world.parse(prompt)
-        except ValueError as error:
-            raise UserError(f"prompts: {error}; use another teacher for other prompts") from error
 
 
 class DemoTeacher:
