@@ -1,6 +1,6 @@
 """Teachers score videos and patches by the rubric; their labels are what the reward model learns from."""
 
-from halo_fast.teachers.base import Clip, Judge, Teacher, TeacherRequest, label_in_batches, read_options, teacher_of
+from halo_fast.teachers.base import Clip, Judge, Teacher, TeacherRequest, build_teacher, label_in_batches, read_options
 from halo_fast.teachers.rubric import PATCH_DIMENSIONS, RUBRIC, RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS, Label
 from halo_fast.teachers.store import LabelStore, label_key
 
@@ -15,8 +15,8 @@ __all__ = [
     "LabelStore",
     "Teacher",
     "TeacherRequest",
+    "build_teacher",
     "label_in_batches",
     "label_key",
     "read_options",
-    "teacher_of",
 ]

@@ -13,7 +13,7 @@ from halo_fast.settings import validate
 from halo_fast.teachers.rubric import Label
 from halo_fast.teachers.store import LabelStore
 
-__all__ = ["Clip", "Judge", "Teacher", "TeacherRequest", "label_in_batches", "read_options", "teacher_of"]
+__all__ = ["Clip", "Judge", "Teacher", "TeacherRequest", "build_teacher", "label_in_batches", "read_options"]
 
 Options = TypeVar("Options")
 
@@ -101,7 +101,7 @@ class TeacherRequest:
     factors: tuple[int, int, bool] = (1, 1, False)
 
 
-def teacher_of(request: TeacherRequest, setting: str = "teacher") -> Teacher:
+def build_teacher(request: TeacherRequest, setting: str = "teacher") -> Teacher:
     """The teacher that a request names: what the registered or dotted callable makes of the request.
 
     Args:

@@ -17,7 +17,7 @@ from halo_fast.errors import UserError
 from halo_fast.pipeline.config import AnnotateConfig, Config, to_yaml
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.annotate import annotate
-from halo_fast.teachers import Clip, Label, LabelStore, TeacherRequest, teacher_of
+from halo_fast.teachers import Clip, Label, LabelStore, TeacherRequest, build_teacher
 from halo_fast.teachers.labelling import candidate_pairs, draw_clips, judge_pairs, label_clips, open_clip
 from halo_fast.teachers.rubric import RUBRIC_DIMENSIONS
 
@@ -71,7 +71,7 @@ def test_a_teacher_of_ones_own_labels_by_its_dotted_name_on_the_command_line(tmp
 )
 def test_names_that_lead_nowhere_are_reported_with_those_that_do(store, name, complaint):
     with pytest.raises(UserError, match=complaint):
-        teacher_of(TeacherRequest(name, GRID, store), "annotate.teacher")
+        build_teacher(TeacherRequest(name, GRID, store), "annotate.teacher")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_names_that_lead_nowhere_are_reported_with_those_that_do(store, name, co
 )
 def test_options_are_checked_by_the_teacher_that_has_them(store, name, options, complaint):
     with pytest.raises(UserError, match=complaint):
-        teacher_of(TeacherRequest(name, GRID, store, options))
+        build_teacher(TeacherRequest(name, GRID, store, options))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_options_are_checked_by_the_teacher_that_has_them(store, name, options, 
 def test_the_demos_teacher_refuses_clips_of_another_world(store, changes, complaint):
     request = {"name": "demo", "grid": GRID, "store": store, "video_size": (9, 32, 32)} | changes
     with pytest.raises(UserError, match=complaint):
-        teacher_of(TeacherRequest(**request))
+        build_teacher(TeacherRequest(**request))
 
 
 def test_the_demos_teacher_scores_planted_damage_lower(store):
@@ -108,7 +108,7 @@ def test_the_demos_teacher_scores_planted_damage_lower(store):
     broken = video.clone()
     broken[:, 5:, 8:16, 8:16] = torch.randint(256, (4, 4, 8, 8, 3), dtype=torch.uint8)
     request = TeacherRequest("demo", GRID, store, {"noisy_share": 0.0}, (9, 32, 32), clips.prompts)
-    teacher = teacher_of(request)
+    teacher = build_teacher(request)
     asked = [
         Clip(f"{name} {index}", prompt, lambda frames=frames: frames)
         for name, videos in (("sound", video), ("broken", broken))

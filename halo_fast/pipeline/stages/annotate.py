@@ -10,7 +10,7 @@ from halo_fast.data.tables import ClipRow, read_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.teachers import Clip, Judge, LabelStore, Teacher, TeacherRequest, teacher_of
+from halo_fast.teachers import Clip, Judge, LabelStore, Teacher, TeacherRequest, build_teacher
 from halo_fast.teachers.labelling import (
     JudgementRow,
     candidate_pairs,
@@ -45,7 +45,7 @@ def load_teacher(
     size = (config.generate.num_frames, config.generate.height, config.generate.width)
     grid = (config.grid[0], config.grid[1], config.grid[2])
     request = TeacherRequest(name, grid, store, options, size, prompts, config.seed, factors)
-    return teacher_of(request, "annotate.teacher")
+    return build_teacher(request, "annotate.teacher")
 
 
 def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
