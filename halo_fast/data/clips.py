@@ -113,7 +113,7 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
     Raises:
         UserError: no readable picture.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
@@ -126,8 +126,9 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
             return torch.from_numpy(np.array(picture.convert("RGB")))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: expected a picture ({error}); make it again or leave the row out") from error
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
+        reason = first_line(error)
+        raise UserError(f"{name}: expected a picture ({reason}); make it again or leave the row out") from error
 
 
 def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
@@ -160,6 +161,8 @@ def _video_stream(container: "av.container.InputContainer") -> Any:
     moving = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
     if not moving:
         raise ValueError("a cover picture alone" if streams else "no video stream")
+    if moving[0].codec_context is None:
+        raise ValueError("a video stream of an unknown codec")
     return moving[0]
 
 

@@ -176,6 +176,41 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation, expected):
     assert corners(read_picture(tmp_path / "a.jpg", "a").numpy()) == expected
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "tiff", "webp"])
+def test_a_damaged_picture_is_refused_or_read(tmp_path, kind):
+    Image.fromarray(np.stack(noise(1)[0])).save(tmp_path / f"whole.{kind}")
+    whole = (tmp_path / f"whole.{kind}").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=8):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            assert read_picture(tmp_path / "damaged", "damaged").dtype == torch.uint8
+        except UserError as error:
+            refused += "damaged: expected a picture" in str(error) and "\n" not in str(error)
+    assert refused
+
+
+@pytest.mark.parametrize("kind", ["mkv", "avi", "mp4"])
+def test_a_damaged_clip_is_refused_or_read(tmp_path, kind):
+    whole = write(tmp_path / f"whole.{kind}", noise(6), kind).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(min(len(whole), 2000), size=8):
+            damaged[place] = rng.integers(256)
+        (tmp_path / f"damaged.{kind}").write_bytes(damaged)
+        try:
+            read_clip(tmp_path / f"damaged.{kind}")
+        except UserError as error:
+            refused += "expected" in str(error) and "\n" not in str(error)
+    assert refused
+
+
 def test_depth_and_transparency_of_pictures(tmp_path):
     grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")

@@ -115,8 +115,8 @@ def test_run_directory_of_another_config_is_refused(made):
         ("a ball\n\na cube\n", "prompts: .*prompts.txt line 2 is empty; write a prompt there or remove the line"),
         ("a ball\n   \n", "line 2 is empty"),
         ("", "holds no prompts"),
-        (None, "expected a text file with one prompt a line, got .*No such file"),
-        (b"\xff\xfe\x00", "expected a text file with one prompt a line, got .*codec"),
+        (None, "expected a text file with one prompt a line, or .*, got .*No such file"),
+        (b"\xff\xfe\x00", "expected a text file with one prompt a line, or .*, got .*codec"),
     ],
 )
 def test_prompt_file_that_cannot_serve_is_named(tmp_path, text, message):
