@@ -41,11 +41,11 @@ class LaunchConfig(NamedTuple):
 def launch_config(
     positions: int, lines: int, slabs: int, lanes: int, align_bytes: int, itemsize: int, least: int
 ) -> LaunchConfig:
-    """Launch sizes for `slabs` slabs of `positions` plane positions with `lines` planes of `lanes` channels each.
+    """Launch sizes for `slabs` slabs of `positions` plane positions with `lines` lines of `lanes` channels each.
 
     A thread holds eight elements, four in float64, and two where nothing is aligned and each needs an address of its
-    own. A program takes as many lines as leave enough programs, but `least`. Sums are cut by these sizes, so they
-    depend on shapes, strides and dtypes alone: the bits do not change from one NVIDIA GPU to the next.
+    own. A program takes as many lines as leave PROGRAMS of them, at least `least` and at most 32. Sums are cut by these
+    sizes. They depend on shapes, strides and dtypes alone, so the bits do not change from one NVIDIA GPU to the next.
     """
     tile = TILE // 4 if align_bytes < 8 else TILE // 2 if itemsize == 8 else TILE
     block = min(tile // lanes, max(128 // lanes, triton.next_power_of_2(positions)))
@@ -251,7 +251,7 @@ def _forward_kernel(
         tl.store(out + position * patch_stride + split * part_stride, total / depth, mask=live)
     else:
         area = depth * _length(kh, H, grid_h).to(ACCUMULATE)
-        kw = ((column + 1) * grid_w - 1) // W
+        kw = _divide((column + 1) * grid_w - 1, W, W_magic, WIDE)
         for k in range(grid_w):
             value = tl.sum(tl.where(live & (kw == k), total, 0.0)) / (area * _length(k, W, grid_w).to(ACCUMULATE))
             tl.store(out + k * patch_stride + (split * chunks + chunk) * part_stride, value)
@@ -963,7 +963,7 @@ def _table_plan(
     pairs, patches = samples // 2, math.prod(grid)
     alone = pairs * patches <= ALONE
     pair_block = min(32, triton.next_power_of_2(max(1, pairs)))
-    patch_block = min(1024 // pair_block, max(16, triton.next_power_of_2(patches)))
+    patch_block = min(TILE // 2 // pair_block, max(16, triton.next_power_of_2(patches)))
     share = patches if alone else 4 * patch_block
     chunks = math.ceil(patches / share)
     programs = (1, 1, 1) if alone else (math.ceil(pairs / pair_block), chunks, 1)
@@ -991,7 +991,7 @@ def _table(
     numbers: Sequence[float],
     supervised: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The table from log-ratios and errors, which are written first where their parts (and cached errors) are `given`."""
+    """The table from log-ratios and errors, which come first out of their parts and cached errors where `given`."""
     pairs, grid = log_ratio.shape[0] // 2, log_ratio.shape[1:]
     tables = [
         None if table is None else table.contiguous()
