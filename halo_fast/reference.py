@@ -266,12 +266,14 @@ def composed_gran_dpo(
 
     Exactly one of ``reference`` and ``reference_error`` is given.
     """
-    error = None
+    error: Tensor | None = None
     if reference is None or numbers.supervised:
         error = kernels.patch_error(policy, target, grid)
-    log_ratio = (
-        reference_error - error if reference is None else kernels.patch_log_ratio(policy, reference, target, grid)
-    )
+    if reference is None:
+        assert reference_error is not None and error is not None
+        log_ratio = reference_error - error
+    else:
+        log_ratio = kernels.patch_log_ratio(policy, reference, target, grid)
     table = kernels.gran_dpo_table(
         log_ratio, patch_rewards, video_rewards, logit_scale, error if numbers.supervised else None, None,
         policy.shape[1:], link_name, numbers,
