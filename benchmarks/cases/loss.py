@@ -1,33 +1,19 @@
-"""The Gran-DPO loss on this CPU: ours, eager PyTorch, torch.compile and a public training loop's arithmetic.
+"""Losses on latents: ours, eager PyTorch, torch.compile, and what public packages compute on equal tensors.
 
-    python -m benchmarks.bench_loss                # the published table: writes benchmarks/results/loss_cpu.csv
-    python -m benchmarks.bench_loss --rounds 5 --latents cogvideox --dtypes float32 --threads 2 --check
+Three comparisons. "halo" is the whole Gran-DPO call, checks included, with the arithmetic of public Diffusion-DPO loops
+taken patch by patch (re-created: no package has it). "diffusion_dpo" is what the preference losses of TRL and Liger
+share with ours, -logsigmoid(beta/2 (margin of a - margin of b)): they start from one number a sample, so they get minus
+the mean squared errors as log-probabilities. "supervised" is the weighted error of diffusers' training scripts.
 
-All providers run in one process, in rounds whose order is drawn anew each time (who runs before one decides which
-pages and caches it finds); a ratio is the median over the rounds of the quotient within one round, so a disturbance
-that lasts longer than a round falls out. No time is printed before every provider's loss and gradient have been
-compared with float64. "floor" is what the memory needs: two streaming additions over tensors as large as those that
-the forward and the backward must move, the second into a new tensor, as a gradient is.
-
-Everything is measured twice: with memory "fresh" every large tensor is mapped anew and faulted in page by page, as in a
-process that gives freed memory back; with memory "kept" all that was ever freed is at hand again. "floor, no new
-memory" writes both times into a tensor that is there already.
+"floor" is what the memory needs: two streaming additions over tensors as large as those that forward and backward must
+move, the second into a new tensor, as a gradient is. "floor, no new memory" writes both into tensors that exist.
 """
 
-import argparse
-import csv
-import ctypes
-import importlib.metadata
 import itertools
-import os
-import platform
-import random
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,12 +21,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from benchmarks import LATENTS
-from halo_fast import gran_dpo
-from halo_fast.loss import backends, reference
+from benchmarks.harness import Bench, Case, Round, check_errors, device, graph_round, launches, missing, now, num_inputs
+from halo_fast import GranDPO, gran_dpo, patch_weighted_mse
+from halo_fast.loss import reference
 
-RESULTS = Path(__file__).parent / "results"
 GRID = (4, 3, 3)
 VIDEO_BETA, PATCH_BETA = 500.0, 500.0 / 6.0
+NUMBERS = (1, 1, 1, 1)  # a latent of one number: preference losses alone
+FLOORS = ("floor", "floor, no new memory")
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -80,64 +68,109 @@ def ours(prediction: Tensor, target: Tensor, ref: Tensor, patch_rewards: Tensor,
     return gran_dpo(prediction, target, ref, patch_rewards, video_rewards).loss
 
 
-def inputs(latent: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """One pair: prediction, target, reference near the prediction, and rewards."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, 2, *LATENTS[latent], generator=generator)
+def mean_errors(prediction: Tensor, target: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared errors [2B] of policy and reference, in float32 (float64 for float64)."""
+    o, tau, o_ref = (x.to(reference.accumulate_dtype(x.dtype)) for x in (prediction, target, ref))
+    with torch.no_grad():
+        base = (o_ref - tau).pow(2).flatten(1).mean(1)
+    return (o - tau).pow(2).flatten(1).mean(1), base
+
+
+def eager_preference(prediction: Tensor, target: Tensor, ref: Tensor, *_: Tensor) -> Tensor:
+    """Diffusion-DPO, equation 14 of arXiv:2311.12908, in plain PyTorch; samples a win."""
+    error, base = mean_errors(prediction, target, ref)
+    a, b = (base - error).chunk(2)
+    return -logsigmoid(0.5 * VIDEO_BETA * (a - b)).mean()
+
+
+def trl_preference(prediction: Tensor, target: Tensor, ref: Tensor, *_: Tensor) -> Tensor:
+    """TRL's sigmoid loss. CPOTrainer has it as a method of two arguments; on log-ratios it is DPO's."""
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    error, base = mean_errors(prediction, target, ref)
+    a, b = (base - error).chunk(2)
+    trainer = SimpleNamespace(
+        alpha=0.0, beta=0.5 * VIDEO_BETA, loss_type="sigmoid", label_smoothing=0.0,
+        accelerator=SimpleNamespace(device=a.device),
+    )  # fmt: skip
+    return CPOTrainer.cpo_loss(trainer, a, b)[0].mean()
+
+
+def liger_preference(prediction: Tensor, target: Tensor, ref: Tensor, *_: Tensor) -> Tensor:
+    """Liger's DPO loss on log-probabilities, the part behind its fused linear layer."""
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+
+    error, base = mean_errors(prediction, target, ref)
+    (a, b), (a_ref, b_ref) = (-error).chunk(2), (-base).chunk(2)
+    return LigerFusedLinearDPOFunction.preference_loss_fn(a, b, error, a_ref, b_ref, beta=0.5 * VIDEO_BETA)[0]
+
+
+def our_preference(prediction: Tensor, target: Tensor, ref: Tensor, _: Tensor, video_rewards: Tensor) -> Tensor:
+    """The public call with the video's preference alone."""
+    objective = GranDPO(video_beta=VIDEO_BETA, patch_weight=0.0)
+    return gran_dpo(prediction, target, ref, None, video_rewards, objective=objective).loss
+
+
+def eager_supervised(prediction: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    """The mean squared error."""
+    o, tau = (x.to(reference.accumulate_dtype(x.dtype)) for x in (prediction, target))
+    return (o - tau).pow(2).mean()
+
+
+def diffusers_supervised(prediction: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    """The loss of diffusers' training scripts, with its own weights."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    weight = compute_loss_weighting_for_sd3("none", torch.ones(len(target), 1, 1, 1, 1, device=target.device))
+    return (weight.float() * (prediction.float() - target.float()) ** 2).flatten(1).mean(1).mean()
+
+
+def our_supervised(prediction: Tensor, target: Tensor, ref: Tensor, patch_rewards: Tensor, _: Tensor) -> Tensor:
+    """The same mean as a sum of patch errors weighted by the patches' shares of the volume."""
+    volume = reference.patch_sizes(prediction.shape[1:], GRID, patch_rewards)
+    share = (volume / volume.sum() / len(prediction)).expand_as(patch_rewards)
+    return patch_weighted_mse(prediction, target, share)
+
+
+LOSSES: dict[str, dict[str, Loss]] = {
+    "halo": {"eager": eager, "torch.compile": eager, "training loop, re-created": training_loop, "ours": ours},
+    "diffusion_dpo": {
+        "eager": eager_preference, "torch.compile": eager_preference, "TRL": trl_preference,
+        "Liger": liger_preference, "ours": our_preference,
+    },
+    "supervised": {
+        "eager": eager_supervised, "torch.compile": eager_supervised, "diffusers": diffusers_supervised,
+        "ours": our_supervised,
+    },
+}  # fmt: skip
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, num_pairs: int = 1, seed: int = 0) -> tuple[Tensor, ...]:
+    """Prediction, target, reference near the prediction [2B, *shape], patch and video rewards; samples a win."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(3, 2 * num_pairs, *shape, generator=generator)
     prediction, target = noise[0].to(dtype), noise[1].to(dtype)
     ref = (prediction.float() + 0.02 * noise[2]).to(dtype)
-    rewards = torch.rand(2, *GRID, generator=generator), torch.rand(2, generator=generator)
-    return prediction.requires_grad_(), target, ref, *rewards
+    patch_rewards = torch.rand(2 * num_pairs, *GRID, generator=generator)
+    video_rewards = torch.cat([torch.rand(num_pairs, generator=generator) + side for side in (1, 0)])
+    data = tuple(x.to(device()) for x in (prediction, target, ref, patch_rewards, video_rewards))
+    data[0].requires_grad_()
+    return data
 
 
-def gate(providers: dict[str, Loss], data: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative L2 error of each provider's gradient against float64; raises where a provider is wrong."""
+def gate(losses: dict[str, Loss], truth: Loss, data: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative L2 error of each provider's gradient, after its loss has been compared too; the truth in float64."""
     prediction = data[0]
     wide = prediction.detach().double().requires_grad_()
-    truth_loss = eager(wide, data[1].double(), data[2].double(), *data[3:])
-    (truth,) = torch.autograd.grad(truth_loss, wide)
+    true_loss = truth(wide, data[1].double(), data[2].double(), *data[3:])
+    (true_gradient,) = torch.autograd.grad(true_loss, wide)
     errors = {}
-    for name, loss in providers.items():
+    for name, loss in losses.items():
         value = loss(*data)
+        check_errors({f"{name}, loss": abs(value.item() - true_loss.item())}, 1e-3)
         (gradient,) = torch.autograd.grad(value, prediction)
-        errors[name] = ((gradient.double() - truth).norm() / truth.norm()).item()
-        limit = 1e-3 if prediction.dtype == torch.float32 else 2**-7
-        if not (abs(value.item() - truth_loss.item()) < 1e-3 and errors[name] < limit):
-            raise SystemExit(f"{name} is wrong by {errors[name]:.1e} in its gradient, no time is reported")
-    return errors
-
-
-def saved_bytes(loss: Loss, data: tuple[Tensor, ...]) -> int:
-    """Bytes of storage that the graph keeps for backward beside the inputs, each storage once."""
-    known = {x.untyped_storage().data_ptr() for x in data}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss(*data)
-    return sum(kept.values())
-
-
-def peak_bytes(loss: Loss, data: tuple[Tensor, ...]) -> int:
-    """Most bytes the allocator had handed out at once in forward and backward, beyond those before."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        torch.autograd.grad(loss(*data), data[0])
-    level = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak
-
-
-def now() -> float:
-    """With one thread its own CPU time, to which other programs on the machine add nothing; else the wall clock."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        errors[name] = ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item()
+    return check_errors(errors, 1e-3 if prediction.dtype == torch.float32 else 2**-7)
 
 
 def one_round(loss: Loss, data: tuple[Tensor, ...]) -> dict[str, float]:
@@ -147,7 +180,7 @@ def one_round(loss: Loss, data: tuple[Tensor, ...]) -> dict[str, float]:
     gradient = torch.autograd.grad(value, data[0])
     end = now()
     del gradient
-    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    return {"forward seconds": middle - start, "backward seconds": end - middle, "seconds": end - start}
 
 
 def floor_round(data: tuple[Tensor, ...], out: Tensor, gradient: Tensor | None) -> dict[str, float]:
@@ -158,127 +191,76 @@ def floor_round(data: tuple[Tensor, ...], out: Tensor, gradient: Tensor | None) 
     gradient = torch.add(prediction, target, out=gradient)
     end = now()
     del gradient
-    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    return {"forward seconds": middle - start, "backward seconds": end - middle, "seconds": end - start}
 
 
-def measure(latent: str, dtype: torch.dtype, threads: int, memory: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one latent shape, dtype, number of threads and kind of memory (which is set already)."""
-    torch.set_num_threads(threads)
-    data = inputs(latent, dtype)
+def rounds_of(losses: dict[str, Loss], sets: list[tuple[Tensor, ...]], floors: bool) -> dict[str, Round]:
+    """A round of every provider: on CPUs one call, on GPUs a graph of one call for each set of inputs."""
+    out = torch.empty_like(sets[0][1])
+    if out.is_cuda:
+        calls: dict[str, list[Callable[[], object]]] = {
+            name: [lambda loss=loss, data=data: torch.autograd.grad(loss(*data), data[0]) for data in sets]  # type: ignore[misc]
+            for name, loss in losses.items()
+        }
+        if floors:
+            calls["floor, no new memory"] = [partial(floor_calls, data, out) for data in sets]
+        return {name: graph_round(each) for name, each in calls.items()}
+    rounds: dict[str, Round] = {name: partial(one_round, loss, sets[0]) for name, loss in losses.items()}
+    if floors:
+        rounds |= {name: partial(floor_round, sets[0], out, end) for name, end in zip(FLOORS, (None, out), strict=True)}
+    return rounds
+
+
+def floor_calls(data: tuple[Tensor, ...], out: Tensor) -> None:
+    prediction, target, ref = (x.detach() for x in data[:3])
+    torch.add(prediction, ref, out=out)
+    torch.add(prediction, target, out=out)
+
+
+def available(kind: str) -> dict[str, Loss]:
+    """The losses of one comparison that can run here, the compiled one compiled."""
+    losses = {name: loss for name, loss in LOSSES[kind].items() if not missing(name)}
+    return losses | {"torch.compile": torch.compile(LOSSES[kind]["eager"])}
+
+
+@contextmanager
+def opened(kind: str, shape: tuple[int, ...], dtype: torch.dtype, num_pairs: int = 1) -> Iterator[Bench]:
+    """The bench of one comparison on latents of one shape and dtype."""
     torch.compiler.reset()
-    providers: dict[str, Loss] = {
-        "eager": eager,
-        "torch.compile": torch.compile(eager),
-        "training loop": training_loop,
-        "ours": ours,
-    }
-    errors = gate(providers, data)
-    needs = {name: (saved_bytes(loss, data), peak_bytes(loss, data)) for name, loss in providers.items()}
-    out = torch.empty_like(data[1])
-    floors = {"floor": None, "floor, no new memory": out}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in [*providers, *floors]}
-    order = random.Random(0)
-    for turn in range(rounds + 3):
-        for name in order.sample(list(times), len(times)):
-            took = floor_round(data, out, floors[name]) if name in floors else one_round(providers[name], data)
-            if turn >= 3:
-                times[name].append(took)
-    rows = []
-    for name, taken in times.items():
-        for mode in ("forward", "backward", "both"):
-            low, middle, high = _quantiles([one[mode] for one in taken])
-            row: dict[str, Any] = {
-                "latent": latent,
-                "dtype": str(dtype).removeprefix("torch."),
-                "threads": threads,
-                "memory": memory,
-                "provider": name,
-                "mode": mode,
-            }
-            row |= {"p50_ms": f"{middle:.3f}", "p20_ms": f"{low:.3f}", "p80_ms": f"{high:.3f}"}
-            quotients = [one[mode] / ours[mode] for one, ours in zip(taken, times["ours"], strict=True)]
-            row["ours_is_faster_by"] = f"{statistics.median(quotients):.2f}"
-            row["saved_bytes"], row["peak_bytes"] = needs.get(name, ("", ""))
-            row["gradient_error"] = f"{errors[name]:.1e}" if name in errors else ""
-            rows.append(row)
-    return rows
+    losses, data = available(kind), inputs(shape, dtype, num_pairs)
+    input_bytes = sum(x.nbytes for x in data[:3])
+    sets = [data]
+    if data[0].is_cuda:
+        sets += [inputs(shape, dtype, num_pairs, seed) for seed in range(1, num_inputs(input_bytes))]
+
+    def count(provider: str) -> dict[str, float]:
+        # forward reads all latents; backward reads prediction and target, and writes the gradient
+        counts: dict[str, float] = {"ideal bytes": input_bytes // 3 * (5 if kind == "supervised" else 6)}
+        if data[0].is_cuda and provider in losses:
+            counts["launches"] = launches(lambda: torch.autograd.grad(losses[provider](*data), data[0]))
+        return counts
+
+    truth = LOSSES[kind]["eager"]
+    errors = gate(losses, truth, data)
+    yield Bench(rounds_of(losses, sets, kind == "halo"), lambda: errors, count, bases=("ours",))
 
 
-def _quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    cuts = statistics.quantiles([1e3 * one for one in seconds], n=10, method="inclusive")
-    return cuts[1], cuts[4], cuts[7]
+def case(kind: str, latent: str, dtype: str, num_pairs: int = 1, slow: bool = False) -> Case:
+    shape = LATENTS.get(latent, NUMBERS)
+    providers = (*LOSSES[kind], *(FLOORS if kind == "halo" else ()))
+    name = f"{kind} {latent} {dtype}"
+    return Case("loss", name, providers, partial(opened, kind, shape, getattr(torch, dtype), num_pairs), slow)
 
 
-MEMORY = ("fresh", "kept")  # in this order: what was kept once is never fresh again
-
-
-def set_memory(kind: str) -> str:
-    """Sets glibc's two thresholds; else each provider pays page faults that depend on who ran before it."""
-    if platform.libc_ver()[0] != "glibc":
-        return "as the system does"
-    trim_threshold, mmap_threshold = -1, -3
-    libc = ctypes.CDLL(None)
-    trim, mmap = (2**17, 2**17) if kind == "fresh" else (2**31 - 1, 2**25)
-    return kind if libc.mallopt(trim_threshold, trim) and libc.mallopt(mmap_threshold, mmap) else "as the system does"
-
-
-def conditions() -> dict[str, str]:
-    """What the numbers depend on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model
+QUICK = ("cogvideox", "wan")
+CASES = [
+    *(
+        case("halo", latent, dtype, slow=latent not in QUICK)
+        for latent, dtype in itertools.product(
+            ("cogvideox", "wan", "wan-720p", "ltx", "videocrafter2"), ("float32", "bfloat16")
         )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": f"{model}, {os.cpu_count()} cores",
-        "backend": backends.select(torch.device("cpu"), torch.float32).describe(),
-        "torch": torch.__version__,
-        "halo_fast": importlib.metadata.version("halo_fast"),
-        "commit": commit,
-        "load": f"{os.getloadavg()[0]:.2f}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--latents", nargs="+", choices=LATENTS, default=["cogvideox", "wan", "wan-720p", "ltx", "videocrafter2"]
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=list(MEMORY))
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
-    choice = parser.parse_args()
-    state = conditions()
-    print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
-    print(f"grid {GRID}, one pair, {choice.rounds} interleaved rounds; ms are medians\n")
-    rows = []
-    for kind in sorted(choice.memory, key=MEMORY.index):
-        memory = set_memory(kind)
-        for latent, dtype, threads in itertools.product(choice.latents, choice.dtypes, choice.threads):
-            part = measure(latent, getattr(torch, dtype), threads, memory, choice.rounds)
-            rows += part
-            for row in part:
-                if row["mode"] == "both":
-                    _print_row(row)
-    if not choice.check:
-        with (RESULTS / "loss_cpu.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *state])
-            writer.writeheader()
-            writer.writerows(row | state for row in rows)
-    return 0
-
-
-def _print_row(row: dict[str, Any]) -> None:
-    spread = f"{row['p50_ms']:>9} ms ({row['p20_ms']} .. {row['p80_ms']})"
-    memory = f"saved {row['saved_bytes']:,} B, peak {row['peak_bytes']:,} B" if row["saved_bytes"] != "" else ""
-    name = f"{row['latent']:<14}{row['dtype']:<9}{row['threads']} threads {row['memory']:<6}{row['provider']:<21}"
-    print(f"{name}{spread:<32} {row['ours_is_faster_by']:>7}x ours  {row['gradient_error']:<8} {memory}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ),
+    case("diffusion_dpo", "cogvideox", "bfloat16"),
+    case("diffusion_dpo", "4096 pairs of one number", "float32", num_pairs=4096),
+    case("supervised", "cogvideox", "bfloat16"),
+]

@@ -1,32 +1,26 @@
-"""Scores of a video and of all its patches in one pass, against the video alone and against a pass a patch.
-
-    python -m benchmarks.bench_reward              # P = 8, 36, 64; writes benchmarks/results/reward_cpu.csv
-    python -m benchmarks.bench_reward --patches 36 --rounds 5
+"""Scores of a video and of all its patches in one pass, beside the video alone and a pass a patch.
 
 The vision-language model is a Qwen2-VL of random weights whose proportions are those of use: over a thousand tokens of
-video before a few of each patch. A pass a patch reuses what the vision tower saw, which flatters it. All ways run in
-turn in each round; a ratio is the median over rounds of the quotient within one round, with its 20% and 80% quantiles.
-No time is printed before the one pass gave what separate passes give.
+video before a few of each patch. A pass a patch reuses what the vision tower saw, which flatters it. The gate compares
+the one pass with separate passes.
 """
 
-import argparse
-import csv
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.harness import Bench, Case, Round, check_errors
 from halo_fast.rewards import RewardModel, RewardModelConfig
 
-RESULTS = Path(__file__).parent / "results" / "reward_cpu.csv"
 GRIDS = {8: (2, 2, 2), 36: (4, 3, 3), 64: (4, 4, 4)}
 FRAMES, SIDE, TOLERANCE = 16, 336, 1e-4
 PROMPT = "a red fox runs through deep snow towards the camera while the sun goes down behind the trees"
+ALONE, ONE_PASS, SEPARATE = "video alone", "one pass", "a pass a patch"
 
 
 def vision_language_model(folder: Path) -> RewardModel:
@@ -47,27 +41,20 @@ def vision_language_model(folder: Path) -> RewardModel:
     return RewardModel(config).eval().requires_grad_(False)
 
 
-def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the order rotates."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begin = time.perf_counter()
-            ways[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+def compact_model(folder: Path) -> RewardModel:
+    """The compact model of random weights."""
+    return RewardModel(RewardModelConfig(("quality", "alignment"), causal=False)).eval()
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20% and 80%."""
-    low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-    return statistics.median(values), low, high
+MODELS: dict[str, tuple[Callable[[Path], RewardModel], int]] = {
+    "Qwen2-VL": (vision_language_model, SIDE),
+    "compact": (compact_model, 96),
+}
 
 
-def run(name: str, model: RewardModel, patches: int, rounds: int, side: int) -> dict[str, Any]:
-    """One row of the table."""
-    backbone, grid = model.backbone, GRIDS[patches]
+def passes(model: RewardModel, side: int, grid: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
+    """Logits of one clip by each way: [N, D] of the video alone, (video, patches) of one pass, [N, Q, P] of many."""
+    backbone, patches = model.backbone, grid[0] * grid[1] * grid[2]
     generator = torch.Generator().manual_seed(1)
     video = torch.randint(256, (1, FRAMES, side, side, 3), generator=generator, dtype=torch.uint8)
     prompts, own = [PROMPT], torch.zeros(1, 1, dtype=torch.long)
@@ -84,41 +71,27 @@ def run(name: str, model: RewardModel, patches: int, rounds: int, side: int) -> 
             return torch.stack([backbone.patch_logits(features, prompts, grid, n) for n in range(patches)], dim=-1)
         return torch.stack([together()[1].flatten(2)[..., n] for n in range(patches)], dim=-1)
 
-    error = (separate() - together()[1].flatten(2)).abs().max().item()
-    if error > TOLERANCE:
-        raise SystemExit(f"{name}: one pass is off separate passes by {error:.1e}, more than {TOLERANCE}")
-    seconds = measure({"alone": alone, "together": together, "separate": separate}, rounds)
-    overhead = quantiles([a / b for a, b in zip(seconds["together"], seconds["alone"], strict=True)])
-    speedup = quantiles([a / b for a, b in zip(seconds["separate"], seconds["together"], strict=True)])
-    row: dict[str, Any] = {"model": name, "patches": patches, "error": f"{error:.1e}"}
-    for label, values in (("one_pass_over_video_alone", overhead), ("pass_a_patch_over_one_pass", speedup)):
-        row |= {f"{label}{part}": round(value, 3) for part, value in zip(("", "_p20", "_p80"), values, strict=True)}
-    return row | {f"{way}_s": round(statistics.median(values), 4) for way, values in seconds.items()}
+    return {ALONE: alone, ONE_PASS: together, SEPARATE: separate}
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patches", type=int, nargs="+", default=[8, 36, 64], choices=sorted(GRIDS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = []
+@contextmanager
+def opened(name: str, patches: int) -> Iterator[Bench]:
+    """The bench of one model and number of patches."""
+    build, side = MODELS[name]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        compact = RewardModel(RewardModelConfig(("quality", "alignment"), causal=False)).eval()
-        models = {"Qwen2-VL, random": (vision_language_model(Path(folder)), SIDE), "compact": (compact, 96)}
-        for name, (model, side) in models.items():
-            for patches in options.patches:
-                rows.append(run(name, model, patches, options.rounds, side))
-                print(rows[-1], flush=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine", "torch"])
-        writer.writeheader()
-        writer.writerows(
-            row | {"machine": platform.processor() or platform.machine(), "torch": torch.__version__} for row in rows
-        )
+        ways = passes(build(Path(folder)), side, GRIDS[patches])
+        error = (ways[SEPARATE]() - ways[ONE_PASS]()[1].flatten(2)).abs().max().item()
+        errors = check_errors({ONE_PASS: error}, TOLERANCE)
+        rounds: dict[str, Round] = {way: partial(_quiet, run) for way, run in ways.items()}
+        yield Bench(rounds, lambda: errors, bases=(ALONE, ONE_PASS))
 
 
-if __name__ == "__main__":
-    main()
+def _quiet(run: Callable[[], Any]) -> None:
+    run()
+
+
+CASES = [
+    Case("reward", f"{name} P={patches}", (ALONE, ONE_PASS, SEPARATE), partial(opened, name, patches), patches != 36)
+    for name in MODELS
+    for patches in GRIDS
+]
