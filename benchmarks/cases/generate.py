@@ -23,11 +23,13 @@ DIFFUSERS, ONE, BATCH = "diffusers' pipeline, a clip a call", "ours, a clip a ca
 
 def diffusers_clips(pipeline: Any, noise: Tensor, output_type: str = "np") -> Tensor:
     """Clips or latents of diffusers' pipeline, one call for each noise [C, f, h, w]."""
+    length = pipeline.tokenizer.model_max_length  # the padding that ours learns from the tokenizer
     sizes = {"num_frames": SETTINGS.num_frames, "height": SETTINGS.height, "width": SETTINGS.width}
     calls = [
         pipeline(
             step.PROMPT, **sizes, num_inference_steps=SETTINGS.num_inference_steps,
             guidance_scale=SETTINGS.guidance_scale, latents=one[None], output_type=output_type,
+            max_sequence_length=length,
         ).frames
         for one in noise
     ]  # fmt: skip
@@ -40,6 +42,8 @@ def opened() -> Iterator[Bench]:
     torch.manual_seed(0)
     pipeline = step.wan()
     pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        part.eval()
     family, seeds = family_of(pipeline), list(range(NUM_CLIPS))
     shape = family.latent_shape(SETTINGS.num_frames, SETTINGS.height, SETTINGS.width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

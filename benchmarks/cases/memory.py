@@ -16,8 +16,6 @@ from benchmarks.cases import loss as losses
 from benchmarks.cases import step as steps
 from benchmarks.harness import Bench, Case
 
-STEPS = (steps.LIMIT, steps.CACHED, "ours, margin first, cached", "SimpleTuner loop, re-created")
-
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Most bytes that the allocator had handed out at once during a call, beyond those before."""
@@ -100,7 +98,7 @@ CASES = [
     ),
     *(
         Case(
-            "memory", f"{model} {checkpointing}", (*STEPS, *((steps.SELECTIVE,) if checkpointing == "full" else ())),
+            "memory", f"{model} {checkpointing}", tuple(steps.steps(checkpointing, compiled=False)),
             partial(step_opened, model, checkpointing), slow=(model, checkpointing) != ("wan", "none"), timed=False,
         )
         for model in steps.MODELS
