@@ -74,17 +74,19 @@ def line(axes: Axes, value: float, label: str) -> None:
 
 
 def condition_line(figure: Figure, rows: Sequence[Row], mode: str, case: str, note: str) -> None:
-    """Machine, versions, commit and date of the figures, under the picture."""
-    row = next(row for row in rows if (row["mode"], row["case"]) == (mode, case) and "machine" in row["conditions"])
-    facts = harness.split(row["conditions"])
-    parts = [facts["machine"], f"torch {facts['torch']}"]
-    parts += [f"{name} {facts[name]}" for name in ("commit", "date") if name in facts]
-    figure.supxlabel(f"{note}\n{', '.join(parts)}", fontsize=8.5, color="#555555")
+    """Machine, versions, commit and date of seconds and of bytes, under the picture."""
+    lines = [note]
+    for label, kind, metric in (("time", mode, "seconds"), ("memory", "memory", "peak bytes")):
+        cells = (row["conditions"] for row in rows if (row["mode"], row["case"], row["metric"]) == (kind, case, metric))
+        facts = harness.split(next(cells, ""))
+        named = [f"{name} {facts[name]}" for name in ("torch", "commit") if name in facts]
+        lines.append(f"{label}: " + ", ".join([facts.get("machine", "no figures"), *named, facts.get("date", "")]))
+    figure.supxlabel("\n".join(lines), fontsize=8.5, color="#555555")
 
 
 def plot_loss(rows: Sequence[Row], case: str = "halo cogvideox bfloat16") -> Figure:
     """One loss call, forward and backward: milliseconds under two kinds of memory, and the peak of memory."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(3, 2))
     settings = sorted({row["setting"] for row in rows if (row["mode"], row["case"]) == ("loss", case)})
     setting = next((one for one in settings if one == "threads=1; memory=fresh"), settings[0])
     seconds = select(rows, "loss", case, "seconds", setting)
@@ -111,20 +113,19 @@ def _gradient_bytes(case: str) -> int:
 
 def plot_step(rows: Sequence[Row], case: str = "wan full") -> Figure:
     """One training step: seconds beside the peak of memory, and the supervised step as the limit."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.1), layout="constrained", width_ratios=(3, 2))
     seconds, peak = select(rows, "step", case, "seconds"), select(rows, "memory", case, "peak bytes")
     bars(left, seconds, STEP, 1, "{:.2f}")
     line(left, seconds[LIMIT][1], "supervised step, same samples")
     left.set_xlabel("s of one step (median, 20 to 80 %)")
     bars(right, peak, STEP, 2**-20, "{:.0f}")
     line(right, peak[LIMIT][1] / 2**20, "supervised step")
-    right.set_xlabel("MiB at the peak, beyond weights and moments")
+    right.set_xlabel("MiB at the peak, beyond weights")
     right.set_yticklabels([])
     model, setting = case.split(" ")
-    figure.suptitle(f"Training step on one pair, small {model}, gradient checkpointing: {setting}")
-    condition_line(
-        figure, rows, "step", case, "LoRA of rank 16, float32, one thread; loops re-created from descriptions"
-    )
+    figure.suptitle(f"Training step on one pair, small {NAMES.get(model, model)}, {CHECKPOINTING[setting]}")
+    note = "LoRA of rank 16, float32, one thread; the public loops are re-created from descriptions"
+    condition_line(figure, rows, "step", case, note)
     return figure
 
 
