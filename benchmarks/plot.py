@@ -6,7 +6,7 @@ python -m benchmarks.plot --table bench.json --output pictures     # from a repo
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def condition_line(figure: Figure, rows: Sequence[Row], mode: str, case: str, no
     figure.supxlabel("\n".join(lines), fontsize=8.5, color="#555555")
 
 
-def plot_loss(rows: Sequence[Row], case: str = "halo cogvideox bfloat16") -> Figure:
+def plot_loss(rows: Sequence[Row], case: str) -> Figure:
     """One loss call, forward and backward: milliseconds under two kinds of memory, and the peak of memory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(3, 2))
     settings = sorted({row["setting"] for row in rows if (row["mode"], row["case"]) == ("loss", case)})
@@ -111,14 +111,15 @@ def _gradient_bytes(case: str) -> int:
     return 2 * prod(LATENTS[latent]) * (4 if dtype == "float32" else 2)
 
 
-def plot_step(rows: Sequence[Row], case: str = "wan full") -> Figure:
+def plot_step(rows: Sequence[Row], case: str) -> Figure:
     """One training step: seconds beside the peak of memory, and the supervised step as the limit."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.1), layout="constrained", width_ratios=(3, 2))
     seconds, peak = select(rows, "step", case, "seconds"), select(rows, "memory", case, "peak bytes")
-    bars(left, seconds, STEP, 1, "{:.2f}")
+    measured = [name for name in STEP if name in seconds or name in peak]
+    bars(left, seconds, measured, 1, "{:.2f}")
     line(left, seconds[LIMIT][1], "supervised step, same samples")
     left.set_xlabel("s of one step (median, 20 to 80 %)")
-    bars(right, peak, STEP, 2**-20, "{:.0f}")
+    bars(right, peak, measured, 2**-20, "{:.0f}")
     line(right, peak[LIMIT][1] / 2**20, "supervised step")
     right.set_xlabel("MiB at the peak, beyond weights")
     right.set_yticklabels([])
@@ -129,7 +130,21 @@ def plot_step(rows: Sequence[Row], case: str = "wan full") -> Figure:
     return figure
 
 
-PLOTS: dict[str, Callable[..., Figure]] = {"loss": plot_loss, "step": plot_step}
+# picture -> what draws it, and the cases to draw, the first that was measured
+PLOTS: dict[str, tuple[Callable[[Sequence[Row], str], Figure], str, tuple[str, ...]]] = {
+    "loss": (plot_loss, "loss", ("halo cogvideox bfloat16", "halo wan bfloat16")),
+    "step": (plot_step, "step", ("wan full", "wan none")),
+}
+
+
+def figures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
+    """The pictures whose cases are in the table."""
+    measured = {(row["mode"], row["case"]) for row in rows}
+    for name, (draw, mode, wanted) in PLOTS.items():
+        case = next((case for case in wanted if (mode, case) in measured), None)
+        if case:
+            with plt.rc_context(STYLE):
+                yield name, draw(rows, case)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -149,9 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice = parser.parse_args(arguments)
     rows = harness.read_rows(choice.table)
     choice.output.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        for name, plot in PLOTS.items():
-            save(plot(rows), choice.output / f"{name}.{choice.format}")
+    for name, figure in figures(rows):
+        with plt.rc_context(STYLE):
+            save(figure, choice.output / f"{name}.{choice.format}")
     return 0
 
 
