@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test test-slow gpu bench lint format clean
 
 demo: $(READY)
-	$(BIN)/halo run --output_dir runs/demo
+	$(BIN)/halo run demo
 
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu"

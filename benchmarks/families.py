@@ -1,4 +1,4 @@
-"""The table of docs/families.md: what each family does, asked of the family itself, and a round trip of its LoRA.
+"""The table of docs/families.md: what each family does, by its own functions, and a round trip of its LoRA.
 
 python -m benchmarks.families            writes the table between its marks in docs/families.md
 """
@@ -23,8 +23,8 @@ DOCS = ROOT / "docs" / "families.md"
 MARKS = "<!-- python -m benchmarks.families -->\n", "<!-- end -->\n"
 PROMPTS = ["a red ball rolls left", "a cube"]
 HEADER = (
-    "model", "diffusers pipeline", "trained", "layout", "target", "the network is told", "t at u = 0, 1/2, 1", "frames",
-    "sides", "LoRA on", "prefix", "parameters", "loss after 3 steps", "LoRA loaded against B A by hand",
+    "model", "diffusers pipeline", "trained", "layout", "target", "time given to the network", "t at u = 0, 1/2, 1",
+    "frames", "sides", "LoRA on", "prefix", "parameters", "loss after 3 steps", "LoRA loaded against B A by hand",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def row(name: str, tiny: Any) -> list[str]:
     loss, difference = round_trip(family, tiny, shape)
     return [
         name, type(family.pipeline).__name__, f"`{family.network}`", family.layout, target(family, shape),
-        told(family, shape), ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
+        given_time(family, shape), ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
         f"{sides(family, tiny.size)}", " ".join(f"`{layer}`" for layer in family.lora_targets),
         f"`{family.lora_prefix}`", f"{sum(weight.numel() for weight in family.transformer.parameters()):,}",
         f"{loss:.4f}", f"{difference:.0e}",
@@ -76,21 +76,21 @@ def target(family: Family, shape: tuple[int, ...]) -> str:
     )
 
 
-class _Asked(Exception):
+class _Called(Exception):
     pass
 
 
-def told(family: Family, shape: tuple[int, ...]) -> str:
-    """The timestep that the network is given at t = 0.25, as a formula."""
+def given_time(family: Family, shape: tuple[int, ...]) -> str:
+    """The timestep given to the network at t = 0.25, as a formula."""
 
     def network(*arguments: Tensor, **named: Tensor) -> None:
-        raise _Asked(named["timestep"] if "timestep" in named else arguments[1])
+        raise _Called(named["timestep"] if "timestep" in named else arguments[1])
 
     conditions = family.stack(family.encode_prompts(PROMPTS[:1]))
     try:
         family.predict(network, torch.zeros(1, *shape), torch.tensor([0.25]), conditions)  # type: ignore[arg-type]
-    except _Asked as asked:
-        (value,) = asked.args
+    except _Called as called:
+        (value,) = called.args
     words = {250.0: "1000 t", 750.0: "1000 (1 - t)"}[value.flatten()[0].item()]
     words += " of each token" if value.ndim > 1 else ""
     return words if value.is_floating_point() else f"step {words}"
@@ -105,14 +105,14 @@ def _makes(family: Family, size: tuple[int, int, int]) -> bool:
 
 
 def frames(family: Family, size: tuple[int, int, int]) -> str:
-    """The frame rule, tried out."""
+    """The frame rule, found by trying."""
     step = next(step for step in range(1, 33) if _makes(family, (1 + step, *size[1:])))
     assert all(_makes(family, (count, *size[1:])) == (count % step == 1 % step) for count in range(1, 40))
     return "any" if step == 1 else f"{step}k + 1"
 
 
 def sides(family: Family, size: tuple[int, int, int]) -> int:
-    """What height and width must be divisible by, tried out."""
+    """What height and width must be divisible by, found by trying."""
     return next(side for side in range(1, 129) if _makes(family, (size[0], side, side)))
 
 

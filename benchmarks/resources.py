@@ -84,18 +84,21 @@ def compile_only(target: GPUTarget) -> Iterator[list[tuple[str, Any, tuple[Any, 
     def launch(kernel: Any, grid: Any) -> Any:
         def record(*args: Any, **options: Any) -> None:
             name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
-            launches.append((name, kernel.warmup(*args, grid=grid, **options), args, options))
+            named = dict(zip(kernel.arg_names, args, strict=True)) | options | {"grid": grid}
+            launches.append((name, kernel.warmup(*args, grid=grid, **options), args, named))
 
         return record
 
+    # compiled kernels and plans are kept by device, which is the same for every target
     for fn in jitted:
-        # compiled kernels are kept by device number, which is the same for every target
         fn.device_caches.clear()
+    kernels.forget_plans()
     triton.runtime.driver.set_active(_CompileOnly(target))
     triton.KernelInterface.__getitem__ = launch
     try:
         yield launches
     finally:
+        kernels.forget_plans()
         triton.KernelInterface.__getitem__ = before
         triton.runtime.driver._active = None
 
@@ -110,7 +113,7 @@ def launch_all(latent: str, grid: tuple[int, ...], dtype: torch.dtype) -> None:
     kernels.patch_error(policy, target, grid)
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     kernels.gran_dpo_table(
-        log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", *numbers
+        log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", numbers
     )
     kernels.gran_dpo_backward(log_ratio[0, 0, 0, 0], log_ratio, policy, target)
 

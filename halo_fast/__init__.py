@@ -2,7 +2,6 @@
 
 from halo_fast.loss.backends import using_backend
 from halo_fast.loss.functional import (
-    GranDPOOutput,
     gran_dpo,
     gran_dpo_coefficients,
     patch_error,
@@ -11,6 +10,7 @@ from halo_fast.loss.functional import (
     unpack_tokens,
 )
 from halo_fast.loss.objectives import PRESETS, AutoBeta, GranDPO, convert_beta, timestep_weight
+from halo_fast.loss.output import GranDPOOutput
 from halo_fast.patches import PatchGrid, guard_band
 
 __version__ = "0.1.0"

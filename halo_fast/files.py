@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,13 +24,16 @@ __all__ = [
     "damaged",
     "hash_bytes",
     "hash_file",
+    "hash_tensors",
     "hash_text",
     "progress",
+    "read_checkpoint",
     "read_json",
     "read_table",
     "replacing",
     "versions",
     "write_bytes",
+    "write_checkpoint",
     "write_csv",
     "write_json",
     "write_parquet",
@@ -101,6 +104,35 @@ def write_safetensors(
     write_bytes(path, data)
 
 
+def write_checkpoint(path: Path | str, tensors: Mapping[str, "torch.Tensor"], state: Mapping[str, Any]) -> None:
+    """Write tensors and the rest of a training's state to one safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tensors: by name; any device and layout.
+        state: whatever JSON can hold, kept in the file's metadata.
+    """
+    write_safetensors(path, tensors, {"state": json.dumps(state)})
+
+
+def read_checkpoint(path: Path | str) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
+    """The tensors, on the CPU, and the state that `write_checkpoint` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or no checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: missing or damaged checkpoint ({first_line(error)}); remove it to start again"
+        ) from error
+
+
 def read_table(path: Path | str) -> "pyarrow.Table":
     """The parquet table at `path`.
 
@@ -130,8 +162,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def damaged(path: Path, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    return f"{path}: missing or damaged ({reason}); delete {path.parent} and run `halo {path.parent.name}` again"
+    """The message for a stage's file that cannot be read.
+
+    Args:
+        path: of the file, whose folder has the name of its stage.
+        error: that reading it raised.
+    """
+    return (
+        f"{path}: missing or damaged ({first_line(error)}); "
+        f"delete {path.parent} and run `halo {path.parent.name}` again"
+    )
 
 
 def hash_bytes(data: bytes) -> str:
@@ -142,6 +182,25 @@ def hash_bytes(data: bytes) -> str:
 def hash_text(text: str) -> str:
     """SHA-256 of `text` in UTF-8, in hexadecimal."""
     return hash_bytes(text.encode())
+
+
+def hash_tensors(*parts: str | Mapping[str, "torch.Tensor"]) -> str:
+    """SHA-256 of texts and named tensors in the order given, in hexadecimal.
+
+    Args:
+        parts: texts, and tensors by name, which count with their names, dtypes, shapes and values; any device.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+            continue
+        for name, tensor in part.items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hash_file(path: Path | str) -> str:

@@ -16,14 +16,21 @@ __all__ = ["PatchGrid", "guard_band"]
 class PatchGrid:
     """A patch grid on the latent of a video, with the pixel box of every patch.
 
-    grid: (f, h, w) patches along latent frames, rows, columns; patch k of n along a latent side of length L covers
-        latent positions floor(k L/n) .. floor((k+1) L/n).
-    num_frames, height, width: the video in frames and pixels; height and width are multiples of spatial_factor.
-    spatial_factor, temporal_factor: what the autoencoder compresses by, 8 and 4 for Wan, CogVideoX and HunyuanVideo, 32
-        and 8 for LTX, temporal 1 for image autoencoders.
-    causal: whether the first latent frame holds one frame alone, and each other temporal_factor of them; num_frames is
-        then 1 more than a multiple of temporal_factor, else a multiple.
-    Raises ValueError naming the side that does not fit.
+    Args:
+        grid: (f, h, w) patches along latent frames, rows, columns; patch k of n along a latent side of length L covers
+            latent positions floor(k L/n) .. floor((k+1) L/n).
+        num_frames: frames of the video.
+        height: pixels, a multiple of spatial_factor.
+        width: pixels, a multiple of spatial_factor.
+        spatial_factor: pixels a latent position along rows and columns; 8 for Wan, CogVideoX and HunyuanVideo, 32 for
+            LTX.
+        temporal_factor: frames a latent frame; 4 for Wan, CogVideoX and HunyuanVideo, 8 for LTX, 1 for image
+            autoencoders.
+        causal: whether the first latent frame holds one frame alone, and each other one temporal_factor of them. Then
+            num_frames is 1 more than a multiple of temporal_factor, else a multiple.
+
+    Raises:
+        ValueError: naming the side that does not fit.
     """
 
     grid: tuple[int, int, int]
@@ -93,7 +100,7 @@ class PatchGrid:
         return frames, rows, columns
 
     def patch_of(self, frame: int, row: int, column: int) -> tuple[int, int, int]:
-        """The patch that covers a pixel of a frame."""
+        """The patch (i, j, k) that covers a pixel of a frame; ValueError outside the video."""
         found = []
         for axis, place in enumerate((frame, row, column)):
             edges = self.pixel_edges(axis)
@@ -106,27 +113,35 @@ class PatchGrid:
         return self.num_frames, self.height, self.width
 
     def pool(self, heatmap: Tensor) -> Tensor:
-        """Mean of a heatmap [..., T, Y, X] over the pixel box of each patch: [..., f, h, w].
+        """Mean of a heatmap over the pixel box of each patch; differentiable.
 
-        The heatmap may have any resolution: its cells divide the video evenly, and a cell counts by the share of its
-        area inside the patch. NaN cells are unlabelled and left out; a patch of nothing else is NaN. Float, summed in
-        float32 or float64 and returned in its own dtype; differentiable.
+        Args:
+            heatmap: [..., T, Y, X], float, of any resolution: its cells divide the video evenly, and a cell counts by
+                the share of its area inside the patch. NaN cells are unlabelled and left out.
+
+        Returns:
+            [..., f, h, w], summed in float32 or float64 and returned in the heatmap's dtype. A patch of unlabelled
+            cells alone is NaN.
+
+        Raises:
+            ValueError: another dtype or shape.
         """
         if heatmap.ndim < 3 or not heatmap.is_floating_point() or 0 in heatmap.shape[-3:]:
             raise ValueError(
                 f"heatmap must be float [..., T, Y, X] with no empty side; got {heatmap.dtype} {tuple(heatmap.shape)}"
             )
-        # pixel numbers are no bfloat16 numbers, and a sum of pixels no float16 number
+        # bfloat16 cannot hold pixel indices, nor float16 a sum over pixels
         wide = heatmap.to(torch.promote_types(heatmap.dtype, torch.float32))
         labelled = ~wide.isnan()
         with torch.autocast(heatmap.device.type, enabled=False):
             sums = self._overlap_sum(torch.where(labelled, wide, 0.0))
             areas = self._overlap_sum(labelled.to(wide.dtype))
-        # 0 / 0 would be the same NaN, but its gradient would reach the cells of every other patch
+        # 0 / 0 gives the same NaN, but its gradient would be NaN in the cells of every other patch
         mean = torch.where(areas > 0, sums / torch.where(areas > 0, areas, 1.0), torch.nan)
         return mean.to(heatmap.dtype)
 
     def _overlap_sum(self, heatmap: Tensor) -> Tensor:
+        """Sum of the cells [..., T, Y, X] of each patch, weighted by the area inside it: [..., f, h, w]."""
         for axis, length in enumerate(self._pixels()):
             cells = heatmap.shape[axis - 3]
             edges = torch.tensor(self.pixel_edges(axis), dtype=heatmap.dtype, device=heatmap.device)
@@ -137,7 +152,7 @@ class PatchGrid:
         return heatmap
 
     def spread(self, values: Tensor) -> Tensor:
-        """Each patch's value [..., f, h, w] on every pixel it covers: [..., frames, height, width]."""
+        """Each patch's value [..., f, h, w] at every pixel that it covers: [..., frames, height, width]."""
         if tuple(values.shape[-3:]) != tuple(self.grid):
             raise ValueError(f"values must end in the grid {self.grid}; got {tuple(values.shape)}")
         for axis in range(3):
@@ -149,8 +164,16 @@ class PatchGrid:
 def guard_band(labels: Tensor, width: int = 1, tolerance: float = 0.0) -> Tensor:
     """``labels`` [..., f, h, w] with NaN (unlabelled) wherever a label within ``width`` patches differs by > tolerance.
 
-    An autoencoder's receptive field mixes neighbouring patches, so labels at the border of a mask are not to be
-    trusted. NaN labels stay NaN and guard nothing. Float; not differentiable. Raises ValueError naming the argument.
+    An autoencoder's receptive field mixes neighbouring patches, so labels at the border of a mask are unreliable. Not
+    differentiable.
+
+    Args:
+        labels: float; NaN labels stay NaN and are ignored in comparisons.
+        width: in patches, at least 0.
+        tolerance: largest difference that leaves a label as it is.
+
+    Raises:
+        ValueError: naming the argument.
     """
     if width < 0:
         raise ValueError(f"width must be at least 0 patches; got {width}")

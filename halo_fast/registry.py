@@ -1,19 +1,21 @@
-"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported when asked.
+"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported on demand.
 
-Whatever takes a registered name also takes the dotted name of one's own: "package.module:Class". A plugin is a module
-with `TABLES`, {kind: {name: "module:attribute"}}.
+Whatever takes a registered name also takes a dotted name of your own: "package.module:Class". A plugin is a module with
+`TABLES`, {kind: {name: "module:attribute"}}.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["known", "register", "resolve"]
+__all__ = ["is_name", "known", "register", "resolve"]
 
 _PLUGINS = ("halo_fast.demo.plugin",)
 _tables: dict[str, dict[str, str]] = {}
@@ -23,15 +25,16 @@ def register(kind: str, names: Mapping[str, str]) -> None:
     """Add names of a kind.
 
     Args:
-        kind: "model", "prompts", "teacher", "meter", "reward backbone", "objective" or whatever else has names.
+        kind: "model", "prompts", "teacher", "meter", "reward backbone", "reward examples", "recipe", "comparison",
+            "command" or whatever else has names.
         names: name -> "module:attribute".
 
     Raises:
         ValueError: the name stands for something else already.
     """
     table = _tables.setdefault(kind, {})
-    for name, target in names.items():
-        if table.setdefault(name, target) != target:
+    for name, place in names.items():
+        if table.setdefault(name, place) != place:
             raise ValueError(f"{kind}: {name!r} is registered as {table[name]}; choose another name")
 
 
@@ -39,6 +42,23 @@ def known(kind: str) -> list[str]:
     """The registered names of a kind, sorted."""
     _load_plugins()
     return sorted(_tables.get(kind, {}))
+
+
+def is_name(kind: str, text: str) -> bool:
+    """Whether a text is a registered name or has the form "package.module:attribute", and is no file or folder."""
+    return text in known(kind) or (re.fullmatch(r"[A-Za-z_][\w.]*:\w+", text) is not None and not Path(text).exists())
+
+
+def load(target: str) -> Any:
+    """The object behind "module:attribute", imported if it is not yet."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def target(kind: str, name: str) -> str:
+    """The "module:attribute" that a registered name stands for; any other name is returned as it is."""
+    _load_plugins()
+    return _tables.get(kind, {}).get(name, name)
 
 
 def resolve(kind: str, name: str, setting: str | None = None) -> Any:
@@ -52,21 +72,18 @@ def resolve(kind: str, name: str, setting: str | None = None) -> Any:
     Raises:
         UserError: neither registered nor importable; the message lists the known names.
     """
-    _load_plugins()
-    target = _tables.get(kind, {}).get(name, name)
-    module, _, attribute = target.partition(":")
-    if not attribute:
-        names = ", ".join(map(repr, known(kind))) or "none"
-        raise UserError(
-            f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
-        )
+    place = target(kind, name)
+    names = ", ".join(map(repr, known(kind))) or "none"
+    expected = f'{setting or kind}: expected one of {names}, or your own as "package.module:attribute"; got {name!r}'
+    if ":" not in place:
+        raise UserError(expected)
     try:
-        return getattr(import_module(module), attribute)
+        return load(place)
     except (ImportError, AttributeError) as error:
         missing = getattr(error, "name", None)
-        if target != name and missing and missing.split(".")[0] != "halo_fast":
-            raise  # a package of one of our own is not installed, which the command line says how to mend
-        raise UserError(f"{setting or kind}: {name!r} cannot be imported ({first_line(error)})") from error
+        if place != name and missing and missing.split(".")[0] != "halo_fast":
+            raise  # a missing package of an extra: the command line says what to install
+        raise UserError(f"{expected}, which cannot be imported ({first_line(error)})") from error
 
 
 @cache

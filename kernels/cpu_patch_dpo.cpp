@@ -35,8 +35,17 @@ struct fp16 {
     uint16_t bits;
 };
 
+enum Dtype { float64, float32, bfloat16, float16, dtypes };
+
 template <class T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+constexpr Dtype dtype_of = std::is_same_v<T, double> ? float64
+                           : std::is_same_v<T, float> ? float32
+                           : std::is_same_v<T, bf16>  ? bfloat16
+                                                      : float16;
+
+// Sums are taken in double if any of the latents is double, else in float.
+template <class... T>
+using Accumulate = std::conditional_t<(std::is_same_v<T, double> || ...), double, float>;
 
 HALO_INLINE float as_float(uint32_t bits) {
     float value;
@@ -63,6 +72,7 @@ HALO_INLINE float widen(fp16 x) {
 }
 
 HALO_INLINE void narrow(double x, double& to) { to = x; }
+HALO_INLINE void narrow(double x, float& to) { to = static_cast<float>(x); }
 HALO_INLINE void narrow(float x, float& to) { to = x; }
 
 HALO_INLINE void narrow(float x, bf16& to) {
@@ -91,42 +101,48 @@ constexpr int64_t cache_line = 64;
 
 constexpr int64_t strip_bytes = 256, ahead_bytes = 3072;
 
-template <class T>
+template <int64_t count, class T>
 HALO_INLINE void fetch(const T* data) {
     const char* at = reinterpret_cast<const char*>(data) + ahead_bytes;
-    for (int64_t k = 0; k < strip_bytes; k += cache_line) __builtin_prefetch(at + k);
+    for (int64_t k = 0; k < count * static_cast<int64_t>(sizeof(T)); k += cache_line) __builtin_prefetch(at + k);
     asm volatile("");  // else GCC takes this function for one without effect and drops its calls
 }
 
-// Calls body(i) for first <= i < count, each strip after having fetched from every input.
-template <class T, class Body, class... Inputs>
-HALO_INLINE void by_strips(int64_t first, int64_t count, const Body& body, const Inputs*... inputs) {
-    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(T));
+// Calls body(i) for first <= i < count, each strip after having fetched from every input. A strip is counted in elements of the
+// first input.
+template <class Body, class First, class... Inputs>
+HALO_INLINE void by_strips(int64_t first, int64_t count, const Body& body, const First* input, const Inputs*... inputs) {
+    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(First));
     int64_t i = first;
     for (; i + strip <= count; i += strip) {
-        (fetch(inputs + i), ...);
+        fetch<strip>(input + i);
+        (fetch<strip>(inputs + i), ...);
         for (int64_t j = 0; j < strip; ++j) body(i + j);
     }
     for (; i < count; ++i) body(i);
 }
 
-template <class T>
-HALO_INLINE void add_log_ratio(Accumulate<T>* __restrict sum, const T* __restrict policy, const T* __restrict reference,
+// P is the type of the policy and of its reference, T that of the target: each is widened to the type of the sums as it is read.
+template <class P, class T>
+HALO_INLINE void add_log_ratio(Accumulate<P, T>* __restrict sum, const P* __restrict policy, const P* __restrict reference,
                                const T* __restrict target, int64_t count) {
+    using A = Accumulate<P, T>;
     const auto body = [&](int64_t i) {
-        const auto o = widen(policy[i]), o_ref = widen(reference[i]), tau = widen(target[i]);
+        const A o = widen(policy[i]), o_ref = widen(reference[i]), tau = widen(target[i]);
         sum[i] += (o_ref - o) * ((o - tau) + (o_ref - tau));
     };
-    by_strips<T>(0, count, body, policy, reference, target);
+    by_strips(0, count, body, policy, reference, target);
 }
 
-template <class T>
-HALO_INLINE void add_error(Accumulate<T>* __restrict sum, const T* __restrict prediction, const T* __restrict target, int64_t count) {
+template <class P, class T>
+HALO_INLINE void add_error(Accumulate<P, T>* __restrict sum, const P* __restrict prediction, const T* __restrict target,
+                           int64_t count) {
+    using A = Accumulate<P, T>;
     const auto body = [&](int64_t i) {
-        const auto residual = widen(prediction[i]) - widen(target[i]);
+        const A residual = static_cast<A>(widen(prediction[i])) - static_cast<A>(widen(target[i]));
         sum[i] += residual * residual;
     };
-    by_strips<T>(0, count, body, prediction, target);
+    by_strips(0, count, body, prediction, target);
 }
 
 // Past the caches: an ordinary store first reads the line that it overwrites. Both pointers are multiples of 16 bytes.
@@ -140,45 +156,49 @@ HALO_INLINE void stream(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-template <class T>
-HALO_INLINE void write_gradient(T* __restrict gradient, const T* __restrict prediction, const T* __restrict target,
-                                const Accumulate<T>* __restrict scale, int64_t count, bool past_caches) {
-    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(T));
-    const auto write = [&](int64_t i, T& to) { narrow((widen(prediction[i]) - widen(target[i])) * scale[i], to); };
+template <class P, class T>
+HALO_INLINE void write_gradient(P* __restrict gradient, const P* __restrict prediction, const T* __restrict target,
+                                const Accumulate<P, T>* __restrict scale, int64_t count, bool past_caches) {
+    using A = Accumulate<P, T>;
+    constexpr int64_t strip = strip_bytes / static_cast<int64_t>(sizeof(P));
+    const auto write = [&](int64_t i, P& to) {
+        narrow((static_cast<A>(widen(prediction[i])) - static_cast<A>(widen(target[i]))) * scale[i], to);
+    };
     // Stores that cross a cache line are dear, so the first few elements are taken apart.
     const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(gradient) % cache_line);
-    const int64_t head = std::min(count, (cache_line - past) % cache_line / static_cast<int64_t>(sizeof(T)));
+    const int64_t head = std::min(count, (cache_line - past) % cache_line / static_cast<int64_t>(sizeof(P)));
     for (int64_t i = 0; i < head; ++i) write(i, gradient[i]);
     int64_t i = head;
     for (; past_caches && i + strip <= count; i += strip) {
-        alignas(cache_line) T room[strip];
-        fetch(prediction + i);
-        fetch(target + i);
+        alignas(cache_line) P room[strip];
+        fetch<strip>(prediction + i);
+        fetch<strip>(target + i);
         for (int64_t j = 0; j < strip; ++j) write(i + j, room[j]);
         stream(gradient + i, room, strip_bytes);
     }
-    by_strips<T>(i, count, [&](int64_t j) { write(j, gradient[j]); }, prediction, target);
+    by_strips(i, count, [&](int64_t j) { write(j, gradient[j]); }, prediction, target);
 }
 
-template <class T>
+template <class P, class T>
 struct Rows {
-    void (*log_ratio)(Accumulate<T>*, const T*, const T*, const T*, int64_t);
-    void (*error)(Accumulate<T>*, const T*, const T*, int64_t);
-    void (*gradient)(T*, const T*, const T*, const Accumulate<T>*, int64_t, bool);
+    using A = Accumulate<P, T>;
+    void (*log_ratio)(A*, const P*, const P*, const T*, int64_t);
+    void (*error)(A*, const P*, const T*, int64_t);
+    void (*gradient)(P*, const P*, const T*, const A*, int64_t, bool);
 };
 
 #define HALO_ROWS(NAME, TARGET)                                                                                                  \
-    template <class T>                                                                                                           \
+    template <class P, class T>                                                                                                  \
     struct NAME {                                                                                                                \
-        using A = Accumulate<T>;                                                                                                 \
-        TARGET static void log_ratio(A* sum, const T* o, const T* o_ref, const T* tau, int64_t count) {                          \
+        using A = Accumulate<P, T>;                                                                                              \
+        TARGET static void log_ratio(A* sum, const P* o, const P* o_ref, const T* tau, int64_t count) {                          \
             add_log_ratio(sum, o, o_ref, tau, count);                                                                            \
         }                                                                                                                        \
-        TARGET static void error(A* sum, const T* o, const T* tau, int64_t count) { add_error(sum, o, tau, count); }             \
-        TARGET static void gradient(T* out, const T* o, const T* tau, const A* scale, int64_t count, bool past_caches) {         \
+        TARGET static void error(A* sum, const P* o, const T* tau, int64_t count) { add_error(sum, o, tau, count); }             \
+        TARGET static void gradient(P* out, const P* o, const T* tau, const A* scale, int64_t count, bool past_caches) {         \
             write_gradient(out, o, tau, scale, count, past_caches);                                                              \
         }                                                                                                                        \
-        static constexpr Rows<T> rows{log_ratio, error, gradient};                                                               \
+        static constexpr Rows<P, T> rows{log_ratio, error, gradient};                                                            \
     };
 
 HALO_ROWS(Portable, )
@@ -203,21 +223,22 @@ Level best_level() {
 const Level supported = best_level();
 Level level = supported;
 
-template <class T>
-const Rows<T>& rows_in_use() {
+template <class P, class T>
+const Rows<P, T>& rows_in_use() {
 #ifdef __x86_64__
-    if (level == avx512) return Avx512<T>::rows;
-    if (level == avx2) return Avx2<T>::rows;
+    if (level == avx512) return Avx512<P, T>::rows;
+    if (level == avx2) return Avx2<P, T>::rows;
 #endif
-    return Portable<T>::rows;
+    return Portable<P, T>::rows;
 }
 
 // ---- geometry
 
-template <class T>
+template <class Data>
 struct View {  // [N, C, F, H, W], strides in elements
-    T* data;
+    Data* data;  // of the dtype's elements
     const int64_t* stride;
+    int dtype;
 
     int64_t at(int64_t n, int64_t c, int64_t f, int64_t h) const {
         return n * stride[0] + c * stride[1] + f * stride[2] + h * stride[3];
@@ -280,17 +301,53 @@ int thread_index() {
 #endif
 }
 
-// A row with gaps between its elements is packed first; all others are read in place.
+// Calls run(x) with x of the dtype's C++ type.
+template <class Run>
+void by_dtype(int dtype, const Run& run) {
+    switch (dtype) {
+        case float64: return run(double{});
+        case float32: return run(float{});
+        case bfloat16: return run(bf16{});
+        default: return run(fp16{});
+    }
+}
+
+// A row in the type of the loops, T. One with gaps, or of another dtype, is packed first; all others are read in place.
 template <class T>
-const T* packed_row(const View<const T>& view, int64_t offset, int64_t count, T* buffer) {
-    if (view.stride[4] == 1) return view.data + offset;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = view.data[offset + i * view.stride[4]];
+const T* packed_row(const View<const void>& view, int64_t offset, int64_t count, T* buffer) {
+    if (view.dtype == dtype_of<T> && view.stride[4] == 1) return static_cast<const T*>(view.data) + offset;
+    by_dtype(view.dtype, [&](auto element) {
+        using From = decltype(element);
+        const From* from = static_cast<const From*>(view.data) + offset;
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (std::is_same_v<From, T>)
+                buffer[i] = from[i * view.stride[4]];
+            else if constexpr (std::is_floating_point_v<T>)
+                buffer[i] = static_cast<T>(widen(from[i * view.stride[4]]));
+        }
+    });
     return buffer;
 }
 
-template <class... Views>
-bool rows_follow_each_other(int64_t W, const Views&... views) {
-    return ((views.stride[4] == 1 && views.stride[3] == W) && ...);
+// The other way: a row that was computed in T.
+template <class T>
+void unpack_row(const View<void>& view, int64_t offset, int64_t count, const T* buffer) {
+    by_dtype(view.dtype, [&](auto element) {
+        using To = decltype(element);
+        To* to = static_cast<To*>(view.data) + offset;
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (std::is_same_v<To, T>)
+                to[i * view.stride[4]] = buffer[i];
+            else if constexpr (std::is_floating_point_v<T>)
+                narrow(static_cast<Accumulate<To, T>>(buffer[i]), to[i * view.stride[4]]);
+        }
+    });
+}
+
+// Whether all rows of a view can be read or written in place, and follow each other.
+template <class T, class Data>
+bool whole(int64_t W, const View<Data>& view) {
+    return view.dtype == dtype_of<T> && view.stride[4] == 1 && view.stride[3] == W;
 }
 
 // ---- forward
@@ -349,41 +406,42 @@ class PerThread {
     std::vector<char> room_;
 };
 
-template <class T>
-void forward(const Geometry& g, View<const T> policy, View<const T> reference, View<const T> target, Accumulate<T>* out,
+template <class P, class T>
+void forward(const Geometry& g, View<const void> policy, View<const void> reference, View<const void> target, void* out,
              int threads) {
-    using A = Accumulate<T>;
-    const Rows<T> rows = rows_in_use<T>();
+    using A = Accumulate<P, T>;
+    const Rows<P, T> rows = rows_in_use<P, T>();
     const int64_t block = g.rows_per_task * g.W;
     PerThread<A> sums(threads, block);
     PerThread<double> columns(threads, g.W);
-    PerThread<T> packs(threads, 3 * g.W);
+    PerThread<P> packs(threads, 2 * g.W);
+    PerThread<T> target_packs(threads, g.W);
     std::vector<double> partial(g.N * g.pieces() * g.H * g.w);
     const bool error_only = reference.data == nullptr;
-    const bool whole = rows_follow_each_other(g.W, policy, target) && (error_only || rows_follow_each_other(g.W, reference));
+    const bool in_place = whole<P>(g.W, policy) && whole<T>(g.W, target) && (error_only || whole<P>(g.W, reference));
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
         const Task task(g, index);
         A* sum = sums.mine();
-        T* pack = packs.mine();
+        P* pack = packs.mine();
         std::fill(sum, sum + block, A(0));
-        const int64_t step = whole ? task.last - task.first : 1;
+        const int64_t step = in_place ? task.last - task.first : 1;
         for (int64_t c = 0; c < g.C; ++c)
             for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
                 for (int64_t h = task.first; h < task.last; h += step) {
                     A* to = sum + (h - task.first) * g.W;
-                    const T* o = packed_row(policy, policy.at(task.n, c, f, h), g.W, pack);
-                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
+                    const P* o = packed_row(policy, policy.at(task.n, c, f, h), g.W, pack);
+                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, target_packs.mine());
                     if (error_only)
                         rows.error(to, o, tau, step * g.W);
                     else
-                        rows.log_ratio(to, o, packed_row(reference, reference.at(task.n, c, f, h), g.W, pack + 2 * g.W), tau,
+                        rows.log_ratio(to, o, packed_row(reference, reference.at(task.n, c, f, h), g.W, pack + g.W), tau,
                                        step * g.W);
                 }
         fold(g, task, sum, columns.mine(), partial.data());
     }
-    finish(g, partial.data(), out, threads);
+    finish(g, partial.data(), static_cast<A*>(out), threads);
 }
 
 // ---- backward: 2 (o - tau) grad_p / Z_p
@@ -427,35 +485,37 @@ void fault_in([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, [[may
 #endif
 }
 
-template <class T>
-void backward(const Geometry& g, Accumulate<T> factor, const Accumulate<T>* grad, View<const T> prediction, View<const T> target, View<T> gradient,
-              int threads) {
-    using A = Accumulate<T>;
-    const Rows<T> rows = rows_in_use<T>();
+template <class P, class T>
+void backward(const Geometry& g, const void* factor, const void* grad, View<const void> prediction, View<const void> target,
+              View<void> gradient, int threads) {
+    using A = Accumulate<P, T>;
+    const Rows<P, T> rows = rows_in_use<P, T>();
     const int64_t block = g.rows_per_task * g.W;
     PerThread<A> scales(threads, block);
-    PerThread<T> packs(threads, 3 * g.W);
-    const bool whole = rows_follow_each_other(g.W, prediction, target, gradient);
-    const int64_t bytes = g.N * g.C * g.F * g.H * g.W * static_cast<int64_t>(sizeof(T));
-    const bool past_caches = whole && bytes >= large;
-    if (bytes >= large) fault_in(gradient.data, bytes, threads);
+    PerThread<P> packs(threads, 2 * g.W);
+    PerThread<T> target_packs(threads, g.W);
+    const bool in_place = whole<P>(g.W, prediction) && whole<T>(g.W, target) && whole<P>(g.W, gradient);
+    const bool row_by_row = gradient.dtype != dtype_of<P> || gradient.stride[4] != 1;
+    const int64_t bytes = g.N * g.C * g.F * g.H * g.W * static_cast<int64_t>(sizeof(P));
+    const bool past_caches = in_place && bytes >= large;
+    if (bytes >= large && gradient.dtype == dtype_of<P>) fault_in(gradient.data, bytes, threads);
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t index = 0; index < g.tasks(); ++index) {
         const Task task(g, index);
         A* scale = scales.mine();
-        T* pack = packs.mine();
-        spread(g, task, factor, grad, scale);
-        const int64_t step = whole ? task.last - task.first : 1;
+        P* pack = packs.mine();
+        spread(g, task, factor ? *static_cast<const A*>(factor) : A(1), static_cast<const A*>(grad), scale);
+        const int64_t step = in_place ? task.last - task.first : 1;
         for (int64_t c = 0; c < g.C; ++c)
             for (int64_t f = g.frames[task.piece].begin; f < g.frames[task.piece].end; ++f)
                 for (int64_t h = task.first; h < task.last; h += step) {
-                    const T* o = packed_row(prediction, prediction.at(task.n, c, f, h), g.W, pack);
-                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, pack + g.W);
-                    T* to = gradient.data + gradient.at(task.n, c, f, h);
-                    const bool gaps = gradient.stride[4] != 1;
-                    rows.gradient(gaps ? pack + 2 * g.W : to, o, tau, scale + (h - task.first) * g.W, step * g.W, past_caches);
-                    for (int64_t i = 0; gaps && i < g.W; ++i) to[i * gradient.stride[4]] = pack[2 * g.W + i];
+                    const P* o = packed_row(prediction, prediction.at(task.n, c, f, h), g.W, pack);
+                    const T* tau = packed_row(target, target.at(task.n, c, f, h), g.W, target_packs.mine());
+                    const int64_t offset = gradient.at(task.n, c, f, h);
+                    P* to = row_by_row ? pack + g.W : static_cast<P*>(gradient.data) + offset;
+                    rows.gradient(to, o, tau, scale + (h - task.first) * g.W, step * g.W, past_caches);
+                    if (row_by_row) unpack_row(gradient, offset, g.W, to);
                 }
 #ifdef __x86_64__
         _mm_sfence();  // streamed stores are not ordered by what ends the parallel region
@@ -465,9 +525,9 @@ void backward(const Geometry& g, Accumulate<T> factor, const Accumulate<T>* grad
 
 // ---- the H1 loss and its coefficients on the [2B, P] table
 
-enum Link { sigmoid, conservative, robust, hinge, ipo, kto };
+enum Link { sigmoid, conservative, robust, hinge, ipo, kto, links };
 
-struct Parameters {
+struct TableNumbers {
     double label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma, patch_delta,
         sft_weight, patch_sft_weight;
 };
@@ -495,9 +555,12 @@ Value apply_link(Link link, double e, double z) {
             return {(z - 0.5) * (z - 0.5), 2 * (z - 0.5)};
         case kto:
             return {sigma(-z), -sigma(z) * sigma(-z)};
-        default:
+        case sigmoid:
             return {softplus(-z), -sigma(-z)};
+        case links:
+            break;
     }
+    return {NAN, NAN};  // never: the caller's link was checked
 }
 
 // s w of one group: a comparison with NaN is false, so an unlabelled entry is a tie.
@@ -520,8 +583,8 @@ struct PairSums {
 };
 
 template <class A>
-void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const A* video_rewards, const A* kappa, const A* error,
-           const A* loser_scale, Link link, const Parameters& to, A* loss, A* coefficients, A* video_logits, A* patch_logits,
+void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const A* video_rewards, const A* logit_scale,
+           const A* error, const A* loser_scale, Link link, const TableNumbers& to, A* loss, A* coefficients, A* video_logits, A* patch_logits,
            A* active, int threads) {
     const int64_t P = g.f * g.h * g.w, B = g.N / 2, blocks = ceil_div(P, table_block), work = B * blocks;
     [[maybe_unused]] const int team = P * B > table_block ? threads : 1;
@@ -564,8 +627,8 @@ void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const 
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
     for (int64_t index = 0; index < work; ++index) {
         const int64_t i = index / blocks, first = index % blocks * table_block;
-        const double video_scale = 0.5 * to.video_beta * (kappa ? static_cast<double>(kappa[i]) : 1.0);
-        const double patch_scale = 0.5 * to.patch_beta * (kappa ? static_cast<double>(kappa[B + i]) : 1.0);
+        const double video_scale = 0.5 * to.video_beta * (logit_scale ? static_cast<double>(logit_scale[i]) : 1.0);
+        const double patch_scale = 0.5 * to.patch_beta * (logit_scale ? static_cast<double>(logit_scale[B + i]) : 1.0);
         const double video_logit = video_scale * sign(video[i]) * pairs[i].margin;
         const Value video_link = apply_link(link, to.label_smoothing, video_logit);
         const double patch_share = to.patch_weight / (pairs[i].weight > 0 ? pairs[i].weight : 1.0);
@@ -607,63 +670,81 @@ void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const 
     *loss = static_cast<A>(total);
 }
 
-enum Status { ok = 0, out_of_memory = 1, unknown_dtype = 2 };
+enum Status { ok = 0, out_of_memory = 1, unknown_dtype = 2, unknown_link = 3 };
 
 template <class Run>
-int by_dtype(int dtype, const Run& run) {
+int guarded(const Run& run) {
     try {
-        switch (dtype) {
-            case 0: run(double{}); return ok;
-            case 1: run(float{}); return ok;
-            case 2: run(bf16{}); return ok;
-            case 3: run(fp16{}); return ok;
-            default: return unknown_dtype;
-        }
+        return run();
     } catch (const std::bad_alloc&) {
         return out_of_memory;
     }
 }
 
+bool known(int dtype) { return 0 <= dtype && dtype < dtypes; }
+
+// Calls run(p, t) with p and t of the types in which the loops read the policy and the target. Loops exist for every pair of
+// the dtypes below double; what else there is, is widened row by row.
+template <class Run>
+int by_loops(int policy, int reference, int target, const Run& run) {
+    if (!known(policy) || !known(reference) || !known(target)) return unknown_dtype;
+    return guarded([&] {
+        if (policy == float64 || reference == float64 || target == float64)
+            run(double{}, double{});
+        else if (policy != reference)
+            run(float{}, float{});
+        else
+            by_dtype(policy, [&](auto p) {
+                by_dtype(target, [&](auto t) {
+                    if constexpr (!std::is_same_v<Accumulate<decltype(p), decltype(t)>, double>) run(p, t);
+                });
+            });
+        return ok;
+    });
+}
+
 }  // namespace
 
-// sizes: the latents' shape [5], the grid [3], then the strides [5] of each latent in the order of the arguments.
-// A null reference gives the plain patch error. out: [N, f, h, w], double for double inputs, else float.
-HALO_EXPORT int halo_patch_forward(int dtype, int threads, const int64_t* sizes, const void* policy, const void* reference,
+// dtypes: of each latent in the order of the arguments. sizes: the latents' shape [5], the grid [3], then the strides [5] of each
+// latent. A null reference gives the plain patch error. out: [N, f, h, w], double if any latent is double, else float.
+HALO_EXPORT int halo_patch_forward(const int* dtypes, int threads, const int64_t* sizes, const void* policy, const void* reference,
                                    const void* target, void* out) {
-    return by_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        forward<T>(Geometry(sizes, sizes + 5), {static_cast<const T*>(policy), sizes + 8},
-                   {static_cast<const T*>(reference), sizes + 13}, {static_cast<const T*>(target), sizes + 18},
-                   static_cast<Accumulate<T>*>(out), threads);
+    return by_loops(dtypes[0], dtypes[1], dtypes[2], [&](auto p, auto t) {
+        forward<decltype(p), decltype(t)>(Geometry(sizes, sizes + 5), {policy, sizes + 8, dtypes[0]}, {reference, sizes + 13, dtypes[1]},
+                                          {target, sizes + 18, dtypes[2]}, out, threads);
     });
 }
 
-// Of factor * grad; a null factor is 1.
-HALO_EXPORT int halo_patch_backward(int dtype, int threads, const int64_t* sizes, const void* factor, const void* grad,
+// Of factor * grad; a null factor is 1. The gradient has the prediction's dtype; factor and grad have that of the sums.
+HALO_EXPORT int halo_patch_backward(const int* dtypes, int threads, const int64_t* sizes, const void* factor, const void* grad,
                                     const void* prediction, const void* target, void* gradient) {
-    return by_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        using A = Accumulate<T>;
-        backward<T>(Geometry(sizes, sizes + 5), factor ? *static_cast<const A*>(factor) : A(1), static_cast<const A*>(grad),
-                    {static_cast<const T*>(prediction), sizes + 8}, {static_cast<const T*>(target), sizes + 13},
-                    {static_cast<T*>(gradient), sizes + 18}, threads);
+    return by_loops(dtypes[0], dtypes[0], dtypes[1], [&](auto p, auto t) {
+        backward<decltype(p), decltype(t)>(Geometry(sizes, sizes + 5), factor, grad, {prediction, sizes + 8, dtypes[0]},
+                                           {target, sizes + 13, dtypes[1]}, {gradient, sizes + 18, dtypes[0]}, threads);
     });
 }
 
-// parameters: the eleven numbers of Parameters, in order. Null tables are absent; the outputs are as in the reference.
+// dtype: of every table, float64 or float32. numbers: those of TableNumbers, in order. Null tables are absent; the outputs are as
+// in the reference.
 HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* sizes, const void* log_ratio, const void* patch_rewards,
-                                    const void* video_rewards, const void* kappa, const void* error,
-                                    const void* loser_scale, int link, const double* parameters, void* loss, void* coefficients,
+                                    const void* video_rewards, const void* logit_scale, const void* error,
+                                    const void* loser_scale, int link, const double* numbers, void* loss, void* coefficients,
                                     void* video_logits, void* patch_logits, void* active) {
-    return by_dtype(dtype, [&](auto element) {
-        using A = Accumulate<decltype(element)>;
+    if (link < 0 || link >= links) return unknown_link;
+    TableNumbers values;
+    std::memcpy(&values, numbers, sizeof values);
+    const auto run = [&](auto number) {
+        using A = decltype(number);
         const auto in = [](const void* data) { return static_cast<const A*>(data); };
         const auto out = [](void* data) { return static_cast<A*>(data); };
-        Parameters values;
-        std::memcpy(&values, parameters, sizeof values);
-        table<A>(Geometry(sizes, sizes + 5), in(log_ratio), in(patch_rewards), in(video_rewards), in(kappa), in(error), in(loser_scale),
-                 static_cast<Link>(link), values, out(loss), out(coefficients), out(video_logits), out(patch_logits), out(active),
-                 threads);
+        table<A>(Geometry(sizes, sizes + 5), in(log_ratio), in(patch_rewards), in(video_rewards), in(logit_scale), in(error),
+                 in(loser_scale), static_cast<Link>(link), values, out(loss), out(coefficients), out(video_logits),
+                 out(patch_logits), out(active), threads);
+    };
+    return guarded([&] {
+        if (dtype == float64) return run(double{}), ok;
+        if (dtype == float32) return run(float{}), ok;
+        return unknown_dtype;
     });
 }
 

@@ -16,18 +16,22 @@ LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_STATUS = {1: MemoryError("halo_fast C++ kernels: not enough memory for the workspace"), 2: TypeError("unknown dtype")}
+_STATUS = {
+    1: MemoryError("halo_fast C++ kernels: not enough memory for the workspace"),
+    2: TypeError("halo_fast C++ kernels: unknown dtype"),
+    3: ValueError("halo_fast C++ kernels: unknown link"),
+}
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _accumulate_dtype(*views: Tensor) -> torch.dtype:
+    return torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
 
 
 def _bind(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
-    library.halo_patch_forward.argtypes = [integer, integer] + [pointer] * 5
-    library.halo_patch_backward.argtypes = [integer, integer] + [pointer] * 6
+    library.halo_patch_forward.argtypes = [pointer, integer] + [pointer] * 5
+    library.halo_patch_backward.argtypes = [pointer, integer] + [pointer] * 6
     library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 7 + [integer] + [pointer] * 6
     library.halo_instruction_set.argtypes = [integer]
     return library
@@ -79,19 +83,24 @@ def _sizes(shape: Sequence[int], grid: Sequence[int], *latents: Tensor) -> ctype
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def _dtypes(*latents: Tensor) -> ctypes.Array[ctypes.c_int]:
+    return (ctypes.c_int * len(latents))(*(_DTYPES[latent.dtype] for latent in latents))
+
+
 def _check(status: int) -> None:
     if status:
         raise _STATUS[status]
 
 
 def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Sequence[int]) -> Tensor:
-    out = policy.new_empty((policy.shape[0], *grid), dtype=_accumulate_dtype(policy.dtype))
+    views = policy, policy if reference is None else reference, target
+    out = policy.new_empty((policy.shape[0], *grid), dtype=_accumulate_dtype(*views))
     if out.numel() == 0:
         return out
     status = _library().halo_patch_forward(
-        _DTYPES[policy.dtype],
+        _dtypes(*views),
         torch.get_num_threads(),
-        _sizes(policy.shape, grid, policy, policy if reference is None else reference, target),
+        _sizes(policy.shape, grid, *views),
         policy.data_ptr(),
         None if reference is None else reference.data_ptr(),
         target.data_ptr(),
@@ -121,11 +130,11 @@ def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, t
     gradient = torch.empty_like(prediction)
     if gradient.numel() == 0:
         return gradient
-    dtype = _accumulate_dtype(prediction.dtype)
+    dtype = _accumulate_dtype(prediction, target)
     grad = grad.to(dtype).contiguous()
     factor = None if factor is None else factor.to(dtype)
     status = _library().halo_patch_backward(
-        _DTYPES[prediction.dtype],
+        _dtypes(prediction, target),
         torch.get_num_threads(),
         _sizes(prediction.shape, grad.shape[1:], prediction, target, gradient),
         None if factor is None else factor.data_ptr(),
@@ -142,19 +151,19 @@ def gran_dpo_table(
     log_ratio: Tensor,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     error: Tensor | None,
     loser_scale: Tensor | None,
     latent_shape: Sequence[int],
     link_name: str,
-    *parameters: float,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
     samples, *grid = log_ratio.shape
     # Names keep the contiguous tables alive while the kernel reads them.
     tables = [
         None if table is None else table.contiguous()
-        for table in (log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale)
+        for table in (log_ratio, patch_rewards, video_rewards, logit_scale, error, loser_scale)
     ]
     pairs = samples // 2
     outputs = [log_ratio.new_empty(shape) for shape in ((), (samples, *grid), (pairs,), (pairs, *grid), (pairs,))]
@@ -164,7 +173,7 @@ def gran_dpo_table(
         _sizes((samples, *latent_shape), grid),
         *(None if table is None else table.data_ptr() for table in tables),
         LINKS.index(link_name),
-        (ctypes.c_double * len(parameters))(*parameters),
+        (ctypes.c_double * 11)(*numbers),
         *(output.data_ptr() for output in outputs),
     )
     _check(status)

@@ -1,59 +1,76 @@
 """Triton kernels for GPUs (and, with TRITON_INTERPRET=1, for CPU tensors in tests).
 
 Every function takes 5-D strided views [N, C, F, H, W] whose device and dtype have been checked; nothing here is
-differentiable.
+differentiable. Each view keeps its own dtype and is widened in registers. Sums are taken in float64 if any view is
+float64, else in float32.
 
 A program of the forward kernel reads whole stretches of the (row, column) plane, not patches: its loads are as wide as
-the memory layout allows, however short and ragged the patches are. It keeps one sum per position over channels and
-frames, and adds them patch by patch at the end. The program that arrives last at a slab adds the slab's parts in their
-fixed order, so there is one launch, no float atomic, and the same bits on every run.
+the memory layout allows, however short and ragged the patches are. It keeps one sum per element of its tile over
+channels and frames, and adds them patch by patch at the end. Each program writes its parts. The next launch on the same
+stream adds them in their fixed order: no atomics, no state between calls, and the same bits on every run.
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 INTERPRETED = triton.knobs.runtime.interpret
+
+# Four programs of full tiles for each of the 132 multiprocessors of an H100.
+PROGRAMS = 528
+# Elements of a full tile: eight for each of 128 threads.
+TILE = 1024
 
 
 class LaunchConfig(NamedTuple):
-    """block: positions of the plane per program; lines: (channel, frame) planes per program."""
+    """block: positions of the plane per program; lines: (channel block, frame) planes per program."""
 
     block: int
     lines: int
     num_warps: int
 
 
-def launch_config(positions: int, lines: int, align_bytes: int, itemsize: int) -> LaunchConfig:
-    """Launch sizes for slabs of `positions` plane positions with `lines` (channel, frame) planes each.
+def launch_config(
+    positions: int, lines: int, slabs: int, lanes: int, align_bytes: int, itemsize: int, least: int
+) -> LaunchConfig:
+    """Launch sizes for `slabs` slabs of `positions` plane positions with `lines` planes of `lanes` channels each.
 
-    A thread holds eight positions, four in float64, and two where nothing is aligned and each needs an address of its
-    own. Sums are cut by these sizes, so they depend on the shape alone: the bits do not change from one NVIDIA GPU to
-    the next.
+    A thread holds eight elements, four in float64, and two where nothing is aligned and each needs an address of its
+    own. A program takes as many lines as leave enough programs, but `least`. Sums are cut by these sizes, so they
+    depend on shapes, strides and dtypes alone: the bits do not change from one NVIDIA GPU to the next.
     """
-    widest = 256 if align_bytes < 8 else 512 if itemsize == 8 else 1024
-    block = min(widest, max(128, triton.next_power_of_2(positions)))
-    if INTERPRETED:
-        return LaunchConfig(block, 64, 1)
-    per_program = 8 if lines * math.ceil(positions / block) <= 512 else 32
-    threads = triton.runtime.driver.active.get_current_target().warp_size
-    return LaunchConfig(block, per_program, max(1, block * 128 // widest // threads))
+    tile = TILE // 4 if align_bytes < 8 else TILE // 2 if itemsize == 8 else TILE
+    block = min(tile // lanes, max(128 // lanes, triton.next_power_of_2(positions)))
+    if block * lanes == tile and _padded(positions, block) > 1.15 * _padded(positions, block // 2):
+        block //= 2  # fewer elements lie beyond the slab
+    programs = slabs * _padded(positions, block) * lanes / tile
+    share = 32
+    while share > least and programs * math.ceil(lines / share) < PROGRAMS:
+        share //= 2
+    threads = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    return LaunchConfig(block, share, max(1, block * lanes * 128 // tile // threads))
 
 
-def forward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int, inputs: int = 3) -> int:
-    """Bytes that patch_log_ratio (inputs 3) or patch_error (2) must move: every input once, the table once."""
-    return inputs * math.prod(shape) * itemsize + shape[0] * math.prod(grid) * max(4, itemsize)
+def _padded(size: int, block: int) -> int:
+    return math.ceil(size / block) * block
 
 
-def backward_bytes(shape: Sequence[int], grid: Sequence[int], itemsize: int) -> int:
+def forward_bytes(shape: Sequence[int], grid: Sequence[int], *itemsizes: int) -> int:
+    """Bytes that patch_log_ratio (three item sizes) or patch_error (two) must move: inputs and table once."""
+    return sum(itemsizes) * math.prod(shape) + shape[0] * math.prod(grid) * max(4, *itemsizes)
+
+
+def backward_bytes(shape: Sequence[int], grid: Sequence[int], prediction: int, target: int) -> int:
     """Bytes that gran_dpo_backward must move: two inputs and the gradient once, the table and its factor once."""
-    return forward_bytes(shape, grid, itemsize, 3) + max(4, itemsize)
+    return forward_bytes(shape, grid, prediction, target, prediction) + max(4, prediction, target)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -74,7 +91,8 @@ def describe() -> str:
 
 # Sizes and strides are plain numbers to the compiler, so that a new shape does not compile a new kernel; what loads
 # need to know about alignment is in ALIGN.
-_SIZES = ["C", "F", "H", "W", "B", "P", "grid_f", "grid_h", "grid_w", "chunks", "splits"]
+_SIZES = ["C", "F", "H", "W", "B", "P", "grid_f", "grid_h", "grid_w", "share", "chunks", "count", "rows"]
+_SIZES += ["patch_stride", "part_stride", "W_magic", "H_magic", "grid_h_magic", "grid_w_magic"]
 _VIEWS = ["policy", "reference", "target", "prediction", "gradient"]
 _STRIDES = [f"{view}_{side}" for view in _VIEWS for side in "ncfhw"]
 
@@ -89,14 +107,29 @@ def _length(index, side, parts):
     return (index + 1) * side // parts - index * side // parts
 
 
+@triton.jit
+def _divide(x, divisor, magic, WIDE: tl.constexpr):
+    """x // divisor by the high half of a product; exact while x * divisor < 2^30, beyond that WIDE divides."""
+    if WIDE:
+        return x // divisor
+    return tl.umulhi((x * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _place(row, column, stride_h, stride_w, ALIGN: tl.constexpr, LANES: tl.constexpr):
+    """Offsets of positions in a view: [BLOCK], or [BLOCK, LANES] with the channels on the lanes."""
+    place = (row * stride_h + column * stride_w) * ALIGN
+    if LANES > 1:
+        place = place[:, None] + tl.arange(0, LANES)[None, :]
+    return place
+
+
 @_jit
 def _forward_kernel(
     policy,
     reference,
     target,
-    out,  # [N, f, h, w]
-    parts,  # [N, f, h, parts, w]
-    arrivals,  # [N, f, h], zero before and after
+    out,
     policy_n: tl.int64,
     policy_c: tl.int64,
     policy_f: tl.int64,
@@ -119,97 +152,148 @@ def _forward_kernel(
     grid_f,
     grid_h,
     grid_w,
+    share,
     chunks,
-    splits,
+    patch_stride: tl.int64,
+    part_stride: tl.int64,
+    W_magic,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     ALIGN: tl.constexpr,
     FLAT: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SINGLE: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
+    """Parts of -d_p (or of E_p): one program reads BLOCK positions of a slab in `share` lines.
+
+    A slab is one row of patches of one frame group of one sample; its positions are contiguous. A line is a frame of
+    LANES channels. Program (slab, chunk, split) writes its part of patch k of the slab to
+    out[(slab * grid_w + k) * patch_stride + part * part_stride], already divided by the patch's size.
+
+    | flag          | meaning                                                                             |
+    |---------------|-------------------------------------------------------------------------------------|
+    | BLOCK         | positions of the plane per program                                                  |
+    | LANES         | 1: positions lie on the lanes; else so many channels do, whose stride is 1          |
+    | ALIGN         | elements in whose multiples planes (channels, with LANES) of all views begin and end |
+    | FLAT          | positions have stride 1                                                             |
+    | POSITIONS     | every position is a patch; the plane is one long row                                |
+    | WIDE          | arithmetic within a plane needs 64 bits                                             |
+    | HAS_REFERENCE | -d_p of three views; else E_p of two                                                |
+    | ACCUMULATE    | dtype of the sums                                                                   |
+    """
+    slab, chunk, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if WIDE:
         H = H.to(tl.int64)
         W = W.to(tl.int64)
-    count = chunks * splits
-    program = tl.program_id(0).to(tl.int64)
-    slab = program // count
-    part = (program % count).to(tl.int32)
-    chunk, split = part % chunks, part // chunks
-    kh = (slab % grid_h).to(tl.int32)
-    kf = (slab // grid_h % grid_f).to(tl.int32)
-    n = slab // grid_h // grid_f
+    kh = slab % grid_h
+    kf = slab // grid_h % grid_f
+    n = (slab // grid_h // grid_f).to(tl.int64)
     first_frame = kf * F // grid_f
     frames = _length(kf, F, grid_f)
     begin, end = kh * H // grid_h * W, (kh + 1) * H // grid_h * W
 
     # A mask by aligned units keeps the loads wide; what lies outside the slab is left out below.
-    unit = begin // ALIGN + chunk * (BLOCK // ALIGN) + tl.arange(0, BLOCK) // ALIGN
-    readable = unit * ALIGN < end
-    position = (begin // ALIGN + chunk * (BLOCK // ALIGN)) * ALIGN + tl.arange(0, BLOCK)
-    column = position % W
+    UNIT: tl.constexpr = ALIGN if LANES == 1 else 1
+    readable = (begin // UNIT + chunk * (BLOCK // UNIT) + tl.arange(0, BLOCK) // UNIT) * UNIT < end
+    position = (begin // UNIT + chunk * (BLOCK // UNIT)) * UNIT + tl.arange(0, BLOCK)
+    if POSITIONS:
+        row, column = position * 0, position
+    else:
+        row = _divide(position, W, W_magic, WIDE)
+        column = position - row * W
     if FLAT:
         policy += position
         reference += position
         target += position
     else:
-        row = position // W
-        policy += row * policy_h + column * policy_w
-        reference += row * reference_h + column * reference_w
-        target += row * target_h + column * target_w
+        policy += _place(row, column, policy_h, policy_w, ALIGN, LANES)
+        reference += _place(row, column, reference_h, reference_w, ALIGN, LANES)
+        target += _place(row, column, target_h, target_w, ALIGN, LANES)
+    if LANES > 1:
+        total = tl.zeros([BLOCK, LANES], ACCUMULATE)
+        readable = readable[:, None]
+    else:
+        total = tl.zeros([BLOCK], ACCUMULATE)
 
-    total = tl.zeros([BLOCK], ACCUMULATE)
-    lines = C * frames
-    share = (lines + splits - 1) // splits
-    for line in range(split * share, min(lines, (split + 1) * share)):
-        c = (line // frames).to(tl.int64)
-        f = (first_frame + line % frames).to(tl.int64)
-        o = tl.load(policy + (n * policy_n + c * policy_c + f * policy_f) * ALIGN, mask=readable, other=0.0)
-        tau = tl.load(target + (n * target_n + c * target_c + f * target_f) * ALIGN, mask=readable, other=0.0)
+    # Counters in place of a division in every round.
+    first_line = split * share
+    channel = first_line // frames
+    frame = first_line - channel * frames
+    c, f = channel.to(tl.int64), (first_frame + frame).to(tl.int64)
+    at_policy = n * policy_n + c * policy_c + f * policy_f
+    at_reference = n * reference_n + c * reference_c + f * reference_f
+    at_target = n * target_n + c * target_c + f * target_f
+    for _ in tl.range(first_line, min(C // LANES * frames, first_line + share), loop_unroll_factor=4):
+        o = tl.load(policy + at_policy * ALIGN, mask=readable, other=0.0, eviction_policy="evict_last")
+        tau = tl.load(target + at_target * ALIGN, mask=readable, other=0.0, eviction_policy="evict_last")
         o, tau = o.to(ACCUMULATE), tau.to(ACCUMULATE)
         if HAS_REFERENCE:
-            o_ref = tl.load(
-                reference + (n * reference_n + c * reference_c + f * reference_f) * ALIGN, mask=readable, other=0.0
-            )
+            o_ref = tl.load(reference + at_reference * ALIGN, mask=readable, other=0.0, eviction_policy="evict_first")
             o_ref = o_ref.to(ACCUMULATE)
             total += (o_ref - o) * ((o - tau) + (o_ref - tau))
         else:
             total += (o - tau) * (o - tau)
+        frame += 1
+        wrap = frame == frames
+        frame = tl.where(wrap, 0, frame)
+        at_policy += tl.where(wrap, policy_c - (frames - 1) * policy_f, policy_f)
+        at_target += tl.where(wrap, target_c - (frames - 1) * target_f, target_f)
+        at_reference += tl.where(wrap, reference_c - (frames - 1) * reference_f, reference_f)
+    if LANES > 1:
+        total = tl.sum(total, 1)
 
     live = (position >= begin) & (position < end)
-    depth = lines.to(ACCUMULATE)
+    depth = (C * frames).to(ACCUMULATE)
+    out += slab.to(tl.int64) * grid_w * patch_stride
     if POSITIONS:
-        tl.store(out + slab * grid_w + position, total / depth, mask=live)
+        tl.store(out + position * patch_stride + split * part_stride, total / depth, mask=live)
     else:
-        area = _length(kh, H, grid_h).to(ACCUMULATE)
+        area = depth * _length(kh, H, grid_h).to(ACCUMULATE)
         kw = ((column + 1) * grid_w - 1) // W
         for k in range(grid_w):
-            value = tl.sum(tl.where(live & (kw == k), total, 0.0))
-            if SINGLE:
-                tl.store(out + slab * grid_w + k, value / (depth * area * _length(k, W, grid_w).to(ACCUMULATE)))
-            else:
-                tl.store(parts + (slab * count + part) * grid_w + k, value)
-        if not SINGLE:
-            # The barrier puts every thread's stores before the release; the acquire lets the last program see all
-            # parts.
-            tl.debug_barrier()
-            if tl.atomic_add(arrivals + slab, 1, sem="acq_rel") == count - 1:
-                for k in range(grid_w):
-                    value = tl.zeros([128], ACCUMULATE)
-                    for at in range(0, count, 128):
-                        which = at + tl.arange(0, 128)
-                        value += tl.load(
-                            parts + (slab * count + which) * grid_w + k,
-                            mask=which < count,
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                    tl.store(
-                        out + slab * grid_w + k, tl.sum(value) / (depth * area * _length(k, W, grid_w).to(ACCUMULATE))
-                    )
-                tl.store(arrivals + slab, 0)
+            value = tl.sum(tl.where(live & (kw == k), total, 0.0)) / (area * _length(k, W, grid_w).to(ACCUMULATE))
+            tl.store(out + k * patch_stride + (split * chunks + chunk) * part_stride, value)
+
+
+@triton.jit
+def _add_parts(
+    parts, row, live, count, patch_stride, part_stride, ROWS: tl.constexpr, PARTS: tl.constexpr, ACCUMULATE:
+    tl.constexpr
+):  # fmt: skip
+    """Sums of the `count` parts of each row [ROWS], in an order fixed by the sizes."""
+    total = tl.zeros([ROWS, PARTS], ACCUMULATE)
+    for first in range(0, count, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = row.to(tl.int64)[:, None] * patch_stride + part[None, :] * part_stride
+        total += tl.load(parts + at, mask=live[:, None] & (part < count)[None, :], other=0.0)
+    return tl.sum(total, 1)
+
+
+@_jit
+def _sum_kernel(
+    parts,
+    out,
+    rows,
+    count,
+    patch_stride: tl.int64,
+    part_stride: tl.int64,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """out[row] = sum of its parts: the second launch of the single operators, and of tables that are large.
+
+    | flag       | meaning                                  |
+    |------------|------------------------------------------|
+    | ROWS       | rows per program                         |
+    | PARTS      | parts of a row that are read in one go   |
+    | ACCUMULATE | dtype of the sums                        |
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    tl.store(out + row, _add_parts(parts, row, live, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE), live)
 
 
 @_jit
@@ -241,40 +325,48 @@ def _backward_kernel(
     grid_f,
     grid_h,
     grid_w,
-    chunks,
-    splits,
+    share,
+    W_magic,
+    H_magic,
+    grid_h_magic,
+    grid_w_magic,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     ALIGN: tl.constexpr,
     FLAT: tl.constexpr,
     POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
+    """2 (o - tau) factor grad_p / Z_p: one program writes BLOCK positions of a frame group in `share` lines.
+
+    Program (sample and frame group, chunk, split). The flags are those of the forward kernel.
+    """
+    slab, chunk, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if WIDE:
         H = H.to(tl.int64)
         W = W.to(tl.int64)
-    program = tl.program_id(0).to(tl.int64)
-    chunk = (program % chunks).to(tl.int32)
-    split = (program // chunks % splits).to(tl.int32)
-    kf = (program // chunks // splits % grid_f).to(tl.int32)
-    n = program // chunks // splits // grid_f
+    kf = slab % grid_f
+    n = (slab // grid_f).to(tl.int64)
     first_frame = kf * F // grid_f
     frames = _length(kf, F, grid_f)
 
-    unit = chunk * (BLOCK // ALIGN) + tl.arange(0, BLOCK) // ALIGN
-    live = unit * ALIGN < H * W
-    position = chunk * (BLOCK // ALIGN) * ALIGN + tl.arange(0, BLOCK)
-    row, column = position // W, position % W
+    UNIT: tl.constexpr = ALIGN if LANES == 1 else 1
+    live = (chunk * (BLOCK // UNIT) + tl.arange(0, BLOCK) // UNIT) * UNIT < H * W
+    position = chunk * BLOCK + tl.arange(0, BLOCK)
+    size = (C * frames).to(ACCUMULATE)
     if POSITIONS:
-        patch = position
-        size = (C * frames).to(ACCUMULATE)
+        row, column, patch = position * 0, position, position
     else:
-        kh, kw = ((row + 1) * grid_h - 1) // H, ((column + 1) * grid_w - 1) // W
+        row = _divide(position, W, W_magic, WIDE)
+        column = position - row * W
+        kh = _divide((row + 1) * grid_h - 1, H, H_magic, WIDE)
+        kw = _divide((column + 1) * grid_w - 1, W, W_magic, WIDE)
         patch = kh * grid_w + kw
-        size = (
-            (C * frames).to(ACCUMULATE) * _length(kh, H, grid_h).to(ACCUMULATE) * _length(kw, W, grid_w).to(ACCUMULATE)
-        )
-    scale = tl.load(grad + (n * grid_f + kf) * grid_h * grid_w + patch, mask=live, other=0.0)
+        height = _divide((kh + 1) * H, grid_h, grid_h_magic, WIDE) - _divide(kh * H, grid_h, grid_h_magic, WIDE)
+        width = _divide((kw + 1) * W, grid_w, grid_w_magic, WIDE) - _divide(kw * W, grid_w, grid_w_magic, WIDE)
+        size = size * (height * width).to(ACCUMULATE)
+    scale = tl.load(grad + slab.to(tl.int64) * grid_h * grid_w + patch, mask=live, other=0.0)
     if factor is not None:
         scale = tl.load(factor) * scale
     scale = 2.0 * scale / size
@@ -283,20 +375,33 @@ def _backward_kernel(
         target += position
         gradient += position
     else:
-        prediction += row * prediction_h + column * prediction_w
-        target += row * target_h + column * target_w
-        gradient += row * gradient_h + column * gradient_w
+        prediction += _place(row, column, prediction_h, prediction_w, ALIGN, LANES)
+        target += _place(row, column, target_h, target_w, ALIGN, LANES)
+        gradient += _place(row, column, gradient_h, gradient_w, ALIGN, LANES)
+    if LANES > 1:
+        scale = scale[:, None]
+        live = live[:, None]
 
-    lines = C * frames
-    share = (lines + splits - 1) // splits
-    for line in range(split * share, min(lines, (split + 1) * share)):
-        c = (line // frames).to(tl.int64)
-        f = (first_frame + line % frames).to(tl.int64)
-        o = tl.load(prediction + (n * prediction_n + c * prediction_c + f * prediction_f) * ALIGN, mask=live, other=0.0)
-        tau = tl.load(target + (n * target_n + c * target_c + f * target_f) * ALIGN, mask=live, other=0.0)
+    first_line = split * share
+    channel = first_line // frames
+    frame = first_line - channel * frames
+    c, f = channel.to(tl.int64), (first_frame + frame).to(tl.int64)
+    at_prediction = n * prediction_n + c * prediction_c + f * prediction_f
+    at_target = n * target_n + c * target_c + f * target_f
+    at_gradient = n * gradient_n + c * gradient_c + f * gradient_f
+    for _ in tl.range(first_line, min(C // LANES * frames, first_line + share), loop_unroll_factor=4):
+        o = tl.load(prediction + at_prediction * ALIGN, mask=live, other=0.0, eviction_policy="evict_first")
+        tau = tl.load(target + at_target * ALIGN, mask=live, other=0.0, eviction_policy="evict_first")
         value = (o.to(ACCUMULATE) - tau.to(ACCUMULATE)) * scale
-        at = gradient + (n * gradient_n + c * gradient_c + f * gradient_f) * ALIGN
-        tl.store(at, value.to(gradient.dtype.element_ty), mask=live)
+        if gradient.dtype.element_ty != tl.float64:
+            value = value.to(tl.float32)
+        tl.store(gradient + at_gradient * ALIGN, value.to(gradient.dtype.element_ty), mask=live)
+        frame += 1
+        wrap = frame == frames
+        frame = tl.where(wrap, 0, frame)
+        at_prediction += tl.where(wrap, prediction_c - (frames - 1) * prediction_f, prediction_f)
+        at_target += tl.where(wrap, target_c - (frames - 1) * target_f, target_f)
+        at_gradient += tl.where(wrap, gradient_c - (frames - 1) * gradient_f, gradient_f)
 
 
 @triton.jit
@@ -315,7 +420,7 @@ def _softplus(z):
 
 
 @triton.jit
-def _link(z, LINK: tl.constexpr, E: tl.constexpr):
+def _link(z, E, LINK: tl.constexpr):
     if LINK == "conservative":
         value = (1 - E) * _softplus(-z) + E * _softplus(z)
         slope = -(1 - E) * _sigmoid(-z) + E * _sigmoid(z)
@@ -332,21 +437,20 @@ def _link(z, LINK: tl.constexpr, E: tl.constexpr):
         value = _sigmoid(-z)
         slope = -_sigmoid(z) * _sigmoid(-z)
     else:
+        tl.static_assert(LINK == "sigmoid", "unknown link")
         value = _softplus(-z)
         slope = -_sigmoid(-z)
     return value, slope
 
 
 @triton.jit
-def _signed_weight(a, b, GAMMA: tl.constexpr, DELTA: tl.constexpr):
+def _signed_weight(a, b, gamma, delta):
     # A comparison with NaN is false, so an unlabelled entry is a tie.
     margin = a - b
     size = tl.abs(margin)
-    labelled = size > DELTA
-    if GAMMA == 0.0:
-        size = tl.where(labelled, 1.0, size)
-    elif GAMMA != 1.0:
-        size = tl.exp(GAMMA * tl.log(tl.where(labelled, size, 1.0)))
+    labelled = size > delta
+    power = tl.exp(gamma * tl.log(tl.where(labelled, size, 1.0)))
+    size = tl.where(gamma == 0, 1.0, tl.where(gamma == 1, size, power))
     return tl.where(labelled, tl.where(margin > 0, size, -size), 0.0)
 
 
@@ -356,288 +460,435 @@ def _sign(x):
 
 
 @triton.jit
-def _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, GAMMA: tl.constexpr, DELTA: tl.constexpr):
+def _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, gamma, delta):
     """Margins -D_p and signed weights [pairs, patches]."""
-    a = pair[:, None] * P + p[None, :]
-    b = a + B * P
+    a = pair.to(tl.int64)[:, None] * P + p[None, :]
+    b = a + B.to(tl.int64) * P
     margin = tl.load(log_ratio + a, mask=live, other=0.0) - tl.load(log_ratio + b, mask=live, other=0.0)
     weight = tl.zeros_like(margin)
     if patch_rewards is not None:
         r_a = tl.load(patch_rewards + a, mask=live, other=0.0)
         r_b = tl.load(patch_rewards + b, mask=live, other=0.0)
-        weight = _signed_weight(r_a, r_b, GAMMA, DELTA).to(margin.dtype)
+        weight = _signed_weight(r_a, r_b, gamma, delta).to(margin.dtype)
     return margin, weight
 
 
 @triton.jit
 def _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE: tl.constexpr):
-    kf, kh, kw = p // grid_w // grid_h, p // grid_w % grid_h, p % grid_w
+    rows = p // grid_w
+    kf = rows // grid_h
+    kh, kw = rows - kf * grid_h, p - rows * grid_w
     share = _length(kf, F, grid_f).to(ACCUMULATE) / F * (_length(kh, H, grid_h).to(ACCUMULATE) / H)
     return share * (_length(kw, W, grid_w).to(ACCUMULATE) / W)
 
 
 @triton.jit
-def _pair_sums(
-    log_ratio, patch_rewards, pair, B, P, F, H, W, grid_f, grid_h, grid_w, patch_gamma: tl.constexpr, patch_delta:
-    tl.constexpr, PAIRS: tl.constexpr, PATCHES: tl.constexpr, ACCUMULATE: tl.constexpr
-):  # fmt: skip
-    """Video margin, sum of patch weights and number of labelled patches of each pair [pairs]."""
-    margin_sum = tl.zeros([PAIRS], ACCUMULATE)
-    weight_sum = tl.zeros([PAIRS], ACCUMULATE)
-    labelled = tl.zeros([PAIRS], ACCUMULATE)
-    for first in range(0, P, PATCHES):
-        p = first + tl.arange(0, PATCHES)
-        live = (pair < B)[:, None] & (p < P)[None, :]
-        margin, weight = _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, patch_gamma, patch_delta)
-        volume = _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE)
-        margin_sum += tl.sum(tl.where(live, volume[None, :] * margin, 0.0), 1)
-        weight_sum += tl.sum(tl.abs(weight), 1)
-        labelled += tl.sum((weight != 0).to(ACCUMULATE), 1)
-    return margin_sum, weight_sum, labelled
+def _pair_sums(sums, pair, quantity, B, chunks, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """A quantity's sums over the chunks of a pair's patches [PAIRS]; sums is [chunks, 3, B]."""
+    return _add_parts(
+        sums + quantity * B, pair, pair < B, chunks, 1, 3 * B, PAIRS, CHUNKS, ACCUMULATE
+    )  # fmt: skip
 
 
 @triton.jit
-def _video_weights(video_rewards, pair, B, like, GAMMA: tl.constexpr, DELTA: tl.constexpr):
+def _video_weights(video_rewards, pair, B, like, gamma, delta):
     weight = tl.zeros_like(like)
     if video_rewards is not None:
         r_a = tl.load(video_rewards + pair, mask=pair < B, other=0.0)
         r_b = tl.load(video_rewards + B + pair, mask=pair < B, other=0.0)
-        weight = _signed_weight(r_a, r_b, GAMMA, DELTA).to(like.dtype)
+        weight = _signed_weight(r_a, r_b, gamma, delta).to(like.dtype)
     return weight
 
 
 @_jit
 def _table_kernel(
     log_ratio,
+    error,
+    error_parts,
+    log_ratio_parts,
+    reference_error,
     patch_rewards,
     video_rewards,
-    kappa,
-    error,
+    logit_scale,
     loser_scale,
-    loss,
+    sums,  # [chunks, 3, B]: video margin, patch weights, labelled patches
+    loss,  # [] or, of several programs, its parts
     coefficients,
     video_logits,
     patch_logits,
     active,
-    B: tl.int64,
-    P: tl.int64,
+    label_smoothing: tl.float64,
+    video_weight: tl.float64,
+    patch_weight: tl.float64,
+    video_beta: tl.float64,
+    patch_beta: tl.float64,
+    video_gamma: tl.float64,
+    video_delta: tl.float64,
+    patch_gamma: tl.float64,
+    patch_delta: tl.float64,
+    sft_weight: tl.float64,
+    patch_sft_weight: tl.float64,
+    B,
+    P,
     F,
     H,
     W,
     grid_f,
     grid_h,
     grid_w,
+    count,
+    chunks,
+    share,
+    patch_stride: tl.int64,
+    part_stride: tl.int64,
     LINK: tl.constexpr,
-    label_smoothing: tl.constexpr,
-    video_weight: tl.constexpr,
-    patch_weight: tl.constexpr,
-    video_beta: tl.constexpr,
-    patch_beta: tl.constexpr,
-    video_gamma: tl.constexpr,
-    video_delta: tl.constexpr,
-    patch_gamma: tl.constexpr,
-    patch_delta: tl.constexpr,
-    sft_weight: tl.constexpr,
-    patch_sft_weight: tl.constexpr,
+    SUPERVISED: tl.constexpr,
+    SUMS: tl.constexpr,
+    RESULTS: tl.constexpr,
     PAIRS: tl.constexpr,
     PATCHES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    by_video: tl.constexpr = video_weight != 0 or sft_weight != 0
-    by_patch: tl.constexpr = patch_weight != 0 or patch_sft_weight != 0
+    """The H1 loss and its coefficients: one program for a small table, two launches of several for a large one.
 
-    count = tl.zeros([PAIRS], ACCUMULATE)
-    for first_pair in range(0, B, PAIRS):
-        pair = first_pair + tl.arange(0, PAIRS)
-        margin_sum, weight_sum, labelled = _pair_sums(
-            log_ratio, patch_rewards, pair, B, P, F, H, W, grid_f, grid_h, grid_w, patch_gamma, patch_delta,
-            PAIRS, PATCHES, ACCUMULATE
-        )  # fmt: skip
-        video = _video_weights(video_rewards, pair, B, margin_sum, video_gamma, video_delta)
-        used = ((video != 0) & by_video) | ((labelled > 0) & by_patch)
-        tl.store(active + pair, used.to(ACCUMULATE), mask=pair < B)
-        count += used.to(ACCUMULATE)
-    pairs_in_mean = tl.sum(count)
-    pairs_in_mean = tl.where(pairs_in_mean > 1, pairs_in_mean, 1.0)
+    Tables are [2B, P]; the parts of log-ratios and errors, if they are given, are added first.
 
-    loss_sum = tl.zeros([PAIRS], ACCUMULATE)
-    for first_pair in range(0, B, PAIRS):
-        pair = first_pair + tl.arange(0, PAIRS)
-        margin_sum, weight_sum, labelled = _pair_sums(
-            log_ratio, patch_rewards, pair, B, P, F, H, W, grid_f, grid_h, grid_w, patch_gamma, patch_delta,
-            PAIRS, PATCHES, ACCUMULATE
-        )  # fmt: skip
-        video = _video_weights(video_rewards, pair, B, margin_sum, video_gamma, video_delta)
-        used = (((video != 0) & by_video) | ((labelled > 0) & by_patch)).to(ACCUMULATE)
-        share = used / pairs_in_mean
-        video_scale = tl.zeros_like(margin_sum) + 0.5 * video_beta
-        patch_scale = tl.zeros_like(margin_sum) + 0.5 * patch_beta
-        if kappa is not None:
-            video_scale *= tl.load(kappa + pair, mask=pair < B, other=0.0)
-            patch_scale *= tl.load(kappa + B + pair, mask=pair < B, other=0.0)
-        video_logit = video_scale * _sign(video) * margin_sum
-        tl.store(video_logits + pair, video_logit, mask=pair < B)
-        video_value, video_derivative = _link(video_logit, LINK, label_smoothing)
-        pair_loss = video_weight * tl.abs(video) * video_value
-        video_slope = -video_weight * video * video_derivative * video_scale
-        patch_share = patch_weight / tl.where(weight_sum > 0, weight_sum, 1.0)
-        patch_rho = patch_sft_weight / tl.where(labelled > 1, labelled, 1.0)
+    | flag       | meaning                                                              |
+    |------------|----------------------------------------------------------------------|
+    | LINK       | phi, one of LINKS                                                    |
+    | SUPERVISED | the loss has a supervised term, and `error` its errors               |
+    | SUMS       | this launch adds the parts, and the sums over each pair's patches    |
+    | RESULTS    | this launch computes the results from those sums; both: one program  |
+    | PAIRS      | pairs of a tile                                                      |
+    | PATCHES    | patches of a tile                                                    |
+    | CHUNKS     | chunks of a pair whose sums are read in one go                       |
+    | ROWS       | patches whose parts are added in one go                              |
+    | PARTS      | parts of a patch that are read in one go                             |
+    | ACCUMULATE | dtype of every table                                                 |
+    """
+    ALONE: tl.constexpr = SUMS and RESULTS
+    label_smoothing = tl.full([1], label_smoothing, ACCUMULATE)
+    video_weight = tl.full([1], video_weight, ACCUMULATE)
+    patch_weight = tl.full([1], patch_weight, ACCUMULATE)
+    video_beta = tl.full([1], video_beta, ACCUMULATE)
+    patch_beta = tl.full([1], patch_beta, ACCUMULATE)
+    video_gamma = tl.full([1], video_gamma, ACCUMULATE)
+    video_delta = tl.full([1], video_delta, ACCUMULATE)
+    patch_gamma = tl.full([1], patch_gamma, ACCUMULATE)
+    patch_delta = tl.full([1], patch_delta, ACCUMULATE)
+    sft_weight = tl.full([1], sft_weight, ACCUMULATE)
+    patch_sft_weight = tl.full([1], patch_sft_weight, ACCUMULATE)
+    by_video = (video_weight != 0) | (sft_weight != 0)
+    by_patch = (patch_weight != 0) | (patch_sft_weight != 0)
+    chunk = tl.program_id(1)
+    first_patch = chunk * share
+    last_patch = min(P, first_patch + share)
+    first_pair = tl.program_id(0) * PAIRS
+    last_pair = B if ALONE else min(B, first_pair + PAIRS)
 
-        for first in range(0, P, PATCHES):
-            p = first + tl.arange(0, PATCHES)
-            live = (pair < B)[:, None] & (p < P)[None, :]
-            a = pair[:, None] * P + p[None, :]
-            b = a + B * P
-            margin, weight = _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, patch_gamma, patch_delta)
-            volume = _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE)[None, :]
-            logit = patch_scale[:, None] * _sign(weight) * margin
-            tl.store(patch_logits + a, logit, mask=live)
-            value, derivative = _link(logit, LINK, label_smoothing)
-            term = patch_share[:, None] * tl.abs(weight) * value
-            slope = video_slope[:, None] * volume - (patch_share * patch_scale)[:, None] * weight * derivative
-            c_a, c_b = slope, -slope
-            if loser_scale is not None:
-                c_a = tl.where(c_a < 0, c_a * tl.load(loser_scale + a, mask=live, other=0.0), c_a)
-                c_b = tl.where(c_b < 0, c_b * tl.load(loser_scale + b, mask=live, other=0.0), c_b)
-            if error is not None:
-                rho = sft_weight * volume
-                rho_a = tl.where(weight > 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] > 0, rho, 0.0)
-                rho_b = tl.where(weight < 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] < 0, rho, 0.0)
-                term += rho_a * tl.load(error + a, mask=live, other=0.0) + rho_b * tl.load(
-                    error + b, mask=live, other=0.0
-                )
-                c_a += rho_a
-                c_b += rho_b
-            tl.store(coefficients + a, c_a * share[:, None], mask=live)
-            tl.store(coefficients + b, c_b * share[:, None], mask=live)
-            pair_loss += tl.sum(tl.where(live, term, 0.0), 1)
-        loss_sum += tl.where(pair < B, pair_loss * share, 0.0)
-    tl.store(loss, tl.sum(loss_sum))
+    if SUMS:
+        if log_ratio_parts is not None or error_parts is not None:
+            for first in range(0, 2 * B * P, ROWS):
+                row = first + tl.arange(0, ROWS)
+                in_table = row < 2 * B * P
+                if error_parts is not None:
+                    value = _add_parts(
+                        error_parts, row, in_table, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE
+                    )
+                    tl.store(error + row, value, mask=in_table)
+                    if reference_error is not None:
+                        cached = tl.load(reference_error + row, mask=in_table, other=0.0)
+                        tl.store(log_ratio + row, cached - value, mask=in_table)
+                if log_ratio_parts is not None:
+                    value = _add_parts(
+                        log_ratio_parts, row, in_table, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE
+                    )
+                    tl.store(log_ratio + row, value, mask=in_table)
+            tl.debug_barrier()
+        for at in range(first_pair, last_pair, PAIRS):
+            pair = at + tl.arange(0, PAIRS)
+            margin_sum = tl.zeros([PAIRS], ACCUMULATE)
+            weight_sum = tl.zeros([PAIRS], ACCUMULATE)
+            labelled = tl.zeros([PAIRS], ACCUMULATE)
+            for first in range(first_patch, last_patch, PATCHES):
+                p = first + tl.arange(0, PATCHES)
+                live = (pair < B)[:, None] & (p < last_patch)[None, :]
+                margin, weight = _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, patch_gamma, patch_delta)
+                volume = _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE)
+                margin_sum += tl.sum(tl.where(live, volume[None, :] * margin, 0.0), 1)
+                weight_sum += tl.sum(tl.abs(weight), 1)
+                labelled += tl.sum((weight != 0).to(ACCUMULATE), 1)
+            of_chunk = sums + chunk * 3 * B + pair
+            tl.store(of_chunk, margin_sum, mask=pair < B)
+            tl.store(of_chunk + B, weight_sum, mask=pair < B)
+            tl.store(of_chunk + 2 * B, labelled, mask=pair < B)
+    if ALONE:
+        tl.debug_barrier()
+
+    if RESULTS:
+        # Every program counts all pairs: the mean is over those that have a group which is not a tie.
+        counted = tl.zeros([PAIRS], ACCUMULATE)
+        for at in range(0, B, PAIRS):
+            pair = at + tl.arange(0, PAIRS)
+            labelled = _pair_sums(sums, pair, 2, B, chunks, PAIRS, CHUNKS, ACCUMULATE)
+            video = _video_weights(video_rewards, pair, B, labelled, video_gamma, video_delta)
+            counted += (((video != 0) & by_video) | ((labelled > 0) & by_patch)).to(ACCUMULATE)
+        pairs_in_mean = tl.sum(counted)
+        pairs_in_mean = tl.where(pairs_in_mean > 1, pairs_in_mean, 1.0)
+
+        loss_sum = tl.zeros([PAIRS], ACCUMULATE)
+        for at in range(first_pair, last_pair, PAIRS):
+            pair = at + tl.arange(0, PAIRS)
+            margin_sum = _pair_sums(sums, pair, 0, B, chunks, PAIRS, CHUNKS, ACCUMULATE)
+            weight_sum = _pair_sums(sums, pair, 1, B, chunks, PAIRS, CHUNKS, ACCUMULATE)
+            labelled = _pair_sums(sums, pair, 2, B, chunks, PAIRS, CHUNKS, ACCUMULATE)
+            video = _video_weights(video_rewards, pair, B, margin_sum, video_gamma, video_delta)
+            used = (((video != 0) & by_video) | ((labelled > 0) & by_patch)).to(ACCUMULATE)
+            mean_share = used / pairs_in_mean
+            video_scale = tl.zeros_like(margin_sum) + 0.5 * video_beta
+            patch_scale = tl.zeros_like(margin_sum) + 0.5 * patch_beta
+            if logit_scale is not None:
+                video_scale *= tl.load(logit_scale + pair, mask=pair < B, other=0.0)
+                patch_scale *= tl.load(logit_scale + B + pair, mask=pair < B, other=0.0)
+            video_logit = video_scale * _sign(video) * margin_sum
+            first_chunk = pair < tl.where(chunk == 0, B, 0)
+            tl.store(active + pair, used, mask=first_chunk)
+            tl.store(video_logits + pair, video_logit, mask=first_chunk)
+            video_value, video_derivative = _link(video_logit, label_smoothing, LINK)
+            pair_loss = tl.where(first_chunk, video_weight * tl.abs(video) * video_value, 0.0)
+            video_slope = -video_weight * video * video_derivative * video_scale
+            patch_share = patch_weight / tl.where(weight_sum > 0, weight_sum, 1.0)
+            patch_rho = patch_sft_weight / tl.where(labelled > 1, labelled, 1.0)
+
+            for first in range(first_patch, last_patch, PATCHES):
+                p = first + tl.arange(0, PATCHES)
+                live = (pair < B)[:, None] & (p < last_patch)[None, :]
+                a = pair.to(tl.int64)[:, None] * P + p[None, :]
+                b = a + B.to(tl.int64) * P
+                margin, weight = _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, patch_gamma, patch_delta)
+                volume = _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE)[None, :]
+                logit = patch_scale[:, None] * _sign(weight) * margin
+                tl.store(patch_logits + a, logit, mask=live)
+                value, derivative = _link(logit, label_smoothing, LINK)
+                term = patch_share[:, None] * tl.abs(weight) * value
+                slope = video_slope[:, None] * volume - (patch_share * patch_scale)[:, None] * weight * derivative
+                c_a, c_b = slope, -slope
+                if loser_scale is not None:
+                    c_a = tl.where(c_a < 0, c_a * tl.load(loser_scale + a, mask=live, other=0.0), c_a)
+                    c_b = tl.where(c_b < 0, c_b * tl.load(loser_scale + b, mask=live, other=0.0), c_b)
+                if SUPERVISED:
+                    rho = sft_weight * volume
+                    rho_a = tl.where(weight > 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] > 0, rho, 0.0)
+                    rho_b = tl.where(weight < 0, patch_rho[:, None], 0.0) + tl.where(video[:, None] < 0, rho, 0.0)
+                    term += rho_a * tl.load(error + a, mask=live, other=0.0)
+                    term += rho_b * tl.load(error + b, mask=live, other=0.0)
+                    c_a += rho_a
+                    c_b += rho_b
+                tl.store(coefficients + a, c_a * mean_share[:, None], mask=live)
+                tl.store(coefficients + b, c_b * mean_share[:, None], mask=live)
+                pair_loss += tl.sum(tl.where(live, term, 0.0), 1)
+            loss_sum += tl.where(pair < B, pair_loss * mean_share, 0.0)
+        tl.store(loss + tl.program_id(0) * chunks + chunk, tl.sum(loss_sum))
 
 
 # ---- launchers
 
-_ACCUMULATE = {torch.float64: (torch.float64, tl.float64)}
-_ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
+
+def _accumulate(*dtypes: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if torch.float64 in dtypes else (torch.float32, tl.float32)
 
 
-def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    return _ACCUMULATE.get(dtype, (torch.float32, tl.float32))
+class _Plan:
+    """A launch but for its tensors: what depends on shapes, strides, dtypes, alignment and the device is found once.
+
+    Called with the leading arguments. The first call compiles; later ones go to the compiled kernel itself.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], rest: tuple[Any, ...], warps: int, device: torch.device):
+        self._kernel, self._grid, self._rest, self._warps, self._device = kernel, grid, rest, warps, device
+        self._run: Callable[..., None] | None = None
+
+    def __call__(self, *first: Any) -> None:
+        with _on(self._device):
+            if self._run is not None:
+                self._run(*first, *self._rest)
+                return
+            compiled = self._kernel[self._grid](*first, *self._rest, num_warps=self._warps, enable_fp_fusion=True)
+            # the interpreter has none
+            self._run = compiled and compiled[self._grid]
+
+
+_plans = functools.lru_cache(maxsize=1024)
+_HERE = contextlib.nullcontext()
+
+
+def forget_plans() -> None:
+    """Plan every launch anew: for whoever changes the launch sizes or the compiler's target."""
+    for planned in (_forward_plan, _sum_plan, _backward_plan, _table_plan):
+        planned.cache_clear()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+    if device.type == "cpu" or torch.accelerator.current_device_index() == device.index:
+        return _HERE
+    return torch.accelerator.device_index(device.index)
 
 
-def _arrivals(count: int, device: torch.device) -> Tensor:
-    """Counters at zero. The kernel leaves them at zero, so one stream's launches, which never overlap, share them."""
-    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.accelerator.current_stream(device).stream_id)
-    if key not in _ARRIVALS or _ARRIVALS[key].numel() < count:
-        _ARRIVALS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return _ARRIVALS[key]
+def _aligned(tensor: Tensor | None) -> bool | None:
+    """Whether a tensor begins at a multiple of 16 bytes, for which kernels are compiled apart; None if absent."""
+    return None if tensor is None else tensor.data_ptr() % 16 == 0
 
 
-def _flat(*views: Tensor) -> bool:
-    """Whether rows follow each other without gaps in every view."""
-    height, width = views[0].shape[3:]
-    return all((width == 1 or v.stride(4) == 1) and (height == 1 or v.stride(3) == width) for v in views)
+class _View(NamedTuple):
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool | None
 
 
-def _alignment(*views: Tensor) -> int:
-    """Elements, at most 16 bytes, in whose multiples every plane of every view begins and ends."""
-    steps = [s for v in views for s, size in zip(v.stride()[:3], v.shape[:3], strict=True) if size > 1]
-    plane = views[0].shape[3] * views[0].shape[4]
-    return math.gcd(16 // views[0].element_size(), plane, *steps)
+def _views(*tensors: Tensor) -> tuple[_View, ...]:
+    return tuple(_View(tensor.stride(), tensor.dtype, _aligned(tensor)) for tensor in tensors)
 
 
-def _strides(view: Tensor, align: int) -> tuple[int, ...]:
-    n, c, f, h, w = view.stride()
-    shape = view.shape
-    return (*(s // align if size > 1 else 0 for s, size in zip((n, c, f), shape[:3], strict=True)), h, w)
+class _Layout(NamedTuple):
+    """How the views lie in memory; a plane of patches of one position each is treated as one long row."""
+
+    lanes: int
+    align: int
+    flat: bool
+    positions: bool
+    height: int
+    width: int
+    grid_h: int
+    grid_w: int
+    align_bytes: int
+
+    @property
+    def unit(self) -> int:
+        """Positions by which loads are masked."""
+        return self.align if self.lanes == 1 else 1
+
+    @property
+    def wide(self) -> bool:
+        """Whether arithmetic within a plane needs 64 bits and true divisions."""
+        height, width = self.height + 1, self.width + 1
+        if self.positions:
+            return width + 2 * TILE >= 2**31
+        largest = (height * width + 2 * TILE) * width, height * height * self.grid_h, width * width * self.grid_w
+        return max(*largest, height * self.grid_h**2, width * self.grid_w**2) >= 2**30
+
+    def strides(self, shape: Sequence[int], view: _View) -> tuple[int, ...]:
+        """The kernels' strides of a view: in units of `align`, for channels by whole lines."""
+        steps = [step if size > 1 else 0 for step, size in zip(view.stride, shape, strict=True)]
+        steps[1] *= self.lanes
+        return tuple(step if self.flat and side > 2 else step // self.align for side, step in enumerate(steps))
 
 
-def _plane(shape: Sequence[int], grid: Sequence[int], flat: bool) -> tuple[bool, int, int, int, int]:
-    """(one patch per position, H, W, h, w); such planes are treated as one long row."""
-    (height, width), (grid_h, grid_w) = shape[3:], grid[1:]
-    if flat and (height, width) == (grid_h, grid_w):
-        return True, 1, height * width, 1, height * width
-    return False, height, width, grid_h, grid_w
-
-
-def _wide(height: int, width: int, grid_h: int, grid_w: int, positions: bool) -> bool:
-    """Whether index arithmetic within a plane needs 64 bits."""
-    products = (
-        [(height + 1) * width + 2048] if positions else [(height + 2) * (width + 2048), height * height, width * width]
+def _layout(shape: Sequence[int], grid: Sequence[int], views: Sequence[_View]) -> _Layout:
+    channels, height, width = shape[1], *shape[3:]
+    strides = [view.stride for view in views]
+    itemsize = min(view.dtype.itemsize for view in views)
+    flat = all((width == 1 or s[4] == 1) and (height == 1 or s[3] == width) for s in strides)
+    lanes = min(128, channels & -channels)
+    if flat or lanes < 8 or any(s[1] != 1 for s in strides):
+        lanes = 1
+    align, outer = 1, (0, 1, 2)
+    if flat or lanes > 1:
+        # planes, or with channels on the lanes positions, begin and end at multiples of this in every view
+        outer = (0, 1, 2) if flat else (0, 2, 3, 4)
+        steps = [s[side] for s in strides for side in outer if shape[side] > 1]
+        align = math.gcd(16 // itemsize, height * width if flat else lanes, *steps)
+    positions = (height, width) == tuple(grid[1:]) and all(
+        (flat or lanes > 1) and (height == 1 or s[3] == width * s[4]) for s in strides
     )
-    return max(products) >= 2**31
+    plane = (1, height * width, 1, height * width) if positions else (height, width, grid[1], grid[2])
+    return _Layout(lanes, align, flat, positions, *plane, align * itemsize)
 
 
-def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Sequence[int]) -> Tensor:
-    samples, channels, frames = policy.shape[:3]
-    torch_dtype, dtype = _accumulate(policy.dtype)
-    out = policy.new_empty((samples, *grid), dtype=torch_dtype)
-    if out.numel() == 0:
-        return out
-    views = [view for view in (policy, reference, target) if view is not None]
-    flat = _flat(*views)
-    align = _alignment(*views) if flat else 1
-    positions, height, width, grid_h, grid_w = _plane(policy.shape, grid, flat)
-    lines = channels * math.ceil(frames / grid[0])
-    # The slab may begin up to align - 1 positions before its own first one.
-    stretch = math.ceil(height / grid_h) * width + (align - 1 if grid_h > 1 else 0)
-    config = launch_config(stretch, lines, align * policy.element_size(), policy.element_size())
-    chunks = math.ceil(stretch / config.block)
-    splits = 1 if positions else math.ceil(lines / config.lines)
-    slabs = samples * grid[0] * grid_h
-    single = positions or chunks * splits == 1
-    with _on(policy.device):
-        parts = out if single else out.new_empty(slabs * chunks * splits * grid_w)
-        arrivals = out if single else _arrivals(slabs, policy.device)
-        other = policy if reference is None else reference
-        _forward_kernel[(slabs * chunks * splits,)](
-            policy,
-            other,
-            target,
-            out,
-            parts,
-            arrivals,
-            *_strides(policy, align),
-            *_strides(other, align),
-            *_strides(target, align),
-            channels,
-            frames,
-            height,
-            width,
-            grid[0],
-            grid_h,
-            grid_w,
-            chunks,
-            splits,
-            BLOCK=config.block,
-            ALIGN=align,
-            FLAT=flat,
-            POSITIONS=positions,
-            SINGLE=single,
-            WIDE=_wide(height, width, grid_h, grid_w, positions),
-            HAS_REFERENCE=reference is not None,
-            ACCUMULATE=dtype,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+def _magic(divisor: int) -> int:
+    return 2**30 // divisor + 1
+
+
+class _Parts(NamedTuple):
+    """Where the parts of a patch lie: at patch * patch_stride + part * part_stride, `count` of them."""
+
+    count: int
+    patch_stride: int
+    part_stride: int
+
+
+_WHOLE = _Parts(1, 1, 1)
+
+
+@_plans
+def _forward_plan(
+    shape: tuple[int, ...], grid: tuple[int, ...], views: tuple[_View, ...], device: torch.device
+) -> tuple[_Plan, _Parts]:
+    samples, channels, frames = shape[:3]
+    layout = _layout(shape, grid, views)
+    dtype, accumulate = _accumulate(*(view.dtype for view in views))
+    lines = channels // layout.lanes * math.ceil(frames / grid[0])
+    # The slab may begin up to one unit before its own first position.
+    stretch = math.ceil(layout.height / layout.grid_h) * layout.width + (layout.unit - 1 if layout.grid_h > 1 else 0)
+    slabs = samples * grid[0] * layout.grid_h
+    config = launch_config(
+        stretch, lines, slabs, layout.lanes, layout.align_bytes, dtype.itemsize, 16 if layout.positions else 4
+    )
+    chunks, splits = math.ceil(stretch / config.block), math.ceil(lines / config.lines)
+    patches = samples * math.prod(grid)
+    parts = _Parts(splits, 1, patches) if layout.positions else _Parts(chunks * splits, chunks * splits, 1)
+    policy, reference, target = views if len(views) == 3 else (views[0], *views)
+    rest = (
+        *(step for view in (policy, reference, target) for step in layout.strides(shape, view)),
+        channels, frames, layout.height, layout.width, grid[0], layout.grid_h, layout.grid_w, config.lines, chunks,
+        parts.patch_stride, parts.part_stride, _magic(layout.width), config.block, layout.lanes, layout.align,
+        layout.flat, layout.positions, layout.wide, len(views) == 3, accumulate,
+    )  # fmt: skip
+    return _Plan(_forward_kernel, (slabs, chunks, splits), rest, config.num_warps, device), parts
+
+
+def _parts(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Sequence[int]) -> tuple[Tensor, _Parts]:
+    """The parts of each patch, [N, f, h, w] itself if there is one of each."""
+    views = (policy, target) if reference is None else (policy, reference, target)
+    samples = policy.shape[0]
+    dtype, _ = _accumulate(*(view.dtype for view in views))
+    if samples == 0:
+        return policy.new_empty((0, *grid), dtype=dtype), _WHOLE
+    plan, parts = _forward_plan(policy.shape, tuple(grid), _views(*views), policy.device)
+    shape = (samples, *grid) if parts.count == 1 else (samples * math.prod(grid) * parts.count,)
+    out = policy.new_empty(shape, dtype=dtype)
+    plan(policy, target if reference is None else reference, target, out)
+    return out, parts
+
+
+@_plans
+def _sum_plan(rows: int, parts: _Parts, dtype: torch.dtype, device: torch.device) -> _Plan:
+    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.count))
+    block = TILE // together
+    rest = (rows, *parts, block, together, _accumulate(dtype)[1])
+    return _Plan(_sum_kernel, (math.ceil(rows / block), 1, 1), rest, 4, device)
+
+
+def _summed(parts: Tensor, where: _Parts, shape: Sequence[int]) -> Tensor:
+    """The sums of parts, [*shape]."""
+    if where.count == 1:
+        return parts
+    out = parts.new_empty(shape)
+    _sum_plan(out.numel(), where, out.dtype, out.device)(parts, out)
     return out
 
 
 def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """E_p(reference) - E_p(policy) in the factored form, [N, f, h, w]."""
-    return _forward(policy, reference, target, grid)
+    return _summed(*_parts(policy, reference, target, grid), (policy.shape[0], *grid))
 
 
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """Mean squared error of each patch, [N, f, h, w]."""
-    return _forward(prediction, None, target, grid)
+    return _summed(*_parts(prediction, None, target, grid), (prediction.shape[0], *grid))
 
 
 def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
@@ -645,114 +896,169 @@ def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Te
     return gran_dpo_backward(None, grad, prediction, target)
 
 
+@_plans
+def _backward_plan(
+    shape: tuple[int, ...],
+    grid: tuple[int, ...],
+    views: tuple[_View, ...],
+    tables: tuple[bool | None, ...],
+    device: torch.device,
+) -> _Plan:
+    samples, channels, frames = shape[:3]
+    layout = _layout(shape, grid, views)
+    dtype, accumulate = _accumulate(*(view.dtype for view in views))
+    lines = channels // layout.lanes * math.ceil(frames / grid[0])
+    positions, slabs = layout.height * layout.width, samples * grid[0]
+    config = launch_config(positions, lines, slabs, layout.lanes, layout.align_bytes, dtype.itemsize, 4)
+    magics = (_magic(side) for side in (layout.width, layout.height, layout.grid_h, layout.grid_w))
+    rest = (
+        *(step for view in views for step in layout.strides(shape, view)),
+        channels, frames, layout.height, layout.width, grid[0], layout.grid_h, layout.grid_w, config.lines, *magics,
+        config.block, layout.lanes, layout.align, layout.flat, layout.positions, layout.wide, accumulate,
+    )  # fmt: skip
+    launch = slabs, math.ceil(positions / config.block), math.ceil(lines / config.lines)
+    return _Plan(_backward_kernel, launch, rest, config.num_warps, device)
+
+
 def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """As patch_error_backward, of factor * grad with a 0-d factor (None is 1)."""
     gradient = torch.empty_like(prediction)
     if gradient.numel() == 0:
         return gradient
-    torch_dtype, dtype = _accumulate(prediction.dtype)
-    grad = grad.to(torch_dtype).contiguous()
-    factor = None if factor is None else factor.to(torch_dtype)
-    grid = grad.shape[1:]
-    samples, channels, frames = prediction.shape[:3]
-    views = (prediction, target, gradient)
-    flat = _flat(*views)
-    align = _alignment(*views) if flat else 1
-    positions, height, width, grid_h, grid_w = _plane(prediction.shape, grid, flat)
-    lines = channels * math.ceil(frames / grid[0])
-    config = launch_config(height * width, lines, align * prediction.element_size(), prediction.element_size())
-    chunks, splits = math.ceil(height * width / config.block), math.ceil(lines / config.lines)
-    with _on(prediction.device):
-        _backward_kernel[(samples * grid[0] * chunks * splits,)](
-            factor,
-            grad,
-            prediction,
-            target,
-            gradient,
-            *_strides(prediction, align),
-            *_strides(target, align),
-            *_strides(gradient, align),
-            channels,
-            frames,
-            height,
-            width,
-            grid[0],
-            grid_h,
-            grid_w,
-            chunks,
-            splits,
-            BLOCK=config.block,
-            ALIGN=align,
-            FLAT=flat,
-            POSITIONS=positions,
-            WIDE=_wide(height, width, grid_h, grid_w, positions),
-            ACCUMULATE=dtype,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+    dtype, _ = _accumulate(prediction.dtype, target.dtype)
+    grad = grad.to(dtype).contiguous()
+    factor = None if factor is None else factor.to(dtype)
+    plan = _backward_plan(
+        prediction.shape, grad.shape[1:], _views(prediction, target, gradient), (_aligned(factor), _aligned(grad)),
+        prediction.device,
+    )  # fmt: skip
+    plan(factor, grad, prediction, target, gradient)
     return gradient
+
+
+class _TablePlan(NamedTuple):
+    launches: tuple[_Plan, ...]
+    sums: tuple[int, ...]
+    loss_parts: int
+
+
+# One program computes a table of so many pairs' patches, and adds so many parts on the way.
+ALONE, ALONE_PARTS = 4096, 8192
+
+
+@_plans
+def _table_plan(
+    shape: tuple[int, ...],
+    latent_shape: tuple[int, ...],
+    link_name: str,
+    supervised: bool,
+    parts: _Parts,
+    tables: tuple[bool | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _TablePlan:
+    if link_name not in LINKS:
+        raise ValueError(f"link must be one of {', '.join(LINKS)}; got {link_name!r}")
+    samples, *grid = shape
+    pairs, patches = samples // 2, math.prod(grid)
+    alone = pairs * patches <= ALONE
+    pair_block = min(32, triton.next_power_of_2(max(1, pairs)))
+    patch_block = min(1024 // pair_block, max(16, triton.next_power_of_2(patches)))
+    share = patches if alone else 4 * patch_block
+    chunks = math.ceil(patches / share)
+    programs = (1, 1, 1) if alone else (math.ceil(pairs / pair_block), chunks, 1)
+    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.count))
+    sizes = (pairs, patches, *latent_shape[1:], *grid, parts.count, chunks, share, *parts[1:], link_name, supervised)
+    flags = pair_block, patch_block, min(64, triton.next_power_of_2(chunks)), 2 * TILE // together, together
+    launches = tuple(
+        _Plan(_table_kernel, programs, (*sizes, *which, *flags, _accumulate(dtype)[1]), 8, device)
+        for which in ([(True, True)] if alone else [(True, False), (False, True)])
+    )
+    return _TablePlan(launches, (chunks, 3, pairs), programs[0] * programs[1])
+
+
+def _table(
+    log_ratio: Tensor,
+    error: Tensor | None,
+    where: _Parts,
+    given: tuple[Tensor | None, Tensor | None, Tensor | None],
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    logit_scale: Tensor | None,
+    loser_scale: Tensor | None,
+    latent_shape: Sequence[int],
+    link_name: str,
+    numbers: Sequence[float],
+    supervised: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The table from log-ratios and errors; they are written first where their parts or cached errors are `given`."""
+    pairs, grid = log_ratio.shape[0] // 2, log_ratio.shape[1:]
+    tables = [
+        None if table is None else table.contiguous()
+        for table in (log_ratio, error, *given, patch_rewards, video_rewards, logit_scale, loser_scale)
+    ]
+    plan = _table_plan(
+        log_ratio.shape, tuple(latent_shape), link_name, supervised, where, tuple(map(_aligned, tables)),
+        log_ratio.dtype, log_ratio.device,
+    )  # fmt: skip
+    loss = log_ratio.new_empty(() if plan.loss_parts == 1 else (plan.loss_parts,))
+    coefficients, video_logits, patch_logits, active, sums = (
+        log_ratio.new_empty(shape) for shape in (log_ratio.shape, (pairs,), (pairs, *grid), (pairs,), plan.sums)
+    )
+    for launch in plan.launches:
+        launch(*tables, sums, loss, coefficients, video_logits, patch_logits, active, *numbers)
+    loss = _summed(loss, _Parts(plan.loss_parts, plan.loss_parts, 1), ())
+    return loss, coefficients, video_logits, patch_logits, active
 
 
 def gran_dpo_table(
     log_ratio: Tensor,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     error: Tensor | None,
     loser_scale: Tensor | None,
     latent_shape: Sequence[int],
     link_name: str,
-    label_smoothing: float,
-    video_weight: float,
-    patch_weight: float,
-    video_beta: float,
-    patch_beta: float,
-    video_gamma: float,
-    video_delta: float,
-    patch_gamma: float,
-    patch_delta: float,
-    sft_weight: float,
-    patch_sft_weight: float,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
-    samples, *grid = log_ratio.shape
-    pairs, patches = samples // 2, math.prod(grid)
-    loss, coefficients, video_logits, patch_logits, active = (
-        log_ratio.new_empty(shape) for shape in ((), (samples, *grid), (pairs,), (pairs, *grid), (pairs,))
-    )
-    tables = [
-        None if table is None else table.contiguous()
-        for table in (log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale)
-    ]
-    pair_block = min(32, triton.next_power_of_2(max(1, pairs)))
-    with _on(log_ratio.device):
-        _table_kernel[(1,)](
-            *tables,
-            loss,
-            coefficients,
-            video_logits,
-            patch_logits,
-            active,
-            pairs,
-            patches,
-            *latent_shape[1:],
-            *grid,
-            LINK=link_name,
-            label_smoothing=label_smoothing,
-            video_weight=video_weight,
-            patch_weight=patch_weight,
-            video_beta=video_beta,
-            patch_beta=patch_beta,
-            video_gamma=video_gamma,
-            video_delta=video_delta,
-            patch_gamma=patch_gamma,
-            patch_delta=patch_delta,
-            sft_weight=sft_weight,
-            patch_sft_weight=patch_sft_weight,
-            PAIRS=pair_block,
-            PATCHES=min(1024 // pair_block, max(16, triton.next_power_of_2(patches))),
-            ACCUMULATE=_accumulate(log_ratio.dtype)[1],
-            num_warps=8,
-            enable_fp_fusion=True,
+    return _table(
+        log_ratio, error, _WHOLE, (None, None, None), patch_rewards, video_rewards, logit_scale, loser_scale,
+        latent_shape, link_name, numbers, error is not None,
+    )  # fmt: skip
+
+
+def gran_dpo(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    reference_error: Tensor | None,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    logit_scale: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The H1 loss, see halo_fast.loss.reference.composed_gran_dpo; the table's launch adds the parts of a patch."""
+    shape, cached = (policy.shape[0], *grid), reference is None
+    errors = _parts(policy, None, target, grid) if cached or numbers.supervised else None
+    ratios = None if cached else _parts(policy, reference, target, grid)
+    _, where = errors or ratios
+    few = math.prod(shape) <= 2 * ALONE and math.prod(shape) * where.count <= ALONE_PARTS
+    if few and (cached or (where.count > 1 and ratios[1] == where)):
+        error, log_ratio = (
+            errors and errors[0].new_empty(shape),
+            policy.new_empty(shape, dtype=(errors or ratios)[0].dtype),
         )
-    return loss, coefficients, video_logits, patch_logits, active
+        given = errors and errors[0], ratios and ratios[0], reference_error
+    else:
+        error = errors and _summed(*errors, shape)
+        log_ratio = reference_error - error if cached else _summed(*ratios, shape)
+        given, where = (None, None, None), _WHOLE
+    table = _table(
+        log_ratio, error, where, given, patch_rewards, video_rewards, logit_scale, None, policy.shape[1:], link_name,
+        numbers, numbers.supervised,
+    )  # fmt: skip
+    return *table, log_ratio, error

@@ -1,4 +1,4 @@
-"""Patch grids against brute-force maps from pixels to latent positions."""
+"""Patch grids compared with brute-force maps from pixels to latent positions."""
 
 import numpy as np
 import pytest

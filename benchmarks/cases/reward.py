@@ -1,8 +1,8 @@
 """Scores of a video and of all its patches in one pass, beside the video alone and a pass a patch.
 
 The vision-language model is a Qwen2-VL of random weights whose proportions are those of use: over a thousand tokens of
-video before a few of each patch. A pass a patch reuses what the vision tower saw, which flatters it. The gate compares
-the one pass with separate passes.
+video before a few of each patch. A pass a patch reuses the output of the vision tower, which flatters it. The gate
+compares the one pass with separate passes.
 """
 
 import tempfile
@@ -59,14 +59,17 @@ def passes(model: RewardModel, side: int, grid: tuple[int, int, int]) -> dict[st
     video = torch.randint(256, (1, FRAMES, side, side, 3), generator=generator, dtype=torch.uint8)
     prompts, own = [PROMPT], torch.zeros(1, 1, dtype=torch.long)
 
+    def encode() -> Any:
+        return backbone.encode(video, backbone.frozen_features(video))
+
     def alone() -> Any:
-        return backbone.against(backbone.encode(video, backbone.look(video)), prompts, own)
+        return backbone.video_logits_for(encode(), prompts, own)
 
     def together() -> Any:
-        return backbone.logits(backbone.encode(video, backbone.look(video)), prompts, grid)
+        return backbone.logits(encode(), prompts, grid)
 
     def separate() -> Any:
-        features = backbone.encode(video, backbone.look(video))
+        features = encode()
         if hasattr(backbone, "patch_logits"):
             return torch.stack([backbone.patch_logits(features, prompts, grid, n) for n in range(patches)], dim=-1)
         return torch.stack([together()[1].flatten(2)[..., n] for n in range(patches)], dim=-1)

@@ -35,14 +35,13 @@ from halo_fast.data import Pair
 from halo_fast.families import Family, family_of
 from halo_fast.loss.objectives import PRESETS, convert_beta, local_dpo_rewards
 from halo_fast.train import adapters_off
-from halo_fast.train.adapters import compile_blocks
-from halo_fast.train.config import ObjectiveConfig, TrainConfig
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, draws, make_batch
-from halo_fast.train.job import Job, prepared
+from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.memory import checkpointing as recomputing
+from halo_fast.train.model import compile_blocks
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.steps import run_batch, take_step
-from halo_fast.train.watch import row_of
 
 CLIP = (13, 192, 192)  # frames, height, width: 4 x 24 x 24 latents, 576 tokens
 GRID = (4, 3, 3)
@@ -261,12 +260,13 @@ def simpletuner(bench: Bench) -> None:
 
 
 def ours(schedule: str, in_loop: bool) -> Callable[[Bench], None]:
-    """A step of the trainer itself, rows of the log included."""
+    """A step of the trainer itself, figures of the log included."""
 
     def step(bench: Bench) -> None:
-        job = replace(bench.job, plan=bench.job.plan.scheduled(schedule), errors=None if in_loop else bench.job.errors)
+        errors = None if in_loop else bench.job.reference_errors
+        job = replace(bench.job, plan=bench.job.plan.scheduled(schedule), reference_errors=errors)
         bench.step += 1
-        row_of(job, *take_step(job, bench.step))
+        take_step(job, bench.step)
 
     return step
 
@@ -324,12 +324,12 @@ def setting(name: str, checkpointing: str, compiled: bool) -> Iterator[Bench]:
         for pair in videos
     ]  # fmt: skip
     config = TrainConfig(
-        objective=ObjectiveConfig(patch_delta=0.0), train_batch_size=1, reference_draws=DRAWS, rank=16,
-        schedule="batched", gradient_checkpointing=checkpointing, compile=compiled, learning_rate=1e-5,
+        train_batch_size=1, gradient_accumulation_steps=1, reference_draws=DRAWS, rank=16, lora_alpha=16,
+        schedule="batched", gradient_checkpointing=checkpointing, compile=compiled, mixed_precision="no",
+        learning_rate=1e-5,
     )  # fmt: skip
     second = copy.deepcopy(pipeline.transformer)
-    quiet = {"folder": None, "references": None, "progress": lambda steps, total, label: steps}
-    with prepared(pipeline, pairs, config, **quiet) as job:
+    with prepared_job(pipeline, pairs, config) as job:
         for value in job.parameters.values():
             value.data = torch.randn(value.shape, generator=generator) * 0.02
         if checkpointing != "none":
@@ -355,14 +355,14 @@ def gate(bench: Bench) -> dict[str, float]:
     }
     for name, (loss, objective, given) in loops.items():
         theirs = _gradient(bench, lambda loss=loss, given=given: loss(bench, given)[0].backward())
-        in_loop = replace(bench.job, objective=objective, errors=None)
+        in_loop = replace(bench.job, objective=objective, reference_errors=None)
         errors[name] = _difference(theirs, _gradient(bench, lambda job=in_loop, given=given: run_batch(job, given)))
     place = bench.places()
     known = make_batch(
-        bench.family, bench.job.pairs, place, 0, torch.device("cpu"), limit=DRAWS, errors=bench.job.errors
+        bench.family, bench.job.pairs, place, 0, torch.device("cpu"), limit=DRAWS, errors=bench.job.reference_errors
     )
     fresh = replace(known, reference_error=None)
-    truth = _gradient(bench, lambda: run_batch(replace(bench.job, errors=None), fresh))
+    truth = _gradient(bench, lambda: run_batch(replace(bench.job, reference_errors=None), fresh))
     for schedule in ("batched", "margin_first"):
         job = replace(bench.job, plan=bench.job.plan.scheduled(schedule))
         errors[f"ours, {schedule}"] = _difference(_gradient(bench, lambda job=job: run_batch(job, known)), truth)

@@ -1,4 +1,4 @@
-"""The figures that results are told in; plain functions of arrays."""
+"""Figures of a base and an aligned model on the same prompts and seeds; plain functions of arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from halo_fast.agreement.figures import bootstrap_interval, spearman
 
-__all__ = ["DEFECTIVE", "bootstrap_interval", "compare_arms", "rates_by_kind", "severity_mitigated", "spearman"]
+__all__ = ["DEFECTIVE", "compare_arms", "compare_rewards", "rates_by_kind", "severity_mitigated"]
 
 DEFECTIVE = 0.25
-"""A patch whose severity is above this is defective."""
-
-_FIDELITY = ("digit", "colour", "motion")
+"""A patch whose severity is above this is defective; severity is in [0, 1]."""
 
 
 def severity_mitigated(base: float, aligned: float, clean: float) -> float:
@@ -22,7 +20,7 @@ def severity_mitigated(base: float, aligned: float, clean: float) -> float:
     Args:
         base: mean severity of the base model's patches.
         aligned: likewise, of the aligned model's.
-        clean: what the meter reads on clean clips.
+        clean: mean severity that the meter reads on clean clips.
 
     Returns:
         1 if the aligned model's clips read as clean, below 0 if they are worse than the base's; NaN if the base's are
@@ -34,8 +32,8 @@ def severity_mitigated(base: float, aligned: float, clean: float) -> float:
 def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64]:
     """Share of all patches that are defective, by kind; the shares add up to the share of defective patches.
 
-    A patch whose severity is above DEFECTIVE counts for the kind that is severest in it. Estimates of rare kinds are
-    drawn towards 0, so that such patches may still be given to another kind.
+    A defective patch counts for the kind that is severest in it. A meter's estimates of rare kinds are biased towards
+    0, so their patches may count for another kind.
 
     Args:
         severity: of each patch, [...] in [0, 1].
@@ -52,19 +50,18 @@ def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64
 def compare_arms(
     base: Mapping[str, ArrayLike], aligned: Mapping[str, ArrayLike], clean: float, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Aligned against base model, from what was measured on their clips of the same prompts and seeds.
+    """Defects of aligned against base model and, where they were measured, fidelity and motion.
 
     Args:
-        base: columns as in evaluate/clips.parquet, one row a prompt: severity [N, P]; if known severity_<kind> [N, P],
-            digit_correct, colour_correct, motion_correct, fidelity_correct, motion_amount [N].
+        base: a meter's readings, one row a prompt: severity [N, P]; if known severity_<kind> [N, P] and, [N] each,
+            fidelity_correct, <aspect>_correct of what a prompt names, and motion_amount.
         aligned: the same columns, the same prompts in the same order.
         clean: the meter's mean severity on clean clips.
         resamples: bootstrap draws over prompts.
         seed: of the draws.
 
     Returns:
-        the figures of metrics.json about defects and, where they were measured, fidelity and motion; a figure that is
-        not defined (a share of nothing, an interval over one prompt) is left out.
+        the figures by name; one that is not defined (a share of nothing, an interval over one prompt) is left out.
     """
     arms = [{name: np.asarray(values, dtype=np.float64) for name, values in arm.items()} for arm in (base, aligned)]
     severity = [arm["severity"].reshape(len(arm["severity"]), -1) for arm in arms]
@@ -94,6 +91,35 @@ def compare_arms(
     }
 
 
+def compare_rewards(
+    base: Mapping[str, ArrayLike], aligned: Mapping[str, ArrayLike], severity: str | None = None
+) -> dict[str, Any]:
+    """What the reward model gives both arms, and how far it agrees with the meter.
+
+    Args:
+        base: columns video_<dimension> [N] and patch_<dimension> [N, P].
+        aligned: likewise, of the aligned model.
+        severity: the column of a meter that is independent of the reward model, [N, P]; None if there is none.
+
+    Returns:
+        reward_base and reward_aligned, the mean of every column; with a meter, patch_spearman and
+        patch_spearman_aligned: the rank correlation of patch quality and -severity. Aligned clips are nearly all sound,
+        so the latter is mostly noise.
+    """
+    arms = {"base": base, "aligned": aligned}
+    metrics: dict[str, Any] = {
+        f"reward_{name}": {
+            key: float(np.asarray(arm[key]).mean()) for key in arm if key.startswith(("video_", "patch_"))
+        }
+        for name, arm in arms.items()
+    }
+    if severity is not None:
+        metrics["patch_spearman"], metrics["patch_spearman_aligned"] = (
+            spearman(arm["patch_quality"], -np.asarray(arm[severity])) for arm in arms.values()
+        )
+    return metrics
+
+
 def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
     """Mean severity and share of defective patches by kind, base and aligned; nothing where no kinds were measured."""
     kinds = [name.removeprefix("severity_") for name in arms[0] if name.startswith("severity_")]
@@ -108,7 +134,7 @@ def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
 
 
 def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
-    """What the prompt names and how much moves, base and aligned, with intervals over prompts."""
+    """Share of clips that show what the prompt names, and how much moves; base and aligned, with intervals."""
     correct, motion = ([arm[name] for arm in arms] for name in ("fidelity_correct", "motion_amount"))
 
     def gain(rows: NDArray[np.int64] | slice) -> float:
@@ -119,6 +145,8 @@ def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: 
         return float(motion[1][rows].mean() / moved) if moved > 0 else float("nan")
 
     count, everything = len(correct[0]), slice(None)
+    aspects = [name.removesuffix("_correct") for name in arms[0] if name.endswith("_correct")]
+    aspects.remove("fidelity")
     metrics: dict[str, Any] = {
         "fidelity_base": float(correct[0].mean()),
         "fidelity_aligned": float(correct[1].mean()),
@@ -129,7 +157,7 @@ def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: 
                 arm: float(columns[f"{name}_correct"].mean())
                 for arm, columns in zip(("base", "aligned"), arms, strict=True)
             }
-            for name in _FIDELITY
+            for name in aspects
         },
         "motion_ratio": motion_ratio(everything),
     }

@@ -1,7 +1,7 @@
 """How far two sets of scores agree: rank figures, pairs with ties, calibration, with intervals over prompts.
 
-Everything is a plain function of arrays; what is compared with people's labels is compared by `video_agreement` and
-`patch_agreement`, which give every figure an interval from a bootstrap over prompts.
+Plain functions of arrays. `video_agreement`, `patch_agreement` and `pair_agreement` give every figure an interval from
+a bootstrap over prompts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,6 @@ __all__ = [
     "pair_agreement",
     "patch_agreement",
     "rater_ceiling",
-    "ridge_folds",
     "spearman",
     "video_agreement",
 ]
@@ -55,7 +54,7 @@ def bootstrap_interval(
         level: share of the resampled values inside the interval.
 
     Returns:
-        low, high; NaN of a single unit, which drawn over and over tells nothing of how units differ.
+        low, high; NaN for a single unit, which says nothing of how units differ.
     """
     if count < 2:
         return float("nan"), float("nan")
@@ -187,7 +186,7 @@ def video_agreement(
     Returns:
         spearman, kendall (tau-b), pair_accuracy (of the pairs that share a prompt, ties included), auc (of labels above
         the median), calibration_slope, calibration_error, and spearman_centred: what is left when prompt and generator
-        means are removed from both sides. A score that knows only which prompt or generator it sees has none of it.
+        means are removed from both sides. A score that only recognises the prompt or the generator has none of it.
 
     Raises:
         ValueError: the score of a labelled clip is NaN; left out, it would flatter who failed on the hard clips.
@@ -313,48 +312,10 @@ def mean_over(values: ArrayLike, prompts: Sequence[str], resamples: int = 1000, 
     return _figures({"mean": lambda rows: _mean(given[rows])}, _numbered(prompts), resamples, seed)["mean"]
 
 
-def ridge_folds(
-    features: ArrayLike, labels: ArrayLike, folds: ArrayLike, strengths: Sequence[float] = (1, 10, 100, 1000)
-) -> NDArray[np.float64]:
-    """Ridge regression whose prediction of a row never saw the row's fold; the penalty is chosen within the rest.
-
-    Args:
-        features: [N, K], standardised here by the training rows.
-        labels: [N] or [N, D].
-        folds: [N] fold of each row.
-        strengths: penalties to choose from by the error on one inner fold after another.
-    """
-    rows, fold = np.asarray(features, dtype=float), np.asarray(folds)
-    targets = np.asarray(labels, dtype=float).reshape(len(rows), -1)
-    result = np.empty_like(targets)
-    for out in np.unique(fold):
-        train = fold != out
-        errors = np.zeros(len(strengths))
-        for inner in np.unique(fold[train]):
-            fitted, left = train & (fold != inner), fold == inner
-            predictions = _ridge(rows[fitted], targets[fitted], rows[left], strengths)
-            errors += [((predicted - targets[left]) ** 2).sum() for predicted in predictions]
-        best = strengths[int(errors.argmin())]
-        (result[~train],) = _ridge(rows[train], targets[train], rows[~train], [best])
-    return result.reshape(np.shape(labels))
-
-
-def _ridge(
-    features: NDArray[np.float64], labels: NDArray[np.float64], others: NDArray[np.float64], strengths: Sequence[float]
-) -> list[NDArray[np.float64]]:
-    centre, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
-    left, values, right = np.linalg.svd((features - centre) / scale, full_matrices=False)
-    projected = left.T @ (labels - labels.mean(axis=0))
-    basis = (others - centre) / scale @ right.T
-    return [
-        basis @ ((values / (values**2 + strength))[:, None] * projected) + labels.mean(axis=0) for strength in strengths
-    ]
-
-
 def _figures(
     statistics: Mapping[str, Statistic], units: NDArray[np.int64], resamples: int, seed: int
 ) -> dict[str, Figure]:
-    """Each statistic of the rows, and its interval when the units that rows belong to are drawn anew."""
+    """Each statistic of the rows, and its interval when the units that rows belong to are resampled."""
     members = [np.flatnonzero(units == name) for name in np.unique(units)]
     if not members:
         return {name: Figure(*[float("nan")] * 3) for name in statistics}
@@ -372,9 +333,7 @@ def _figures(
 def _require_known(scores: NDArray[np.float64], name: str) -> None:
     missing = int(np.isnan(scores).sum())
     if missing:
-        raise ValueError(
-            f"{name}: expected numbers, got NaN in {missing} of {scores.size}; find out why before judging"
-        )
+        raise ValueError(f"{name}: expected numbers, got NaN in {missing} of {scores.size}; find out why first")
 
 
 def _numbered(names: ArrayLike) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Sanity probes: what any reward model must get right before its scores are trusted.
 
-Each probe changes clips in one known way and looks at how the scores answer. It takes the model, clips and prompts and
-gives a figure with an interval over prompts, and whether it passes. Thresholds are fixed here, not fitted to a model.
+Each probe changes clips in one known way and measures how the scores change. Its figure has an interval over prompts
+and passes a threshold or not. Thresholds are fixed here, not fitted to a model.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.agreement.figures import Figure, mean_over
-from halo_fast.rewards.model import RewardModel, Rewards
+from halo_fast.rewards import RewardModel, Rewards
 
 __all__ = [
     *("Probe", "brightness", "frame_order", "names_direction", "planted_damage", "probe_all", "prompt_swap"),
@@ -34,8 +34,8 @@ class Probe:
     Args:
         name: of the probe.
         figure: what was measured, and its interval over prompts.
-        threshold: what the figure is held to.
-        at_least: whether it must be at least the threshold, or at most.
+        threshold: bound of the figure.
+        at_least: whether the figure must be at least the threshold, or at most.
         meaning: the figure in words.
     """
 
@@ -47,7 +47,7 @@ class Probe:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the figure keeps to the threshold; None if there was nothing to measure it on."""
+        """Whether the figure is within the threshold; None if there was nothing to measure it on."""
         if np.isnan(self.figure.value):
             return None
         return self.figure.value >= self.threshold if self.at_least else self.figure.value <= self.threshold
@@ -61,7 +61,14 @@ class Probe:
 def probe_all(
     model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
 ) -> list[Probe]:
-    """All probes on clips uint8 [N, F, H, W, 3] that show what their prompts say, and move.
+    """All probes on clips that show what their prompts say, and move.
+
+    Args:
+        model: the reward model.
+        videos: uint8 [N, F, H, W, 3].
+        prompts: of each.
+        grid: patches (f, h, w).
+        seed: of the damaged patches.
 
     Raises:
         ValueError: the model gives NaN; a probe must not pass, or count as not measured, because scores are missing.
@@ -99,8 +106,8 @@ def planted_damage(
 ) -> Probe:
     """Of all patches the damaged one falls most: in at least 0.9 of the clips (by chance one in as many as patches).
 
-    The damage is one a person sees at once: colour channels exchanged, the contents displaced by half a patch and
-    lightened or darkened by a third of the range, in one patch drawn at random.
+    The damage is plain to a person: colour channels exchanged, the contents displaced by half a patch, and lightened or
+    darkened by a third of the range, in one patch drawn at random.
     """
     frames, height, width = videos.shape[1:4]
     patches = model.config.patches(grid, (frames, height, width))
@@ -144,6 +151,7 @@ def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid:
 
 @torch.no_grad()
 def _rewards(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
+    """Scores of the clips, batch by batch; ValueError if one is NaN."""
     parts = [
         model(videos[start : start + _BATCH], list(prompts[start : start + _BATCH]), grid)
         for start in range(0, len(videos), _BATCH)

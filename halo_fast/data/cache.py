@@ -1,23 +1,89 @@
-"""What training reads instead of running the autoencoder and the text encoder: latents and trimmed text embeddings.
+"""What training reads instead of running the autoencoder and the text encoder: latents and text embeddings.
 
-A file's name is the hash of what it was made from (clip and autoencoder, or prompt and text encoder), so none is ever
-stale and each is made once.
+A file is named by the hash of what it was made from: clip and autoencoder, or prompt and text encoder. So a file is
+never out of date, and each is made once.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from halo_fast.data.clips import read_clip
 from halo_fast.data.pairs import Pair
-from halo_fast.files import read_table
+from halo_fast.data.tables import CacheRow, ClipRow, PairRow, read_rows
+from halo_fast.families.base import Family
+from halo_fast.families.fingerprint import fingerprint
+from halo_fast.files import hash_file, hash_text, progress, replacing, write_safetensors
 
-__all__ = [
-    "CachedPairs",
-]
+__all__ = ["CachedPairs", "cache_latents", "cache_prompts"]
+
+
+def cache_latents(family: Family, clips: Sequence[ClipRow], source: Path, folder: Path) -> list[CacheRow]:
+    """Keep the latents of clips; those that generation has left are taken, others are encoded from the video.
+
+    Args:
+        family: the model.
+        clips: rows of clips.parquet.
+        source: the folder of that table.
+        folder: where latents/HASH.safetensors are written, each with "latents" float32 [*latent_shape].
+
+    Returns:
+        a row for each clip.
+
+    Raises:
+        UserError: a clip that cannot be read.
+    """
+    vae = fingerprint([family.vae])
+    rows = []
+    for clip in progress(clips, len(clips), "cache: latents"):
+        video, latents = source / clip.video, source / clip.latents if clip.latents else None
+        key = hash_text(f"latents {hash_file(latents)}" if latents else f"clip {hash_file(video)} vae {vae}")
+        row = CacheRow("latents", clip.clip_id, f"latents/{key}.safetensors", key)
+        file = folder / row.file
+        if not file.exists():
+            if latents is None:
+                write_safetensors(file, {"latents": family.encode(read_clip(video)[None])[0].cpu()})
+            else:
+                with replacing(file) as temporary:
+                    _link(latents, temporary)
+        rows.append(row)
+    return rows
+
+
+def cache_prompts(family: Family, prompts: Sequence[str], folder: Path) -> list[CacheRow]:
+    """Keep the conditions of prompts.
+
+    Args:
+        family: the model.
+        prompts: distinct.
+        folder: where text/HASH.safetensors are written.
+
+    Returns:
+        a row for each prompt.
+    """
+    text = fingerprint(family.text_parts)
+    rows = []
+    for prompt in progress(prompts, len(prompts), "cache: text"):
+        key = hash_text(f"prompt {prompt} text {text}")
+        row = CacheRow("text", prompt, f"text/{key}.safetensors", key)
+        if not (folder / row.file).exists():
+            write_safetensors(folder / row.file, family.encode_prompts([prompt])[0])
+        rows.append(row)
+    return rows
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # not every file system has hard links
+        shutil.copyfile(source, target)
 
 
 class CachedPairs(Sequence[Pair]):
@@ -29,17 +95,16 @@ class CachedPairs(Sequence[Pair]):
     """
 
     def __init__(self, pairs: Path, cache: Path) -> None:
-        self._rows: list[dict[str, Any]] = read_table(pairs).to_pylist()
-        index = read_table(cache / "index.parquet").to_pylist()
-        self._files = {(row["kind"], row["id"]): cache / row["file"] for row in index}
+        self._rows = read_rows(pairs, PairRow)
+        self._files = {(row.kind, row.id): cache / row.file for row in read_rows(cache / "index.parquet", CacheRow)}
 
     @property
     def prompts(self) -> list[str]:
         """The prompt of each pair."""
-        return [row["prompt"] for row in self._rows]
+        return [row.prompt for row in self._rows]
 
     def where(self, mask: Sequence[bool]) -> "CachedPairs":
-        """The pairs whose place in the mask is true."""
+        """The pairs at which the mask is true."""
         chosen = copy(self)
         chosen._rows = [row for row, wanted in zip(self._rows, mask, strict=True) if wanted]
         return chosen
@@ -55,12 +120,12 @@ class CachedPairs(Sequence[Pair]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
-        rewards = torch.tensor([row["patch_rewards_a"], row["patch_rewards_b"]])
+        rewards = torch.tensor([row.patch_rewards_a, row.patch_rewards_b])
         return Pair(
-            latents=torch.stack([self._read("latents", row[side])["latents"] for side in ("clip_a", "clip_b")]),
-            conditions=self._read("text", row["prompt"]),
-            patch_rewards=rewards.view(2, *row["grid"]),
-            video_rewards=torch.tensor([row["video_reward_a"], row["video_reward_b"]]),
+            latents=torch.stack([self._read("latents", clip)["latents"] for clip in (row.clip_a, row.clip_b)]),
+            conditions=self._read("text", row.prompt),
+            patch_rewards=rewards.view(2, *row.grid),
+            video_rewards=torch.tensor([row.video_reward_a, row.video_reward_b]),
         )
 
     def _read(self, kind: str, name: str) -> dict[str, Tensor]:

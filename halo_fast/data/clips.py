@@ -1,17 +1,29 @@
-"""Clips on disk: lossless H.264 in mp4, read and written with PyAV."""
+"""Clips on disk: videos of any format read with PyAV, folders of pictures, and lossless H.264 in mp4 written."""
 
-from collections.abc import Mapping
+import io
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from halo_fast.errors import UserError
+from halo_fast.data.tables import ClipRow
+from halo_fast.errors import UserError, first_line
 from halo_fast.files import replacing
 
-__all__ = ["latent_factors", "read_clip", "write_clip"]
+if TYPE_CHECKING:
+    import av
+
+__all__ = ["latent_factors", "read_clip", "read_frames", "read_picture", "write_clip"]
+
+# transfer functions of high dynamic range, by their number in ITU-T H.273
+_HDR = {16: "PQ", 18: "HLG"}
+# what systems leave in folders beside the pictures
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
 def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
@@ -43,36 +55,186 @@ def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
 
 
 def read_clip(path: Path | str) -> Tensor:
-    """All frames of a video file, uint8 [F, H, W, 3].
+    """All frames of a video file as a player shows them: the first real video stream, turned, with square pixels.
+
+    Args:
+        path: of any format that FFmpeg reads.
+
+    Returns:
+        uint8 [F, H, W, 3].
 
     Raises:
-        UserError: the file is missing, holds no video, or cannot be decoded.
+        UserError: the file is missing, damaged or cut short, holds no video, changes its size, or has a high dynamic
+            range.
     """
     import av
 
     try:
         with av.open(str(path)) as container:
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    except (av.FFmpegError, OSError, IndexError) as error:
-        reason = getattr(error, "strerror", None) or error
+            stream = _video_stream(container)
+            frames, end = _decode(container, stream)
+            _check_whole(container, stream, end, Path(path))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error
     if not frames:
         raise UserError(f"clip {path}: expected a readable video, got one without frames; make it again or remove it")
-    return torch.stack(frames)
+    return _stack(frames, f"clip {path}")
 
 
-def latent_factors(folder: Path, clip: Mapping[str, Any]) -> tuple[int, int, bool] | None:
-    """What the autoencoder compressed space and time of a generated clip by, and whether it is causal.
+def read_frames(folder: Path) -> Tensor:
+    """A clip out of a folder of pictures, in the natural order of their names: frame_2 before frame_10.
 
     Args:
-        folder: of the stage generate.
-        clip: a row of its clips.parquet; without latents there is nothing to tell, and None comes back.
+        folder: of pictures of one size; hidden files are ignored.
+
+    Returns:
+        uint8 [F, H, W, 3].
+
+    Raises:
+        UserError: no pictures, a file that is none, or pictures of several sizes.
     """
-    if not clip["latents"] or not (folder / clip["latents"]).exists():
+    files = [file for file in folder.iterdir() if file.name[0] != "." and file.name.casefold() not in _SYSTEM_FILES]
+    if not files:
+        raise UserError(f"{folder}: expected a folder of frames, got an empty one")
+    return _stack([read_picture(file, str(file)) for file in sorted(files, key=_natural_order)], str(folder))
+
+
+def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
+    """A picture as a viewer shows it: turned by its EXIF orientation, 16 bits scaled to 8, transparency over black.
+
+    Args:
+        file: a file or its content.
+        name: for messages.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        UserError: no readable picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):
+                # Pillow would clip 16 bits at 255
+                grey = (np.asarray(picture).astype(np.int64) + 128) // 257
+                return torch.from_numpy(np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+            return torch.from_numpy(np.array(picture.convert("RGB")))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: expected a picture ({error}); make it again or leave the row out") from error
+
+
+def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
+    """By how much the autoencoder compressed the space and time of a generated clip.
+
+    Args:
+        folder: of the table of clips.
+        clip: one of its rows.
+
+    Returns:
+        pixels to a side and frames of one latent position, and whether the autoencoder is causal; None if the clip has
+        no latents.
+    """
+    if clip.latents is None or not (folder / clip.latents).exists():
         return None
-    with safe_open(folder / clip["latents"], framework="pt") as file:
+    with safe_open(folder / clip.latents, framework="pt") as file:
         frames, height, _ = file.get_slice("latents").get_shape()[-3:]
-    video_frames, video_height = read_clip(folder / clip["video"]).shape[:2]
+    video_frames, video_height = read_clip(folder / clip.video).shape[:2]
     causal = frames > 1 and (video_frames - 1) % (frames - 1) == 0
     time = (video_frames - 1) // (frames - 1) if causal else video_frames // frames
     return video_height // height, time, causal
+
+
+def _video_stream(container: "av.container.InputContainer") -> Any:
+    """The first stream of moving pictures; ValueError if there is none."""
+    from av.stream import Disposition
+
+    streams = container.streams.video
+    moving = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+    if not moving:
+        raise ValueError("a cover picture alone" if streams else "no video stream")
+    return moving[0]
+
+
+def _decode(container: "av.container.InputContainer", stream: Any) -> tuple[list[Tensor], float]:
+    """The frames of a stream, each [H, W, 3], and the time in seconds at which the container's last packet ends."""
+    aspect = float(stream.codec_context.sample_aspect_ratio or 1)
+    frames, end = [], 0.0
+    for packet in container.demux(stream, *container.streams.audio):
+        if packet.is_corrupt:
+            raise ValueError("a damaged or cut one")
+        if packet.pts is not None:
+            lasts = float(packet.duration * packet.time_base) if packet.duration else _frame_time(stream)
+            end = max(end, float(packet.pts * packet.time_base) + lasts)
+        if packet.stream.index != stream.index:
+            continue
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise ValueError("a damaged or cut one")
+            if frame.color_trc in _HDR:
+                raise ValueError(
+                    f"one of high dynamic range ({_HDR[frame.color_trc]}), which needs tone mapping to SDR"
+                )
+            frames.append(_as_displayed(frame, aspect))
+    return frames, end
+
+
+def _as_displayed(frame: "av.VideoFrame", aspect: float) -> Tensor:
+    """A frame [H, W, 3] with square pixels, turned and mirrored as its display matrix says."""
+    width = round(frame.width * aspect)
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=frame.height))
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return picture
+    # x' = a x + c y and y' = b x + d y, in fixed point
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, rows, columns = picture.transpose(0, 1), b, c
+    else:
+        rows, columns = d, a
+    return picture.flip([axis for axis, sign in enumerate((rows, columns)) if sign < 0])
+
+
+def _check_whole(container: "av.container.InputContainer", stream: Any, end: float, path: Path) -> None:
+    """Compare the end of the data with the length that the file declares; ValueError if it is cut short."""
+    name = container.format.name
+    declared = (container.duration or 0) / 1e6 + max(container.start_time or 0, 0) / 1e6
+    if name == "avi" and stream.frames:
+        # FFmpeg shortens the duration of a cut avi to its size, the count of frames stays
+        declared = stream.frames * _frame_time(stream)
+    if end < declared - max(1.5 * _frame_time(stream), 0.01 * declared):
+        raise ValueError(f"one cut at {end:.3g} of {declared:.3g} seconds")
+    # a transport stream has no end and no length, but consists of packets of one size
+    if name == "mpegts" and all(path.stat().st_size % size for size in (188, 192, 204)):
+        raise ValueError("one cut short, with half a packet at its end")
+    if name == "gif" and path.read_bytes().rstrip(b"\0")[-1:] != b";":
+        raise ValueError("one cut short, without the end that a gif has")
+
+
+def _frame_time(stream: Any) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    return 1 / float(rate) if rate else 0.0
+
+
+def _stack(frames: Sequence[Tensor], name: str) -> Tensor:
+    """Frames [F, H, W, 3]; UserError if their sizes differ."""
+    for number, frame in enumerate(frames, 1):
+        if frame.shape != frames[0].shape:
+            sizes = [f"{one.shape[0]} x {one.shape[1]}" for one in (frames[0], frame)]
+            raise UserError(
+                f"{name}: expected frames of one size, height x width {sizes[0]}, got {sizes[1]} at frame {number}; "
+                "make it again at one size or remove it"
+            )
+    return torch.stack(list(frames))
+
+
+def _natural_order(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by value."""
+    parts = re.split(r"(\d+)", file.name)
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -1,44 +1,135 @@
-"""Lists of prompts."""
+"""Lists of prompts: text files, tables, and registered lists."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from halo_fast.errors import UserError
+from halo_fast import registry
+from halo_fast.data.records import SUFFIXES, is_empty, parse_csv, parse_json, read_records
+from halo_fast.errors import UserError, first_line
 
-__all__ = ["prompt_source", "read_prompts"]
+__all__ = ["prompt_source", "read_prompts", "shared_prompts"]
+
+logger = logging.getLogger(__name__)
+
+# names of the column of prompts in a table, the first that it has counts
+_COLUMNS = ("prompt", "prompts", "prompt_en", "caption", "text prompt", "gen_caption", "text")
+_FORMATS = "a text file with one prompt a line, or a csv, tsv, json, jsonl or parquet table with a column 'prompt'"
 
 
 def prompt_source(prompts: str) -> Path | str:
-    """What identifies a list of prompts as a stage's input: the file, or the name of a list of the demo."""
-    return prompts if prompts.startswith("demo:") else Path(prompts)
+    """What identifies a list of prompts as a stage's input: the file, or the registered or dotted name."""
+    return prompts if registry.is_name("prompts", prompts) else Path(prompts)
 
 
-def read_prompts(prompts: str, count: int, seed: int = 0, setting: str = "prompts") -> list[str]:
-    """The first `count` prompts of a text file (fewer if it is shorter), or of "demo:train" and "demo:heldout".
+def read_prompts(prompts: str, count: int | None, seed: int = 0, setting: str = "prompts") -> list[str]:
+    """The first prompts of a list.
 
-    Mistakes are reported under the name `setting`.
+    Args:
+        prompts: a text file with one prompt a line, a table with a column of prompts, a JSON list, a registered name,
+            or "package.module:attribute" of a callable that takes a count (None for all) and a seed and gives prompts;
+            the callable raises ValueError for a count that it cannot serve.
+        count: how many; fewer come from a file that is shorter. None for all.
+        seed: for registered lists, which may be drawn.
+        setting: under which mistakes are reported.
 
     Raises:
-        UserError: a missing or unreadable file, an empty line, no prompts.
+        UserError: a missing or unreadable file, an empty prompt, no prompts, no list of that name.
     """
-    if prompts.startswith("demo:"):
-        from halo_fast.demo import world
-
-        if prompts not in ("demo:train", "demo:heldout"):
-            raise UserError(f'{setting}: expected "demo:train", "demo:heldout" or a text file, got {prompts!r}')
+    if registry.is_name("prompts", prompts):
         try:
-            return world.prompts("train" if prompts == "demo:train" else "heldout", count, seed)
+            return registry.resolve("prompts", prompts, setting)(count, seed)
         except ValueError as error:
             raise UserError(f"{setting}: {error}; lower num_prompts") from error
+    path = Path(prompts)
+    if path.suffix.lower() in SUFFIXES and path.suffix.lower() not in (".json", ".jsonl") and path.is_file():
+        found = _column(read_records(path), path, setting)
+    else:
+        found = _from_text(_read_text(path, setting), path, setting)
+    if not found:
+        raise UserError(f"{setting}: {path} holds no prompts; write one a line")
+    taken = found[:count]
+    if len(taken) < len(found):
+        logger.info("%s: the first %d of %d prompts of %s (num_prompts)", setting, len(taken), len(found), path)
+    return taken
+
+
+def shared_prompts(prompts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The prompts that both lists hold, whatever their case and blanks, in the order of the second.
+
+    Args:
+        prompts: such as those that train.
+        others: such as those that evaluate.
+    """
+    known = {" ".join(prompt.casefold().split()) for prompt in prompts}
+    return [prompt for prompt in others if " ".join(prompt.casefold().split()) in known]
+
+
+def _read_text(path: Path, setting: str) -> str:
     try:
-        lines = Path(prompts).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{setting}: expected a text file with one prompt a line, got {prompts!r} ({reason})"
-        ) from error
-    if lines == [""]:
-        raise UserError(f"{setting}: {prompts} holds no prompts; write one a line")
+        raise UserError(f"{setting}: expected {_FORMATS}, got {str(path)!r} ({reason})") from error
+
+
+def _from_text(text: str, path: Path, setting: str) -> list[str]:
+    """The prompts of a text, which its content shows to be JSON, a table, or one prompt a line."""
+    suffix = path.suffix.lower()
+    try:
+        value = parse_json(text) if suffix in (".json", ".jsonl") or text.lstrip()[:1] in ("[", "{") else None
+    except ValueError as error:
+        if suffix in (".json", ".jsonl"):
+            raise UserError(f"{setting}: expected {_FORMATS}, got {str(path)!r} ({first_line(error)})") from error
+        value = None  # a prompt may begin with a bracket
+    if value is not None:
+        return _from_json(value, path, setting)
+    lines = text.removesuffix("\n").split("\n")
+    header = [cell.strip().strip('"').casefold() for cell in lines[0].replace("\t", ",").replace(";", ",").split(",")]
+    if any(name in header for name in _COLUMNS[:3]) and all(len(cell.split()) == 1 for cell in header):
+        if len(header) > 1:
+            return _column(parse_csv(text, f"{setting}: {path}"), path, setting)
+        lines = lines[1:]
+    if lines in ([""], []):
+        return []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise UserError(f"{setting}: {prompts} line {number} is empty; write a prompt there or remove the line")
-    return [line.strip() for line in lines[:count]]
+            raise UserError(f"{setting}: {path} line {number} is empty; write a prompt there or remove the line")
+    return [line.strip() for line in lines]
+
+
+def _from_json(value: Any, path: Path, setting: str) -> list[str]:
+    """The prompts of a list of texts or of objects, or of an object that holds one such list."""
+    if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
+        value = [value]
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return _column(value, path, setting)
+    if not isinstance(value, list):
+        raise UserError(f"{setting}: expected a list of prompts in {path}, got {type(value).__name__}")
+    return [_checked(item, number, path, setting) for number, item in enumerate(value, 1)]
+
+
+def _column(rows: Sequence[Any], path: Path, setting: str) -> list[str]:
+    """The column of prompts of a table."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    named = {str(column).strip().casefold(): column for column in reversed(columns)}
+    column = next((named[name] for name in _COLUMNS if name in named), None)
+    if rows and column is None:
+        got = ", ".join(map(repr, columns))
+        raise UserError(
+            f"{setting}: expected a column {' or '.join(map(repr, _COLUMNS[:4]))} in {path}, got {got}; "
+            "name the column, or save the prompts as .txt with one a line"
+        )
+    return [_checked(row.get(column), number, path, setting) for number, row in enumerate(rows, 1)]
+
+
+def _checked(prompt: Any, number: int, path: Path, setting: str) -> str:
+    if not isinstance(prompt, str) or is_empty(prompt):
+        raise UserError(
+            f"{setting}: {path} row {number}: expected a prompt, got {prompt!r}; write text there or remove the row"
+        )
+    return " ".join(prompt.split())

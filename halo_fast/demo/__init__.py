@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
     from diffusers import WanPipeline
 
-    from halo_fast.pipeline.config import Config
+__all__ = ["BASES", "RECIPE", "WEIGHTS", "check_clips", "load_pipeline"]
 
-__all__ = ["BASES", "WEIGHTS", "check", "load_pipeline"]
-
+RECIPE = Path(__file__).parent / "recipe.yaml"
 WEIGHTS = Path(__file__).parent / "weights"
 BASES = ("graded", "patchy")
 
 
-def check(config: Config, prompts: Sequence[str], setting: str) -> None:
-    """Whether the demo's teacher and meters can read such clips.
+def check_clips(
+    reader: str, grid: Sequence[int], video_size: Sequence[int] | None, prompts: Sequence[str], setting: str
+) -> None:
+    """Check that a teacher or meter of the demo can read such clips.
 
     Args:
-        config: grid and generate hold the clips' patches and size.
+        reader: which one, for messages.
+        grid: patches (f, h, w).
+        video_size: frames, height, width; None where it is not known yet.
         prompts: of the clips.
         setting: name under which a prompt of another world is reported.
 
@@ -34,19 +37,17 @@ def check(config: Config, prompts: Sequence[str], setting: str) -> None:
     from halo_fast.demo import world
     from halo_fast.demo.defects import GRID
 
-    size = config.generate.num_frames, config.generate.height, config.generate.width
-    for name, wanted, given in (
-        ("grid", GRID, tuple(config.grid)),
-        ("generate", (world.NUM_FRAMES, world.SIZE, world.SIZE), size),
+    for name, what, wanted, given in (
+        ("grid", "patches", GRID, grid),
+        ("generate", "num_frames, height and width", (world.NUM_FRAMES, world.SIZE, world.SIZE), video_size),
     ):
-        if given != wanted:
-            what = "patches" if name == "grid" else "num_frames, height and width"
-            raise UserError(f"{name}: the demo's teacher and meter read {what} {wanted}, got {given}; set it to that")
+        if given is not None and tuple(given) != wanted:
+            raise UserError(f"{name}: the demo's {reader} reads {what} {wanted}, got {tuple(given)}; set it to that")
     for prompt in prompts:
         try:
             world.parse(prompt)
         except ValueError as error:
-            raise UserError(f"{setting}: {error}; use another teacher and meter for other prompts") from error
+            raise UserError(f"{setting}: {error}; use another {reader} for other prompts") from error
 
 
 def load_pipeline(name: str) -> WanPipeline:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from halo_fast.agreement.arms import rates_by_kind
 from halo_fast.demo import defects, meters, world
@@ -67,7 +68,16 @@ def planted_clips(
 
 
 def _optimise(model: nn.Module, steps: int, loss_of_step: Callable[[torch.Generator], Tensor], label: str) -> None:
-    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    """Train by AdamW with a one-cycle schedule; the model ends with the exponential average of its weights.
+
+    Args:
+        model: trained in place, and left in eval mode.
+        steps: of the training.
+        loss_of_step: 0-d loss of a batch that the step's generator draws.
+        label: of the progress line.
+    """
+    parameters = dict(model.named_parameters())
+    average = {name: value.detach().clone() for name, value in parameters.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     model.train()
@@ -78,8 +88,8 @@ def _optimise(model: nn.Module, steps: int, loss_of_step: Callable[[torch.Genera
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            for name, value in model.named_parameters():
-                average[name].lerp_(value, 1 - min(0.995, (1 + step) / (10 + step)))
+            decay = min(0.995, (1 + step) / (10 + step))  # the first weights count for less and less
+            get_ema_multi_avg_fn(decay)(list(average.values()), list(parameters.values()), step)
     model.load_state_dict(average)
     model.eval()
 
@@ -144,12 +154,12 @@ def validate(defect: meters.DefectMeter, fidelity: meters.FidelityMeter) -> dict
         result[regime] = _on_planted(defect, fidelity, regime) | {"removed": removal(defect, fidelity, regime)}
     clean, prompts = world.clean_clips(1024, seed=79)
     severity, _ = defect(clean, prompts)
-    shown = fidelity(clean, prompts)
+    readings = fidelity(clean, prompts)
     result["clean"] = {
         "mean_severity": round(float(severity.mean()), 5),
         "defective_share": round(float((severity > defects.DEFECTIVE).float().mean()), 5),
-        "fidelity": {n: round(float(shown[f"{n}_correct"].mean()), 4) for n in ("digit", "colour", "motion")},
-        "motion_amount": round(float(shown["motion_amount"].mean()), 3),
+        "fidelity": {n: round(float(readings[f"{n}_correct"].mean()), 4) for n in ("digit", "colour", "motion")},
+        "motion_amount": round(float(readings["motion_amount"].mean()), 3),
     }
     return result
 
@@ -157,10 +167,15 @@ def validate(defect: meters.DefectMeter, fidelity: meters.FidelityMeter) -> dict
 def _on_planted(
     defect: meters.DefectMeter, fidelity: meters.FidelityMeter, regime: defects.Regime
 ) -> dict[str, object]:
-    """Readings of planted defects against what was planted.
+    """Readings of planted defects compared with what was planted.
 
     auc_by_kind: total severity, patches where the kind is visibly defective against sound ones. channel_auc_by_kind:
-    the severity reported of that very kind, the same patches against all that have another kind or none.
+    the severity of that kind, the same patches against all that have another kind or none.
+
+    Args:
+        defect: the defect meter.
+        fidelity: the fidelity meter.
+        regime: of the planted defects.
     """
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
@@ -168,7 +183,7 @@ def _on_planted(
     clips = world.draw("heldout", 512, torch.Generator().manual_seed(77))
     planted = defects.plant(clips, regime, torch.Generator().manual_seed(78))
     severity, by_kind = defect(world.to_uint8(planted.video), clips.prompts)
-    shown = fidelity(world.to_uint8(planted.video), clips.prompts)
+    readings = fidelity(world.to_uint8(planted.video), clips.prompts)
     visible = planted.severity > defects.DEFECTIVE
 
     def auc(values: Tensor, bad: Tensor, others: Tensor) -> float:
@@ -196,7 +211,7 @@ def _on_planted(
         "planted_mean_severity": round(float(planted.severity.mean()), 4),
         "measured_mean_severity": round(float(severity.mean()), 4),
         "fidelity_on_defective": {
-            n: round(float(shown[f"{n}_correct"].mean()), 4) for n in ("digit", "colour", "motion")
+            n: round(float(readings[f"{n}_correct"].mean()), 4) for n in ("digit", "colour", "motion")
         },
     }
 
@@ -206,7 +221,8 @@ def removal(
 ) -> list[dict[str, float]]:
     """What the meters read while planted defects are blended out and nothing else changes.
 
-    A meter independent of defects would keep motion and fidelity. Clips are held out, and the same for every share.
+    Motion and fidelity would stay the same if the meter of them ignored defects. Clips are held out, and the same for
+    every share.
 
     Returns:
         for each share removed: mean severity, motion_amount over that with all defects, and fidelity.
@@ -216,13 +232,13 @@ def removal(
     rows = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         videos = world.to_uint8(torch.lerp(planted.video, clips.video, share))
-        shown = fidelity(videos, clips.prompts)
+        readings = fidelity(videos, clips.prompts)
         rows.append(
             {
                 "share": share,
                 "severity": float(defect(videos, clips.prompts)[0].mean()),
-                "motion_ratio": float(shown["motion_amount"].mean()),
-                "fidelity": float(shown["fidelity_correct"].mean()),
+                "motion_ratio": float(readings["motion_amount"].mean()),
+                "fidelity": float(readings["fidelity_correct"].mean()),
             }
         )
     before = rows[0]["motion_ratio"]

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.demo.world import NUM_FRAMES, SIZE, Clips
 
-__all__ = ["Planted", "full_strength", "patch_mean", "plant", "to_pixels"]
+__all__ = ["DEFECTIVE", "Planted", "full_strength", "patch_mean", "plant", "to_pixels"]
 
 
 GRID = (3, 4, 4)
@@ -23,7 +24,6 @@ CELL = SIZE // GRID[1]
 FRAME_GROUPS = ((0, 1), (1, 5), (5, 9))  # a causal latent: the first frame alone, then groups of four
 KINDS = ("flicker", "vanish", "smear", "colour", "tear", "frozen")
 VISIBLE_CHANGE = 0.3
-DEFECTIVE = 0.25
 
 Regime = Literal["graded", "patchy"]
 

@@ -1,4 +1,4 @@
-"""Two meters that see a clip and its prompt only: how defective each patch is, and whether the prompt is still shown.
+"""Two meters that read a clip and its prompt only: how defective each patch is, and whether it still shows the prompt.
 
 DefectMeter regresses the severity of every patch of the grid (3, 4, 4); it was trained on clips with planted defects
 and never sees how a clip was made. FidelityMeter is independent of it: a classifier of digit, colour and motion
@@ -7,7 +7,8 @@ trained on clean clips alone, which does not see the prompt. Both are small conv
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,51 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from halo_fast.demo import WEIGHTS, world
+from halo_fast.agreement.meters import MeterRequest
+from halo_fast.demo import WEIGHTS, check_clips, world
 from halo_fast.demo.defects import GRID, KINDS
+from halo_fast.demo.notes import meter_notes
 
-__all__ = ["DefectMeter", "FidelityMeter", "evidence", "targets"]
-
+__all__ = ["DefectMeter", "FidelityMeter", "WorldMeter", "evidence", "targets"]
 
 MOTIONS = tuple((speed, direction) for speed in world.SPEEDS for direction in world.DIRECTIONS)
+_BATCH = 64
+_CLEAN_CLIPS = 256
+
+
+class WorldMeter:
+    """Both meters of the demo's world as one `halo_fast.agreement.meters.Meter`.
+
+    Raises:
+        UserError: another grid or clip size than the world's, or a prompt that it does not have.
+    """
+
+    def __init__(self, request: MeterRequest) -> None:
+        check_clips("meter", request.grid, request.video_size, request.prompts, "evaluation_prompts")
+        self._seed = request.seed
+        self._defects, self._fidelity = DefectMeter.load(), FidelityMeter.load()
+
+    @cached_property
+    def clean(self) -> float:
+        """Mean severity on clean clips of the held-out split."""
+        videos, prompts = world.clean_clips(_CLEAN_CLIPS, self._seed, split="heldout")
+        return float(self._defects(videos, prompts)[0].mean())
+
+    @property
+    def sources(self) -> Mapping[str, Path]:
+        """The weights of both."""
+        return {name: WEIGHTS / f"{name}.safetensors" for name in ("defect_meter", "fidelity_meter")}
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What both read on held-out clips with planted defects and without."""
+        return meter_notes()
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Severity and severity_<kind> [N, 3, 4, 4]; what FidelityMeter gives [N]."""
+        severity, by_kind = self._defects(videos, list(prompts))
+        kinds = {f"severity_{kind}": by_kind[:, index] for index, kind in enumerate(KINDS)}
+        return {"severity": severity, **kinds, **self._fidelity(videos, list(prompts))}
 
 
 def _attribute_codes(attributes: tuple[world.Attributes, ...]) -> Tensor:
@@ -34,7 +73,7 @@ def _attribute_codes(attributes: tuple[world.Attributes, ...]) -> Tensor:
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:
-    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear, edges held."""
+    """Move images [M, 1, H, W] by (row, column) offsets [M, 2] in pixels, bilinear; edges are repeated."""
     size = images.shape[-1]
     pixel = torch.arange(size, dtype=torch.float32)
     rows = ((pixel[None] - offsets[:, 0:1] + 0.5) * (2 / size) - 1)[:, :, None].expand(-1, -1, size)
@@ -43,7 +82,7 @@ def _shift(images: Tensor, offsets: Tensor) -> Tensor:
 
 
 def evidence(video: Tensor, attributes: tuple[world.Attributes, ...]) -> Tensor:
-    """What a clip shows against what its prompt says, six channels a frame: [N, 9 * 6, 32, 32].
+    """How a clip differs from what its prompt says, six channels a frame: [N, 9 * 6, 32, 32].
 
     Difference from the named background (3); ink, the share of the named colour (1); what is neither background nor
     that colour (1); ink against the median of all frames moved along the named motion (1).
@@ -65,7 +104,7 @@ def evidence(video: Tensor, attributes: tuple[world.Attributes, ...]) -> Tensor:
 
 
 class _Stage(nn.Module):
-    """Two convolutions, the first told what the prompt names."""
+    """Two convolutions; the first is conditioned on the attributes that the prompt names."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -75,6 +114,7 @@ class _Stage(nn.Module):
         self.norm = nn.GroupNorm(8, outer)
 
     def forward(self, hidden: Tensor, code: Tensor) -> Tensor:
+        """Features [N, inner, y, x] and attributes [N, 25] -> [N, outer, y / stride, x / stride]."""
         hidden = F.silu(self.norm(self.mix(hidden) + self.prompt(code)[:, :, None, None]))
         return hidden + F.silu(self.refine(hidden))
 
@@ -164,7 +204,7 @@ class FidelityMeter(nn.Module):
         rows: dict[str, list[Tensor]] = {}
         for chunk, attributes in _batches(videos, prompts):
             digit, colour, motion, travel = self.forward(world.from_uint8(chunk))
-            # how fast is told by the travel; the verdict on motion is about where to
+            # the travel says how fast; the verdict on motion is about the direction alone
             direction = motion.softmax(-1).unflatten(1, (len(world.SPEEDS), -1)).sum(1)
             named = targets(attributes)
             named["motion"] %= len(world.DIRECTIONS)
@@ -189,14 +229,17 @@ def targets(attributes: tuple[world.Attributes, ...]) -> dict[str, Tensor]:
     }
 
 
-def _batches(videos: Tensor, prompts: list[str]) -> Any:
+def _batches(videos: Tensor, prompts: list[str]) -> Iterator[tuple[Tensor, tuple[world.Attributes, ...]]]:
     expected = (world.NUM_FRAMES, world.SIZE, world.SIZE, 3)
     if videos.dtype != torch.uint8 or tuple(videos.shape[1:]) != expected:
         raise ValueError(f"videos: expected uint8 [N, 9, 32, 32, 3], got {videos.dtype} {list(videos.shape)}")
     if len(videos) != len(prompts):
         raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
-    for start in range(0, len(videos), 64):
-        yield videos[start : start + 64], tuple(world.parse(prompt) for prompt in prompts[start : start + 64])
+    for start in range(0, len(videos), _BATCH):
+        yield (
+            videos[start : start + _BATCH],
+            tuple(world.parse(prompt) for prompt in prompts[start : start + _BATCH]),
+        )
 
 
 def _load(meter: Any, file: Path) -> Any:

@@ -1,5 +1,18 @@
-"""All that others may know of the demo: names and where they lead; see `halo_fast.registry`."""
+"""All that others may know of the demo: names and what they stand for; see `halo_fast.registry`."""
 
 __all__ = ["TABLES"]
 
-TABLES: dict[str, dict[str, str]] = {}
+TABLES: dict[str, dict[str, str]] = {
+    "command": {"demo compare": "compare", "demo pretrain": "halo_fast.demo.pretrain:pretrain"},
+    "comparison": {"graded": "halo_fast.demo.comparison:GRADED", "patchy": "halo_fast.demo.comparison:PATCHY"},
+    "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
+    "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},
+    "prompts": {
+        "demo:train": "halo_fast.demo.world:train_prompts",
+        "demo:heldout": "halo_fast.demo.world:heldout_prompts",
+    },
+    "recipe": {"demo": "halo_fast.demo:RECIPE"},
+    "reward evaluation": {"demo": "halo_fast.demo.planted:evaluate"},
+    "reward examples": {"demo": "halo_fast.demo.examples:examples"},
+    "teacher": {"demo": "halo_fast.demo.teacher:load_teacher"},
+}

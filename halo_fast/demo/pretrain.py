@@ -8,6 +8,7 @@ with `recipe.json` beside it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from halo_fast.demo import defects, world
 from halo_fast.demo.autoencoder import BlockAutoencoder
 from halo_fast.demo.defects import Regime
-from halo_fast.files import progress, replacing, write_json
+from halo_fast.files import progress, read_checkpoint, write_checkpoint, write_json
 
 __all__ = [
     "Recipe",
@@ -40,6 +40,8 @@ __all__ = [
     "train_phase",
 ]
 
+
+logger = logging.getLogger(__name__)
 
 MAX_WORDS = 16
 
@@ -131,7 +133,13 @@ def build_corpus(vae: BlockAutoencoder, recipe: Recipe) -> tuple[Tensor, list[st
 
 
 def train_phase(pipeline: WanPipeline, recipe: Recipe, state_file: Path) -> None:
-    """Train transformer and text encoder in place; continues from `state_file` if a run was cut off."""
+    """Train transformer and text encoder in place; continue from the checkpoint of a run that was cut off.
+
+    Args:
+        pipeline: of `build_pipeline`; ends with the averaged weights.
+        recipe: the phase.
+        state_file: the checkpoint, written every `recipe.checkpointing_steps` steps.
+    """
     modules = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -139,23 +147,23 @@ def train_phase(pipeline: WanPipeline, recipe: Recipe, state_file: Path) -> None
     )
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     started = _restore(state_file, parameters, average, optimizer) if state_file.exists() else 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _schedule(started + done, recipe))
     if started < recipe.steps:
         corpus = build_corpus(pipeline.vae, recipe)
         transformer = torch.compile(pipeline.transformer)
         modules.train()
     for step in progress(range(started, recipe.steps), recipe.steps - started, f"pretrain {state_file.stem}"):
         loss = _loss(pipeline, transformer, corpus, recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
+        schedule.step()
         decay = min(recipe.average_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
         if (step + 1) % recipe.checkpointing_steps == 0 or step + 1 == recipe.steps:
-            print(f"{state_file.stem}: step {step + 1}, loss {loss.item():.4f}", flush=True)
+            logger.info("%s: step %d, loss %.4f", state_file.stem, step + 1, loss.item())
             _save(state_file, parameters, average, optimizer, step + 1)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -196,27 +204,23 @@ def _save(file: Path, parameters: dict[str, Any], average: dict[str, Tensor], op
     }
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"average.{name}": value for name, value in average.items()} | moments
-    with replacing(file) as temporary:
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, temporary, {"step": str(step)})
+    # tied weights share their storage, which safetensors refuses
+    write_checkpoint(file, {name: value.clone() for name, value in tensors.items()}, {"step": step})
 
 
 def _restore(file: Path, parameters: dict[str, Any], average: dict[str, Tensor], optimizer: Any) -> int:
-    from safetensors import safe_open
-
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        step = int(opened.metadata()["step"])
+    tensors, state = read_checkpoint(file)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
             average[name].copy_(tensors[f"average.{name}"])
             if f"exp_avg.{name}" in tensors:
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(state["step"])),
                     "exp_avg": tensors[f"exp_avg.{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
-    return step
+    return int(state["step"])
 
 
 def save_base(pipeline: WanPipeline, folder: Path) -> None:
@@ -228,18 +232,24 @@ def save_base(pipeline: WanPipeline, folder: Path) -> None:
 
 
 def measure_base(pipeline: WanPipeline, num_prompts: int = 256) -> dict[str, float]:
-    """What a base shows on held-out prompts, by the shipped meters: defects, right digit, colour and motion."""
+    """Figures of a base on held-out prompts, by the shipped meters: defects, right digit, colour and motion.
+
+    Args:
+        pipeline: the base.
+        num_prompts: clips, one for each prompt.
+    """
     from halo_fast.demo.meters import DefectMeter, FidelityMeter
+    from halo_fast.demo.models import CLIPS
     from halo_fast.families import family_of
-    from halo_fast.families.sampling import GenerateConfig, clip_seed, sample_clips
+    from halo_fast.families.sampling import clip_seed, sample_clips
 
     family, prompts, figures = family_of(pipeline), world.prompts("heldout", num_prompts, seed=1), []
     for start in range(0, num_prompts, 32):
         batch = prompts[start : start + 32]
         seeds = [clip_seed(1, start + index, 0) for index in range(len(batch))]
-        videos = sample_clips(family, batch, seeds, GenerateConfig())[1]
-        severity, shown = DefectMeter.load()(videos, batch)[0], FidelityMeter.load()(videos, batch)
-        verdicts = [shown[f"{name}_correct"] for name in ("digit", "colour", "motion", "fidelity")]
+        videos = sample_clips(family, batch, seeds, CLIPS)[1]
+        severity, found = DefectMeter.load()(videos, batch)[0], FidelityMeter.load()(videos, batch)
+        verdicts = [found[f"{name}_correct"] for name in ("digit", "colour", "motion", "fidelity")]
         figures.append(
             torch.stack(((severity > defects.DEFECTIVE).float().mean((1, 2, 3)), severity.mean((1, 2, 3)), *verdicts))
         )

@@ -1,18 +1,52 @@
 """The demo's teacher: the demo world's meters, put in the rubric's terms, erring on some clips as people do."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 from torch import Tensor
 
-from halo_fast.teachers.base import Label
+from halo_fast.demo import WEIGHTS, check_clips
+from halo_fast.files import hash_file, hash_text
+from halo_fast.teachers.base import Clip, TeacherRequest, label_in_batches, read_options
+from halo_fast.teachers.rubric import Label
 
-__all__ = ["DemoTeacher"]
+__all__ = ["DemoOptions", "DemoTeacher", "load_teacher"]
 
+_BATCH_SIZE = 32  # clips that the meters see at once
 _RATER_BIASES = (-0.5, -0.25, 0.0, 0.25, 0.5)
 _SLIP_SHARE = 0.1  # scores of a noisy label that are off by a whole grade
 _CLEAR_MOTION = 2.0  # pixels travelled from which motion is plain to see
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `annotate.options` holds for the demo's teacher.
+
+    Args:
+        noisy_share: share of clips on which the teacher errs as a person would.
+    """
+
+    noisy_share: Annotated[float, Interval(ge=0, le=1)] = 0.2
+
+
+def load_teacher(request: TeacherRequest) -> "DemoTeacher":
+    """The teacher over the shipped meters.
+
+    Raises:
+        UserError: another grid or clip size than the demo's, a prompt that its world does not have, or an option that
+            cannot be.
+    """
+    from halo_fast.demo.meters import DefectMeter, FidelityMeter
+
+    options = read_options(DemoOptions, request.options, "annotate.options")
+    check_clips("teacher", request.grid, request.video_size, request.prompts, "prompts")
+    version = hash_text("".join(hash_file(WEIGHTS / f"{name}_meter.safetensors") for name in ("defect", "fidelity")))
+    meter = DefectMeter.load()
+    return DemoTeacher(meter, FidelityMeter.load(), meter.grid, options.noisy_share, request.seed, version[:12])
 
 
 class DemoTeacher:
@@ -47,6 +81,10 @@ class DemoTeacher:
         self.grid = grid
         self._defects, self._fidelity = defects, fidelity
         self._noisy_share, self._seed = noisy_share, seed
+
+    def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
+        """The index of each clip and its label."""
+        return label_in_batches(self.label, clips, _BATCH_SIZE)
 
     def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
         """One label for each clip of videos, uint8 [N, F, H, W, 3]."""

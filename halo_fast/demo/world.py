@@ -2,8 +2,8 @@
 
 Every clip is 9 RGB frames of 32 x 32 pixels; its caption names digit, colour, direction, speed and background:
 "a green 7 drifts left over a dark field". Handwriting samples and attribute combinations are split into "train" and
-"heldout", so that a held-out clip shows a drawn digit and a combination that training never saw; load_digits does not
-say who wrote what, so other digits of the same hand may stand on both sides.
+"heldout", so that a held-out clip has a handwritten digit and a combination that training never saw. load_digits does not
+name the writers, so other digits of one hand may be in both splits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ __all__ = [
     "draw",
     "from_uint8",
     "handwriting",
+    "heldout_prompts",
     "parse",
     "prompts",
     "render",
     "to_uint8",
+    "train_prompts",
 ]
 
 
@@ -63,7 +65,11 @@ def caption(attributes: Attributes) -> str:
 
 
 def parse(prompt: str) -> Attributes:
-    """The attributes that a prompt names; ValueError names the prompt when it is not of this world."""
+    """The attributes that a prompt names.
+
+    Raises:
+        ValueError: not a caption of this world.
+    """
     words = prompt.split()
     well_formed = len(words) == 9 and (words[0], words[5], words[6], words[8]) == ("a", "over", "a", "field")
     if well_formed:
@@ -79,7 +85,7 @@ def parse(prompt: str) -> Attributes:
 
 @lru_cache
 def combinations(split: Split) -> tuple[Attributes, ...]:
-    """All attribute combinations of a split: one in five is held out, chosen by a hash of its caption."""
+    """All attribute combinations of a split; a hash of the caption puts one in five into "heldout"."""
     chosen = []
     for attributes in product(DIGITS, COLOURS, SPEEDS, DIRECTIONS, BACKGROUNDS):
         held_out = hashlib.sha256(caption(attributes).encode()).digest()[0] % 5 == 0
@@ -90,14 +96,14 @@ def combinations(split: Split) -> tuple[Attributes, ...]:
 
 @lru_cache
 def handwriting(split: Split) -> tuple[Tensor, ...]:
-    """Ten tensors [samples, 24, 24] in [0, 1], one per digit: every fifth sample is held out."""
+    """The handwriting of a split: for each digit a tensor [samples, 24, 24] in [0, 1]; every fifth is in "heldout"."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    # the 8 x 8 scans cut strokes at their border: a blank frame around them lets strokes end softly
+    # the 8 x 8 scans cut strokes at their border; a blank frame lets strokes end softly
     images = F.interpolate(F.pad(images, (1, 1, 1, 1)), size=(DIGIT_SIZE, DIGIT_SIZE), mode="bicubic").clamp(0, 1)[:, 0]
-    # a steeper edge than the interpolation's, so that a stroke looks drawn rather than out of focus
+    # a steeper edge than the interpolation's, so that strokes are in focus
     images = torch.sigmoid((images - 0.45) * 9)
     images = (images - images.amin()) / (images.amax() - images.amin())
     labels = torch.tensor(data.target)
@@ -107,7 +113,7 @@ def handwriting(split: Split) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Clips:
-    """A batch of clean clips: video and background [N, 9, 3, 32, 32] float32 in [0, 1], and what they show."""
+    """A batch of clean clips: video and background [N, 9, 3, 32, 32] float32 in [0, 1], and their attributes."""
 
     video: Tensor
     background: Tensor
@@ -122,13 +128,32 @@ def _choose(count: int, choices: int, generator: torch.Generator) -> list[int]:
     return torch.randint(choices, (count,), generator=generator).tolist()
 
 
-def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
-    """`count` distinct captions of a split in an order drawn from `seed`; ValueError if there are not so many."""
+def prompts(split: Split, count: int | None, seed: int = 0) -> list[str]:
+    """Distinct captions of a split, in an order drawn from `seed`.
+
+    Args:
+        split: "train" or "heldout".
+        count: how many; None for all.
+        seed: of the order.
+
+    Raises:
+        ValueError: the split has fewer.
+    """
     known = combinations(split)
-    if count > len(known):
-        raise ValueError(f"count: the {split} split has {len(known)} distinct prompts, asked for {count}")
+    if count is not None and count > len(known):
+        raise ValueError(f"count: the {split} split has {len(known)} distinct prompts, got {count}")
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
     return [caption(known[index]) for index in order[:count]]
+
+
+def train_prompts(count: int | None, seed: int) -> list[str]:
+    """Captions of the train split, registered as the prompts "demo:train"."""
+    return prompts("train", count, seed)
+
+
+def heldout_prompts(count: int | None, seed: int) -> list[str]:
+    """Captions of the heldout split, registered as the prompts "demo:heldout"."""
+    return prompts("heldout", count, seed)
 
 
 def backdrop(background: str) -> Tensor:
@@ -141,13 +166,13 @@ def backdrop(background: str) -> Tensor:
 
 
 def render(attributes: list[Attributes], split: Split, generator: torch.Generator, wander: float = 1.0) -> Clips:
-    """Draw one clip for each tuple of attributes: sample and start are random, motion is uniform and stays in view.
+    """Draw one clip for each tuple of attributes; sample and start are random, motion is uniform and stays in view.
 
     Args:
-        attributes: what each clip shows.
-        split: whose handwriting is used.
+        attributes: of each clip.
+        split: of the handwriting.
         generator: of every random choice.
-        wander: how far the start may lie from the place that centres the path, as a share of all the room there is.
+        wander: how far the start may be from the place that centres the path, as a share of the free room, 0 to 1.
     """
     samples_of = handwriting(split)
     glyphs = []

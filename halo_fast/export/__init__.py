@@ -1,1 +1,1 @@
-"""What was trained, under the names that other programs read."""
+"""Trained adapters and networks, under the names that other programs read."""

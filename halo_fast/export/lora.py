@@ -1,26 +1,30 @@
-"""What was trained under the names that other programs read, and what a file says about itself."""
+"""What was trained, under diffusers' names, with metadata that says what it is."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from halo_fast.families import Family
+from halo_fast.families import Denoiser, Family
 from halo_fast.files import versions, write_json
 from halo_fast.train.adapters import ADAPTER
 from halo_fast.train.config import TrainConfig
 
-__all__ = ["export", "load_trained", "metadata", "save_network"]
+__all__ = ["LORA_FILE", "METADATA_FILE", "export_lora", "load_trained", "metadata", "save_network"]
 
-FORMATS = ("diffusers", "comfyui")
-_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, METADATA_FILE = "pytorch_lora_weights.safetensors", "halo_fast.json"
 
 
-def export(family: Family, parameters: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
-    """The LoRA as diffusers names it; alpha / rank goes into B, so that no loader needs to know it."""
+def export_lora(family: Denoiser, parameters: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+    """The LoRA under diffusers' names, on the CPU; alpha / rank is multiplied into B, so that no loader needs it.
+
+    Args:
+        family: gives the prefix of its network.
+        parameters: of the adapter, under peft's names.
+        config: gives rank and alpha.
+    """
     scale = config.lora_alpha / config.rank
     return {
         f"{family.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": (
@@ -30,13 +34,13 @@ def export(family: Family, parameters: Mapping[str, Tensor], config: TrainConfig
     }
 
 
-def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -> dict[str, str]:
+def metadata(family: Denoiser, base_model: str, config: TrainConfig, steps: int) -> dict[str, str]:
     """What a trained file says about itself, for `write_safetensors`: text alone, equal for equal trainings.
 
     Args:
         family: what was trained; its pipeline's class decides how the layers are called elsewhere.
         base_model: config.pretrained_model_name_or_path.
-        config: the settings; `alpha` is told though it is folded into the weights already.
+        config: the settings; `alpha` is included though it is folded into the weights already.
         steps: optimiser steps done.
     """
     return {
@@ -44,7 +48,7 @@ def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -
         "base_model": base_model,
         "pipeline": type(family.pipeline or family).__name__,
         "network": family.network,
-        "objective": json.dumps(asdict(config.objective), sort_keys=True),
+        "objective": json.dumps(config.objective, sort_keys=True),
         "rank": str(config.rank),
         "alpha": str(config.lora_alpha),
         "alpha_folded": "true",
@@ -53,11 +57,14 @@ def metadata(family: Family, base_model: str, config: TrainConfig, steps: int) -
     }
 
 
-def save_network(folder: Path, family: Family, weights: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
+def save_network(folder: Path, family: Denoiser, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a network trained at rank 0 as diffusers does, for `from_pretrained`, with `metadata` in halo_fast.json.
 
     Args:
+        folder: where config, weights and metadata go.
+        family: gives the network's class and configuration.
         weights: its whole state dict; nothing of it is copied.
+        metadata: from the function of that name.
     """
     from accelerate import init_empty_weights
 
@@ -68,15 +75,20 @@ def save_network(folder: Path, family: Family, weights: Mapping[str, Tensor], to
         empty: Any = network.from_config(model.config)
     empty.load_state_dict(weights, assign=True)
     empty.save_pretrained(folder)
-    write_json(folder / "halo_fast.json", dict(told))
+    write_json(folder / METADATA_FILE, dict(metadata))
 
 
 def load_trained(family: Family, folder: Path) -> None:
-    """Put what `halo train` left on the family's network: its folder train/lora, or train/model."""
+    """Load a trained LoRA or network into the family's network.
+
+    Args:
+        family: the base.
+        folder: with pytorch_lora_weights.safetensors, or a network that `save_network` wrote.
+    """
     from safetensors.torch import load_file
 
-    if (folder / _FILE).exists():
-        family.load_lora(load_file(folder / _FILE))
+    if (folder / LORA_FILE).exists():
+        family.load_lora(load_file(folder / LORA_FILE))
     else:
         model: Any = family.transformer
         model.load_state_dict(type(model).from_pretrained(folder).state_dict())

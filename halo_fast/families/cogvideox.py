@@ -11,12 +11,11 @@ __all__ = ["CogVideoX"]
 
 
 class CogVideoX(VariancePreserving):
-    """diffusers.CogVideoXPipeline, 1.0 and 1.5; the scheduler holds the shifted noise schedule of each checkpoint.
+    """diffusers.CogVideoXPipeline, 1.0 and 1.5; the noise schedule of each checkpoint is in its scheduler.
 
-    The v error is the x_0 error weighted by 1 / (1 - abar), which is how the model was trained: no weight is missing.
+    The v error is the x_0 error weighted by 1 / (1 - abar), as in the model's own training.
     """
 
-    pipelines = ("CogVideoXPipeline",)
     layout = "BFCHW"
 
     @property
@@ -25,11 +24,11 @@ class CogVideoX(VariancePreserving):
 
     @property
     def frame_step(self) -> int:
-        # The autoencoder works on two latent frames at a time and gives whole clips back for odd counts alone.
+        # the autoencoder decodes two latent frames at a time; only odd counts give whole clips
         return 2 * self.compression[0]
 
     def _padding(self, frames: int) -> int:
-        # CogVideoX 1.5 has two latent frames in a token; the pipeline puts what is missing in front.
+        # CogVideoX 1.5 has two latent frames in a token; the pipeline adds a missing one in front
         return -frames % (self.transformer.config.patch_size_t or 1)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -45,7 +44,7 @@ class CogVideoX(VariancePreserving):
         return super().decode(latents[:, self._padding(latents.shape[1] - 1) :])
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        # The model attends to the embeddings of padding, which are not zero: nothing can be trimmed.
+        # the model attends to the embeddings of padding, which are not zero, so nothing can be trimmed
         embeds, _ = self.pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,

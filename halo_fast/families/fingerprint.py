@@ -1,34 +1,38 @@
 """What identifies a model: its weights, settings and vocabularies."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from halo_fast.files import hash_tensors
 
 __all__ = ["fingerprint"]
 
+# where a model was loaded from and by what, which does not change what it computes
+_ORIGIN = ("transformers_version", "dtype", "torch_dtype", "architectures")
+
 
 def fingerprint(parts: Sequence[Any]) -> str:
-    """SHA-256 over the weights and settings of modules and the vocabularies of tokenizers, in hexadecimal."""
-    digest = hashlib.sha256()
+    """SHA-256 over the weights and settings of modules and the vocabularies of tokenizers, in hexadecimal.
+
+    Args:
+        parts: modules, tokenizers, and None for a part that a pipeline does without.
+    """
+    described: list[str | Mapping[str, Tensor]] = []
     for part in parts:
         if isinstance(part, nn.Module):
-            # Wan's normalisation of latents, or the number of heads, is nowhere in the weights.
-            digest.update(json.dumps(_settings(part), sort_keys=True, default=str).encode())
-            for name, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            # the normalisation of latents and the number of heads are settings that no weight shows
+            described.append(json.dumps(_settings(part), sort_keys=True, default=str))
+            described.append(dict(sorted(part.state_dict().items())))
         elif part is not None:
-            digest.update(json.dumps([sorted(part.get_vocab().items()), part.model_max_length]).encode())
-    return digest.hexdigest()
+            described.append(json.dumps([sorted(part.get_vocab().items()), part.model_max_length]))
+    return hash_tensors(*described)
 
 
 def _settings(module: Any) -> dict[str, Any]:
-    """The configuration of a diffusers or transformers model, without where it was loaded from and by what."""
+    """The configuration of a diffusers or transformers model, without its origin."""
     config: Any = getattr(module, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
-    told = ("transformers_version", "dtype", "torch_dtype", "architectures")
-    return {name: value for name, value in settings.items() if not name.startswith("_") and name not in told}
+    return {name: value for name, value in settings.items() if not name.startswith("_") and name not in _ORIGIN}

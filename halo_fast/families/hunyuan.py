@@ -14,11 +14,10 @@ __all__ = ["HunyuanVideo", "HunyuanVideo15"]
 class HunyuanVideo(PipelineFamily):
     """diffusers.HunyuanVideoPipeline; the model was distilled to take the guidance scale as an input.
 
-    Training tells it `guidance`: the stages that of generate.guidance_scale, for a preference is learnt by the
-    distribution that made the candidates; else the pipeline's default.
+    In training it takes `guidance`, by default the pipeline's. It should be the scale at which the clips were sampled,
+    because preferences are learned on that distribution.
     """
 
-    pipelines = ("HunyuanVideoPipeline",)
     guidance = 6.0
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
@@ -35,10 +34,10 @@ class HunyuanVideo(PipelineFamily):
             "pooled_prompt_embeds": pooled,
         }
 
-    def guided_by(self, scale: float) -> None:
+    def set_guidance(self, scale: float) -> None:
         self.guidance = scale
 
-    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
         return conditions | {"guidance_scale": guidance_scale}
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
@@ -57,8 +56,6 @@ class HunyuanVideo(PipelineFamily):
 
 class HunyuanVideo15(PipelineFamily):
     """diffusers.HunyuanVideo15Pipeline; latents of the image to start from are appended, all zero for text to video."""
-
-    pipelines = ("HunyuanVideo15Pipeline",)
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
         super().__init__(pipeline, network)
@@ -79,15 +76,15 @@ class HunyuanVideo15(PipelineFamily):
             "prompt_embeds_2": glyphs * glyph_mask[..., None], "prompt_embeds_mask_2": glyph_mask,
         }  # fmt: skip
 
-    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
-        # The scale is a property of the pipeline's guider, not of the call.
+    def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        # the scale belongs to the pipeline's guider, not to the call
         self.pipeline.guider = self.pipeline.guider.new(guidance_scale=guidance_scale)
-        arguments = super().guided(conditions, guidance_scale)
+        arguments = super().pipeline_arguments(conditions, guidance_scale)
         del arguments["guidance_scale"]
         return arguments
 
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
-        # This pipeline of diffusers has no load_lora_weights; its transformer has.
+        # the pipeline has no load_lora_weights in diffusers
         self.transformer.load_lora_adapter(dict(lora), prefix=self.lora_prefix)
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
@@ -98,7 +95,7 @@ class HunyuanVideo15(PipelineFamily):
         return model(
             hidden_states=torch.cat([noisy, first_frame], dim=1).to(dtype),
             image_embeds=image.to(dtype),
-            # This network takes the time in its own precision alone, and its pipeline rounds it likewise.
+            # the network takes the time in its own precision only; its pipeline rounds it likewise
             timestep=(t.float() * pipeline.scheduler.config.num_train_timesteps).to(dtype),
             encoder_hidden_states=given["prompt_embeds"],
             encoder_attention_mask=given["prompt_embeds_mask"],

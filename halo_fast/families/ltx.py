@@ -7,16 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
-from halo_fast.families import shifted
+from halo_fast.families.base import shift_times
 from halo_fast.families.pipeline import MaskedPrompts
 
 __all__ = ["LTX"]
 
 
 class LTX(MaskedPrompts):
-    """diffusers.LTXPipeline; the model is told the frame rate, here the pipeline's default."""
+    """diffusers.LTXPipeline; the model takes the frame rate as an input, here the pipeline's default."""
 
-    pipelines = ("LTXPipeline",)
     tokens = 128
     frame_rate = 25
 
@@ -40,7 +39,7 @@ class LTX(MaskedPrompts):
 
     def decode_clip(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        # Decoders that denoise a little themselves are asked not to, as the pipeline does by default.
+        # some decoders denoise at a time of their own; at time 0, the pipeline's default, they only decode
         clean = latents.new_zeros(1) if vae.config.timestep_conditioning else None
         return vae.decode(latents, clean).sample
 
@@ -48,11 +47,11 @@ class LTX(MaskedPrompts):
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
             return super().timesteps(u)
-        # The logarithm of the shift is linear in the number of tokens.
+        # the logarithm of the shift is linear in the number of tokens
         tokens = math.prod(self.latent_size(shape)) if shape is not None else config.base_image_seq_len
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         shift = math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
-        return shifted(u, shift)
+        return shift_times(u, shift)
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.flatten(2).transpose(1, 2)

@@ -8,12 +8,10 @@ __all__ = ["Mochi"]
 
 
 class Mochi(MaskedPrompts):
-    """diffusers.MochiPipeline; with t = 1 pure noise as everywhere here, the model is told 1 - t and gives x_0 - eps.
+    """diffusers.MochiPipeline; here t = 1 is pure noise, so the model takes 1 - t; it predicts x_0 - eps.
 
-    Its sampler's steps (linear, then quadratic) are no shift: training times are uniform.
+    Its sampler's steps are linear, then quadratic. That is no shift, so training times are uniform.
     """
-
-    pipelines = ("MochiPipeline",)
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the families of diffusers pipelines share: prompts, autoencoder, sampling; and the noise of DDPM."""
+"""Families of diffusers pipelines: prompts, autoencoder and sampling, and the noise of DDPM."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from halo_fast.errors import UserError
-from halo_fast.families import Family
+from halo_fast.families.base import Family
 
 __all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving"]
 
 
 class PipelineFamily(Family):
-    """A diffusers pipeline; its conditions bear the names under which the pipeline takes them.
+    """A diffusers pipeline; its conditions have the names of the pipeline's arguments.
 
-    `max_length` says to which number of tokens the pipeline pads a condition; one that is not named there is kept as
-    it is. What lies beyond a prompt's true length must be zero, or hidden from the model by a mask.
+    `max_length` is the number of tokens to which the pipeline pads a condition; others are never padded. Beyond a
+    prompt's true length a condition must be zero, or hidden from the model by a mask.
     """
 
     max_length: dict[str, int] = {}
@@ -30,12 +30,12 @@ class PipelineFamily(Family):
 
     @property
     def compression(self) -> tuple[int, int]:
-        """Frames and pixels to a side that one latent position stands for."""
+        """Frames, and pixels to a side, of one latent position."""
         return self.pipeline.vae_scale_factor_temporal, self.pipeline.vae_scale_factor_spatial
 
     @property
     def frame_step(self) -> int:
-        """Clips have a multiple of this many frames, and one."""
+        """Clips have a multiple of this many frames, plus one."""
         return self.compression[0]
 
     @property
@@ -61,7 +61,7 @@ class PipelineFamily(Family):
 
     @property
     def text_device(self) -> torch.device:
-        """Where the text encoders are: while training, not where the pipeline would look for them."""
+        """The device of the text encoders, which in training is not the pipeline's own."""
         return self.pipeline.text_encoder.device
 
     @abstractmethod
@@ -119,23 +119,23 @@ class PipelineFamily(Family):
         latents = self._layout(latents)
         mean, std = self.statistics(latents)
         latents = (latents * std + mean).to(vae.device, vae.dtype)
-        # One clip at a time: bounded memory, and pixels that do not depend on the batch.
+        # one clip at a time: memory is bounded, and pixels do not depend on the batch
         pixels = torch.cat([self.decode_clip(clip) for clip in latents.split(1)]).float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
     def _layout(self, latents: Tensor) -> Tensor:
         return latents.transpose(1, 2) if self.layout == "BFCHW" else latents
 
-    def guided(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with for a batch of conditions; by default it guides away from no prompt."""
+    def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        """The pipeline's arguments for a batch of conditions; guidance is relative to the empty prompt."""
         if guidance_scale <= 1:
             return conditions | {"guidance_scale": guidance_scale}
         negative = self.stack(self.encode_prompts([""]))
-        against = {f"negative_{name}": value.expand_as(conditions[name]) for name, value in negative.items()}
-        return conditions | against | {"guidance_scale": guidance_scale}
+        expanded = {f"negative_{name}": value.expand_as(conditions[name]) for name, value in negative.items()}
+        return conditions | expanded | {"guidance_scale": guidance_scale}
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents as the pipeline takes them."""
+        """Latents in the pipeline's form."""
         return latents
 
     def unpack(self, latents: Tensor, size: Sequence[int]) -> Tensor:
@@ -156,7 +156,7 @@ class PipelineFamily(Family):
         frames, height, width = video_size
         arguments = {
             name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.guided(self.stack(conditions), guidance_scale).items()
+            for name, value in self.pipeline_arguments(self.stack(conditions), guidance_scale).items()
         }
         latents = self.pipeline(
             **arguments,
@@ -171,13 +171,13 @@ class PipelineFamily(Family):
 
 
 class MaskedPrompts(PipelineFamily):
-    """A pipeline whose one text encoder pads to `tokens` tokens, the padding being hidden from the model by a mask."""
+    """A pipeline with one text encoder, which pads to `tokens` tokens and hides the padding from the model by a mask."""
 
     tokens = 256
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
         super().__init__(pipeline, network)
-        # Tokenizers without a limit of their own report 1e30.
+        # tokenizers without a limit report 1e30
         length = min(pipeline.tokenizer.model_max_length, self.tokens)
         self.max_length = {"prompt_embeds": length, "prompt_attention_mask": length}
 
@@ -206,7 +206,7 @@ class VariancePreserving(PipelineFamily):
         return (u * count).floor() / count
 
     def pack(self, latents: Tensor) -> Tensor:
-        # These pipelines hand the latents to the network as they come.
+        # these pipelines pass the latents to the network unchanged
         return latents.to(self.transformer.dtype)
 
     def _scales(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

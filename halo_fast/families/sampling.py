@@ -3,11 +3,14 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from halo_fast.families import Family
+from halo_fast.errors import UserError
+from halo_fast.families.base import Family
 
 __all__ = ["GenerateConfig", "clip_seed", "sample_clips"]
 
@@ -17,7 +20,7 @@ class GenerateConfig:
     """Candidates of the base model.
 
     Args:
-        num_prompts: prompts taken from the top of the prompt list.
+        num_prompts: prompts taken from the top of the list; null for all.
         num_videos_per_prompt: candidates of each prompt.
         batch_size: clips sampled at once.
         num_inference_steps: denoising steps of a clip.
@@ -28,15 +31,15 @@ class GenerateConfig:
         fps: frames a second of the mp4 files.
     """
 
-    num_prompts: int = 192
-    num_videos_per_prompt: int = 2
-    batch_size: int = 32
-    num_inference_steps: int = 16
-    guidance_scale: float = 1.0
-    num_frames: int = 9
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_prompts: Annotated[int, Ge(1)] | None = None
+    num_videos_per_prompt: Annotated[int, Ge(1)] = 2
+    batch_size: Annotated[int, Ge(1)] = 1
+    num_inference_steps: Annotated[int, Ge(1)] = 50
+    guidance_scale: Annotated[float, Ge(0)] = 5.0
+    num_frames: Annotated[int, Ge(1)] = 81
+    height: Annotated[int, Ge(1)] = 480
+    width: Annotated[int, Ge(1)] = 832
+    fps: Annotated[int, Ge(1)] = 16
 
 
 def sample_clips(
@@ -44,12 +47,26 @@ def sample_clips(
 ) -> tuple[Tensor, Tensor]:
     """One clip for each prompt and seed, in one batch through the pipeline.
 
-    Every clip starts from noise of its own generator, and prompts are encoded one at a time, so that a clip depends on
-    its batch at most through the rounding of batched kernels.
+    Every clip starts from noise of its own generator, and prompts are encoded one at a time. So a clip depends on its
+    batch at most through the rounding of batched kernels.
+
+    Args:
+        family: the model.
+        prompts: of the clips.
+        seeds: of the clips.
+        settings: size, steps and guidance; the rest is not read.
 
     Returns:
         latents float32 [N, *latent_shape] in model space and videos uint8 [N, F, H, W, 3], both on the CPU.
+
+    Raises:
+        UserError: a size that the model cannot make, or a model that only trains.
     """
+    if not isinstance(family, Family):
+        raise UserError(
+            f"model: expected a Family, which samples, got {type(family).__name__}, which only trains; "
+            "leave out previews and fresh pairs, or subclass halo_fast.families.Family"
+        )
     shape = family.latent_shape(settings.num_frames, settings.height, settings.width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     encoded = {prompt: family.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts)}

@@ -13,7 +13,6 @@ __all__ = ["AnimateDiff", "TextToVideoSD"]
 class TextToVideoSD(VariancePreserving):
     """diffusers.TextToVideoSDPipeline: ModelScope and ZeroScope; the autoencoder takes frames one by one."""
 
-    pipelines = ("TextToVideoSDPipeline",)
     networks = ("unet",)
     lora_prefix = "unet"
 
@@ -38,7 +37,7 @@ class TextToVideoSD(VariancePreserving):
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         if hasattr(self.transformer, "load_lora_adapter"):
             return super().load_lora(lora)
-        # diffusers has taken the loading of LoRAs from the UNet of this pipeline; peft itself does it.
+        # diffusers no longer loads LoRAs into the UNet of this pipeline; peft does
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
         weights = {name.removeprefix(f"{self.lora_prefix}."): value for name, value in lora.items()}
@@ -57,14 +56,12 @@ class TextToVideoSD(VariancePreserving):
         )[0]
 
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
-        """The prompt embeddings as the network takes them."""
+        """The prompt embeddings in the network's form."""
         return conditions["prompt_embeds"]
 
 
 class AnimateDiff(TextToVideoSD):
     """diffusers.AnimateDiffPipeline: Stable Diffusion 1.5 with a motion adapter, which is trained with it."""
-
-    pipelines = ("AnimateDiffPipeline",)
 
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
         return conditions["prompt_embeds"].repeat_interleave(noisy.shape[2], dim=0)

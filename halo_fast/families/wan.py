@@ -15,10 +15,9 @@ class Wan(PipelineFamily):
     """diffusers.WanPipeline: Wan 2.1, and of Wan 2.2 the A14B (two experts) and the TI2V-5B (a time for every token).
 
     Of two experts, "transformer" denoises from t = boundary_ratio upwards and "transformer_2" below. One is trained at
-    a time, on the times of its own that the sampler visits; their LoRAs are two files.
+    a time, on its own share of the sampler's times. Their LoRAs are two files.
     """
 
-    pipelines = ("WanPipeline",)
     networks = ("transformer", "transformer_2")
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
@@ -27,7 +26,7 @@ class Wan(PipelineFamily):
             pipeline.transformer_2 is None or pipeline.config.boundary_ratio is None
         ):
             raise UserError("network: transformer_2 is an expert of Wan 2.2 A14B, which this pipeline is not")
-        # Tokenizers without a limit of their own report 1e30.
+        # tokenizers without a limit report 1e30
         self.max_length = {"prompt_embeds": min(pipeline.tokenizer.model_max_length, 512)}
 
     @property
@@ -35,7 +34,7 @@ class Wan(PipelineFamily):
         return max(self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1], 16)
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        # The pipeline pads with zeros and the model attends to them, so `stack` restores what is trimmed.
+        # the model attends to the zeros of the padding, so `stack` restores what is trimmed
         embeds, _ = self.pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_length["prompt_embeds"],
             device=self.text_device,
@@ -48,14 +47,14 @@ class Wan(PipelineFamily):
     def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         ratio = self.pipeline.config.boundary_ratio
         if ratio is not None and self.pipeline.transformer_2 is not None:
-            # The draw at which the shifted time is the boundary.
+            # the draw at which the shifted time is the boundary
             boundary = ratio / (self.shift - (self.shift - 1) * ratio)
             u = boundary + (1 - boundary) * u if self.network == "transformer" else boundary * u
         return super().timesteps(u)
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype = self.transformer.dtype
-        # The timestep stays in float32: bfloat16 would round 750 to 752.
+        # the timestep stays in float32: bfloat16 would round 750 to 752
         timestep = t.float() * self.pipeline.scheduler.config.num_train_timesteps
         if self.pipeline.config.expand_timesteps:
             frames, height, width = self.latent_size(noisy.shape)

@@ -4,9 +4,10 @@ Order of choice: explicit argument > ``using_backend`` > HALO_FAST_BACKEND > the
 xpu, cpp on cpu, reference elsewhere). A backend that was asked for and cannot run raises with the reason; the automatic
 choice falls back to the reference and logs the reason once.
 
-A backend is a module with patch_log_ratio, patch_error, patch_error_backward, gran_dpo_backward and, if it has a fused
-one, gran_dpo_table, with the signatures of ``halo_fast.loss.reference``. It may define
-``unavailable(device) -> str | None``, why it cannot run there, and ``describe() -> str``, its row in ``halo doctor``.
+A backend is a module with patch_log_ratio, patch_error, patch_error_backward, gran_dpo_backward and gran_dpo_table,
+with the signatures of ``halo_fast.loss.reference``. It may define a ``gran_dpo`` that is more than
+``reference.composed_gran_dpo``, ``unavailable(device) -> str | None``, why it cannot run there, and ``describe() ->
+str``, its row in ``halo doctor``.
 """
 
 from __future__ import annotations

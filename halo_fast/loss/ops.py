@@ -6,17 +6,19 @@ graph or compiles it again. Outputs are fresh tensors. There is no second deriva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halo_fast.loss import backends, reference
-from halo_fast.loss.reference import accumulate_dtype
+from halo_fast.loss import backends
+from halo_fast.loss.reference import Table, TableNumbers, accumulate_dtype, composed_gran_dpo
 
 __all__ = ["attach_gradient", "gran_dpo", "gran_dpo_table", "patch_error", "patch_error_backward", "patch_log_ratio"]
+
+GranDPOTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("halo_fast::patch_log_ratio", mutates_args=())
@@ -29,7 +31,8 @@ def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Seq
 
 @patch_log_ratio.register_fake
 def _(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
-    return policy.new_empty((policy.shape[0], *grid), dtype=accumulate_dtype(policy.dtype))
+    dtype = accumulate_dtype(policy.dtype, reference.dtype, target.dtype)
+    return policy.new_empty((policy.shape[0], *grid), dtype=dtype)
 
 
 @torch.library.custom_op("halo_fast::patch_error", mutates_args=())
@@ -41,7 +44,8 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tens
 
 @patch_error.register_fake
 def _(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
-    return prediction.new_empty((prediction.shape[0], *grid), dtype=accumulate_dtype(prediction.dtype))
+    dtype = accumulate_dtype(prediction.dtype, target.dtype)
+    return prediction.new_empty((prediction.shape[0], *grid), dtype=dtype)
 
 
 @torch.library.custom_op("halo_fast::patch_error_backward", mutates_args=())
@@ -88,42 +92,28 @@ def gran_dpo_table(
     log_ratio: Tensor,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     error: Tensor | None,
     loser_scale: Tensor | None,
     latent_shape: Sequence[int],
     link_name: str,
-    label_smoothing: float,
-    video_weight: float,
-    patch_weight: float,
-    video_beta: float,
-    patch_beta: float,
-    video_gamma: float,
-    video_delta: float,
-    patch_gamma: float,
-    patch_delta: float,
-    sft_weight: float,
-    patch_sft_weight: float,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients: see ``reference.gran_dpo_table``."""
-    return _table_of(backends.select(log_ratio.device, log_ratio.dtype))(
-        log_ratio, patch_rewards, video_rewards, kappa, error, loser_scale, tuple(latent_shape), link_name,
-        label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma,
-        patch_delta, sft_weight, patch_sft_weight,
+    backend = backends.select(log_ratio.device, log_ratio.dtype)
+    table: Table = backend.gran_dpo_table(
+        log_ratio, patch_rewards, video_rewards, logit_scale, error, loser_scale, tuple(latent_shape), link_name,
+        TableNumbers(*numbers),
     )  # fmt: skip
+    return table
 
 
 @gran_dpo_table.register_fake
-def _(log_ratio: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(log_ratio: Tensor, *others: Any) -> Table:
     return _table_outputs(log_ratio)
 
 
-def _table_of(backend: ModuleType) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """The backend's own ``gran_dpo_table``, or the reference's."""
-    return getattr(backend, "gran_dpo_table", reference.gran_dpo_table)
-
-
-def _table_outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _table_outputs(log_ratio: Tensor) -> Table:
     """What ``gran_dpo_table`` returns, without values."""
     samples, *grid = log_ratio.shape
     scalar = log_ratio.new_empty(())
@@ -132,29 +122,26 @@ def _table_outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return scalar, torch.empty_like(log_ratio), pairs, patches, torch.empty_like(pairs)
 
 
-GranDPOTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 def _gran_dpo(
     policy: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     target: Tensor,
+    reference_error: Tensor | None,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     grid: Sequence[int],
     link_name: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.select(policy.device, policy.dtype)
-    counts = tuple(grid)
-    log_ratio: Tensor = backend.patch_log_ratio(policy, reference, target, counts)
-    error: Tensor | None = backend.patch_error(policy, target, counts) if any(numbers[-2:]) else None
-    loss, coefficients, video_logits, patch_logits, active = _table_of(backend)(
-        log_ratio, patch_rewards, video_rewards, kappa, error, None, policy.shape[1:], link_name, *numbers
-    )
-    absent = log_ratio.new_empty(0) if error is None else error
-    return loss, coefficients, video_logits, patch_logits, active, log_ratio, absent
+    run = getattr(backend, "gran_dpo", None) or partial(composed_gran_dpo, backend)
+    *outputs, error = run(
+        policy, reference, target, reference_error, patch_rewards, video_rewards, logit_scale, tuple(grid), link_name,
+        TableNumbers(*numbers),
+    )  # fmt: skip
+    # an operator has a tensor in every place
+    return *outputs, outputs[-1].new_empty(0) if error is None else error
 
 
 gran_dpo_operator = torch.library.custom_op("halo_fast::gran_dpo", _gran_dpo, mutates_args=())
@@ -162,10 +149,11 @@ gran_dpo_operator = torch.library.custom_op("halo_fast::gran_dpo", _gran_dpo, mu
 
 @gran_dpo_operator.register_fake
 def _(policy: Tensor, *others: Any) -> GranDPOTensors:
-    *_, grid, _, numbers = others
-    log_ratio = policy.new_empty((policy.shape[0], *grid), dtype=accumulate_dtype(policy.dtype))
-    error = torch.empty_like(log_ratio) if any(numbers[-2:]) else log_ratio.new_empty(0)
-    return *_table_outputs(log_ratio), log_ratio, error
+    reference, target, *_, grid, _, numbers = others
+    dtype = accumulate_dtype(*(view.dtype for view in (policy, reference, target) if view is not None))
+    log_ratio = policy.new_empty((policy.shape[0], *grid), dtype=dtype)
+    with_error = reference is None or TableNumbers(*numbers).supervised
+    return *_table_outputs(log_ratio), log_ratio, torch.empty_like(log_ratio) if with_error else log_ratio.new_empty(0)
 
 
 def _save_log_ratio(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,7 +195,7 @@ def _save_gran_dpo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gran_dpo_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     coefficients, policy, target = ctx.saved_tensors
     gradient = None if grad is None else gran_dpo_backward(grad, coefficients, policy, target)
-    return gradient, *[None] * 8
+    return gradient, *[None] * 9
 
 
 def _watched(latent: Tensor) -> bool:
@@ -240,22 +228,24 @@ class _Direct(torch.autograd.Function):
 
 def gran_dpo(
     policy: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     target: Tensor,
+    reference_error: Tensor | None,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     grid: Sequence[int],
     link_name: str,
     numbers: Sequence[float],
 ) -> GranDPOTensors:
     """The H1 loss in one operator: (loss, coefficients, video_logits, patch_logits, active, log_ratio, error).
 
-    ``patch_log_ratio`` and ``gran_dpo_table``, whose last eleven arguments are ``numbers`` (torch takes time for each
-    argument of an operator); ``patch_error`` too where an sft weight is not 0, else error is empty. The loss is
-    differentiable in ``policy``, and nothing else of it.
+    Either ``reference`` or its cached ``reference_error`` is given. ``error`` is the policy's where the cached one or
+    an sft weight needs it, else empty. The loss is differentiable in ``policy``, and nothing else of it.
     """
-    arguments = (reference, target, patch_rewards, video_rewards, kappa, grid, link_name, numbers)
+    arguments = (
+        reference, target, reference_error, patch_rewards, video_rewards, logit_scale, grid, link_name, numbers,
+    )  # fmt: skip
     if _watched(policy):
         output: GranDPOTensors = gran_dpo_operator(policy, *arguments)
         return output

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 __all__ = [
+    "LINKS",
+    "Table",
+    "TableNumbers",
     "accumulate_dtype",
+    "composed_gran_dpo",
     "gran_dpo_backward",
     "gran_dpo_table",
     "halves",
@@ -32,10 +37,34 @@ __all__ = [
 
 LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 
+# (loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B])
+Table = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over elements of ``dtype`` are taken: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+
+class TableNumbers(NamedTuple):
+    """The numbers of the H1 table, in the order in which every backend takes them; ``GranDPO`` says what they are."""
+
+    label_smoothing: float
+    video_weight: float
+    patch_weight: float
+    video_beta: float
+    patch_beta: float
+    video_gamma: float
+    video_delta: float
+    patch_gamma: float
+    patch_delta: float
+    sft_weight: float
+    patch_sft_weight: float
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the loss has a supervised term, which needs the errors themselves."""
+        return self.sft_weight != 0 or self.patch_sft_weight != 0
+
+
+def accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over elements of ``dtypes`` are taken: float64 if any is float64, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor) -> Tensor:
@@ -75,7 +104,7 @@ def patch_mean(values: Tensor, grid: Sequence[int]) -> Tensor:
 
 def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """-d_p = -mean over the patch of (o - o_ref)(o + o_ref - 2 tau): [N, f, h, w] in the accumulate dtype."""
-    accumulate = accumulate_dtype(policy.dtype)
+    accumulate = accumulate_dtype(policy.dtype, reference.dtype, target.dtype)
     policy, reference, target = policy.to(accumulate), reference.to(accumulate), target.to(accumulate)
     # Factored: a difference of two mean errors would lose up to four digits where policy is near reference.
     return -patch_mean((policy - reference) * ((policy - target) + (reference - target)), grid)
@@ -83,13 +112,13 @@ def patch_log_ratio(policy: Tensor, reference: Tensor, target: Tensor, grid: Seq
 
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int]) -> Tensor:
     """E_p = mean over the patch of (o - tau)^2: [N, f, h, w] in the accumulate dtype."""
-    accumulate = accumulate_dtype(prediction.dtype)
+    accumulate = accumulate_dtype(prediction.dtype, target.dtype)
     return patch_mean((prediction.to(accumulate) - target.to(accumulate)).square(), grid)
 
 
 def patch_error_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     """2 (o - tau) grad_p / Z_p with the prediction's shape, dtype and (``torch.empty_like``) strides."""
-    accumulate = accumulate_dtype(prediction.dtype)
+    accumulate = accumulate_dtype(prediction.dtype, target.dtype)
     scale = 2 * grad.to(accumulate) / patch_sizes(prediction.shape[1:], grad.shape[1:], grad.to(accumulate))
     for dim in (1, 2, 3):
         scale = _spread(scale, dim, prediction.shape[dim + 1])
@@ -176,32 +205,22 @@ def gran_dpo_table(
     log_ratio: Tensor,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
-    kappa: Tensor | None,
+    logit_scale: Tensor | None,
     error: Tensor | None,
     loser_scale: Tensor | None,
     latent_shape: Sequence[int],
     link_name: str,
-    label_smoothing: float,
-    video_weight: float,
-    patch_weight: float,
-    video_beta: float,
-    patch_beta: float,
-    video_gamma: float,
-    video_delta: float,
-    patch_gamma: float,
-    patch_delta: float,
-    sft_weight: float,
-    patch_sft_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    numbers: Sequence[float],
+) -> Table:
     """The H1 loss and its coefficients from the [2B, f, h, w] table of log-ratios.
 
     One pair: video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p
               + sft_weight E(video winner) + patch_sft_weight mean of E_p over the winning patches,
     z = -(beta kappa / 2) s D, D_p = d_p(a) - d_p(b), D = sum_p (Z_p / sum Z) D_p.
 
-    All floating tensors have the dtype of ``log_ratio``. ``kappa`` is [2, B]: what multiplies video_beta and patch_beta
-    of each pair. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w] when the
-    loser guard is on; ``latent_shape`` is (C, F, H, W).
+    All floating tensors have the dtype of ``log_ratio``. ``logit_scale`` is [2, B]: what multiplies video_beta and
+    patch_beta of each pair. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w]
+    when the loser guard is on; ``latent_shape`` is (C, F, H, W); ``numbers`` are those of ``TableNumbers``.
     Returns loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B]
     (1 for a pair that counts in the mean, else 0).
     """
@@ -210,41 +229,74 @@ def gran_dpo_table(
     sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
     volume = sizes / sizes.sum()
     pairs = margin.shape[0]
-    video_scale = 0.5 * video_beta * (margin.new_ones(pairs) if kappa is None else kappa[0])
-    patch_scale = 0.5 * patch_beta * (margin.new_ones(pairs) if kappa is None else kappa[1])
+    to = TableNumbers(*numbers)
+    video_scale, patch_scale = margin.new_ones(2, pairs) if logit_scale is None else logit_scale
+    video_scale, patch_scale = 0.5 * to.video_beta * video_scale, 0.5 * to.patch_beta * patch_scale
 
-    video = (
-        margin.new_zeros(pairs) if video_rewards is None else signed_weights(video_rewards, video_gamma, video_delta)
-    )
-    patch = (
-        torch.zeros_like(margin) if patch_rewards is None else signed_weights(patch_rewards, patch_gamma, patch_delta)
-    )
+    video, patch = margin.new_zeros(pairs), torch.zeros_like(margin)
+    if video_rewards is not None:
+        video = signed_weights(video_rewards, to.video_gamma, to.video_delta)
+    if patch_rewards is not None:
+        patch = signed_weights(patch_rewards, to.patch_gamma, to.patch_delta)
 
     video_logits = video_scale * video.sign() * (volume * margin).flatten(1).sum(1)
-    value, derivative = link(video_logits, link_name, label_smoothing)
-    pair_loss = video_weight * video.abs() * value
-    video_slope = -video_weight * video * derivative * video_scale
+    value, derivative = link(video_logits, link_name, to.label_smoothing)
+    pair_loss = to.video_weight * video.abs() * value
+    video_slope = -to.video_weight * video * derivative * video_scale
     slope = video_slope[:, None, None, None] * volume
 
     patch_logits = patch_scale[:, None, None, None] * patch.sign() * margin
-    value, derivative = link(patch_logits, link_name, label_smoothing)
+    value, derivative = link(patch_logits, link_name, to.label_smoothing)
     total = patch.abs().flatten(1).sum(1)
-    share = patch_weight / torch.where(total > 0, total, 1.0)
+    share = to.patch_weight / torch.where(total > 0, total, 1.0)
     pair_loss = pair_loss + share * (patch.abs() * value).flatten(1).sum(1)
     slope = slope - (share * patch_scale)[:, None, None, None] * patch * derivative
 
     # A group of weight 0 is no group: it must not bring its pair into the mean.
     labelled = (patch != 0).flatten(1).sum(1)
-    active = (video != 0) & (video_weight != 0 or sft_weight != 0)
-    active = active | ((labelled > 0) & (patch_weight != 0 or patch_sft_weight != 0))
+    active = (video != 0) & (to.video_weight != 0 or to.sft_weight != 0)
+    active = active | ((labelled > 0) & (to.patch_weight != 0 or to.patch_sft_weight != 0))
     active = active.to(log_ratio.dtype)
 
     supervision = None
     if error is not None:
-        patch_share = (patch_sft_weight / labelled.clamp(min=1).to(patch.dtype))[:, None, None, None].expand_as(patch)
-        supervision = winner_share(patch, patch_share)
-        supervision = (
-            supervision + winner_share(video, torch.full_like(video, sft_weight))[:, None, None, None] * volume
+        patch_share = (to.patch_sft_weight / labelled.clamp(min=1).to(patch.dtype))[:, None, None, None].expand_as(
+            patch
         )
+        supervision = winner_share(patch, patch_share)
+        video_share = winner_share(video, torch.full_like(video, to.sft_weight))[:, None, None, None]
+        supervision = supervision + video_share * volume
     loss, coefficients = reduce_pairs(pair_loss, slope, active, supervision, error, loser_scale)
     return loss, coefficients, video_logits, patch_logits, active
+
+
+def composed_gran_dpo(
+    kernels: Any,
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    reference_error: Tensor | None,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    logit_scale: Tensor | None,
+    grid: Sequence[int],
+    link_name: str,
+    numbers: TableNumbers,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The H1 loss put together from the single operations of ``kernels``: the table, log-ratios, and errors if needed.
+
+    Exactly one of ``reference`` and ``reference_error`` is given.
+    """
+    error = None
+    if reference is None or numbers.supervised:
+        error = kernels.patch_error(policy, target, grid)
+    if reference is None:
+        assert reference_error is not None and error is not None
+        log_ratio = reference_error - error
+    else:
+        log_ratio = kernels.patch_log_ratio(policy, reference, target, grid)
+    table = kernels.gran_dpo_table(
+        log_ratio, patch_rewards, video_rewards, logit_scale, error if numbers.supervised else None, None,
+        policy.shape[1:], link_name, numbers,
+    )  # fmt: skip
+    return *table, log_ratio, error

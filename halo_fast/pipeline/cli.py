@@ -1,65 +1,40 @@
-"""The command line: `halo VERB [CONFIG.yaml] [--section.setting value ...]`."""
+"""The command line: `halo VERB [CONFIG.yaml or RECIPE] [--section.setting value ...]`."""
 
 import errno
-import re
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+from halo_fast import registry
 from halo_fast.errors import UserError
 from halo_fast.files import versions
-from halo_fast.pipeline.config import Config, to_yaml
-from halo_fast.pipeline.run import Run
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+from halo_fast.pipeline.stages import STAGES
 
 __all__ = ["main"]
 
-# verb: module, function, what it does; in the order of a run
-_ROOT = "halo_fast.pipeline.stages"
-_STAGES = {
-    "generate": (f"{_ROOT}.generate", "generate", "sample candidates of every prompt"),
-    "annotate": (f"{_ROOT}.annotate", "annotate", "have a teacher score videos and patches"),
-    "reward": (f"{_ROOT}.reward", "train_reward", "train the reward model on the teacher's scores"),
-    "score": (f"{_ROOT}.score", "score", "reward all candidates and their patches"),
-    "pairs": (f"{_ROOT}.pairs", "build_pairs", "build preference pairs out of the scored candidates"),
-    "cache": (f"{_ROOT}.cache", "build_cache", "keep latents and text embeddings for training"),
-    "train": (f"{_ROOT}.train", "train", "align the model on the pairs: LoRA and Gran-DPO"),
-    "evaluate": (
-        f"{_ROOT}.evaluate",
-        "evaluate",
-        "compare base and aligned model on held-out prompts",
-    ),
-    "report": ("halo_fast.pipeline.report", "write_report", "write the HTML page of the run"),
-}
-_DEMO = {
-    "pretrain": ("halo_fast.demo.pretrain", "pretrain", "train the demo's base model anew"),
-    "compare": ("halo_fast.pipeline.compare", "compare", "align by every method and tabulate the results"),
-}
-# verbs about a run that are no stages of it; they take its settings and their own
-_ASIDES = {
-    "label": ("halo_fast.pipeline.label", "label", "serve a page on which people score the candidates"),
-    "agreement": ("halo_fast.pipeline.agreement", "agreement", "compare teachers, people and the reward model"),
-}
-_REWARD_EVAL = (
-    "halo_fast.pipeline.agreement",
-    "reward_eval",
-    "agreement of a reward model with people's labels, beside baselines",
-)
-_EXPORT = ("halo_fast.pipeline.export", "export_run", "write a run's LoRA for diffusers or ComfyUI")
+_SETTINGS = "[CONFIG.yaml or RECIPE] [--section.setting value ...]"
 _USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
+class Verb(NamedTuple):
+    """A command: who reads its arguments, what is called with them ("module:function") and what that does."""
+
+    read: Callable[[str, "Verb", list[str]], None]
+    target: str
+    help: str
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted.
+    """Run one command.
 
     Args:
         arguments: words after `halo`; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted.
     """
+    _log_to_stderr()
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -78,164 +53,146 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Stderr(logging.Handler):
+    """Plain messages on whatever sys.stderr is when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("halo_fast")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr())
+    logger.setLevel(logging.INFO)
+
+
 def _refuse(message: str) -> int:
     print(f"halo: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _dispatch(arguments: list[str]) -> None:
-    verb, *rest = arguments or ["--help"]
-    if verb in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-    elif verb == "--version":
+    elif arguments[0] == "--version":
         print(versions()["halo_fast"])
-    elif verb == "doctor":
-        _doctor(rest)
-    elif verb == "demo":
-        _demo(rest)
-    elif verb == "export":
-        print(_call("halo export", *_EXPORT, rest))
-    elif verb == "run":
-        _stages(verb, list(_STAGES), "run all stages, one after another", rest)
-    elif (verb, *rest[:1]) == ("reward", "eval"):
-        _call("halo reward eval", *_REWARD_EVAL, rest[1:])
-    elif verb in _ASIDES:
-        _aside(verb, rest)
-    elif verb in _STAGES:
-        _stages(verb, [verb], _STAGES[verb][2], rest)
     else:
-        known = [*_STAGES, "run", *_ASIDES, "export", "doctor", "demo"]
-        raise UserError(f"unknown verb {verb!r}; expected one of {', '.join(known)}")
+        name, verb, rest = _find_verb(arguments)
+        verb.read(name, verb, rest)
+
+
+def _find_verb(arguments: list[str]) -> tuple[str, Verb, list[str]]:
+    """The longest command that the arguments begin with, and the arguments after it."""
+    verbs = VERBS | {name: _command(registry.target("command", name)) for name in registry.known("command")}
+    for count in (2, 1):
+        name = " ".join(arguments[:count])
+        if len(arguments) >= count and name in verbs:
+            return name, verbs[name], arguments[count:]
+    first = arguments[0]
+    seconds = [name.split()[1] for name in verbs if name.startswith(f"{first} ")]
+    if seconds:
+        what = repr(arguments[1]) if arguments[1:] else "nothing"
+        raise UserError(f"halo {first}: expected one of {', '.join(seconds)}, got {what}")
+    raise UserError(f"unknown verb {first!r}; expected one of {', '.join(dict.fromkeys(n.split()[0] for n in verbs))}")
+
+
+def _command(target: str) -> Verb:
+    """A registered command: "module:function", or another name for a verb."""
+    return VERBS[target] if target in VERBS else Verb(_call, target, "")
 
 
 def _overview() -> str:
-    stages = "\n".join(f"  {verb:<16}{text}" for verb, (_, _, text) in _STAGES.items())
-    asides = "\n".join(f"  {verb:<16}{text}" for verb, (_, _, text) in _ASIDES.items())
-    demos = "\n".join(f"  {'demo ' + verb:<16}{text}" for verb, (_, _, text) in _DEMO.items())
+    def lines(names: Iterable[str]) -> str:
+        return "\n".join(f"  {name:<16}{VERBS[name].help}" for name in names)
+
+    others = lines(name for name in VERBS if name not in STAGES and name != "run")
+    commands = "\n".join(f"  {name}" for name in registry.known("command"))
     return (
-        "usage: halo VERB [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]\n\n"
-        f"stages of a run, prompts in, LoRA and report out:\n{stages}\n\n  {'run':<16}all stages, one after another\n\n"
-        f"others:\n  {'reward eval':<16}{_REWARD_EVAL[2]}\n{asides}\n  {'export RUN':<16}{_EXPORT[2]}\n"
-        f"  {'doctor':<16}versions and compute backends of this machine\n{demos}\n\n"
+        f"usage: halo VERB {_SETTINGS} [--print-config] [--force]\n\n"
+        f"stages of a run, prompts in, LoRA and report out:\n{lines(STAGES)}\n\n{lines(['run'])}\n\n"
+        f"others:\n{others}\n{commands}\n\n"
+        f"recipes: {', '.join(registry.known('recipe'))}\n\n"
         "Finished stages are kept, unfinished ones continue. `halo VERB --help` lists the settings."
     )
 
 
-def _load(module: str, function: str) -> Callable[..., Any]:
-    return getattr(import_module(module), function)
+def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
+    """Run one stage, or all of them for `halo run`."""
+    from halo_fast.pipeline.arguments import build_parser, parse_config
+    from halo_fast.pipeline.check import check_required, check_run
+    from halo_fast.pipeline.config import to_yaml
+    from halo_fast.pipeline.run import Run
 
-
-def _stages(verb: str, names: Sequence[str], description: str, arguments: list[str]) -> None:
-    parser = _parser(f"halo {verb}", description)
-    parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...] [--print-config] [--force]"
+    parser = build_parser(f"halo {name}", verb.help)
+    parser.usage = f"halo {name} {_SETTINGS} [--print-config] [--force]"
     parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
-    if verb == "train":
+    if name == "train":
         parser.add_argument("--dry-run", action="store_true", help="Print plan, memory and time of a step and stop.")
-    config, settings = _settings(parser, arguments)
+    config, settings = parse_config(parser, arguments)
     if settings.print_config:
         print(to_yaml(config), end="")
         return
     run = Run(config, force=settings.force)
-    if verb == "train" and settings.dry_run:
-        _load(f"{_ROOT}.train", "dry_run")(config, run)
-        return
-    if verb == "run":
-        _check(config, run)
-    for name in names:
-        module, function, _ = _STAGES[name]
-        _load(module, function)(config, run)
+    if name == "run":
+        check_run(config, run)
+        targets = [stage.target for stage in STAGES.values()]
+    else:
+        check_required(config, [name])
+        dry = name == "train" and settings.dry_run
+        targets = [verb.target.replace(":train", ":dry_run") if dry else verb.target]
+    for target in targets:
+        registry.load(target)(config, run)
 
 
-def _aside(verb: str, arguments: list[str]) -> None:
-    module, name, description = _ASIDES[verb]
-    function, parser = _load(module, name), _parser(f"halo {verb}", description)
-    parser.usage = f"halo {verb} [CONFIG.yaml] [--section.setting value ...]"
+def _call_with_config(name: str, verb: Verb, arguments: list[str]) -> None:
+    """Call a function with the settings of a run and arguments of its own."""
+    from halo_fast.pipeline.arguments import build_parser, parse_config
+
+    function, parser = registry.load(verb.target), build_parser(f"halo {name}", verb.help)
+    parser.usage = f"halo {name} {_SETTINGS}"
     own = parser.add_function_arguments(function, skip={"config"})
-    config, settings = _settings(parser, arguments)
+    config, settings = parse_config(parser, arguments)
     function(config, **{key: settings[key] for key in own})
 
 
-def _settings(parser: "ArgumentParser", arguments: list[str]) -> tuple[Config, "Namespace"]:
-    """The settings of a run, and beside them the parser's other arguments."""
-    parser.add_class_arguments(Config)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
-    settings = _parse(parser, arguments)
-    try:
-        settings = parser.instantiate(settings)
-        return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def _call(name: str, verb: Verb, arguments: list[str]) -> None:
+    """Call a function with arguments of its own, and print what it returns."""
+    from halo_fast.pipeline.arguments import build_parser, parse
 
-
-def _check(config: Config, run: Run) -> None:
-    """Find before hours of work the mistakes that only a late stage would meet."""
-    from halo_fast.data.prompts import read_prompts
-    from halo_fast.pipeline.stages.annotate import load_teacher
-    from halo_fast.pipeline.stages.evaluate import evaluation_prompts
-    from halo_fast.teachers import LabelStore
-
-    prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
-    evaluation_prompts(config)
-    if not (
-        run.path / "annotate" / "manifest.json"
-    ).exists():  # what is annotated needs no teacher any more, and no key
-        with LabelStore(Path(":memory:")) as store:
-            load_teacher(config, store, prompts=prompts)
-
-
-def _demo(arguments: list[str]) -> None:
-    verb, *rest = arguments or [""]
-    if verb not in _DEMO:
-        raise UserError(f"halo demo: unknown verb {verb!r}; expected one of {', '.join(_DEMO)}")
-    _call(f"halo demo {verb}", *_DEMO[verb], rest)
-
-
-def _call(program: str, module: str, name: str, description: str, arguments: list[str]) -> Any:
-    """The function's result with its parameters from the command line."""
-    function = _load(module, name)
-    parser = _parser(program, description)
+    function, parser = registry.load(verb.target), build_parser(f"halo {name}", verb.help)
     parser.add_function_arguments(function, as_positional=True)
-    settings = _parse(parser, arguments)
+    settings = parse(parser, arguments)
     settings.pop("config")
-    return function(**settings.as_dict())
+    result = function(**settings.as_dict())
+    if result is not None:
+        print(result)
 
 
-def _doctor(arguments: list[str]) -> None:
+def _doctor(name: str, verb: Verb, arguments: list[str]) -> None:
+    """Print versions and compute backends; needs torch and numpy alone."""
     if arguments:
-        raise UserError(f"halo doctor takes no arguments, got {' '.join(arguments)!r}")
-    from halo_fast.loss import backends
-
+        raise UserError(f"halo {name} takes no arguments, got {' '.join(arguments)!r}")
     for package, found in versions().items():
         print(f"{package:<14}{found}")
-    print()
-    print(backends.report())
+    print(f"\n{registry.load(verb.target)()}")
 
 
-def _parser(program: str, description: str) -> "ArgumentParser":
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the word --config may be left out.")
-    return parser
-
-
-def _parse(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
-    """The parsed settings; jsonargparse's errors become a UserError of one line."""
-    from jsonargparse import ArgumentError
-
-    file = arguments[1] if arguments[:1] == ["--config"] and arguments[1:] else ""
-    place = f"{file}: " if file else ""
-    try:
-        if file:
-            # alone first, so that its mistakes are told under its name
-            parser.parse_args(arguments[:2])
-            place = ""
-        return parser.parse_args(arguments)
-    except (ArgumentError, ValueError) as error:
-        message = re.sub(r'Parser key "([\w.]+)"', r"\1", str(error)).removeprefix("config: ")
-        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace('in "<unicode string>", ', "")
-        raise UserError(f"{place}{message}; `{parser.prog} --help` lists the settings") from None
+VERBS = {name: Verb(_run_stages, stage.target, stage.help) for name, stage in STAGES.items()} | {
+    "run": Verb(_run_stages, "", "all stages, one after another"),
+    "reward eval": Verb(
+        _call,
+        "halo_fast.pipeline.agreement:reward_eval",
+        "agreement of a reward model with people's labels, beside baselines",
+    ),
+    "label": Verb(
+        _call_with_config, "halo_fast.pipeline.label:label", "serve a page on which people score the candidates"
+    ),
+    "agreement": Verb(
+        _call_with_config, "halo_fast.pipeline.agreement:agreement", "compare teachers, people and the reward model"
+    ),
+    "compare": Verb(_call, "halo_fast.pipeline.compare:compare", "align by every method and tabulate the results"),
+    "export": Verb(_call, "halo_fast.pipeline.export:export_run", "write a run's LoRA for diffusers or ComfyUI"),
+    "doctor": Verb(_doctor, "halo_fast.loss.backends:report", "versions and compute backends of this machine"),
+}

@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from halo_fast.data.pairs import PairsConfig
+from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.rewards.base import RewardConfig
-from halo_fast.settings import check_numbers
+from halo_fast.settings import validate
 from halo_fast.teachers.openai.config import OpenAIConfig
 from halo_fast.train.config import TrainConfig
 
@@ -22,7 +26,6 @@ __all__ = [
     "RewardConfig",
     "ScoreConfig",
     "TrainConfig",
-    "check_numbers",
     "to_yaml",
 ]
 
@@ -32,18 +35,16 @@ class AnnotateConfig:
     """Scores of videos and patches by a teacher.
 
     Args:
-        teacher: name of the teacher; "demo" is the defect meter of the demo, "openai" a model that answers questions,
-            "human:NAME" whoever scored on the page of halo label.
-        noisy_share: share of clips on which the demo teacher errs as a person would.
+        teacher: name of the teacher, or your own as "package.module:attribute"; "openai" is a model that answers
+            questions, "human:NAME" whoever scored on the page of halo label. Required.
+        options: what only the named teacher has.
         num_clips: clips that are annotated, drawn at random; null for all.
-        batch_size: clips in one question to the demo teacher; each answer is kept at once.
         openai: the model that is asked, and what it may cost.
     """
 
-    teacher: str = "demo"
-    noisy_share: float = 0.2
-    num_clips: int | None = None
-    batch_size: int = 32
+    teacher: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    num_clips: Annotated[int, Ge(1)] | None = None
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
 
 
@@ -55,7 +56,7 @@ class ScoreConfig:
         batch_size: clips scored at once.
     """
 
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 1
 
 
 @dataclass
@@ -68,14 +69,15 @@ class EvaluateConfig:
     """Base against aligned model on held-out prompts with the same seeds.
 
     Args:
-        num_prompts: prompts taken from the top of the list.
-        meter: "demo" for the demo's defect meter, "reward" for the trained reward model.
+        num_prompts: prompts taken from the top of the list; null for all.
+        meter: what measures defects: "reward", the trained reward model, which the aligned model was trained to please;
+            or a meter of your own as "package.module:attribute".
         bootstrap: resamples of the prompts behind each interval.
     """
 
-    num_prompts: int = 64
-    meter: str = "demo"
-    bootstrap: int = 1000
+    num_prompts: Annotated[int, Ge(1)] | None = 64
+    meter: str = "reward"
+    bootstrap: Annotated[int, Ge(1)] = 1000
 
 
 @dataclass
@@ -83,21 +85,22 @@ class ReportConfig:
     """The HTML page.
 
     Args:
-        num_clips: clips shown side by side.
+        num_clips: held-out prompts whose clips are on the page, base beside aligned.
     """
 
-    num_clips: int = 8
+    num_clips: Annotated[int, Ge(1)] = 8
 
 
 @dataclass
 class Config:
-    """Everything a run is made with.
+    """Everything a run is made with. Settings without a default are required by the stages that read them.
 
     Args:
         output_dir: the run directory, one folder a stage.
-        pretrained_model_name_or_path: "demo:graded", "demo:patchy", a diffusers folder or a hub name.
-        prompts: "demo:train", "demo:heldout" or a text file with one prompt a line.
-        evaluation_prompts: likewise, for evaluate.
+        pretrained_model_name_or_path: a diffusers folder, a hub name, a registered model, or your own as
+            "package.module:attribute". Required.
+        prompts: a text file with one prompt a line, or a registered list. Required.
+        evaluation_prompts: likewise, for evaluate; none of them should be among the prompts. Required.
         grid: patches of a clip along time, height and width.
         seed: every random number of a run follows from it.
         generate: candidates of the base model.
@@ -111,12 +114,12 @@ class Config:
         report: the HTML page.
     """
 
-    output_dir: str = "runs/demo"
-    pretrained_model_name_or_path: str = "demo:graded"
-    prompts: str = "demo:train"
-    evaluation_prompts: str = "demo:heldout"
-    grid: tuple[int, int, int] = (3, 4, 4)
-    seed: int = 0
+    output_dir: str = "runs/halo"
+    pretrained_model_name_or_path: str = ""
+    prompts: str = ""
+    evaluation_prompts: str = ""
+    grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
+    seed: Annotated[int, Ge(0)] = 0
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -128,17 +131,12 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        check_numbers(asdict(self))
+        validate(self)
         clip = (self.generate.num_frames, self.generate.height, self.generate.width)
-        if any(not 1 <= patches <= length for patches, length in zip(self.grid, clip, strict=True)):
-            raise ValueError(
+        if any(patches > length for patches, length in zip(self.grid, clip, strict=True)):
+            raise UserError(
                 f"grid: expected 1 to {clip} patches along frames, height and width of the clip, "
                 f"got {tuple(self.grid)}; use fewer patches or larger clips"
-            )
-        if self.reward.examples and self.annotate.teacher != "demo":
-            raise ValueError(
-                f"reward.examples: expected 0 without annotate.teacher=demo, got {self.reward.examples} with "
-                f"{self.annotate.teacher!r}; set it to 0"
             )
 
 

@@ -6,47 +6,55 @@ from pathlib import Path
 
 from halo_fast.errors import UserError
 from halo_fast.export.comfyui import comfyui
-from halo_fast.export.lora import _FILE, FORMATS
+from halo_fast.export.lora import LORA_FILE, METADATA_FILE
 from halo_fast.files import write_safetensors
 
 __all__ = ["export_run"]
 
+FORMATS = ("diffusers", "comfyui")
+
 
 def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
-    """Write the LoRA of a run directory in a format of other programs, or the network trained at rank 0.
-
-    The file written, or the network's folder.
+    """Write the LoRA of a run directory, or the network trained at rank 0, in a format of other programs.
 
     Args:
         run: the run directory; its `train` must have finished.
         format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui".
         output: folder of the file; None for export/<format> in the run directory.
 
+    Returns:
+        The file written, or the network's folder.
+
     Raises:
         UserError: an unknown format, a run in which nothing was trained, or a model whose names in ComfyUI are not
             known.
     """
-    from safetensors import safe_open
-
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(output) if output is not None else Path(run) / "export" / format
     network = Path(run) / "train" / "model"
-    if (network / "halo_fast.json").is_file():
+    if (network / METADATA_FILE).is_file():
         if format != "diffusers":
             raise UserError(f"format: this run trained the whole network, which {format} has no LoRA of; use diffusers")
-        told = json.loads((network / "halo_fast.json").read_text())
-        return Path(shutil.copytree(network, folder / told["network"], dirs_exist_ok=True))
-    source = Path(run) / "train" / "lora" / _FILE
-    if not source.is_file():
-        raise UserError(f"{source}: not there; run `halo train` with --output_dir {run} first")
-    with safe_open(source, framework="pt") as file:
-        known, lora = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = json.loads((network / METADATA_FILE).read_text())
+        return Path(shutil.copytree(network, folder / metadata["network"], dirs_exist_ok=True))
+    lora = Path(run) / "train" / "lora" / LORA_FILE
+    if not lora.is_file():
+        raise UserError(f"{lora}: not there; run `halo train` with --output_dir {run} first")
+    return _export_lora(lora, format, folder)
+
+
+def _export_lora(lora: Path, format: str, folder: Path) -> Path:
+    from safetensors import safe_open
+
+    with safe_open(lora, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if format == "diffusers":
-        write_safetensors(folder / _FILE, lora, known)
-        return folder / _FILE
-    # each expert of Wan 2.2 is trained by itself, and a model of its own in ComfyUI
-    file = folder / f"lora_{known.get('network', 'transformer')}.safetensors"
-    bare = {name.split(".", 1)[1]: value for name, value in lora.items()}
-    write_safetensors(file, comfyui(bare, known.get("pipeline", "")), known)
-    return file
+        write_safetensors(folder / LORA_FILE, tensors, metadata)
+        return folder / LORA_FILE
+    # Each expert of Wan 2.2 is trained by itself, and is a model of its own in ComfyUI.
+    target = folder / f"lora_{metadata.get('network', 'transformer')}.safetensors"
+    bare = {name.split(".", 1)[1]: value for name, value in tensors.items()}
+    write_safetensors(target, comfyui(bare, metadata.get("pipeline", "")), metadata)
+    return target

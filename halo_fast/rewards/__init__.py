@@ -1,16 +1,20 @@
 """The reward model: one pass gives the scores of a video and of all its patches."""
 
+from halo_fast.rewards.base import Backbone, RewardConfig, RewardModelConfig, Rewards
+from halo_fast.rewards.clips import LabelledClips
 from halo_fast.rewards.losses import calibrate, preference_loss, score_loss
-from halo_fast.rewards.model import RewardModel, RewardModelConfig, Rewards
-from halo_fast.rewards.training import LabelledClips, fit
+from halo_fast.rewards.model import RewardModel
+from halo_fast.rewards.training import train_reward_model
 
 __all__ = [
+    "Backbone",
     "LabelledClips",
+    "RewardConfig",
     "RewardModel",
     "RewardModelConfig",
     "Rewards",
     "calibrate",
-    "fit",
     "preference_loss",
     "score_loss",
+    "train_reward_model",
 ]

@@ -19,11 +19,14 @@ _LEAST_SLOPE = 0.05  # a dimension that predicts nothing keeps its order
 def score_loss(logits: Tensor, scores: Tensor) -> Tensor:
     """Cross entropy of scores read as probabilities, (score - 1) / 4 against sigma(logit), above its minimum.
 
-    Unlike a squared error it tells 4.9 from 5 as clearly as it tells grades apart. NaN scores do not count.
+    Unlike a squared error it separates 4.9 from 5 as clearly as whole grades. NaN scores do not count.
 
     Args:
         logits: any shape; differentiable.
         scores: the same shape, 1 to 5.
+
+    Returns:
+        0-d mean over the known scores.
     """
     known = ~scores.isnan()
     target = (torch.where(known, scores, 1) - 1) / 4
@@ -33,15 +36,15 @@ def score_loss(logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def preference_loss(logits: Tensor, scores: Tensor, tie_margin: float, ties: bool = False) -> Tensor:
-    """Bradley-Terry over pairs of scored things; with ties, the model of Rao and Kupper (1967) with k = 5.
+    """Bradley-Terry over pairs of scores; with ties, the model of Rao and Kupper (1967) with k = 5.
 
-    With D the winner's logit less the loser's: softplus(-D). With ties: softplus(ln k - D) for a pair with a winner,
-    softplus(ln k - D) + softplus(ln k + D) - ln(k^2 - 1) for a tie (the loss of VideoAlign, arXiv:2501.13918).
+    D is the winner's logit less the loser's. Without ties: softplus(-D). With ties, as in VideoAlign (arXiv:2501.13918):
+    softplus(ln k - D) for a pair with a winner, softplus(ln k - D) + softplus(ln k + D) - ln(k^2 - 1) for a tie.
 
     Args:
         logits: any shape; differentiable. Each is compared with up to 32 others, spread over all.
         scores: the same shape; NaN is compared with nothing.
-        tie_margin: scores that differ by no more are a tie, which teaches nothing without `ties`.
+        tie_margin: scores that differ by no more are a tie, which does not count without `ties`.
         ties: whether ties have a probability of their own.
 
     Raises:
@@ -69,7 +72,9 @@ def preference_loss(logits: Tensor, scores: Tensor, tie_margin: float, ties: boo
 
 @torch.no_grad()
 def calibrate(logits: Tensor, scores: Tensor) -> tuple[float, float]:
-    """Slope and offset that fit slope * logit + offset to scores by `score_loss` (Platt scaling); order is kept.
+    """Slope and offset that fit slope * logit + offset to scores by `score_loss`; the slope is above 0.
+
+    Platt scaling (Platt, 1999), with a weak prior on the identity.
 
     Args:
         logits: any shape, of clips held out from training.

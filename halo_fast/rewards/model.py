@@ -1,129 +1,63 @@
-"""One multi-scale reward model: prompt and clip in; scores of the video and of every patch out, from one pass."""
+"""The reward model: prompt and clip in; scores of the video and of every patch out, from one pass."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.files import write_json, write_safetensors
-from halo_fast.patches import PatchGrid
-from halo_fast.rewards.backbones.compact import Compact
-from halo_fast.rewards.backbones.frames import FrameStages
+from halo_fast.registry import is_name, register, resolve
+from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
 
-__all__ = ["Backbone", "RewardModel", "RewardModelConfig", "Rewards"]
+__all__ = ["RewardModel"]
 
-Calibration = tuple[tuple[float, float], ...]
-
-_OWN = ("compact", "frames")
-
-
-class Rewards(NamedTuple):
-    """Scores on the rubric's scale (1 to 5, 5 best): video [N, D] and patches [N, Q, f, h, w], float32."""
-
-    video: Tensor
-    patches: Tensor
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """What fixes the weights' shapes and meaning.
-
-    Args:
-        video_dimensions: names of the video scores, in the order of Rewards.video.
-        patch_dimensions: names of the patch scores, in the order of Rewards.patches.
-        spatial_factor: pixels a side that one position of the latent stands for, as in PatchGrid.
-        temporal_factor: frames that one latent frame stands for.
-        causal: whether the first latent frame stands for one frame alone.
-        width: channels of the compact backbone's finest stage; the next two have 3/2 and 2 times as many.
-        pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
-        backbone: "compact"; "frames", for stills and few labels; or a vision-language model of transformers: a folder
-            or a hub name.
-        lora_rank: rank of the LoRA matrices in such a model; 0 trains its whole language model.
-        video_calibration: (slope, offset) of each video dimension's logit; empty for none.
-        patch_calibration: likewise of each patch dimension's.
-    """
-
-    video_dimensions: tuple[str, ...]
-    patch_dimensions: tuple[str, ...] = ("quality",)
-    spatial_factor: int = 8
-    temporal_factor: int = 4
-    causal: bool = True
-    width: int = 32
-    pretrained: bool = True
-    backbone: str = "compact"
-    lora_rank: int = 0
-    video_calibration: Calibration = ()
-    patch_calibration: Calibration = ()
-
-    def __post_init__(self) -> None:
-        for part in ("video", "patch"):
-            pairs, dimensions = getattr(self, f"{part}_calibration"), getattr(self, f"{part}_dimensions")
-            if not all(len(pair) == 2 and math.isfinite(sum(pair)) and pair[0] > 0 for pair in pairs):
-                raise ValueError(f"{part}_calibration: expected finite (slope above 0, offset), got {pairs}")
-            if pairs and len(pairs) != len(dimensions):
-                raise ValueError(f"{part}_calibration: expected a pair for each of {dimensions}, got {len(pairs)}")
-
-    def patches(self, grid: Sequence[int], size: tuple[int, int, int]) -> PatchGrid:
-        """The patches (f, h, w) of clips of `size` (frames, height, width in pixels)."""
-        factors = self.spatial_factor, self.temporal_factor, self.causal
-        return PatchGrid((grid[0], grid[1], grid[2]), *size, *factors)
-
-
-class Backbone(Protocol):
-    """What a reward model asks of the network behind it; see Compact for the shapes."""
-
-    negatives: int
-
-    def look(self, videos: Tensor) -> Tensor | None:
-        """Features that training does not change and may keep, [N, c, f', y, x]."""
-
-    def prepare(self, looks: Tensor | None, prompts: Sequence[str], weight: Tensor) -> Tensor | None:
-        """Fit in closed form before training starts."""
-
-    def encode(self, videos: Tensor, looks: Tensor | None, shown: Tensor | None = None) -> Any:
-        """Features of clips, whatever the prompt."""
-
-    def logits(self, features: Any, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits of video scores [N, D] and of patch scores [N, Q, f, h, w], from one pass."""
-
-    def against(self, features: Any, prompts: Sequence[str], others: Tensor) -> Tensor:
-        """Video logits [N, M, D] of clip n with prompts others[n, m]."""
+register(
+    "reward backbone",
+    {
+        "compact": "halo_fast.rewards.backbones.compact:Compact",
+        "frames": "halo_fast.rewards.backbones.frames:FrameStages",
+    },
+)
+_BACKBONE_FILES = "backbone"  # folder beside the weights, of backbones that keep files of their own
 
 
 class RewardModel(nn.Module):
     """A backbone, the rubric's scale and files.
 
-    Every backbone gives logits; a score is 1 + 4 sigma(slope * logit + offset), with a slope and an offset for each
-    dimension that were fitted to labels held out from training, so that video and patch scores mean the same.
+    Every backbone gives logits; a score is 1 + 4 sigma(slope * logit + offset). Slope and offset of each dimension were
+    fitted to labels held out from training, so that video and patch scores mean the same.
+
+    Args:
+        config: dimensions, geometry and backbone.
+        weights: whether a vision-language model's weights are read; without, `load` fills them in.
+
+    Raises:
+        UserError: no such backbone, or packages or weights that it needs are missing.
     """
 
     def __init__(self, config: RewardModelConfig, weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.backbone: Any
-        if config.backbone == "compact":
-            self.backbone = Compact(config)
-        elif config.backbone == "frames":
-            self.backbone = FrameStages(config)
-        else:
-            from halo_fast.rewards.backbones.vlm import VisionLanguage
-
-            self.backbone = VisionLanguage(config, weights)
+        self.backbone: Any = _build_backbone(config, weights)
 
     def forward(self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
-        """Scores of videos, uint8 [N, F, H, W, 3], and of their patches, from one pass over the pixels.
+        """Scores of videos and of their patches, from one pass over the pixels.
+
+        Args:
+            videos: uint8 [N, F, H, W, 3].
+            prompts: of each.
+            grid: patches (f, h, w); see PatchGrid.
 
         Raises:
-            ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than
-                the latent, sides that are not multiples of 8.
+            ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than the latent,
+                sides that are not multiples of 8.
         """
         if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos: expected uint8 [N, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
@@ -131,21 +65,25 @@ class RewardModel(nn.Module):
             raise ValueError(f"videos: expected sides divisible by 8, got {list(videos.shape[2:4])}; crop them")
         if not len(videos):
             raise ValueError("videos: expected at least one, got none")
-        if not len(videos):
-            raise ValueError("videos: expected at least one, got none")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
-        features = self.backbone.encode(videos, self.backbone.look(videos))
+        features = self.backbone.encode(videos, self.backbone.frozen_features(videos))
         video, patches = self.backbone.logits(features, prompts, grid)
         return Rewards(_scores(video, self.config.video_calibration), _scores(patches, self.config.patch_calibration))
+
+    def by_dimension(self, rewards: Rewards) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores by the names of their dimensions: of the video [N], and of the patches [N, P], P = f * h * w."""
+        return (
+            {name: rewards.video[:, index] for index, name in enumerate(self.config.video_dimensions)},
+            {name: rewards.patches[:, index].flatten(1) for index, name in enumerate(self.config.patch_dimensions)},
+        )
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer."""
         config = self.config
-        if config.backbone not in _OWN:
-            for part in (self.backbone.network.config, self.backbone.tokenizer):
-                part.save_pretrained(folder / "backbone")
-            config = replace(config, backbone="backbone")
+        if hasattr(self.backbone, "save_pretrained"):
+            self.backbone.save_pretrained(folder / _BACKBONE_FILES)
+            config = replace(config, backbone=_BACKBONE_FILES)
         write_safetensors(folder / "model.safetensors", _without_aliases(self.state_dict()))
         write_json(folder / "config.json", asdict(config))
 
@@ -155,21 +93,14 @@ class RewardModel(nn.Module):
 
         Raises:
             UserError: files that are missing or are no reward model's, weights that are not finite, a calibration that
-                does not fit its dimensions or would turn their order round.
+                does not fit its dimensions or would reverse their order.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = folder / "config.json"
         try:
-            values = json.loads(path.read_text())
-            values |= {name: tuple(values[name]) for name in ("video_dimensions", "patch_dimensions")}
-            values |= {
-                f"{part}_calibration": tuple(map(tuple, values[f"{part}_calibration"])) for part in ("video", "patch")
-            }
-            if values["backbone"] not in _OWN:
-                values["backbone"] = str(folder / values["backbone"])
-            model = cls(RewardModelConfig(**values), weights=False)
+            model = cls(_read_config(path), weights=False)
             path = folder / "model.safetensors"
             tensors = load_file(path)
             expected = _without_aliases(model.state_dict())
@@ -182,6 +113,25 @@ class RewardModel(nn.Module):
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path}: expected a reward model's ({error}); run `halo reward` to train one") from error
         return model.eval().requires_grad_(False)
+
+
+def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
+    name = config.backbone
+    if is_name("reward backbone", name):
+        return resolve("reward backbone", name, "reward.backbone")(config)
+    from halo_fast.rewards.backbones.vlm import VisionLanguage
+
+    return VisionLanguage(config, weights)
+
+
+def _read_config(path: Path) -> RewardModelConfig:
+    values = json.loads(path.read_text())
+    for part in ("video", "patch"):
+        values[f"{part}_dimensions"] = tuple(values[f"{part}_dimensions"])
+        values[f"{part}_calibration"] = tuple(map(tuple, values[f"{part}_calibration"]))
+    if values["backbone"] == _BACKBONE_FILES:
+        values["backbone"] = str(path.parent / _BACKBONE_FILES)
+    return RewardModelConfig(**values)
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,81 +1,159 @@
-"""What every teacher answers: the rubric, the label, and the protocol that all teachers share."""
+"""The protocol of teachers, and how a teacher is made from its name."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
-__all__ = ["PATCH_DIMENSIONS", "RUBRIC", "RUBRIC_DIMENSIONS", "VIDEO_DIMENSIONS", "Label", "Person", "Teacher"]
+from halo_fast.errors import UserError
+from halo_fast.registry import known, register, resolve
+from halo_fast.settings import validate
+from halo_fast.teachers.rubric import Label
+from halo_fast.teachers.store import LabelStore
 
-VIDEO_DIMENSIONS = ("visual_quality", "text_alignment", "dynamic_degree")  # which every teacher scores
-RUBRIC_DIMENSIONS = (*VIDEO_DIMENSIONS, "temporal_consistency", "factual_consistency")
-PATCH_DIMENSIONS = ("quality",)
-RUBRIC = files("halo_fast.teachers").joinpath("rubric.md").read_text(encoding="utf-8")
+__all__ = ["Clip", "Judge", "Teacher", "TeacherRequest", "label_in_batches", "read_options", "teacher_of"]
+
+Options = TypeVar("Options")
+
+register(
+    "teacher",
+    {"openai": "halo_fast.teachers.openai.teacher:load_openai", "human": "halo_fast.teachers.human:load_person"},
+)
 
 
 @dataclass(frozen=True)
-class Label:
-    """A teacher's answer about one clip, on the rubric's scale from 1 to 5; NaN is "not scored".
+class Clip:
+    """A clip to be scored.
 
     Args:
-        video: score of each of RUBRIC_DIMENSIONS; a missing one is not scored.
-        patches: for each of PATCH_DIMENSIONS the scores of all patches, f-major.
-        status: "ok", or why there are no scores ("refused", "malformed", ...): such a label has none.
-        reason: why scores are missing, in words.
-
-    Raises:
-        ValueError: a score outside 1 to 5, a dimension that the rubric does not have, scores without "ok".
+        hash: SHA-256 of the clip's bytes.
+        prompt: the text that the clip was made from.
+        frames: reads the frames, uint8 [F, H, W, 3].
     """
 
-    video: Mapping[str, float] = field(default_factory=dict)
-    patches: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    status: str = "ok"
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        if self.status != "ok" and (self.video or self.patches):
-            raise ValueError(f"status: {self.status!r} with scores; only an ok label has scores")
-        for given, known in ((self.video, RUBRIC_DIMENSIONS), (self.patches, PATCH_DIMENSIONS)):
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"dimension: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        scores = [*self.video.values(), *(score for patches in self.patches.values() for score in patches)]
-        outside = [score for score in scores if not (math.isnan(score) or 1 <= score <= 5)]
-        if outside:
-            raise ValueError(f"score: expected 1 to 5 or NaN, got {outside[0]}")
+    hash: str
+    prompt: str
+    frames: Callable[[], Tensor]
 
 
 class Teacher(Protocol):
-    """Whoever scores clips and their patches by the rubric.
+    """Scores clips and their patches by the rubric; one that also compares clips is a `Judge`.
 
     Attributes:
-        name: who answers and how (model, version, whatever changes the answers): answers are stored under it.
+        name: the teacher and all that changes its answers (model, version, settings); answers are stored under it.
         grid: patches along time, height and width that the teacher scores.
     """
 
     name: str
     grid: tuple[int, int, int]
 
-    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
-        """One label for each clip of videos, uint8 [N, F, H, W, 3], in order; a clip without an answer says why."""
+    def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
+        """Score clips, in any order.
+
+        Args:
+            clips: to be scored.
+            compared: pairs that `judge` will get afterwards, for an estimate of the whole cost.
+
+        Yields:
+            The index of a clip and its label; a label without scores says why.
+        """
         ...
 
 
-@dataclass
-class Person:
-    """Someone who scores on the page of `halo label`: what is not in the label store yet cannot be asked for.
+@runtime_checkable
+class Judge(Teacher, Protocol):
+    """A teacher that also compares clips."""
+
+    def judge(self, pairs: Sequence[tuple[Clip, Clip]]) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """Compare the clips a and b of each pair, in any order.
+
+        Yields:
+            The index of a pair and its judgement: "status", "reason" and, if the status is "ok", one of "a", "b", "tie"
+            and "inconsistent" for each of RUBRIC_DIMENSIONS.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """Everything that a teacher may be made from.
 
     Args:
-        name: "human:" and the name given to `halo label`.
+        name: registered name, perhaps with more after a colon ("human:anna"), or "package.module:attribute".
         grid: patches along time, height and width.
+        store: labels, requests and spending of this run; a paid teacher keeps its requests there.
+        options: what only this teacher has: fields of OpenAIConfig for "openai", whatever it reads for your own.
+        video_size: frames, height and width of the clips, if they are known.
+        prompts: of the clips.
+        seed: of random choices.
+        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid divides the clips.
     """
 
     name: str
     grid: tuple[int, int, int]
+    store: LabelStore
+    options: Mapping[str, Any] = field(default_factory=dict)
+    video_size: tuple[int, int, int] | None = None
+    prompts: Sequence[str] = ()
+    seed: int = 0
+    factors: tuple[int, int, bool] = (1, 1, False)
 
-    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
-        """No scores: the label of a clip that was scored is found in the store before anybody is asked."""
-        return [Label(status="unlabelled", reason="not scored on the page of halo label yet")] * len(prompts)
+
+def teacher_of(request: TeacherRequest, setting: str = "teacher") -> Teacher:
+    """The teacher that a request names: what the registered or dotted callable makes of the request.
+
+    Args:
+        request: whose `name` is resolved.
+        setting: under which an unknown name is reported.
+
+    Raises:
+        UserError: no name, an unknown one, or a request that the teacher cannot serve.
+    """
+    family = request.name.partition(":")[0]
+    name = family if family in known("teacher") else request.name
+    if not name:
+        names = ", ".join(map(repr, known("teacher")))
+        raise UserError(f'{setting}: expected one of {names}, or your own as "package.module:attribute"; set it')
+    teacher: Teacher = resolve("teacher", name, setting)(request)
+    return teacher
+
+
+def read_options(kind: type[Options], options: Mapping[str, Any], place: str) -> Options:
+    """Options as a dataclass.
+
+    Args:
+        kind: the dataclass.
+        options: values of its fields.
+        place: under which a mistake is reported.
+
+    Raises:
+        UserError: an option that the dataclass does not have, or a value out of its bounds.
+    """
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise UserError(f"{place}: expected some of {', '.join(names)}, got {unknown[0]!r}; remove it")
+    read = kind(**options)
+    validate(read, place)
+    return read
+
+
+def label_in_batches(
+    label: Callable[[Tensor, list[str]], Sequence[Label]], clips: Sequence[Clip], batch_size: int
+) -> Iterator[tuple[int, Label]]:
+    """Score clips of one size with a function of whole batches.
+
+    Args:
+        label: videos uint8 [N, F, H, W, 3] and prompts -> N labels.
+        clips: to be scored; only one batch of them is in memory.
+        batch_size: N, less in the last batch.
+
+    Yields:
+        The index of a clip and its label, in order.
+    """
+    for start in range(0, len(clips), batch_size):
+        batch = clips[start : start + batch_size]
+        labels = label(torch.stack([clip.frames() for clip in batch]), [clip.prompt for clip in batch])
+        yield from zip(range(start, start + len(batch)), labels, strict=True)

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text
-from halo_fast.teachers.base import RUBRIC, Label
+from halo_fast.teachers.rubric import RUBRIC, Label
 
 __all__ = ["LabelStore", "Reply", "label_key"]
 
@@ -37,11 +37,11 @@ class Reply:
     """What came back on a request.
 
     Args:
-        status: "ok", "refused", "malformed", "out_of_range", "truncated", "wrong_model": these were answers; "failed":
-            there was none, and the server charges nothing; "lost": it is unknown whether there was one.
+        status: "ok", "refused", "malformed", "out_of_range", "truncated" and "wrong_model" are answers. "failed" is no
+            answer and costs nothing; "lost" leaves open whether there was one.
         reason: in words, if not "ok".
         text: the answer as it came.
-        model: that answered, by its own account.
+        model: name of the model that answered, as the server gives it.
         tokens: of input and output, if the server counts them.
     """
 
@@ -53,10 +53,13 @@ class Reply:
 
 
 class LabelStore:
-    """Labels, judgements and requests in one SQLite file; what a method has returned from survives any kill.
+    """Labels, judgements and requests in one SQLite file; a context manager.
 
-    A context manager. A request is entered with the most it can cost before it is sent, so that neither several at
-    once nor a kill can spend more than the cap; the true cost replaces it when the answer is in.
+    What a method has written when it returns survives any kill. A request is entered at its highest cost before it is
+    sent, so neither several at once nor a kill can exceed the budget. Its true cost replaces that once it is known.
+
+    Args:
+        path: of the file, made if it does not exist; ":memory:" for none.
 
     Raises:
         UserError: the file is not a label store.
@@ -65,11 +68,11 @@ class LabelStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # the transactions are told by hand: a sum and the insert that depends on it belong together
+        # explicit transactions: a sum and the insert that depends on it belong together
         self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
-            # A commit survives the end of the process without waiting for the disk, which a request has two of; a power
-            # cut can lose the last of them, but not the file.
+            # A request has two commits. They survive the end of the process without waiting for the disk; a power cut
+            # can lose the last ones, but not the file.
             self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _SCHEMA)
         except sqlite3.DatabaseError as error:
             self._connection.close()
@@ -98,13 +101,14 @@ class LabelStore:
         return {key: _parse(text) for key, text in self._texts("SELECT label FROM labels WHERE key = ?", keys)}
 
     def add(self, labels: Mapping[str, Label], teacher: str) -> None:
-        """Store labels in one transaction; the first answer to a key stays."""
-        rows = [(key, teacher, _format(label)) for key, label in labels.items()]
+        """Store labels in one transaction; a stored label that is final stays (`Label.final`)."""
         with self._writing():
-            self._connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", rows)
+            final = {key for key, label in self.find(labels).items() if label.final}
+            rows = [(key, teacher, _format(label)) for key, label in labels.items() if key not in final]
+            self._connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
     def replace(self, key: str, label: Label | None, teacher: str) -> None:
-        """Store a label in place of the one before, or remove it (None): people change their minds."""
+        """Store a label in place of the one before; None removes it."""
         with self._writing():
             self._connection.execute("DELETE FROM labels WHERE key = ?", (key,))
             if label is not None:
@@ -120,10 +124,11 @@ class LabelStore:
         return {key: json.loads(text) for key, text in self._texts(query, keys)}
 
     def add_judgements(self, judgements: Mapping[str, Mapping[str, str]], teacher: str) -> None:
-        """Store judgements in one transaction; the first one of a key stays."""
-        rows = [(key, teacher, json.dumps(dict(judgement))) for key, judgement in judgements.items()]
+        """Store judgements in one transaction; a stored judgement that is "ok" stays."""
         with self._writing():
-            self._connection.executemany("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
+            final = {key for key, found in self.find_judgements(judgements).items() if found["status"] == "ok"}
+            rows = [(key, teacher, json.dumps(dict(found))) for key, found in judgements.items() if key not in final]
+            self._connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)", rows)
 
     def spent(self) -> float:
         """US dollars spent, counting what is under way or lost at the most that it can cost."""
@@ -175,19 +180,23 @@ class LabelStore:
                     (reply.status, reply.reason, reply.text, reply.model, *tokens, dollars, number),
                 )
 
-    def answers(self, question: str) -> list[Reply]:
-        """The answers that a question got, oldest first."""
+    def answers(self, question: str) -> dict[int, Reply]:
+        """The answers that a question got, by the ids of the requests, oldest first."""
         rows = self._connection.execute(
-            "SELECT status, reason, text FROM requests WHERE question = ?"
+            "SELECT id, status, reason, text, model FROM requests WHERE question = ?"
             " AND status NOT IN ('sent', 'failed', 'lost') ORDER BY id",
             (question,),
         )
-        return [Reply(*row) for row in rows]
+        return {number: Reply(*row) for number, *row in rows}
+
+    def last_request(self) -> int:
+        """The id of the newest request; 0 if there is none."""
+        return self._connection.execute("SELECT COALESCE(MAX(id), 0) FROM requests").fetchone()[0]
 
     def open_batches(self, teacher: str) -> dict[str, tuple[str | None, dict[str, int]]]:
-        """A teacher's batches that were entered and have not ended: id at the server, if known, requests by question.
+        """A teacher's batches that have not ended, by key: id at the server if known, and requests by question.
 
-        Those of others wait until their teacher is back: only it can tell its answers, and only its server has them.
+        Those of other teachers wait until that teacher is used again: only its server has their answers.
         """
         query = (
             "SELECT DISTINCT batches.key, batches.id FROM batches JOIN requests ON requests.batch = batches.key"

@@ -9,16 +9,23 @@ from torch import Tensor
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
-from halo_fast.families import Family
+from halo_fast.families import Denoiser
 
-__all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch", "take"]
+__all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """[2B, ...] each: samples a of all pairs first, then their partners b, which share noise, time and conditions.
+    """B pairs at their noise and times: samples a of all pairs, then their partners b, which share both.
 
-    reference_error is [2B, f, h, w] where the reference's errors were computed beforehand, else None.
+    Args:
+        noisy: model input x_t, [2B, *latent_shape].
+        target: what the model regresses to, of the same shape.
+        t: times in [0, 1], [2B].
+        conditions: of the prompts, [2B, ...] each.
+        patch_rewards: [2B, f, h, w]; NaN is not labelled.
+        video_rewards: [2B]; NaN is not labelled.
+        reference_error: E_p of the reference's prediction, [2B, f, h, w]; None if it was not computed before training.
     """
 
     noisy: Tensor
@@ -29,9 +36,24 @@ class Batch:
     video_rewards: Tensor
     reference_error: Tensor | None = None
 
+    def select(self, samples: slice) -> "Batch":
+        """Some samples of the batch."""
+        error = self.reference_error
+        return Batch(
+            noisy=self.noisy[samples],
+            target=self.target[samples],
+            t=self.t[samples],
+            conditions={name: value[samples] for name, value in self.conditions.items()},
+            patch_rewards=self.patch_rewards[samples],
+            video_rewards=self.video_rewards[samples],
+            reference_error=None if error is None else error[samples],
+        )
 
-def check_pairs(family: Family, pairs: Sequence[Pair]) -> None:
-    """Hold that there are pairs and that the patch grid fits the latents; `make_batch` looks at each pair it takes.
+
+def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
+    """Check that there are pairs and that the patch grid fits the latents.
+
+    Only the first pair is read; `make_batch` checks each pair it takes.
 
     Raises:
         UserError: naming what does not fit.
@@ -39,17 +61,26 @@ def check_pairs(family: Family, pairs: Sequence[Pair]) -> None:
     if not len(pairs):
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
     pair = pairs[0]
-    shape = pair.latents.shape[-4:]
-    size = shape[1:] if family.layout == "BCFHW" else (shape[0], *shape[2:])
+    size = family.latent_size(pair.latents.shape)
     grid = tuple(pair.patch_rewards.shape[1:])
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
 
 
 def draws(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
-    """Pair and draw of each of the `size` places in a step: every epoch takes all pairs once, in an order of its own.
+    """Which pairs a step takes, and the draw of noise and time for each.
 
-    A pair's k-th visit has draw k, or k modulo `limit` where that is given.
+    Every epoch takes all pairs once, in an order of its own. A pair's k-th visit has draw k, or k modulo `limit`.
+
+    Args:
+        step: from 0.
+        size: pairs of a step, over all processes and batches.
+        count: pairs that there are.
+        seed: of the orders.
+        limit: draws of a pair; None for any number.
+
+    Returns:
+        (index of the pair, its draw), `size` of them.
     """
     places = range(step * size, (step + 1) * size)
     orders = {
@@ -67,7 +98,10 @@ def generator(*counter: object) -> torch.Generator:
 
 
 def _noise_and_time(shape: torch.Size, index: int, draw: int, seed: int, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Noise and u in [0, 1) of a pair's draw; with a limit, the pair's draws have one u in each of as many strata."""
+    """Noise and u in [0, 1) of a pair's draw.
+
+    With a limit the pair's draws are stratified: [0, 1) has `limit` equal parts, and each draw lies in one of its own.
+    """
     each = generator(seed, "pair", index, draw)
     noise, u = torch.randn(shape, generator=each), torch.rand(1, generator=each)
     if limit:
@@ -78,7 +112,7 @@ def _noise_and_time(shape: torch.Size, index: int, draw: int, seed: int, limit: 
 
 
 def make_batch(
-    family: Family,
+    family: Denoiser,
     pairs: Sequence[Pair],
     draws: Sequence[tuple[int, int]],
     seed: int,
@@ -87,11 +121,16 @@ def make_batch(
     limit: int | None = None,
     errors: Tensor | None = None,
 ) -> Batch:
-    """Assemble the pairs of (index, draw); the noise is drawn on the CPU, so it is the same on every device.
+    """Pairs at their noise and times; the noise is drawn on the CPU, so it is the same on every device.
 
     Args:
+        family: gives times, noise process and stacked conditions.
+        pairs: all pairs.
+        draws: (index, draw) of the B pairs of the batch.
+        seed: of noise and times.
+        device: of the batch.
         limit: number of draws of a pair; None for any number.
-        errors: [pairs, limit, 2, f, h, w], the reference's errors at all of them.
+        errors: the reference's errors at all draws, [pairs, limit, 2, f, h, w]; None if not computed.
 
     Raises:
         UserError: a pair that is not of two clips, of another size or grid than the first, or with infinite rewards.
@@ -134,17 +173,3 @@ def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
                 )
             if name != "latents" and value.isinf().any():
                 raise UserError(f"pairs: {name} of pair {index} are infinite; expected numbers, or NaN for no label")
-
-
-def take(batch: Batch, samples: slice) -> Batch:
-    """Some samples of a batch."""
-    error = batch.reference_error
-    return Batch(
-        noisy=batch.noisy[samples],
-        target=batch.target[samples],
-        t=batch.t[samples],
-        conditions={name: value[samples] for name, value in batch.conditions.items()},
-        patch_rewards=batch.patch_rewards[samples],
-        video_rewards=batch.video_rewards[samples],
-        reference_error=None if error is None else error[samples],
-    )

@@ -1,30 +1,32 @@
-"""A training made ready to run: model, what is trained, reference errors and plan, with every proof of the start."""
+"""A training that is ready to run: model, what is trained, reference errors and plan, with all checks of the start."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
-from halo_fast.families import Family, family_of
+from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.functional import GranDPO
 from halo_fast.loss.objectives import AutoBeta
-from halo_fast.settings import check_numbers
-from halo_fast.train.adapters import Switch, check_start, ready, repeated_blocks, switched, trainable
+from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
+from halo_fast.train.checks import build_auto_beta, check_trackers, checked_objective
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
-from halo_fast.train.parallel import same_everywhere, shard
+from halo_fast.train.launch import check_launch, uses_fsdp
+from halo_fast.train.model import prepared_model
+from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.references import check_reference_errors, reference_errors
-from halo_fast.train.trackers import check_trackers
+from halo_fast.train.schedules import uses_reference
+from halo_fast.train.start import check_start
 
-__all__ = ["Job", "Progress", "compares", "prepared"]
+__all__ = ["Job", "Progress", "prepared_job"]
 
 Progress = Callable[[Iterable[int], int, str], Iterable[int]]
 
@@ -34,26 +36,48 @@ class Job:
     """A training that is ready to run: what every step uses.
 
     Args:
-        model: the policy; inside `with reference()`, the reference.
+        family: of the model.
+        model: the policy; inside `with reference_mode()`, the reference.
+        reference_mode: the context in which the model is the reference.
         parameters: what is trained, by name.
-        errors: the reference's, [pairs, draws, 2, f, h, w]; None where it runs in the loop or nothing is compared.
+        optimizer: of the parameters.
+        accelerator: accelerate's, of this process.
+        config: the settings.
+        objective: the loss, with the betas of the settings.
+        pairs: to train on.
+        reference_errors: [pairs, draws, 2, f, h, w]; None where the reference runs in the loop or is not used.
+        plan: how steps are taken.
+        auto_beta: adjusts the betas; None for constant ones.
+        sharded: whether FSDP2 shards the model.
     """
 
-    family: Family
+    family: Denoiser
     model: nn.Module
-    reference: Switch
+    reference_mode: ReferenceMode
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     accelerator: Any
     config: TrainConfig
     objective: GranDPO
     pairs: Sequence[Pair]
-    errors: Tensor | None
+    reference_errors: Tensor | None
     plan: Plan
     auto_beta: AutoBeta | None
     sharded: bool
 
-    def steered(self) -> GranDPO:
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return bool(self.accelerator.is_main_process)
+
+    def batch(self, draws: Sequence[tuple[int, int]]) -> Batch:
+        """The training pairs of (index, draw), on the device."""
+        return make_batch(
+            self.family, self.pairs, draws, self.config.seed, self.accelerator.device,
+            limit=self.config.reference_draws or None, errors=self.reference_errors,
+        )  # fmt: skip
+
+    def current_objective(self) -> GranDPO:
         """The objective with the betas that are in use."""
         if self.auto_beta is None:
             return self.objective
@@ -63,177 +87,110 @@ class Job:
 
 
 @contextmanager
-def prepared(
+def prepared_job(
     pipeline: Any,
     pairs: Sequence[Pair],
     config: TrainConfig,
     *,
-    folder: Path | None,
-    references: Path | None,
-    progress: Progress,
+    folder: Path | None = None,
+    references: Path | None = None,
+    progress: Progress = lambda iterable, total, label: iterable,
 ) -> Iterator[Job]:
-    """Model, what is trained, reference errors and plan, with every proof of the start; all is undone at the end."""
-    from accelerate import Accelerator
+    """Check the settings and make everything ready; all is undone after the block.
 
-    family = family_of(pipeline)
+    Args:
+        pipeline: a diffusers pipeline or a `Denoiser`.
+        pairs: to train on.
+        config: the settings.
+        folder: where trackers write; None for nowhere.
+        references: where the reference's errors are kept; None keeps them in memory.
+        progress: wraps the iterable of reference errors to compute, (iterable, total, label).
+
+    Raises:
+        UserError: a setting without a meaning, pairs that do not fit, or a model that cannot be its own reference.
+    """
+    family = family_of(pipeline, config.network)
     check_pairs(family, pairs)
-    objective = _checked(config)
+    objective = checked_objective(config)
     check_trackers(config.report_to)
-    _check_launch(config, family.transformer)
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to or None,
-            # tensorboard asks for a place at once, though a dry run writes nothing there
-            project_dir=folder or Path(),
-        )
-    except ValueError as error:
-        raise UserError(f"train.mixed_precision: {config.mixed_precision} cannot be had here: {error}") from error
-    device, draws_limit = accelerator.device, config.reference_draws or None
-    if not accelerator.is_main_process:
-        progress = _silent
+    check_launch(config, family.transformer)
+    accelerator = _accelerator(config, folder)
     with ExitStack() as stack:
-        model: nn.Module = stack.enter_context(ready(family.transformer, config, device))
+        model: nn.Module = stack.enter_context(prepared_model(family.transformer, config, accelerator.device))
 
         def predict(batch: Batch) -> Tensor:
-            # A context each: until it ends, autocast keeps copies of weights, which the checks move.
+            # Autocast keeps copies of weights until its context ends, and the checks change weights between calls.
             with accelerator.autocast(), torch.no_grad():
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
         errors = None
-        if draws_limit and compares(objective):
-            errors = reference_errors(
-                family, model, pairs, config.seed, draws_limit, device=device,
-                batch_size=config.train_batch_size, autocast=accelerator.autocast,
-                precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=references,
-                progress=progress, share=(accelerator.process_index, accelerator.num_processes),
-                wait=accelerator.wait_for_everyone,
-            )  # fmt: skip
-        first = make_batch(family, pairs, [(0, 0)], config.seed, device, limit=draws_limit, errors=errors)
+        if config.reference_draws and uses_reference(objective):
+            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+        limit = config.reference_draws or None
+        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
         base = predict(first)
         check_reference_errors(first, base, family.layout)
-        parameters: dict[str, Tensor] = dict(stack.enter_context(trainable(family, config)))
-        same_everywhere(parameters.values())
-        sharded = accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
+        broadcast_first(parameters.values())
+        sharded = accelerator.num_processes > 1 and uses_fsdp()
         plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
         if sharded:
-            shard(model, device)
+            shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        reference = stack.enter_context(switched(model, parameters, config))
-        precision = torch.bfloat16 if config.mixed_precision == "bf16" else base.dtype
-        # Compiled blocks are other graphs with and without an adapter, so each of them rounds in its own way.
-        rounding = (1000 if config.compile else 32) * torch.finfo(precision).eps
-        check_start(predict, reference, parameters, family.layout, first, base, objective, rounding)
-        job = Job(
-            family, model, reference, parameters, _optimizer(parameters, config), accelerator, config, objective, pairs,
-            errors=errors,
-            plan=plan,
-            auto_beta=_auto_beta(config, device),
-            sharded=sharded,
+        reference_mode = stack.enter_context(reference_switch(model, parameters, config))
+        check_start(
+            predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype)
+        )
+        yield Job(
+            family, model, reference_mode, parameters, _optimizer(parameters, config), accelerator, config, objective,
+            pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
         )  # fmt: skip
-        yield job
+
+
+def _accelerator(config: TrainConfig, folder: Path | None) -> Any:
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to or None,
+            # tensorboard wants a folder at once, though a dry run writes nothing there
+            project_dir=folder or Path(),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"train.mixed_precision: {config.mixed_precision} is not available here ({error}); set no"
+        ) from error
+
+
+def _reference_errors(
+    family: Denoiser,
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    config: TrainConfig,
+    accelerator: Any,
+    folder: Path | None,
+    progress: Progress,
+) -> Tensor:
+    """The reference's errors at the settings' draws, computed by all processes together."""
+    return reference_errors(
+        family, model, pairs, config.seed, config.reference_draws or 0, device=accelerator.device,
+        batch_size=config.train_batch_size, autocast=accelerator.autocast,
+        precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=folder,
+        progress=progress if accelerator.is_main_process else _silent,
+        share=(accelerator.process_index, accelerator.num_processes), wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
 
 
 def _silent(iterable: Iterable[int], total: int, label: str) -> Iterable[int]:
     return iterable
 
 
-def compares(objective: GranDPO) -> bool:
-    return bool(objective.video_weight or objective.patch_weight or objective.anchor_weight)
-
-
-def _checked(config: TrainConfig) -> GranDPO:
-    """The objective of settings that have a meaning; those made in Python have passed no parser."""
-    for place, settings in (("train", config), ("train.objective", config.objective)):
-        for name, hint in get_type_hints(type(settings)).items():
-            parts = (hint, *get_args(hint))
-            choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
-            value = getattr(settings, name)
-            if choices and value not in choices and not (value is None and type(None) in parts):
-                raise UserError(f"{place}.{name}: expected one of {', '.join(choices)}, got {value!r}")
-    if not config.learning_rate > 0:
-        raise UserError(f"train.learning_rate: expected more than 0, got {config.learning_rate}")
-    if not config.max_grad_norm > 0:
-        raise UserError(f"train.max_grad_norm: expected more than 0, got {config.max_grad_norm}; .inf clips nothing")
-    counts = {name for name, hint in get_type_hints(TrainConfig).items() if int in (hint, *get_args(hint))}
-    try:
-        check_numbers({name: value for name, value in asdict(config).items() if name in counts}, "train.")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    try:
-        objective = GranDPO(**asdict(config.objective))
-    except ValueError as error:
-        raise UserError(f"train.objective: {error}") from error
-    _auto_beta(config, torch.device("cpu"))
-    _check_combinations(config)
-    return objective
-
-
-def _auto_beta(config: TrainConfig, device: torch.device) -> AutoBeta | None:
-    if config.auto_beta is None:
-        return None
-    try:
-        return AutoBeta(config.objective.video_beta, config.auto_beta, device=device)
-    except ValueError as error:
-        raise UserError(f"train.auto_beta: {error}") from error
-
-
-# What `accelerate launch` was told, as it hands it on: (values that are followed, what to set instead).
-_LAUNCHED: dict[str, tuple[tuple[str, ...], str]] = {
-    "ACCELERATE_DYNAMO_BACKEND": (("no",), "train.compile"),
-    "ACCELERATE_USE_DEEPSPEED": (("false",), "--use_fsdp --fsdp_version 2"),
-    "ACCELERATE_USE_MEGATRON_LM": (("false",), "--use_fsdp --fsdp_version 2"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (("false",), "--multi_gpu or --use_fsdp --fsdp_version 2"),
-}
-# Settings of FSDP1, and how accelerate itself loads and stores, are left out: none of that takes place.
-_SHARDED: dict[str, tuple[tuple[str, ...], str]] = {
-    "FSDP_VERSION": (("2",), "--fsdp_version 2"),
-    "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "FULL_SHARD"),
-    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard", "1"), "--fsdp_reshard_after_forward true"),
-    "FSDP_OFFLOAD_PARAMS": (("false",), "--fsdp_offload_params false"),
-    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "train.gradient_checkpointing"),
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "train.offload_activations"),
-    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "TRANSFORMER_BASED_WRAP: blocks are sharded one by one"),
-    "FSDP_IGNORED_MODULES": ((), "nothing: every block is sharded"),
-}
-
-
-def _check_launch(config: TrainConfig, model: nn.Module) -> None:
-    """Hold that nothing which `accelerate launch` was told would be ignored."""
-    launched: dict[str, tuple[tuple[str, ...], str]] = _LAUNCHED | {
-        "ACCELERATE_MIXED_PRECISION": (("no", config.mixed_precision), "train.mixed_precision"),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            ("1", str(config.gradient_accumulation_steps)), "train.gradient_accumulation_steps",
-        ),
-    }  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        launched |= _SHARDED
-        blocks = {type(block).__name__ for block in repeated_blocks(model)}
-        wrapped = {name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")} - {""}
-        if wrapped and wrapped != blocks:
-            raise UserError(
-                f"accelerate launch: FSDP_TRANSFORMER_CLS_TO_WRAP is {', '.join(sorted(wrapped))}, but what is sharded "
-                f"are the model's blocks, {', '.join(sorted(blocks))}; leave it out"
-            )
-    for name, (followed, instead) in launched.items():
-        value = os.environ.get(name, "")
-        if value and value.lower() not in followed:
-            raise UserError(f"accelerate launch: {name} is {value}, which training does not follow; set {instead}")
-
-
-def _check_combinations(config: TrainConfig) -> None:
-    objective = config.objective
-    if objective.anchor_weight and config.reference_draws:
-        raise UserError(
-            "train.objective.anchor_weight: needs the reference in the loop; set train.reference_draws to null"
-        )
-    if objective.anchor_weight and config.schedule == "margin_first":
-        raise UserError("train.objective.anchor_weight: needs both samples in one batch; set train.schedule to batched")
-    if config.skip_below and config.schedule != "margin_first":
-        raise UserError("train.skip_below: works with train.schedule margin_first alone; set that or leave it at 0")
-    if config.auto_beta and not objective.video_weight:
-        raise UserError("train.auto_beta: steers by the videos' logits, got train.objective.video_weight 0; set null")
+def _rounding(config: TrainConfig, dtype: torch.dtype) -> float:
+    """Largest rounding of a prediction, as a share of its norm; compiled blocks are another graph for each state."""
+    precision = torch.bfloat16 if config.mixed_precision == "bf16" else dtype
+    return (1000 if config.compile else 32) * torch.finfo(precision).eps
 
 
 def _optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,10 +1,10 @@
-"""Training with Gran-DPO: policy and reference are one model, switched from the one to the other."""
+"""Training on preference pairs: policy and reference are one model."""
 
+import logging
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ import torch
 from torch import Tensor
 
 from halo_fast.data import Pair
-from halo_fast.export.lora import export
+from halo_fast.export.lora import export_lora
 from halo_fast.families.sampling import GenerateConfig
-from halo_fast.files import progress, write_csv
-from halo_fast.train.checkpoint import prune, resume, save
+from halo_fast.files import progress
+from halo_fast.train.checkpoint import prune_checkpoints, resume, save_checkpoint
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.guards import check_rows, warn, winner_alarm
-from halo_fast.train.job import Job, Progress, prepared
-from halo_fast.train.parallel import any_process, full
+from halo_fast.train.job import Job, Progress, prepared_job
+from halo_fast.train.observers.base import Observer
+from halo_fast.train.observers.diagnostics import Diagnostics
+from halo_fast.train.observers.guards import Guards
+from halo_fast.train.observers.log import Log
+from halo_fast.train.observers.previews import Previews
+from halo_fast.train.observers.trackers import open_trackers
+from halo_fast.train.off_policy import measure_off_policy
+from halo_fast.train.parallel import any_process, gather_shards
 from halo_fast.train.steps import take_step
-from halo_fast.train.trackers import tracked
-from halo_fast.train.watch import Row, diagnose, hold_out, preview, read_rows, record, row_of, tell_off_policy
 
-__all__ = [
-    "Fit",
-    "fit",
-]
+__all__ = ["Fit", "fit"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,12 @@ def fit(
     """Train a LoRA, or the weights themselves, on preference pairs; the pipeline is left as it was.
 
     Noise and time of a pair's draws come from a seed of their own, so a step depends on nothing but its number. The
-    model stays in eval mode throughout: dropout would tell policy and reference apart by chance.
+    model stays in eval mode throughout: dropout would make policy and reference differ by chance.
 
     Args:
-        pipeline: a diffusers pipeline or a `Family`.
+        pipeline: a diffusers pipeline, a `Family` or a `Denoiser`.
         pairs: any sequence of `Pair`, in memory or `CachedPairs`.
-        config: the settings; `config.objective` says which terms the loss has.
+        config: the settings; `config.objective` is the loss.
         folder: where log.csv, diagnostics.csv, previews and checkpoints go and training resumes from; SIGTERM then ends
             the step, saves and exits. None keeps everything in memory.
         references: where the reference's errors are kept (config.reference_draws), for other trainings too.
@@ -75,87 +78,78 @@ def fit(
         progress: wraps the iterable of steps, (iterable, total, label).
 
     Raises:
-        UserError: no pairs, a grid larger than the latent, a model whose reference is not the base model, a loss
-            that is not finite or spikes, or checkpoints of other settings.
+        UserError: a setting without a meaning, no pairs, a grid larger than the latent, a model whose reference is not
+            the base model, a loss that is not finite or spikes, or checkpoints of other settings.
     """
-    with prepared(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
-        if folder is not None and job.accelerator.is_main_process:
-            warn(job.plan.text)
+    with prepared_job(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
+        if folder is not None and job.is_main:
+            logger.info(job.plan.text)
         if folder is not None and config.off_policy_pairs:
-            tell_off_policy(job, generate)
-        log = _run(job, folder, heldout, generate, progress)
+            gap = measure_off_policy(job, generate)
+            if job.is_main:
+                logger.info(gap.report())
+        log = Log(job)
+        with open_trackers(job.accelerator, config, folder, log) as trackers:
+            observers = [log, Guards(log, config), *trackers]
+            if folder is not None and config.diagnostics_steps:
+                observers.append(Diagnostics(job, heldout))
+            observers.append(Previews(job, folder, generate))
+            _train(job, folder, observers, progress)
         if config.rank:
-            lora = export(job.family, {name: full(value) for name, value in job.parameters.items()}, config)
-            return Fit(lora, log, {})
-        # copies, for the model's own go back to where they were
+            parameters = {name: gather_shards(value) for name, value in job.parameters.items()}
+            return Fit(export_lora(job.family, parameters, config), log.rows, {})
+        # Copies, for the model gets its first weights back.
         state = job.model.state_dict().items()
-        return Fit({}, log, {name: full(value).to("cpu", copy=True) for name, value in state})
+        return Fit({}, log.rows, {name: gather_shards(value).to("cpu", copy=True) for name, value in state})
 
 
-def _run(
-    job: Job, folder: Path | None, heldout: Sequence[Pair], generate: GenerateConfig | None, progress: Progress
-) -> list[dict[str, float]]:
-    config, main = job.config, job.accelerator.is_main_process
-    state = resume(folder, job)
-    log, seen, records = state.log, state.diagnostics, state.records
-    rows: list[Row] = []
-    looking = folder is not None and config.diagnostics_steps > 0
-    held = hold_out(job, heldout)
-    steps = range(len(log), config.max_train_steps)
-    with ExitStack() as stack:
-        send = stack.enter_context(tracked(job.accelerator, config, folder))
-        asked_to_stop = stack.enter_context(_sigterm(folder is not None))
-        if config.validation_prompts and not log:
-            preview(job, folder, generate, 0)
-        for step in progress(steps, len(steps), "train") if main else steps:
-            passes, norm = take_step(job, step)
-            rows.append(row_of(job, passes, norm))
-            done, last = step + 1, step + 1 == config.max_train_steps
-            if looking:
-                records += [record(job, batch, passed) for batch, passed in passes]
-            diagnosing = looking and (done % config.diagnostics_steps == 0 or last)
-            saving = done % config.checkpointing_steps == 0
-            previewing = bool(config.validation_prompts) and done % config.validation_steps == 0
-            reading = saving or diagnosing or previewing or last or done % config.logging_steps == 0
-            # One process saves at once; several agree when they read, so that no step waits for the others.
-            stopping = asked_to_stop() if job.accelerator.num_processes == 1 else False
-            if reading and job.accelerator.num_processes > 1:
-                stopping = bool(any_process(torch.tensor([asked_to_stop()]), job.accelerator.device))
-            if not (reading or stopping):
+def _train(job: Job, folder: Path | None, observers: Sequence[Observer], progress: Progress) -> None:
+    """Take all steps that are left; observers report when one of them is due, and before each checkpoint."""
+    config = job.config
+    first = resume(folder, job, observers)
+    if not first:
+        for observer in observers:
+            if observer.due(0):
+                observer.report(0)
+    steps = range(first, config.max_train_steps)
+    with _sigterm_noted(folder is not None) as sigterm_came:
+        for step in progress(steps, len(steps), "train") if job.is_main else steps:
+            figures, norm = take_step(job, step)
+            for observer in observers:
+                observer.saw(step, figures, norm)
+            done = step + 1
+            saving = folder is not None and done % config.checkpointing_steps == 0
+            due = saving or any(observer.due(done) for observer in observers)
+            stopping = _stopping(job, sigterm_came(), due)
+            if not (due or stopping):
                 continue
-            fresh = read_rows(job, rows, len(log))
-            log += fresh
-            rows.clear()
-            check_rows(log, len(log) - len(fresh), config)
-            send(fresh)
-            if diagnosing:
-                looked = diagnose(job, records, heldout, held, done)
-                if main:
-                    warn(winner_alarm(looked, config))
-                seen += looked
-                records.clear()
-            if previewing:
-                preview(job, folder, generate, done)
+            for observer in observers:
+                observer.report(done)
             if folder is None:
                 continue
-            if main:
-                write_csv(folder / "log.csv", log)
-                if seen:
-                    write_csv(folder / "diagnostics.csv", seen)
+            if job.is_main:
+                for observer in observers:
+                    observer.write(folder)
             if saving or stopping:
-                save(folder, done, job, records)
-            if stopping and not last:
-                if main:
-                    print(f"train: SIGTERM, saved after step {done}; the same command continues", file=sys.stderr)
+                save_checkpoint(folder, done, job, observers)
+            if stopping and done < config.max_train_steps:
+                if job.is_main:
+                    logger.warning("train: SIGTERM, saved after step %d; the same command continues", done)
                 raise SystemExit(128 + signal.SIGTERM)
-    if folder is not None and main:
-        prune(folder, config)
-    return log
+    if folder is not None and job.is_main:
+        prune_checkpoints(folder, config)
+
+
+def _stopping(job: Job, sigterm: bool, due: bool) -> bool:
+    """Whether to stop after this step: one process at once, several when they report, so that no step waits."""
+    if job.accelerator.num_processes == 1:
+        return sigterm
+    return due and bool(any_process(torch.tensor([sigterm]), job.accelerator.device))
 
 
 @contextmanager
-def _sigterm(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come inside the block, which then does not end the process."""
+def _sigterm_noted(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come inside the block, where it does not end the process."""
     came = threading.Event()
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield came.is_set

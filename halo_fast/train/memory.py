@@ -36,8 +36,8 @@ def attention_operators() -> list[Any]:
 def _selection() -> Callable[[Any, Sequence[Any]], bool]:
     """Which outputs selective checkpointing keeps: those that took much work for their size.
 
-    They are attention's and those of products that sum over more numbers than they give, such as the second layer of a
-    feed-forward network: a fifth of a block's activations for most of its work.
+    They are attention's and those of layers wider in than out, such as the second of a feed-forward network: a fifth of
+    a block's activations for most of its work.
     """
     attention = set(attention_operators())
     products = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1)}
@@ -70,7 +70,7 @@ def checkpointing(mode: str) -> Callable[..., Any]:
 
 @contextmanager
 def offloaded(model: nn.Module) -> Iterator[None]:
-    """Activations saved inside the block wait in the CPU's memory; weights, which stay where they are, do not move."""
+    """Activations saved inside the block wait in the CPU's memory until the backward pass; weights do not move."""
     weights = _storages(model)
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
@@ -126,9 +126,11 @@ def kept_bytes(forward: Callable[[], object], model: nn.Module, selective: bool)
 
 
 def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
-    """Linear layers and attention operators that the backward pass runs anew, and attention operators of the forward.
+    """Count what the backward pass recomputes; gradients are added to the trainable weights.
 
-    Gradients are added to the trainable weights.
+    Returns:
+        Linear layers and attention operators that the backward pass runs again, and attention operators of the forward
+        pass.
     """
     linears = 0
 
@@ -149,21 +151,21 @@ def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
 
 
 class _Calls(TorchDispatchMode):
-    """Counts the operators inside the block that are `wanted`, and shows their outputs to `seen`."""
+    """Counts the operators inside the block that are `wanted`, and calls `visit` with their outputs."""
 
     def __init__(
-        self, wanted: Callable[[Any, Sequence[Any]], bool], seen: Callable[[Any], None] = lambda output: None
+        self, wanted: Callable[[Any, Sequence[Any]], bool], visit: Callable[[Any], None] = lambda output: None
     ) -> None:
         super().__init__()
         self.count = 0
         self._wanted = wanted
-        self._seen = seen
+        self._visit = visit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if self._wanted(func, args):
             self.count += 1
-            self._seen(output)
+            self._visit(output)
         return output
 
 

@@ -1,4 +1,4 @@
-"""The schedule of a training, what it will take of memory, and proof that checkpointing is on."""
+"""The schedule of a training, its predicted memory, and proof that checkpointing is on."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
-from halo_fast.families import Family
+from halo_fast.families import Denoiser
 from halo_fast.loss.functional import GranDPO
-from halo_fast.train.adapters import repeated_blocks, uncompiled
+from halo_fast.train.adapters import repeated_blocks
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, take
+from halo_fast.train.draws import Batch
 from halo_fast.train.memory import count_recomputed, kept_bytes, offloaded
+from halo_fast.train.model import without_compile
 from halo_fast.train.parallel import any_process
 
 __all__ = ["Plan", "make_plan"]
 
-# Share of the free memory that activations may take: allocators and kernels want the rest.
+# Share of the free memory that activations may take: allocators and kernels need the rest.
 _USABLE = 0.85
 
 
@@ -49,8 +50,25 @@ class Plan:
         return replace(self, schedule=schedule)
 
 
+@dataclass(frozen=True)
+class _Activations:
+    """Bytes that one sample's forward pass keeps for its backward pass.
+
+    Args:
+        kept: in all, with the checkpointing of the settings.
+        whole: in all, without checkpointing.
+        largest: of the largest tensor, without checkpointing.
+        text: what checkpointing recomputes, for the user.
+    """
+
+    kept: int
+    whole: int
+    largest: int
+    text: str
+
+
 def make_plan(
-    family: Family,
+    family: Denoiser,
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     batch: Batch,
@@ -65,59 +83,81 @@ def make_plan(
     Batched if its activations fit into the free memory of every process, else margin-first.
 
     Args:
+        family: of the model.
+        model: with what is trained on it.
+        parameters: what is trained.
         batch: any pair; its first sample is run.
-        sharded: whether weights and what is trained will be shared out among the processes.
+        objective: the loss; one with an anchor is always batched.
+        config: the settings.
+        accelerator: accelerate's.
+        sharded: whether weights and what is trained will be sharded over the processes.
 
     Raises:
         UserError: activation checkpointing that recomputes nothing, or cannot keep attention's outputs.
     """
-    sample = take(batch, slice(0, 1))
+    sample = batch.select(slice(0, 1))
 
     def forward() -> Tensor:
         with accelerator.autocast():
             return family.predict(model, sample.noisy, sample.t, sample.conditions)
 
-    mode = config.gradient_checkpointing
-    with uncompiled(model):
-        kept, largest = kept_bytes(forward, model, selective=mode == "selective")
-        recomputed = _prove_checkpointing(forward, parameters, mode) if mode != "none" else ""
-        with _without_checkpointing(model, mode):
-            whole, largest = (kept, largest) if mode == "none" else kept_bytes(forward, model, selective=False)
+    activations = _measure(forward, model, parameters, config)
     parts = accelerator.num_processes if sharded else 1
     weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
-    trained = sum(value.numel() for value in parameters.values())
     # gradient and two moments, in their own precision
     training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
-    # A block's activations are there in full while it is recomputed, or while they travel.
-    block = whole // max(1, len(repeated_blocks(model))) if mode != "none" or config.offload_activations else 0
-    held = 0 if config.offload_activations else kept
-    samples = {"batched": 2 * config.train_batch_size, "margin_first": 1}
-    # where the backward pass is at the largest activation, it has the gradients of what went in and of what came out
-    need = {name: training + count * (held + block + 2 * largest) for name, count in samples.items()}
+    need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
     free = _free_memory(accelerator.device)
     schedule = config.schedule
     if schedule == "auto":
         tight = any_process(torch.tensor([need["batched"] > _USABLE * free]), accelerator.device)
         # The anchor's gradient is no function of patch errors.
-        schedule = "margin_first" if bool(tight) and not objective.anchor_weight else "batched"
+        schedule = "margin_first" if bool(tight) and not getattr(objective, "anchor_weight", 0) else "batched"
+    precision = config.mixed_precision if config.mixed_precision != "no" else sample.noisy.dtype
+    trained = sum(value.numel() for value in parameters.values())
     lines = [
         f"plan: {schedule}, {trained:,} weights trained, "
         f"{accelerator.num_processes} x {config.gradient_accumulation_steps} x "
-        f"{config.train_batch_size} pairs a step (processes x accumulation x batch), "
-        f"precision {config.mixed_precision if config.mixed_precision != 'no' else sample.noisy.dtype}, "
+        f"{config.train_batch_size} pairs a step (processes x accumulation x batch), precision {precision}, "
         f"compile {'on' if config.compile else 'off'}, "
         + (
             f"reference errors of {config.reference_draws} draws" if config.reference_draws else "reference in the loop"
         ),
-        f"activations: {_size(kept)} a sample, {mode} checkpointing{recomputed}"
-        + (", kept in the CPU's memory" if config.offload_activations else ""),
+        f"activations: {_size(activations.kept)} a sample, {config.gradient_checkpointing} checkpointing"
+        f"{activations.text}" + (", kept in the CPU's memory" if config.offload_activations else ""),
         f"memory: weights {_size(weights)}, gradients and moments {_size(training)}, activations "
         f"{_size(need[schedule] - training)}; predicted peak {_size(weights + need[schedule])}, free now {_size(free)}",
     ]
     if need[schedule] > _USABLE * free:
         lines.append(f"memory: this may not fit; {_advice(config, schedule)}")
-    activations = (lambda: offloaded(model)) if config.offload_activations else nullcontext
-    return Plan(schedule, activations, {name: weights + size for name, size in need.items()}, "\n".join(lines))
+    context = (lambda: offloaded(model)) if config.offload_activations else nullcontext
+    return Plan(schedule, context, {name: weights + size for name, size in need.items()}, "\n".join(lines))
+
+
+def _measure(
+    forward: Callable[[], Tensor], model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig
+) -> _Activations:
+    mode = config.gradient_checkpointing
+    with without_compile(model):
+        kept, largest = kept_bytes(forward, model, selective=mode == "selective")
+        if mode == "none":
+            return _Activations(kept, kept, largest, "")
+        text = _prove_checkpointing(forward, parameters, mode)
+        with _without_checkpointing(model):
+            whole, largest = kept_bytes(forward, model, selective=False)
+    return _Activations(kept, whole, largest, text)
+
+
+def _needed_bytes(activations: _Activations, blocks: int, training: int, config: TrainConfig) -> dict[str, int]:
+    """Bytes of gradients, moments and activations by schedule."""
+    moving = config.gradient_checkpointing != "none" or config.offload_activations
+    # A block's activations exist in full while it is recomputed, or while they travel.
+    block = activations.whole // max(1, blocks) if moving else 0
+    held = 0 if config.offload_activations else activations.kept
+    samples = {"batched": 2 * config.train_batch_size, "margin_first": 1}
+    # At the largest activation the backward pass has the gradients of what went in and of what came out.
+    each = held + block + 2 * activations.largest
+    return {name: training + count * each for name, count in samples.items()}
 
 
 def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], mode: str) -> str:
@@ -126,8 +166,8 @@ def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str,
         parameter.grad = None
     if not linears:
         raise UserError(
-            f"train.gradient_checkpointing: {mode} was asked for, but the backward pass recomputes nothing on this "
-            "model; set none"
+            f"train.gradient_checkpointing: expected {mode} to recompute layers in the backward pass, but this model "
+            "recomputes nothing; set none"
         )
     if mode == "selective" and (attentions or not all_attentions):
         raise UserError(
@@ -138,11 +178,8 @@ def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str,
 
 
 @contextmanager
-def _without_checkpointing(model: Any, mode: str) -> Iterator[None]:
-    if mode == "none":
-        yield
-        return
-    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     try:
         for module in modules:
             module.gradient_checkpointing = False

@@ -1,13 +1,12 @@
 """The reference's patch errors at fixed draws, computed once: all that training needs to know of the reference.
 
 The reference enters the loss only through E_p(o_ref), one number a patch (docs/dropin.md). For K draws of noise and
-time to each pair they are computed before anything is trained, by the plain base model, and kept as small files named
-by content: latents, prompts' conditions, model, precision, noise process and seeds. So a file is never stale, a killed
-computation continues, and a sweep over betas, ranks or learning rates reads what the first training computed. The
-noise is drawn again from its seed whenever it is needed and never stored.
+time of each pair these are computed before training, by the plain base model. They are kept as small files named by
+content: latents, prompts' conditions, model, precision, noise process and seeds. So a file is never stale, a killed
+computation continues, and a sweep over betas, ranks or learning rates reads what the first training computed. Noise is
+drawn from its seed whenever it is needed and never stored.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
-from halo_fast.families import Family
+from halo_fast.families import Denoiser
 from halo_fast.families.fingerprint import fingerprint
-from halo_fast.files import write_safetensors
+from halo_fast.files import hash_tensors, write_safetensors
 from halo_fast.loss.functional import patch_error
 from halo_fast.train.draws import Batch, make_batch
 
@@ -31,7 +30,7 @@ _PAIRS_IN_A_FILE = 64
 
 
 def reference_errors(
-    family: Family,
+    family: Denoiser,
     model: nn.Module,
     pairs: Sequence[Pair],
     seed: int,
@@ -49,30 +48,25 @@ def reference_errors(
     """E_p(o_ref) of `count` draws of every pair, float32 [pairs, count, 2, f, h, w] on the CPU.
 
     Args:
+        family: of the model.
         model: the base, without adapters.
+        pairs: all of one size and grid.
         seed: of the draws.
+        count: draws of a pair.
+        device: where the model is.
         batch_size: pairs in one forward pass.
         autocast: the context in which training will run the model.
         precision: what that context does, for the files' names.
-        folder: where the files are kept; None computes everything anew.
+        folder: where the files are kept; None computes everything and keeps nothing.
+        progress: wraps the iterable of files to compute, (iterable, total, label).
         share: this process's number and how many share the work, where there is a folder.
         wait: returns once all processes have called it.
     """
     starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
-    keys = {}
-    if folder is not None:
-        common = _common(family, model, seed, count, precision, pairs[0].latents.shape[1:])
-        for start in starts:
-            chosen = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
-            keys[start] = _key(common, start, [pairs[index] for index in chosen])
-        todo = [start for start in starts if not (folder / f"{keys[start]}.safetensors").exists()][share[0] :: share[1]]
-    else:
-        todo = list(starts)
-    computed = {}
-    for start in progress(todo, len(todo), "reference errors"):
-        draws = [
-            (index, draw) for index in range(start, min(start + _PAIRS_IN_A_FILE, len(pairs))) for draw in range(count)
-        ]
+
+    def compute(start: int) -> Tensor:
+        chosen = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
+        draws = [(index, draw) for index in chosen for draw in range(count)]
         parts = []
         for first in range(0, len(draws), batch_size):
             batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count)
@@ -80,20 +74,25 @@ def reference_errors(
                 prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
             error = patch_error(prediction, batch.target, batch.patch_rewards.shape[1:], layout=family.layout)
             parts.append(error.float().unflatten(0, (2, -1)).transpose(0, 1).cpu())
-        errors = torch.cat(parts).unflatten(0, (-1, count))
-        if folder is None:
-            computed[start] = errors
-        else:
-            write_safetensors(folder / f"{keys[start]}.safetensors", {"errors": errors})
+        return torch.cat(parts).unflatten(0, (-1, count))
+
+    if folder is None:
+        return torch.cat([compute(start) for start in progress(starts, len(starts), "reference errors")])
+    settings = _settings(family, model, seed, count, precision, pairs[0].latents.shape[1:])
+    files = {
+        start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE])}.safetensors"
+        for start in starts
+    }
+    todo = [start for start in starts if not files[start].exists()][share[0] :: share[1]]
+    for start in progress(todo, len(todo), "reference errors"):
+        write_safetensors(files[start], {"errors": compute(start)})
     wait()
-    if folder is not None:
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        computed = {start: load_file(folder / f"{keys[start]}.safetensors")["errors"] for start in starts}
-    return torch.cat([computed[start] for start in starts])
+    return torch.cat([load_file(files[start])["errors"] for start in starts])
 
 
-def _common(family: Family, model: nn.Module, seed: int, count: int, precision: str, shape: torch.Size) -> str:
+def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precision: str, shape: torch.Size) -> str:
     """What all files depend on: weights, precision, draws, and how the family makes noise, target and times."""
     probe = torch.linspace(0.05, 0.95, 7)
     times = family.timesteps(probe, shape)
@@ -103,9 +102,7 @@ def _common(family: Family, model: nn.Module, seed: int, count: int, precision: 
         {
             "model": fingerprint([model]),
             "family": type(family).__name__,
-            # such as the guidance that HunyuanVideo is told
-            "told": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
-            # a family's own numbers, such as the guidance that its network is told
+            # a family's own numbers, such as the guidance scale that HunyuanVideo's network takes
             "settings": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
             "process": [value.flatten().tolist() for value in process],
             "precision": precision,
@@ -115,21 +112,24 @@ def _common(family: Family, model: nn.Module, seed: int, count: int, precision: 
     )
 
 
-def _key(common: str, start: int, pairs: Sequence[Pair]) -> str:
-    digest = hashlib.sha256(f"{common} {start}".encode())
+def _key(settings: str, start: int, pairs: Sequence[Pair]) -> str:
+    parts: list[str | dict[str, Tensor]] = [f"{settings} {start}"]
     for pair in pairs:
-        for name, value in {"latents": pair.latents, **dict(sorted(pair.conditions.items()))}.items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        digest.update(str(list(pair.patch_rewards.shape)).encode())
-    return digest.hexdigest()
+        grid = str(list(pair.patch_rewards.shape))
+        parts += [{"latents": pair.latents, **dict(sorted(pair.conditions.items()))}, grid]
+    return hash_tensors(*parts)
 
 
 def check_reference_errors(batch: Batch, base: Tensor, layout: str) -> None:
-    """Hold that a batch's errors are those of the base model's prediction for it, up to rounding.
+    """Raise unless a batch's errors are those of the base model's prediction, up to rounding.
+
+    Args:
+        batch: one pair; without errors nothing is checked.
+        base: the base's prediction, [2, ...].
+        layout: of the family.
 
     Raises:
-        UserError: they are not.
+        UserError: they are others.
     """
     if batch.reference_error is None:
         return

@@ -5,39 +5,45 @@ import math
 import torch
 from torch import Tensor
 
+from halo_fast.loss.figures import PairFigures
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, draws, generator, make_batch
-from halo_fast.train.job import Job, compares
-from halo_fast.train.parallel import any_process, dealt, divide_gradients, full
-from halo_fast.train.schedules import Passed, batched, margin_first
+from halo_fast.train.draws import Batch, draws
+from halo_fast.train.job import Job
+from halo_fast.train.parallel import average_gradients, batches_of_process, gather_shards
+from halo_fast.train.schedules import batched, margin_first, uses_reference
 
 __all__ = ["learning_rate", "run_batch", "take_step"]
 
 
-def take_step(job: Job, step: int) -> tuple[list[tuple[Batch, Passed]], Tensor]:
-    """One optimiser step: this process's batches with what their passes left, and the gradient's norm."""
-    config, accelerator = job.config, job.accelerator
-    device, limit = accelerator.device, config.reference_draws or None
-    world, rank = accelerator.num_processes, accelerator.process_index
+def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
+    """One optimiser step.
+
+    Args:
+        job: what is trained; its weights, optimiser and beta move.
+        step: from 0; decides pairs, noise, times and learning rate.
+
+    Returns:
+        What each of this process's batches showed, and the 0-d gradient norm before clipping.
+    """
+    config, world = job.config, job.accelerator.num_processes
     size = config.train_batch_size * config.gradient_accumulation_steps * world
-    places = draws(step, size, len(job.pairs), config.seed, limit)
-    passes = []
-    for number, dealt_places in enumerate(dealt(places, config.train_batch_size, rank, world)):
-        batch = make_batch(job.family, job.pairs, dealt_places, config.seed, device, limit=limit, errors=job.errors)
-        passes.append((batch, run_batch(job, batch, (step, number, 0 if job.sharded else rank))))
-    pairs = torch.stack([passed.out.num_pairs for _, passed in passes]).sum()
-    divide_gradients(list(job.parameters.values()), pairs, job.sharded)
-    norm = full(torch.nn.utils.clip_grad_norm_(job.parameters.values(), config.max_grad_norm))
+    visits = draws(step, size, len(job.pairs), config.seed, config.reference_draws or None)
+    figures = []
+    for own in batches_of_process(visits, config.train_batch_size, job.accelerator.process_index, world):
+        figures.append(run_batch(job, job.batch(own)))
+    pairs = torch.stack([one.num_pairs for one in figures]).sum()
+    average_gradients(list(job.parameters.values()), pairs, job.sharded)
+    norm = gather_shards(torch.nn.utils.clip_grad_norm_(job.parameters.values(), config.max_grad_norm))
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if job.auto_beta is not None:
-        job.auto_beta.update(torch.cat([passed.out.video_logits for _, passed in passes]))
-    return passes, norm
+        job.auto_beta.update(torch.cat([one.video_logits for one in figures]))
+    return figures, norm
 
 
-def run_batch(job: Job, batch: Batch, counter: tuple[int, ...] = ()) -> Passed:
+def run_batch(job: Job, batch: Batch) -> PairFigures:
     """Forward and backward of one batch by the plan's schedule; gradients are added up."""
     family, model, accelerator = job.family, job.model, job.accelerator
 
@@ -46,25 +52,20 @@ def run_batch(job: Job, batch: Batch, counter: tuple[int, ...] = ()) -> Passed:
             return family.predict(model, part.noisy, part.t, part.conditions)
 
     def reference(part: Batch) -> Tensor:
-        with accelerator.autocast(), job.reference():
+        with accelerator.autocast(), job.reference_mode():
             return family.predict(model, part.noisy, part.t, part.conditions)
 
-    objective = job.steered()
-    in_loop = reference if job.errors is None and compares(objective) else None
-    arguments = policy, in_loop, batch, objective, family.layout, accelerator.backward
-    if job.plan.schedule == "batched":
-        return batched(*arguments)
-    return margin_first(
-        *arguments,
-        skip_below=job.config.skip_below,
-        lottery=lambda count: torch.rand(count, generator=generator(job.config.seed, "lottery", *counter)),
-        # Sharded models run the same passes on every process.
-        agree=(lambda kept: any_process(kept, accelerator.device)) if job.sharded else (lambda kept: kept),
-    )
+    objective = job.current_objective()
+    in_loop = reference if job.reference_errors is None and uses_reference(objective) else None
+    schedule = batched if job.plan.schedule == "batched" else margin_first
+    return schedule(policy, in_loop, batch, objective, family.layout, accelerator.backward)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then constant, linear or cosine to 0 at the end."""
+    """Linear warm-up, then constant, linear or cosine to 0 at the end.
+
+    A function of the step alone, so a checkpoint keeps nothing of it.
+    """
     if step < config.lr_warmup_steps or config.lr_scheduler == "constant":
         return config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     part = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)

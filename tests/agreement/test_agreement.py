@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from halo_fast.agreement.baselines import predict_ridge
 from halo_fast.agreement.figures import (
     auc,
     bootstrap_interval,
@@ -17,7 +18,6 @@ from halo_fast.agreement.figures import (
     pair_accuracy,
     patch_agreement,
     rater_ceiling,
-    ridge_folds,
     video_agreement,
 )
 
@@ -109,7 +109,7 @@ def made_clips(rng, own=1.0):
     return [f"prompt {k}" for k in prompt], [f"model {k}" for k in generator], parts
 
 
-def test_confounds_are_told_from_agreement():
+def test_confounds_are_separated_from_agreement():
     prompts, generators, (prompt, generator, own) = made_clips(np.random.default_rng(1))
     labels = prompt + generator + own
     blind = video_agreement(prompt + generator, labels, prompts, generators, resamples=100)
@@ -214,17 +214,17 @@ def test_ceiling_of_raters():
     assert rater_ceiling(ratings, names, resamples=20).value == pytest.approx(expected, abs=0.08)
 
 
-def test_ridge_never_sees_the_fold_it_predicts():
+def test_ridge_never_uses_the_fold_it_predicts():
     rng = np.random.default_rng(8)
     features = rng.normal(size=(60, 5))
     labels = features @ rng.normal(size=(5, 2)) + 0.01 * rng.normal(size=(60, 2))
     folds = np.arange(60) % 6
-    found = ridge_folds(features, labels, folds, strengths=(1e-6, 1e6))
+    found = predict_ridge(features, labels, folds, penalties=(1e-6, 1e6))
     np.testing.assert_allclose(found, labels, atol=0.1)
     poisoned = labels.copy()
     poisoned[folds == 2] = 1e3
-    again = ridge_folds(features, poisoned, folds, strengths=(1e-6,))
+    again = predict_ridge(features, poisoned, folds, penalties=(1e-6,))
     np.testing.assert_allclose(again[folds == 2], found[folds == 2], atol=0.1)
     # noise is not learned: the strong penalty wins and the mean is predicted
-    noise = ridge_folds(rng.normal(size=(60, 40)), labels, folds, strengths=(1e-6, 1e9))
+    noise = predict_ridge(rng.normal(size=(60, 40)), labels, folds, penalties=(1e-6, 1e9))
     assert np.abs(noise - labels.mean(axis=0)).max() < 0.8

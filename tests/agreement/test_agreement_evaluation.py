@@ -1,4 +1,4 @@
-"""What `halo reward eval` is made of: folds that never share a prompt, mirrorings, pairs, windows, baselines."""
+"""What `halo reward eval` is made of: folds that never share a prompt, preferences, marks, windows, baselines."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,28 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from halo_fast.agreement import people
+from halo_fast.agreement.baselines import folds_by_name, group_means
+from halo_fast.agreement.people import marks_table, preferences_table, rater_mean
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Preference, Ratings
+from halo_fast.demo.planted import cut_window, shrink_clip
 from halo_fast.errors import UserError
-from halo_fast.pipeline.agreement import (
-    _folds,
-    _group_means,
-    _rater_mean,
-    _shrunk,
-    _window,
-    evaluate_marks,
-    evaluate_preferences,
-)
 from halo_fast.rewards import RewardModelConfig, Rewards
 
 
 def test_agreement_folds_keep_a_prompt_together():
     prompts = [f"p{k % 13}" for k in range(60)]
-    folds = _folds(prompts, 5, seed=0)
+    folds = folds_by_name(prompts, 5, seed=0)
     assert all(len(set(folds[[name == other for other in prompts]])) == 1 for name in set(prompts))
     sizes = Counter({name: int(folds[prompts.index(name)]) for name in prompts}.values())
     assert sorted(sizes.values()) == [2, 2, 3, 3, 3]
-    assert (folds != _folds(prompts, 5, seed=1)).any()
+    assert (folds != folds_by_name(prompts, 5, seed=1)).any()
 
 
 class Brightness(torch.nn.Module):
@@ -48,56 +43,55 @@ def test_agreement_on_preferences(tmp_path):
         Preference(k, f"p{k}", files[first], files[second], {"visual_quality": value})
         for k, (first, second, value) in enumerate(chosen, 1)
     ]
-    table = evaluate_preferences(pairs, Brightness(), resamples=20)
+    table = preferences_table(pairs, Brightness(), resamples=20)
     # the brighter clip is judged better: right in three of four, and the tie is the closest pair
     assert table["visual_quality: model"]["without_ties"].value == pytest.approx(3 / 4)
     assert table["visual_quality: model"]["pair_accuracy"].value == pytest.approx(4 / 5)
     assert np.isfinite(table["visual_quality: less motion"]["pair_accuracy"].value)
     low, high = table["visual_quality: model"]["pair_accuracy"][1:]
     assert 0 <= low < 0.8 < high <= 1
-    # who judges in the place of a dimension that the model lacks is told
+    # a dimension that the model lacks is judged by another, which the row names
     named = [Preference(p.row, p.prompt, p.first, p.second, {"motion_quality": 1.0, "overall": 0.0}) for p in pairs]
-    rows = evaluate_preferences(named, Brightness(), 5)
+    rows = preferences_table(named, Brightness(), 5)
     assert {"motion_quality: mean of scores", "overall: mean of scores"} < set(rows)
     model = Brightness()
     model.config = RewardModelConfig(("visual_quality", "dynamic_degree"))
     model.forward = lambda videos, *_: Rewards(torch.tensor([[1.0, videos.float().mean()]]), torch.zeros(1, 1, 1, 1, 1))
-    table = evaluate_preferences(named, model, 5)
+    table = preferences_table(named, model, 5)
     assert table["motion_quality: model's dynamic_degree"]["without_ties"].value == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 64), (20, 240, 320), (9, 31, 33)])
 def test_agreement_windows_fit_the_demo_whatever_the_clip(shape):
     clip = torch.randint(256, (*shape, 3), dtype=torch.uint8)
-    window = _window(_shrunk(clip), np.random.default_rng(0))
+    window = cut_window(shrink_clip(clip), np.random.default_rng(0))
     assert window.shape == (9, 32, 32, 3) and window.dtype == torch.uint8
-    still = _window(_shrunk(torch.full((*shape, 3), 77, dtype=torch.uint8)), np.random.default_rng(0))
+    still = cut_window(shrink_clip(torch.full((*shape, 3), 77, dtype=torch.uint8)), np.random.default_rng(0))
     assert (still == 77).all()
 
 
 def test_agreement_means_of_raters_and_generators():
     ratings = np.array([[1, 3], [np.nan, 4], [np.nan, np.nan]])
-    np.testing.assert_array_equal(_rater_mean(ratings), [2, 4, np.nan])
+    np.testing.assert_array_equal(rater_mean(ratings), [2, 4, np.nan])
     labels = np.array([[1.0], [3.0], [np.nan], [5.0]])
-    np.testing.assert_array_equal(_group_means(labels, ["a", "a", "a", "b"]), [[2], [2], [2], [5]])
+    np.testing.assert_array_equal(group_means(labels, ["a", "a", "a", "b"]), [[2], [2], [2], [5]])
 
 
 def test_agreement_marks_of_smooth_maps(monkeypatch):
-    from halo_fast.pipeline import agreement as evaluation
-
     rng = np.random.default_rng(0)
     pictures = [torch.from_numpy(rng.integers(256, size=(1, 28, 28, 3), dtype=np.uint8)) for _ in range(8)]
     ramp = np.tile(np.linspace(0.01, 0.99, 28, dtype=np.float32), (28, 1))  # nowhere 0; its right half is 0.5 and more
     right = np.tile(np.arange(14) >= 7, 14)
-    monkeypatch.setattr(evaluation, "_cross_validate_marks", lambda *_: np.tile(right.astype(float), (8, 1)))
-    table = evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
+    found = 5 - 4 * np.tile(right.astype(float), (8, 1)).reshape(8, 1, 1, 14, 14)
+    monkeypatch.setattr(people, "cross_validate", lambda *_: (None, found))
+    table = marks_table(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
     assert table["frames model"]["auc"].value == 1
     pictures[3] = pictures[3][:, :20]
     with pytest.raises(UserError, match=r"RichHF: expected pictures of one size, got \(20, 28\), \(28, 28\)"):
-        evaluate_marks(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
+        marks_table(Ratings("RichHF", pictures, [""] * 8, marks=[ramp] * 8))
 
 
-def test_agreement_page_tells_what_the_commands_print():
+def test_agreement_page_says_what_the_commands_print():
     text = (Path(__file__).parents[2] / "docs" / "agreement.md").read_text()
     from halo_fast.agreement import probes
 

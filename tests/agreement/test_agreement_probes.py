@@ -10,10 +10,10 @@ import torch
 from moving_shapes import GRID, SHAPES, draw_clip, make_clips, write_candidates
 from torch import nn
 
+from halo_fast.agreement.baselines import frame_statistics, patch_statistics
 from halo_fast.agreement.probes import names_direction, probe_all
 from halo_fast.files import hash_file
 from halo_fast.patches import PatchGrid
-from halo_fast.pipeline.agreement import frame_statistics, patch_statistics
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -29,8 +29,8 @@ SOUND = torch.from_numpy(
 ORDERS = torch.stack((SOUND, SOUND.flip(1), SOUND[:, 4:5].expand_as(SOUND))).float()
 
 
-class Known(nn.Module):
-    """Knows every sound clip by heart, forwards, backwards and frozen, and may have faults."""
+class Perfect(nn.Module):
+    """Recognises every sound clip, forwards, backwards and frozen, and may have faults."""
 
     config = RewardModelConfig(("text_alignment", "dynamic_degree"))
 
@@ -53,7 +53,7 @@ class Known(nn.Module):
                 motion = 5.0
             if "blind to order" in self.faults and order == 1:
                 motion = 4.5
-            if "looks elsewhere" in self.faults:
+            if "misses the place" in self.faults:
                 quality = quality.roll(1, dims=2)
             if "likes light" in self.faults:
                 quality = quality + video.mean() / 20
@@ -63,10 +63,10 @@ class Known(nn.Module):
 
 
 def outcome(*faults: str) -> dict[str, bool | None]:
-    return {probe.name: probe.passed for probe in probe_all(Known(*faults), SOUND, PROMPTS, GRID)}
+    return {probe.name: probe.passed for probe in probe_all(Perfect(*faults), SOUND, PROMPTS, GRID)}
 
 
-def test_probes_pass_on_a_model_that_knows():
+def test_probes_pass_on_a_perfect_model():
     assert outcome() == dict.fromkeys(outcome(), True)
     assert list(outcome()) == ["prompt swap", "static copy", "planted damage", "frame order", "brightness"]
 
@@ -76,7 +76,7 @@ def test_probes_pass_on_a_model_that_knows():
     [
         ("ignores the prompt", "prompt swap"),
         ("likes stills", "static copy"),
-        ("looks elsewhere", "planted damage"),
+        ("misses the place", "planted damage"),
         ("blind to order", "frame order"),
         ("likes light", "brightness"),
     ],
@@ -86,7 +86,7 @@ def test_each_probe_finds_its_fault_and_no_other(fault, failed):
 
 
 def test_probes_of_what_a_model_does_not_score_are_not_measured():
-    model = Known()
+    model = Perfect()
     model.config = RewardModelConfig(("visual_quality",))
     found = {probe.name: probe for probe in probe_all(model, SOUND, PROMPTS, GRID)}
     assert found["prompt swap"].passed is None and found["static copy"].passed is None
@@ -96,7 +96,7 @@ def test_probes_of_what_a_model_does_not_score_are_not_measured():
 
 @pytest.mark.parametrize("part", ["video", "patches"])
 def test_a_model_that_gives_no_numbers_is_not_probed(part):
-    class Broken(Known):
+    class Broken(Perfect):
         def forward(self, videos, prompts, grid):
             rewards = super().forward(videos, prompts, grid)
             getattr(rewards, part)[0] = torch.nan
@@ -142,7 +142,7 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
                 store.add({key: label}, name)
         key = label_key(hash_file(folder / clips[20]["video"]), clips[20]["prompt"], GRID, "gpt")
         store.add({key: Label(status="refused")}, "gpt")
-    # the reward model knows the clips it learned from by heart and the others not at all
+    # the reward model is perfect on the clips that trained it and wrong on the others
     learned = truth[:24] * (np.arange(24) < 14) + (6 - truth) * (np.arange(24) >= 14)
     for name, table in {
         "score/scores.parquet": {
@@ -150,7 +150,12 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
             "video_visual_quality": learned,
             "patch_quality": list(patches),
         },
-        "annotate/labels.parquet": {"clip_id": [clip["clip_id"] for clip in clips[:14]], "status": ["ok"] * 14},
+        "annotate/labels.parquet": {
+            "clip_id": [clip["clip_id"] for clip in clips[:14]],
+            "status": ["ok"] * 14,
+            **{name: [""] * 14 for name in ("teacher", "reason")},
+            "grid": [list(GRID)] * 14,
+        },
     }.items():
         (tmp_path / name).parent.mkdir()
         pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / name)
@@ -182,16 +187,18 @@ def test_agreement_needs_two(tmp_path, capsys):
 
 
 def test_reward_eval_mistakes_are_one_line(tmp_path, capsys):
-    assert main(["reward", "eval", "--data", str(tmp_path / "nothing"), "--model", "none"]) == 2
+    assert main(["reward", "eval"]) == 2
+    assert "expected --data, --model or both" in capsys.readouterr().err
+    assert main(["reward", "eval", "--data", str(tmp_path / "nothing")]) == 2
     assert "does not exist; expected a folder like FETV's" in capsys.readouterr().err
     (tmp_path / "t.csv").write_text("path_A,path_B,prompt,VQ\na,b,x,A\n")
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "b").write_bytes(b"")
-    assert main(["reward", "eval", "--data", str(tmp_path / "t.csv"), "--model", "none"]) == 2
-    assert "preferences need one; run `halo reward`" in capsys.readouterr().err
+    assert main(["reward", "eval", "--data", str(tmp_path / "t.csv")]) == 2
+    assert "preferences need a reward model; train one by `halo reward`" in capsys.readouterr().err
 
 
-def test_agreement_refuses_scores_that_are_no_numbers(tmp_path, capsys):
+def test_agreement_refuses_scores_that_are_nan(tmp_path, capsys):
     write_candidates(Run(Config(output_dir=str(tmp_path), grid=GRID)), CLIPS)
     names = pyarrow.parquet.read_table(tmp_path / "generate" / "clips.parquet")["clip_id"]
     (tmp_path / "score").mkdir()
@@ -212,5 +219,5 @@ def test_agreement_refuses_scores_that_are_no_numbers(tmp_path, capsys):
         ("an upright piano", False),
     ],
 )
-def test_a_direction_of_motion_is_told_from_a_place(prompt, motion):
+def test_a_direction_of_motion_is_no_place(prompt, motion):
     assert names_direction(prompt) == motion

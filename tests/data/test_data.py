@@ -11,6 +11,7 @@ from tiny import finish_again, output_hashes, tiny_config, tiny_wan, write_score
 
 from halo_fast.data import CachedPairs, read_clip, write_clip
 from halo_fast.data.pairs import PairsConfig
+from halo_fast.data.tables import ClipRow, ScoreRow, write_rows
 from halo_fast.errors import UserError
 from halo_fast.families import family_of, load
 from halo_fast.families.fingerprint import fingerprint
@@ -113,13 +114,11 @@ def unscored_run(tmp_path, candidates):
     config.pairs = PairsConfig(dimensions={"visual_quality": 1.0})
     run = Run(config)
     clips = [
-        {"clip_id": f"p{i}_s{k}", "prompt_id": i, "prompt": f"prompt {i}", "candidate": k}
-        for i in range(2)
-        for k in range(candidates)
+        ClipRow(f"p{i}_s{k}", i, f"prompt {i}", k, 0, "none.mp4", None) for i in range(2) for k in range(candidates)
     ]
-    for name, table in {"generate/clips.parquet": clips, "score/scores.parquet": clips}.items():
+    for name, rows, kind in (("generate/clips", clips, ClipRow), ("score/scores", [], ScoreRow)):
         with run.stage(name.split("/")[0], {}, {}) as stage:
-            write_parquet(run.path / name, pyarrow.Table.from_pylist(table))
+            write_rows(run.path / f"{name}.parquet", rows, kind)
             stage.finish({})
     return config, run
 

@@ -1,4 +1,4 @@
-"""Human labels and preferences, each layout written by the test and read back; mistakes are told with their row."""
+"""Human labels and preferences, each layout written by the test and read back; mistakes are named with their row."""
 
 import csv
 import io
@@ -296,5 +296,84 @@ def test_the_real_folders():
     assert all(scores.shape == (100, 3) and 1 <= scores.min() <= scores.max() <= 5 for scores in rated.scores.values())
     marked = read_human(SHARED / "local_defects")
     shares = [float(row["mask_fraction"]) for row in csv.DictReader((SHARED / "local_defects" / "manifest.csv").open())]
-    # the manifest tells shares at full size, the pictures are smaller
+    # the manifest has the shares at full size, the pictures are smaller
     np.testing.assert_allclose([mark.mean() for mark in marked.marks], shares, atol=0.03)
+
+
+def scored(folder: Path, text: str, name: str = "t.csv") -> Ratings:
+    """Ratings out of a table's text; the clips a and b exist."""
+    touch(folder, "a", "b")
+    (folder / name).write_text(text, encoding="utf-8", newline="")
+    return read_ratings(folder / name)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+def test_tables_with_any_separator_and_capitals(tmp_path, delimiter):
+    text = 'Video, PROMPT ,Quality\r\na,"x, y; z\t|",1\r\nb,w,5\r\n'.replace(",", "\0").replace("\0 y", ", y")
+    found = scored(tmp_path, text.replace("\0", delimiter))
+    assert found.prompts == ["x, y; z\t|", "w"]
+    assert found.scores["Quality"].tolist() == [[1], [5]]
+    assert scored(tmp_path, text.replace("\0", delimiter), "t.TSV").prompts == found.prompts
+
+
+def test_columns_that_are_no_scores_are_left_out(tmp_path):
+    text = ",Unnamed: 0,seed,fps,category,video,prompt,q\n0,3,4,4,4K film,a,x,1\n1,5,2,4,art,b,y,2\n"
+    assert list(scored(tmp_path, text).scores) == ["q"]
+
+
+@pytest.mark.parametrize("empty", ["", "nan", "NaN", "None", "null", " N/A "])
+def test_cells_without_a_score(tmp_path, empty):
+    found = scored(tmp_path, f"video,prompt,q\na,x,{empty}\nb,y,2\n")
+    assert np.isnan(found.scores["q"][0, 0]) and found.scores["q"][1, 0] == 2
+    rows = '{"video": "a", "prompt": "x", "q": NaN}\n{"video": "b", "prompt": "y", "q": 2}\n'
+    assert np.isnan(scored(tmp_path, rows, "t.jsonl").scores["q"][0, 0])
+
+
+def test_line_separators_and_long_cells(tmp_path):
+    rows = [{"video": "a", "prompt": "x\u2028y\u0085z", "q": 1}, {"video": "b", "prompt": "p" * 300_000, "q": 2}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert scored(tmp_path, text, "t.jsonl").prompts == [row["prompt"] for row in rows]
+    assert scored(tmp_path, text, "t.json").prompts == [row["prompt"] for row in rows]
+    limit = csv.field_size_limit()
+    table(tmp_path / "t.csv", rows)
+    assert read_ratings(tmp_path / "t.csv").prompts == [row["prompt"] for row in rows]
+    assert csv.field_size_limit() == limit
+
+
+def test_one_clip_under_two_names_counts_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    text = f"video,prompt,rater,q\na,x,r,1\n./sub/../a,x,s,2\n{tmp_path / 'a'},x,t,3\nb,y,r,4\n"
+    found = scored(tmp_path, text)
+    np.testing.assert_array_equal(found.scores["q"], [[1, 2, 3], [4, np.nan, np.nan]])
+    with pytest.raises(UserError, match="rows 1 and 2 score a twice"):
+        scored(tmp_path, "video,prompt,q\na,x,1\n./a,x,2\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("t.csv", "video,prompt,q\na,x,0.5\n", "row 1: expected 1 to 5 .* got '0.5'; multiply scores from 0 to 1 by 4"),
+        ("t.csv", "video,prompt,q,q\na,x,1,2\n", "expected each column once, got 'q' twice"),
+        ("t.csv", "video,prompt,q\na,,1\n", "row 1: expected text in 'prompt', got ''"),
+        ("t.jsonl", '{"video": "a", "prompt": null, "q": 1}', "row 1: expected text in 'prompt', got None"),
+        ("t.jsonl", '{"video": "a", "prompt": "x", "q": 1}\n{"video": "b", "prompt": 7, "q": 1}', "row 2: .*got 7"),
+        (
+            "t.jsonl",
+            '{"video": "a", "prompt": "x", "q": 1}\n{"video": "b", "prompt": "y", "q": 1, "beauty": 2}',
+            "row 1: expected a column 'beauty' as in other rows; null where not scored",
+        ),
+        ("t.csv", "video,prompt,path\na,x,y\n", "expected a column of scores"),
+        ("t.jsonl", '{"prompt": "x", "chosen": "a", "rejected": "b"}\n{"prompt": "x", "chosen": "a"}', "'rejected'"),
+    ],
+)
+def test_tables_that_would_mislead_are_refused_with_the_cure(tmp_path, name, text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        scored(tmp_path, text, name)
+        read_human(tmp_path / name)
+
+
+def test_preferences_in_capitals(tmp_path):
+    touch(tmp_path, "a", "b")
+    table(tmp_path / "t.csv", [{"PROMPT": "x", "Chosen": "a", "Rejected": "b"}])
+    (found,) = read_preferences(tmp_path / "t.csv")
+    assert (found.first, found.second) == (tmp_path / "a", tmp_path / "b")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from halo_fast.agreement.meters import MeterRequest, load_meter
 from halo_fast.demo import BASES, WEIGHTS, defects, load_pipeline, pretrain, world
 from halo_fast.demo.meters import DefectMeter, FidelityMeter
+from halo_fast.demo.models import CLIPS
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig, sample_clips
+from halo_fast.families.sampling import sample_clips
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -37,9 +39,7 @@ def test_prompts_are_distinct_and_seeded():
     assert prompts == world.prompts("heldout", 60, seed=3) != world.prompts("heldout", 60, seed=4)
     everything = len(world.combinations("heldout"))
     assert len(set(world.prompts("heldout", everything))) == everything
-    with pytest.raises(
-        ValueError, match=f"heldout split has {everything} distinct prompts, asked for {everything + 1}"
-    ):
+    with pytest.raises(ValueError, match=f"heldout split has {everything} distinct prompts, got {everything + 1}"):
         world.prompts("heldout", everything + 1)
 
 
@@ -104,14 +104,35 @@ def test_defect_meter_finds_planted_defects_of_every_kind(regime):
 def test_meters_on_clean_clips():
     videos, prompts = world.clean_clips(192, seed=9)
     assert DefectMeter.load()(videos, prompts)[0].mean() < 0.02
-    shown = FidelityMeter.load()(videos, prompts)
-    assert shown["fidelity_correct"].mean() > 0.95
+    readings = FidelityMeter.load()(videos, prompts)
+    assert readings["fidelity_correct"].mean() > 0.95
     travel = torch.tensor([world.SPEEDS[world.parse(prompt)[2]] * 8 for prompt in prompts])
     for speed in travel.unique():
-        torch.testing.assert_close(shown["motion_amount"][travel == speed].mean(), speed, atol=1.0, rtol=0)
+        torch.testing.assert_close(readings["motion_amount"][travel == speed].mean(), speed, atol=1.0, rtol=0)
     others = prompts[1:] + prompts[:1]
     digits = torch.tensor([world.parse(a)[0] != world.parse(b)[0] for a, b in zip(prompts, others, strict=True)])
     assert FidelityMeter.load()(videos, others)["digit_correct"][digits].mean() < 0.05
+
+
+def test_the_registered_meter_gives_the_readings_of_both_meters():
+    videos, prompts = world.clean_clips(4, seed=9)
+    request = MeterRequest(defects.GRID, (9, 32, 32), prompts, 0, lambda: pytest.fail("it reads no reward model"))
+    meter = load_meter("demo", request)
+    found = meter(videos, prompts)
+    severity, by_kind = DefectMeter.load()(videos, prompts)
+    assert torch.equal(found["severity"], severity)
+    assert torch.equal(torch.stack([found[f"severity_{kind}"] for kind in defects.KINDS], dim=1), by_kind)
+    assert torch.equal(found["fidelity_correct"], FidelityMeter.load()(videos, prompts)["fidelity_correct"])
+    clean, words = world.clean_clips(256, seed=0)
+    assert meter.clean == DefectMeter.load()(clean, words)[0].mean().item()
+    assert set(meter.sources) == {"defect_meter", "fidelity_meter"} and meter.notes["title"] == "The meters"
+    for change, complaint in (
+        ({"grid": (3, 2, 2)}, "grid: the demo's meter reads patches"),
+        ({"video_size": (17, 32, 32)}, "generate: the demo's meter reads num_frames"),
+        ({"prompts": ["a cat"]}, "evaluation_prompts: prompt: expected"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            load_meter("demo", replace(request, **change))
 
 
 def test_meters_name_what_is_wrong():
@@ -129,16 +150,16 @@ def test_shipped_base_shows_the_prompt_and_the_defects(base):
     recipe = json.loads((WEIGHTS / base / "recipe.json").read_text())
     family = family_of(load_pipeline(base))
     prompts = world.prompts("heldout", 48, seed=11)
-    _, videos = sample_clips(family, prompts, range(48), GenerateConfig())
+    _, videos = sample_clips(family, prompts, range(48), CLIPS)
     severity, _ = DefectMeter.load()(videos, prompts)
-    shown = FidelityMeter.load()(videos, prompts)
+    readings = FidelityMeter.load()(videos, prompts)
     assert (severity > defects.DEFECTIVE).float().mean() >= 0.25
-    assert shown["colour_correct"].mean() > 0.9
+    assert readings["colour_correct"].mean() > 0.9
     for name in ("digit", "motion"):
         # four standard errors of 48 clips around what the recipe reports of 256
         measured = recipe["measured"][name]
         spread = 4 * (max(measured * (1 - measured), 0.01) * (1 / 48 + 1 / 256)) ** 0.5
-        assert abs(shown[f"{name}_correct"].mean() - measured) <= spread
+        assert abs(readings[f"{name}_correct"].mean() - measured) <= spread
     files = [file for file in (WEIGHTS / base).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 16 * 2**20
 

@@ -138,8 +138,8 @@ def trained(tmp_path_factory):
     config = dataclasses.replace(CONFIG, lora_alpha=8, target_modules=["to_q", "to_k", "to_out.0", "net.0.proj"])
     result = fit(pipeline, make_pairs(family), config, progress=at_the_end)
     run = tmp_path_factory.mktemp("run")
-    told = metadata(family, "tiny", config, len(result.log))
-    write_safetensors(run / "train/lora/pytorch_lora_weights.safetensors", result.lora, told)
+    about = metadata(family, "tiny", config, len(result.log))
+    write_safetensors(run / "train/lora/pytorch_lora_weights.safetensors", result.lora, about)
     return run, *outputs
 
 
@@ -153,10 +153,10 @@ def test_exported_files_load_in_a_fresh_pipeline_and_give_the_trained_output(tra
     assert (expected - base).abs().max() > 1e-3
     assert torch.equal(run_model(fresh), expected)
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    assert told["base_model"] == "tiny" and told["pipeline"] == "WanPipeline"
-    assert (told["rank"], told["alpha"], told["steps"]) == ("4", "8", "6")
-    assert json.loads(told["objective"]) == dataclasses.asdict(CONFIG.objective)
+        about = opened.metadata()
+    assert about["base_model"] == "tiny" and about["pipeline"] == "WanPipeline"
+    assert (about["rank"], about["alpha"], about["steps"]) == ("4", "8", "6")
+    assert json.loads(about["objective"]) == CONFIG.objective
 
 
 def test_default_place_of_an_export_is_the_run_directory(trained):
@@ -169,15 +169,15 @@ def test_default_place_of_an_export_is_the_run_directory(trained):
 
 def test_file_for_comfyui_is_called_after_the_expert(tmp_path):
     lora = adapter({"transformer.blocks.0.attn1.to_q": (4, 4)})
-    told = {"pipeline": "WanPipeline", "network": "transformer_2"}
-    write_safetensors(tmp_path / "train/lora/pytorch_lora_weights.safetensors", lora, told)
+    about = {"pipeline": "WanPipeline", "network": "transformer_2"}
+    write_safetensors(tmp_path / "train/lora/pytorch_lora_weights.safetensors", lora, about)
     file = export_run(tmp_path, "comfyui")
     assert file == tmp_path / "export/comfyui/lora_transformer_2.safetensors"
     down = load_file(file)["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
     assert torch.equal(down, lora["transformer.blocks.0.attn1.to_q.lora_A.weight"])
 
 
-def test_mistakes_of_the_command_are_told_in_one_line(tmp_path, capsys):
+def test_mistakes_of_the_command_are_reported_in_one_line(tmp_path, capsys):
     assert main(["export", str(tmp_path)]) == 2
     assert "not there; run `halo train`" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "onnx"]) == 2

@@ -1,13 +1,18 @@
-"""The Wan family against diffusers' own pipeline and scheduler."""
+"""The Wan family compared with diffusers' own pipeline and scheduler."""
 
+from pathlib import Path
+
+import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import CHANNELS, tiny_wan
+from tiny import CHANNELS, tiny_clips, tiny_wan
 
 from halo_fast.errors import UserError
-from halo_fast.families import family_of, load, source
-from halo_fast.families.sampling import GenerateConfig, sample_clips
+from halo_fast.families import Denoiser, Family, RegisteredModel, family_of, load, source
+from halo_fast.families.sampling import sample_clips
+from halo_fast.families.wan import Wan
+from halo_fast.registry import known, resolve
 
 PROMPTS = ["a red ball rolls left", "a cube", "", "green ball over the grass slowly"]
 
@@ -140,9 +145,73 @@ def test_clip_size_the_model_cannot_make_is_refused(family, size):
 
 
 def test_a_clip_depends_on_its_batch_only_through_rounding(family):
-    settings = GenerateConfig(num_inference_steps=3)
+    settings = tiny_clips(num_inference_steps=3)
     together, _ = sample_clips(family, PROMPTS[:2] * 2, [1, 2, 3, 4], settings)
     alone, video = sample_clips(family, PROMPTS[1:2], [2], settings)
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
     assert video.shape == (1, 9, 32, 32, 3)
     assert (together[1] - together[3]).abs().max() > 0.1  # the seed matters
+
+
+def own_model():
+    return family_of(tiny_wan())
+
+
+OWN = RegisteredModel(tiny_wan, Path(__file__))
+
+
+def test_models_of_ones_own_are_loaded_by_dotted_name():
+    for name in ("own_model", "OWN"):
+        assert isinstance(load(f"{__name__}:{name}", device="cpu"), Wan)
+    assert source(f"{__name__}:OWN") == Path(__file__)
+    assert source(f"{__name__}:own_model") == f"{__name__}:own_model"
+    with pytest.raises(UserError, match="pretrained_model_name_or_path: expected one of .*'demo:graded'.*no_such"):
+        load(f"{__name__}:no_such")
+    with pytest.raises(UserError, match="pretrained_model_name_or_path: expected a model that samples and encodes"):
+        load(f"{__name__}:TrainedOnly")
+
+
+def test_asking_for_a_source_changes_no_global_state(tmp_path):
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    before = [log.is_progress_bar_enabled() for log in logs]
+    source("demo:graded")
+    with pytest.raises(UserError):
+        load(str(tmp_path))
+    assert [log.is_progress_bar_enabled() for log in logs] == before
+
+
+class TrainedOnly(Denoiser):
+    """The four things that training needs."""
+
+    shift = 3.0
+    transformer = torch.nn.Linear(3, 3)
+
+    def stack(self, conditions):
+        return {}
+
+    def predict(self, model, noisy, t, conditions):
+        return model(noisy.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_model_that_only_trains_needs_four_things():
+    family = TrainedOnly()
+    assert family_of(family) is family
+    latents, noise = randn(2, 3, 1, 4, 4), randn(2, 3, 1, 4, 4, seed=1)
+    t = family.timesteps(torch.tensor([0.0, 0.5]))
+    assert t.tolist() == [0, 0.75]
+    noisy = family.add_noise(latents, noise, t)
+    assert family.predict(family.transformer, noisy, t, family.stack([{}])).shape == latents.shape
+    assert torch.equal(family.target(latents, noise, t), noise - latents)
+    with pytest.raises(UserError, match="expected a Family, which samples, got TrainedOnly, which only trains"):
+        sample_clips(family, ["a"], [0], tiny_clips())
+
+
+def test_every_registered_family_is_found_by_its_pipelines_class():
+    for name in known("family"):
+        assert name.endswith("Pipeline") and hasattr(diffusers, name)
+        assert issubclass(resolve("family", name), Family)
+    with pytest.raises(UserError, match="no family for Linear; expected one of .*WanPipeline"):
+        family_of(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
+"""Every family compared with diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ STEPS = 4
 
 
 class Case:
-    """One tiny pipeline, its family, noise, and what the pipeline itself did when asked for the prompts."""
+    """One tiny pipeline, its family, noise, and what the pipeline itself made of the prompts."""
 
     def __init__(self, name):
         self.name, self.tiny = name, TINY[name]
@@ -323,7 +323,7 @@ def test_training_times_have_the_shift_of_the_clip_that_is_trained():
 
 
 @torch.no_grad()
-def test_training_tells_the_guidance_that_the_clips_were_sampled_with():
+def test_training_uses_the_guidance_that_the_clips_were_sampled_with():
     pipeline = TINY["HunyuanVideo"].build()
     family, given = family_of(pipeline), []
     pipeline.transformer.register_forward_pre_hook(
@@ -332,7 +332,7 @@ def test_training_tells_the_guidance_that_the_clips_were_sampled_with():
     conditions = family.encode_prompts(["a cube"])
     noise = torch.randn(1, *family.latent_shape(9, 32, 32))
     family.sample(conditions, noise, video_size=(9, 32, 32), num_inference_steps=1, guidance_scale=3.5)
-    family.guided_by(3.5)
+    family.set_guidance(3.5)
     family.predict(family.transformer, noise, torch.ones(1), family.stack(conditions))
     assert given[0] == given[1] == (1000, 3500)
 

@@ -148,7 +148,7 @@ RACES = """
 import sys, torch
 sys.path.insert(0, "tests/support")
 import cases
-from halo_fast import backends
+from halo_fast.loss import backends
 device = sys.argv[1]
 kernels = backends.select(torch.device(device), torch.float32, "triton")
 for shape, grid in (((3, 5, 7, 9), (2, 3, 4)), ((40, 3, 30, 45), (2, 2, 2)))[: 2 if device == "cuda" else 1]:

@@ -2,9 +2,11 @@
 
 import ctypes
 import functools
+import gc
 import importlib.util
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import torch
 from halo_fast.kernels import cpu_patch_dpo
 
 from halo_fast import using_backend
-from halo_fast.loss import backends, ops
+from halo_fast.loss import backends, ops, reference
 
 ROOT = Path(__file__).parents[2]
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
@@ -46,7 +48,7 @@ def everything(kernels, policy, ref, target, grid=GRID):
     labels = [x.to(policy.device) for x in cases.rewards(grid, len(policy), log_ratio.dtype)]
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1)
     shape = tuple(policy.shape[1:])
-    tables = kernels.gran_dpo_table(log_ratio, *labels, None, error, None, shape, "sigmoid", *numbers)
+    tables = kernels.gran_dpo_table(log_ratio, *labels, None, error, None, shape, "sigmoid", numbers)
     return [log_ratio, error, *tables, kernels.patch_error_backward(tables[1], policy, target)]
 
 
@@ -147,9 +149,48 @@ def test_kernels_repeat_the_same_bits(backend, dtype):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_kernels_keep_no_tensor_between_calls(backend):
+    """A counter or a workspace that outlives its call is wrong in graph pools, on other streams and after a fault."""
+    kernels = module(backend)
+    before = live_tensors()
+    for samples in (2, 4):
+        everything(kernels, *inputs(backend, (6, 7, 20, 30), samples), (2, 3, 2))
+        everything(kernels, *inputs(backend, (2, 3, 50, 45), samples), (3, 50, 45))
+    assert live_tensors() == before
+    assert "atomic" not in (ROOT / "kernels" / "triton_patch_dpo.py").read_text().replace("no atomics", "")
+
+
+def test_kernels_of_every_backend_take_the_same_numbers_and_links():
+    """A link or a number that one backend has in another place would be another objective, without a word."""
+    source = (ROOT / "kernels" / "cpu_patch_dpo.cpp").read_text()
+    fields = list(reference.TableNumbers._fields)
+    (struct,) = re.findall(r"struct TableNumbers \{\s*double ([^;]*);", source)
+    assert re.split(r",\s*", struct) == fields
+    (enum,) = re.findall(r"enum Link \{ (.*), links \};", source)
+    assert tuple(enum.split(", ")) == reference.LINKS == cpu_patch_dpo.LINKS
+    triton_patch_dpo = pytest.importorskip("halo_fast.kernels.triton_patch_dpo")
+    assert triton_patch_dpo.LINKS == reference.LINKS
+    names = triton_patch_dpo._table_kernel.arg_names
+    first = names.index(fields[0])
+    assert names[first : first + len(fields)] == fields
+
+
+def test_kernels_refuse_an_unknown_link(backend):
+    table = inputs(backend)[0][:, 0, :2, :2, :2].contiguous()
+    with pytest.raises(ValueError):
+        module(backend).gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 11)
+    with pytest.raises(ValueError):
+        reference.gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 11)
+
+
 INT64 = """
 import sys, tempfile, torch
-from halo_fast import backends
+from halo_fast.loss import backends
 kernels = backends.select(torch.device("cpu"), torch.float16, sys.argv[1])
 stride = 2**31 - 8
 with tempfile.NamedTemporaryFile(dir=sys.argv[2]) as file:

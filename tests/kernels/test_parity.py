@@ -1,5 +1,6 @@
 """The C++ kernels and the Triton kernels (interpreted where there is no GPU) against loops over patches."""
 
+import itertools
 import math
 
 import cases
@@ -94,6 +95,57 @@ def test_parity_with_a_loop_over_patches(backend, shape, grid, dtype, layout):
     assert_gradient(gradient, cases.loop_gradient(grad, policy, target))
 
 
+MIXED = [three for three in itertools.product(cases.DTYPES, repeat=3) if three[1] in (three[0], three[2])]
+MIXED += [(torch.bfloat16, torch.float32, torch.float16), (torch.float32, torch.float16, torch.float64)]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=lambda three: "-".join(str(x)[6:] for x in three))
+def test_parity_where_every_view_has_its_own_dtype(backend, dtypes):
+    """Each is read as it is and widened: float64 sums if any is float64, the gradient in the prediction's dtype."""
+    shape, grid, device = (3, 4, 5, 8), (2, 2, 3), DEVICES[backend]
+    kernels = module(backend)
+    views = [x.to(dtype) for x, dtype in zip(cases.latents(shape, 2, nearness=0.3), dtypes, strict=True)]
+    policy, ref, target = views
+    on_device = [x.to(device) for x in views]
+    residual = policy.double() - target.double()
+    terms = (policy.double() - ref.double()) * (residual + ref.double() - target.double())
+    sums = torch.float64 if torch.float64 in dtypes else torch.float32
+    assert_table(
+        kernels.patch_log_ratio(*on_device, grid), loop_log_ratio(policy, ref, target, grid), terms, grid, sums
+    )
+    pair_sums = torch.float64 if torch.float64 in (dtypes[0], dtypes[2]) else torch.float32
+    found = kernels.patch_error(on_device[0], on_device[2], grid)
+    assert_table(found, cases.loop_error(policy, target, grid), residual.square(), grid, pair_sums)
+    grad = cases.rewards(grid, 2, pair_sums)[0]
+    gradient = kernels.patch_error_backward(grad.to(device), on_device[0], on_device[2])
+    assert gradient.dtype == dtypes[0] and gradient.stride() == policy.stride()
+    assert_gradient(gradient, cases.loop_gradient(grad, policy, target))
+
+
+def test_parity_of_the_whole_call_with_a_wider_target(backend):
+    """What a training step under autocast gives: predictions in bf16 beside a float32 target."""
+    shape, grid, device = (3, 5, 7, 9), (2, 3, 4), DEVICES[backend]
+    policy, ref, target = cases.latents(shape, nearness=0.1)
+    policy, ref, target = policy.bfloat16().to(device), ref.bfloat16().to(device), target.float().to(device)
+    labels = [x.to(device) for x in cases.rewards(grid)]
+    cached = reference.patch_error(ref, target, grid)
+
+    def run(name, *latents, **options):
+        prediction = latents[0].clone().requires_grad_()
+        with using_backend(name):
+            out = gran_dpo(prediction, *latents[1:], *labels, **options)
+            out.loss.backward()
+        return out, prediction.grad
+
+    truth, gradient = run("reference", policy.double(), target.double(), ref.double())
+    for options in ({}, {"reference_error": cached}):
+        out, found = run(backend, policy, target, None if options else ref, **options)
+        assert found.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+        torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(out.patch_logits.double(), truth.patch_logits, rtol=1e-3, atol=1e-3)
+        assert (found.double() - gradient).norm() < cases.GRADIENT_TOLERANCE[torch.bfloat16] * gradient.norm()
+
+
 def test_parity_of_expanded_inputs(backend):
     shape, grid, device = (3, 4, 5, 6), (2, 2, 3), DEVICES[backend]
     policy, ref, target = cases.latents(shape, samples=2, dtype=torch.float32)
@@ -156,31 +208,33 @@ def assert_same_table(backend, inputs, *rest, tolerance=1e-12):
 @pytest.mark.parametrize("link", reference.LINKS)
 def test_parity_of_the_table_for_every_link(backend, link):
     inputs = table_inputs(3, (2, 3, 2))
-    assert_same_table(backend, (*inputs[:3], None, None, None), (4, 5, 7, 5), link, *NUMBERS)
+    assert_same_table(backend, (*inputs[:3], None, None, None), (4, 5, 7, 5), link, NUMBERS)
 
 
-@pytest.mark.parametrize(("pairs", "grid"), [(1, (1, 1, 1)), (2, (2, 3, 4)), (40, (1, 2, 2)), (2, (5, 30, 31))])
+@pytest.mark.parametrize(
+    ("pairs", "grid"), [(1, (1, 1, 1)), (2, (2, 3, 4)), (40, (1, 2, 2)), (2, (5, 30, 31)), (3, (5, 15, 31))]
+)
 def test_parity_of_the_table_with_everything_in_use(backend, pairs, grid):
     numbers = (0.1, 0.7, 2.0, 5.0, 3.0, 0.5, 0.1, 1.5, 0.2, 0.3, 0.4)
-    assert_same_table(backend, table_inputs(pairs, grid), (4, 5, 31, 33), "conservative", *numbers)
+    assert_same_table(backend, table_inputs(pairs, grid), (4, 5, 31, 33), "conservative", numbers)
     single = tuple(x.float() for x in table_inputs(pairs, grid))
-    assert_same_table(backend, single, (4, 5, 31, 33), "conservative", *numbers, tolerance=2e-5)
+    assert_same_table(backend, single, (4, 5, 31, 33), "conservative", numbers, tolerance=2e-5)
 
 
 def test_parity_of_the_table_without_labels_or_at_extremes(backend):
     log_ratio, patch, video, *_ = table_inputs(2, (2, 2, 2))
     rest = (None, None, None, (4, 5, 7, 5), "sigmoid")
-    assert_same_table(backend, (log_ratio, None, video, *rest[:3]), *rest[3:], *NUMBERS)
-    assert_same_table(backend, (log_ratio, patch, None, *rest[:3]), *rest[3:], *NUMBERS)
+    assert_same_table(backend, (log_ratio, None, video, *rest[:3]), *rest[3:], NUMBERS)
+    assert_same_table(backend, (log_ratio, patch, None, *rest[:3]), *rest[3:], NUMBERS)
     ties = torch.zeros_like(patch), torch.full_like(video, float("nan"))
-    assert_same_table(backend, (log_ratio, *ties, *rest[:3]), *rest[3:], *NUMBERS)
+    assert_same_table(backend, (log_ratio, *ties, *rest[:3]), *rest[3:], NUMBERS)
     far = (log_ratio.float() * 1e6, patch.float(), video.float(), *rest[:3])
     found = module(backend).gran_dpo_table(
-        *(x if x is None else x.to(DEVICES[backend]) for x in far), *rest[3:], *NUMBERS
+        *(x if x is None else x.to(DEVICES[backend]) for x in far), *rest[3:], NUMBERS
     )
     assert all(table.isfinite().all() for table in found)
     nothing = tuple(x[:0] for x in (log_ratio, patch, video))
-    assert_same_table(backend, (*nothing, *rest[:3]), *rest[3:], *NUMBERS)
+    assert_same_table(backend, (*nothing, *rest[:3]), *rest[3:], NUMBERS)
 
 
 @pytest.mark.parametrize(

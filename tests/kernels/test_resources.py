@@ -61,7 +61,8 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
 LAUNCHES = """
 import torch
 from benchmarks.resources import TARGETS, compile_only
-from halo_fast import backends, gran_dpo
+from halo_fast import gran_dpo
+from halo_fast.loss import backends
 from halo_fast.kernels import triton_patch_dpo as kernels
 
 shape, grid = (2, 16, 13, 60, 90), (4, 3, 3)
@@ -90,7 +91,7 @@ with compile_only(TARGETS["sm_90"]) as launches:
     launches.clear()
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     videos = table[:, 0, 0, 0].contiguous()
-    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", *numbers)
+    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", numbers)
     assert len(launches) == 1
     launches.clear()
     # the public call: two launches forward, one backward, and nothing that torch would launch beside them; only a CPU

@@ -51,7 +51,7 @@ def test_backends_asked_for_in_vain_raise_with_the_reason(monkeypatch):
 
 def test_backends_report_names_the_instruction_set_and_why_triton_is_missing():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    code = "from halo_fast import backends; print(backends.report())"
+    code = "from halo_fast.loss import backends; print(backends.report())"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     rows = {line[: line.index("  ")]: line for line in done.stdout.splitlines()}
     assert (

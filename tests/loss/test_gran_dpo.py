@@ -1,4 +1,4 @@
-"""gran_dpo against a loop over pairs and patches, its properties, and the mistakes other training code makes.
+"""gran_dpo against a loop over pairs and patches, its properties, and the mistakes of other training code.
 
 Of the thirteen mistakes found in public code these can be made inside a loss call, and have a test here: 1 (an axis
 left after the reduction), 3 (logsigmoid of a mean), 5 (mask normalised over the batch, NaN on an empty one), 6 (an
@@ -28,6 +28,7 @@ from halo_fast import (
     unpack_tokens,
     using_backend,
 )
+from halo_fast.loss.objectives import DiffusionKTO, MaPO, PooledDPO, WeightedRegression
 
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
 PATCHES = math.prod(GRID)
@@ -44,7 +45,7 @@ def gradient(loss, prediction):
 
 
 def loop_loss(policy, target, ref, patch_rewards, video_rewards, grid, settings, kappa=None):
-    """The H1 loss pair by pair and patch by patch, in float64, with the sigmoid link."""
+    """The loss of ``GranDPO`` pair by pair and patch by patch, in float64, with the sigmoid link."""
     excess = cases.loop_error(policy, target, grid) - cases.loop_error(ref, target, grid)
     error = cases.loop_error(policy, target, grid)
     whole = cases.loop_error(policy, target, (1, 1, 1)) - cases.loop_error(ref, target, (1, 1, 1))
@@ -103,26 +104,29 @@ def test_loss_equals_a_loop_over_pairs_and_patches(name, shape, grid):
         assert out.loss.item() == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("form", "link"),
-    [("H1", link) for link in ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")]
-    + [(form, "sigmoid") for form in ("H2", "H3", "H4", "pooled", "mapo", "regression")]
-    + [("kto", "kto")],
-)
-def test_gradcheck(form, link):
+SUPERVISED = {"video_beta": 3.0, "patch_beta": 2.0, "sft_weight": 0.3, "patch_sft_weight": 0.4, "anchor_weight": 0.5}
+CHECKED = {
+    **{
+        link: GranDPO(
+            link=link, label_smoothing=0.1 if link in ("conservative", "robust") else 0.0, form="H1", **SUPERVISED
+        )
+        for link in ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+    },
+    "pooled": PooledDPO(**SUPERVISED),
+    "mapo": MaPO(),
+    "regression": WeightedRegression(),
+    "diffusion_kto": DiffusionKTO(video_beta=3.0, patch_beta=2.0, video_gamma=0.0, anchor_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_gradcheck(name):
     shape, grid = (1, 1, 3, 3), (1, 2, 2)
     policy, target, ref, patch_rewards, video_rewards = batch(4, shape=shape, grid=grid, nearness=0.3)
-    extra = {"sft_weight": 0.3, "patch_sft_weight": 0.4} if form in ("H1", "H2", "H3", "H4", "pooled") else {}
-    anchor = {"anchor_weight": 0.5} if form not in ("mapo", "regression") else {}
-    threshold = 1.0 if form == "H4" else None
-    objective = GranDPO(
-        video_beta=3.0 if form != "mapo" else 0.1, patch_beta=2.0, link=link, form=form,
-        label_smoothing=0.1 if link in ("conservative", "robust") else 0.0,
-        defect_threshold=threshold, **extra, **anchor,
-    )  # fmt: skip
+    objective = CHECKED[name]
     ref = ref if objective.needs_reference else None
     # KTO's KL estimate is a constant of the step, which finite differences cannot know: keep it clamped at 0.
-    ref = target + 1e-3 * ref if form == "kto" else ref
+    ref = target + 1e-3 * ref if name == "diffusion_kto" else ref
     kappa = torch.tensor([0.7, 1.3] if objective.paired else [0.7, 1.3, 0.9, 1.1], dtype=torch.float64)
 
     def loss(prediction):
@@ -440,11 +444,10 @@ def test_metrics_mean_what_their_names_say():
     assert not any("patch" in name for name in gran_dpo(policy, target, ref, None, video_rewards).metrics())
 
 
-@pytest.mark.parametrize("objective", ["dense_dpo", GranDPO(form="H2")], ids=["dense_dpo", "H2"])
-def test_an_objective_of_one_logit_shows_it_and_its_accuracy(objective):
+def test_an_objective_of_one_logit_reports_it_and_its_accuracy():
     policy, target, ref, patch_rewards, _ = batch(8)
     patch_rewards[[0, 4]] = NAN
-    out = gran_dpo(policy, target, ref, patch_rewards, None, objective=objective)
+    out = gran_dpo(policy, target, ref, patch_rewards, None, objective="dense_dpo")
     assert out.active.tolist() == [0, 1, 1, 1] and (out.video_logits[1:] != 0).all()
     # the loss is that of these logits and of nothing else
     torch.testing.assert_close(out.loss, torch.nn.functional.softplus(-out.video_logits[1:]).mean())
@@ -453,7 +456,7 @@ def test_an_objective_of_one_logit_shows_it_and_its_accuracy(objective):
     assert metrics["rewards/margins"].item() == pytest.approx(out.video_logits[1:].mean().item())
 
 
-def test_infinite_rewards_where_nobody_looks_do_as_the_docstring_says(monkeypatch):
+def test_infinite_rewards_where_values_are_not_read_do_as_the_docstring_says(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     policy, target, ref, patch_rewards, video_rewards = batch()
     video_rewards[:] = torch.tensor([2.0, 1.0, 1.0, 0.0])

@@ -221,16 +221,6 @@ BAD = {
         ValueError,
         ["video_rewards", "mapo"],
     ),
-    "H3 without patch_rewards": (
-        {"objective": GranDPO(form="H3"), "patch_rewards": None},
-        ValueError,
-        ["patch_rewards", "H3"],
-    ),
-    "H3 without video_rewards": (
-        {"objective": GranDPO(form="H3"), "video_rewards": None},
-        ValueError,
-        ["video_rewards", "H3"],
-    ),
     "anchor on cached errors": (
         without_reference(reference_error=torch.ones(4, *GRID), objective=GranDPO(anchor_weight=1.0)),
         ValueError,
@@ -362,10 +352,9 @@ SETTINGS = {
         ValueError,
         "label_smoothing must be 0 with link 'sigmoid'.*conservative",
     ),
-    "share above one": ({"patch_share": 1.5}, ValueError, "patch_share must be between 0 and 1"),
-    "H4 without threshold": ({"form": "H4"}, ValueError, "defect_threshold"),
-    "infinite threshold": ({"defect_threshold": INF}, ValueError, "defect_threshold must be finite; got inf"),
-    "supervised KTO": ({"form": "kto", "sft_weight": 1.0}, ValueError, "sft_weight"),
+    "guard above one": ({"loser_guard_mu": 1.5}, ValueError, "loser_guard_mu must be between 0 and 1"),
+    "KTO": ({"form": "kto"}, ValueError, "form must be one of 'H1'; got 'kto': use DiffusionKTO of halo_fast"),
+    "a reading that went": ({"form": "H3"}, ValueError, "form must be one of 'H1'; got 'H3': use PooledDPO, .*MaPO"),
     "beta_dpo": ({"beta_dpo": 1.0}, TypeError, "beta_dpo"),
 }
 

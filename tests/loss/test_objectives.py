@@ -256,51 +256,7 @@ def test_patch_dpo(dtype):
     check(gran_dpo(policy, target, None, weights, None, objective="patch_dpo"), policy, formula, dtype)
 
 
-GRID = (2, 3, 4)
-
-
-def excess(o, ref, target):
-    d = torch.from_numpy(cases.loop_error(o, target, GRID) - cases.loop_error(ref, target, GRID))
-    a, b = d.chunk(2)
-    return a - b
-
-
-@pytest.mark.parametrize("form", ["H2", "H3", "H4"])
-def test_forms_equal_their_definitions(form):
-    policy, target, ref, video_rewards = problem(torch.float64, nearness=1e-2)
-    patch_rewards = cases.rewards(GRID, 6, torch.float64)[0]
-    patch_rewards[0, 0, 0, 0] = float("nan")
-    objective = GranDPO(form=form, patch_delta=0.2, patch_share=0.3, patch_temperature=0.7, defect_threshold=-0.1)
-    out = gran_dpo(policy, target, ref, patch_rewards, video_rewards, objective=objective)
-    margin = excess(policy, ref, target)
-    whole = mean((policy - target) ** 2) - mean((ref - target) ** 2)
-    whole = (whole[:3] - whole[3:]).detach()
-    sign = (video_rewards[:3] - video_rewards[3:]).sign()
-    gap = patch_rewards[:3] - patch_rewards[3:]
-    beta, patch_beta = 500.0, 500.0 / math.sqrt(24)
-    losses = []
-    for pair in range(3):
-        s = sign[pair].item()
-        video = math.log1p(math.exp(beta / 2 * s * whole[pair].item()))
-        total, weighted, pooled = 0.0, 0.0, 0.0
-        for index in np.ndindex(*GRID):
-            g, d = gap[(pair, *index)].item(), margin[(pair, *index)].item()
-            worse = min(patch_rewards[(pair, *index)].item(), patch_rewards[(pair + 3, *index)].item())
-            if form == "H3":
-                own, w = s, 0.0 if math.isnan(g) else 1 + math.tanh(s * g / 0.7)
-            else:
-                own, w = math.copysign(1, g), abs(g) if abs(g) > 0.2 else 0.0
-            if form == "H4" and not worse < -0.1:
-                w = 0.0
-            total += w
-            weighted += w * math.log1p(math.exp(patch_beta / 2 * own * d)) if w else 0.0
-            pooled += own * w * d if w else 0.0
-        mixed = 0.7 * s * whole[pair].item() + 0.3 * pooled / total
-        losses.append(math.log1p(math.exp(beta / 2 * mixed)) if form == "H2" else video + weighted / total)
-    assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-11)
-
-
-def test_h1_bounds_the_video_term_from_above_when_all_signs_agree():
+def test_the_patch_term_bounds_the_video_term_from_above_when_all_signs_agree():
     policy, target, ref, video_rewards = problem(torch.float64, nearness=0.1)
     same = video_rewards[:, None, None, None].expand(-1, 5, 3, 4)
     objective = GranDPO(patch_beta=500.0)

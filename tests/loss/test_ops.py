@@ -45,7 +45,7 @@ def test_opcheck_of_the_table(full):
     patch_rewards, _ = cases.rewards(GRID)
     optional = (torch.ones(2, 2), log_ratio.abs(), torch.ones_like(log_ratio)) if full else (None, None, None)
     numbers = (0.1, 1.0, 2.0, 5.0, 3.0, 0.0, 0.0, 1.0, 0.1, 0.5, 0.5)
-    arguments = (log_ratio, patch_rewards, video, *optional, SHAPE, "conservative", *numbers)
+    arguments = (log_ratio, patch_rewards, video, *optional, SHAPE, "conservative", numbers)
     torch.library.opcheck(ops.gran_dpo_table, arguments)
 
 
@@ -56,7 +56,7 @@ NUMBERS = (0.0, 1.0, 2.0, 5.0, 3.0, 0.0, 0.0, 1.0, 0.1)
 def test_opcheck_of_the_whole_loss(supervised):
     policy, target, ref, *labels = batch()
     kappa = torch.ones(2, 2)
-    arguments = (policy, ref, target, *labels, kappa, GRID, "sigmoid", (*NUMBERS, supervised, supervised))
+    arguments = (policy, ref, target, None, *labels, kappa, GRID, "sigmoid", (*NUMBERS, supervised, supervised))
     torch.library.opcheck(ops.gran_dpo_operator, arguments)
 
 

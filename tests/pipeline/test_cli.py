@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from recipe import demo_config
 
+from halo_fast import registry
 from halo_fast.errors import UserError
 from halo_fast.files import write_bytes
-from halo_fast.pipeline import cli
+from halo_fast.pipeline import check, cli
+from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import STAGES
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
@@ -22,11 +26,26 @@ def calls(monkeypatch):
     """Stages are noted instead of run."""
     noted = []
 
-    def load(module, function):
-        return lambda config, run: noted.append((f"{module}.{function}", config, run))
+    def note(target):
+        return lambda config, run: noted.append((target.replace(":", "."), config, run))
 
-    monkeypatch.setattr(cli, "_load", load)
+    replace_stages(monkeypatch, note)
     return noted
+
+
+def replace_stages(monkeypatch, stand_in):
+    """Let `stand_in(target)` stand for the function of every stage."""
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda target: stand_in(target) if ".stages." in target else load(target))
+
+
+NEEDED = {
+    "pretrained_model_name_or_path": "model",
+    "prompts": "prompts.txt",
+    "evaluation_prompts": "heldout.txt",
+    "annotate.teacher": "human:anna",
+}
+MODEL = ("--pretrained_model_name_or_path", "model")
 
 
 def refuse(capsys, *arguments) -> str:
@@ -39,15 +58,17 @@ def refuse(capsys, *arguments) -> str:
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(calls, tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("seed: 5\ntrain: {learning_rate: 1e-3, rank: 4, objective: {patch_beta: null}}\ngrid: [1, 2, 2]\n")
-    assert cli.main(["train", str(file), "--train.learning_rate", "1e-4", "--train.objective.video_beta=9"]) == 0
+    file.write_text(
+        "seed: 5\ntrain: {learning_rate: 1e-3, rank: 4, objective: {preset: halo, patch_beta: null}}\ngrid: [1, 2, 2]\n"
+    )
+    words = ["train", str(file), *MODEL, "--train.learning_rate", "1e-4", "--train.objective.video_beta=9"]
+    assert cli.main(words) == 0
     ((name, config, run),) = calls
     assert name == "halo_fast.pipeline.stages.train.train" and run.config is config and not run.force
-    expected = Config(seed=5, grid=(1, 2, 2))
+    expected = Config(seed=5, grid=(1, 2, 2), pretrained_model_name_or_path="model")
     expected.train.rank = 4
     expected.train.learning_rate = 1e-4
-    expected.train.objective.patch_beta = None
-    expected.train.objective.video_beta = 9.0
+    expected.train.objective = {"preset": "halo", "patch_beta": None, "video_beta": 9}
     assert config == expected
 
 
@@ -61,8 +82,11 @@ def test_printed_config_reads_back(calls, tmp_path, capsys):
     assert (config.seed, config.pairs.dimensions) == (3, {"visual_quality": 2.0})
 
 
-def test_run_goes_through_all_stages_in_order(calls):
+def test_run_goes_through_all_stages_in_order(calls, monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "check_run", lambda config, run: checked.append(config))
     assert cli.main(["run", "--force"]) == 0
+    assert checked == [calls[0][1]]
     assert [name.split(".")[-1] for name, _, _ in calls] == [
         "generate", "annotate", "train_reward", "score", "build_pairs", "build_cache", "train", "evaluate",
         "write_report",
@@ -70,27 +94,61 @@ def test_run_goes_through_all_stages_in_order(calls):
     assert all(run.force and run.config is config for _, config, run in calls)
 
 
-@pytest.mark.parametrize("verb", [*cli._STAGES, *cli._DEMO])
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "run"])
 def test_every_verb_has_its_function(verb):
-    module, function, _ = (cli._STAGES | cli._DEMO)[verb]
-    assert callable(cli._load(module, function))
+    assert callable(registry.load(cli.VERBS[verb].target))
+
+
+@pytest.mark.parametrize("command", registry.known("command"))
+def test_every_registered_command_has_its_function(command):
+    assert callable(registry.load(cli._command(registry.target("command", command)).target))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_setting_without_a_default_is_asked_for_by_the_stages_that_read_it(capsys, calls, stage):
+    given = [f"--{setting}={value}" for setting, value in NEEDED.items() if setting in STAGES[stage].required]
+    assert cli.main([stage, *given]) == 0 and len(calls) == 1
+    for missing in given:
+        line = refuse(capsys, stage, *[word for word in given if word != missing])
+        assert line.startswith(f"halo: error: {missing[2:].split('=')[0]}: required; give "), line
+    assert len(calls) == 1
+
+
+def test_run_asks_for_every_missing_setting_before_it_starts(capsys, calls):
+    given = {f"--{setting}={value}" for setting, value in NEEDED.items()}
+    for setting, value in NEEDED.items():
+        assert f"{setting}: required" in refuse(capsys, "run", *(given - {f"--{setting}={value}"}))
+    assert "openai" in refuse(capsys, "run", *(given - {"--annotate.teacher=human:anna"}))
+    assert not calls
+
+
+def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["score", "demo", "--output_dir", "elsewhere", "--score.batch_size", "3"]) == 0
+    ((_, config, _),) = calls
+    assert config == demo_config(output_dir="elsewhere", score={"batch_size": 3})
+    assert config.pretrained_model_name_or_path == "demo:graded"
+    assert load_config("demo", {"output_dir": "elsewhere", "score.batch_size": 3}) == config
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["trian"], ["unknown verb 'trian'", "train"]),
-        (["demo"], ["halo demo", "pretrain", "compare"]),
+        (["demo"], ["halo demo", "pretrain", "compare", "nothing"]),
         (["demo", "dance"], ["'dance'", "pretrain", "compare"]),
         (["doctor", "who"], ["doctor", "'who'"]),
         (["train", "--train.lr", "3"], ["--train.lr", "halo train --help"]),
         (["train", "--colour", "3"], ["--colour"]),
-        (["train", "--train.learning_rate", "fast"], ["train.learning_rate", "float", "fast"]),
+        (["train", "--train.learning_rate", "fast"], ["train.learning_rate", "fast"]),
         (["train", "--train.max_train_steps", "1.5"], ["train.max_train_steps", "int", "1.5"]),
         (["train", "--grid", "[2,2]"], ["grid", "3 elements"]),
-        (["train", "--grid", "[3,4,64]"], ["grid", "(9, 32, 32)", "(3, 4, 64)", "fewer patches"]),
+        (["train", "--grid", "[3,4,900]"], ["grid", "(81, 480, 832)", "(3, 4, 900)", "fewer patches"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "not exist"]),
         (["train", "--seed", "1", "stray"], ["stray"]),
+        (["train", "--seed", "-1"], ["seed", "0", "-1"]),
+        (["train", "--report.num_clips", "0"], ["report.num_clips", "1", "0"]),
+        (["train", "--train.lr_scheduler", "cosin"], ["train.lr_scheduler", "constant", "cosin"]),
     ],
 )
 def test_mistakes_in_words(capsys, calls, arguments, words):
@@ -107,7 +165,7 @@ def test_mistakes_in_words(capsys, calls, arguments, words):
         ("train: {learning_rate: fast}", ["train.learning_rate", "fast"]),
         ("train: [", ["config.yaml", "line"]),
         ("just words", ["config.yaml"]),
-        ("generate: {num_frames: 2}", ["grid", "(2, 32, 32)"]),
+        ("generate: {num_frames: 2}", ["grid", "(2, 480, 832)"]),
     ],
 )
 def test_mistakes_in_files(capsys, calls, tmp_path, text, words):
@@ -124,12 +182,12 @@ def test_run_directory_of_another_config(capsys, monkeypatch, tmp_path):
                 write_bytes(stage.folder / "out", b"1")
                 stage.finish({})
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: score)
+    replace_stages(monkeypatch, lambda target: score)
     arguments = ["score", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
     capsys.readouterr()
     line = refuse(capsys, *arguments, "--score.batch_size", "7")
-    assert "batch_size = 32, now it is 7" in line and "--force" in line
+    assert f"batch_size = {Config().score.batch_size}, now it is 7" in line and "--force" in line
     assert cli.main([*arguments, "--score.batch_size", "7", "--force"]) == 0
 
 
@@ -141,7 +199,7 @@ def test_output_dir_that_cannot_be(capsys, monkeypatch, tmp_path, place):
         with run.stage("score", {}, {}) as stage:
             stage.finish({})
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: score)
+    replace_stages(monkeypatch, lambda target: score)
     assert str(tmp_path / "file") in refuse(capsys, "score", "--output_dir", str(tmp_path / place))
 
 
@@ -158,8 +216,8 @@ def test_what_a_stage_raises_becomes_one_line(capsys, monkeypatch, raised, code)
     def stage(config: Config, run: Run) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: stage)
-    assert cli.main(["train"]) == code
+    replace_stages(monkeypatch, lambda target: stage)
+    assert cli.main(["train", *MODEL]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("halo: ") and err.count("\n") == 1
 
@@ -171,9 +229,9 @@ def test_bugs_keep_their_traceback(monkeypatch, bug):
     def stage(config: Config, run: Run) -> None:
         raise bug
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: stage)
+    replace_stages(monkeypatch, lambda target: stage)
     with pytest.raises(type(bug)):
-        cli.main(["train"])
+        cli.main(["train", *MODEL])
 
 
 def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
@@ -183,7 +241,7 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
         """Train."""
         got.update(world=world, steps=steps, output_dir=output_dir)
 
-    monkeypatch.setattr(cli, "_load", lambda module, function: pretrain)
+    monkeypatch.setattr(registry, "load", lambda target: pretrain)
     assert cli.main(["demo", "pretrain", "--steps", "5"]) == 0
     assert got == {"world": "graded", "steps": 5, "output_dir": None}
     assert "--stops" in refuse(capsys, "demo", "pretrain", "--stops", "5")
@@ -192,7 +250,7 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
 def test_command_and_module_answer_alike(tmp_path):
     for command in ([str(Path(sys.executable).with_name("halo"))], [sys.executable, "-m", "halo_fast"]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0 and all(verb in done.stdout for verb in cli._STAGES)
+        assert done.returncode == 0 and all(verb in done.stdout for verb in STAGES)
         done = subprocess.run([*command, "train", "--seed", "x"], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
 
@@ -202,7 +260,7 @@ def test_help_of_a_verb_lists_settings(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--train.objective.patch_sft_weight" in text and "supervised term on the winning patches" in text
+    assert "--train.heldout_share" in text and "share of the prompts whose pairs are kept out of training" in text
 
 
 def test_doctor_names_versions_and_backends(capsys):

@@ -12,11 +12,14 @@ from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 
-from halo_fast.agreement.arms import bootstrap_interval, compare_arms, rates_by_kind, severity_mitigated, spearman
+from halo_fast.agreement.arms import compare_arms, rates_by_kind, severity_mitigated
+from halo_fast.agreement.figures import bootstrap_interval, spearman
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
 from halo_fast.families import load
 from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.files import hash_file
+from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.config import EvaluateConfig
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.evaluate import evaluate
@@ -177,10 +180,12 @@ def test_both_models_are_sampled_from_the_same_noise(evaluated):
     family = load(evaluated.config.pretrained_model_name_or_path, device="cpu")
     for row, other in zip(base, aligned, strict=True):
         _, videos = sample_clips(family, [row["prompt"]], [row["seed"]], evaluated.config.generate)
-        shown, moved = (read_clip(evaluated.path / "evaluate" / each["video"]).int() for each in (row, other))
+        base_clip, aligned_clip = (
+            read_clip(evaluated.path / "evaluate" / each["video"]).int() for each in (row, other)
+        )
         # an mp4 rounds by up to 2 levels, and a batch rounds otherwise than a clip alone
-        assert (shown - videos[0].int()).abs().max() <= 3
-        assert (shown - moved).abs().max() > 8
+        assert (base_clip - videos[0].int()).abs().max() <= 3
+        assert (base_clip - aligned_clip).abs().max() > 8
 
 
 def test_metrics_are_those_of_the_clips(evaluated):
@@ -231,10 +236,38 @@ evaluate(run.config, run)
     assert output_hashes(run.path / "evaluate") == output_hashes(evaluated.path / "evaluate")
 
 
+class Darkness:
+    """A meter of one's own: the darker, the more defective."""
+
+    clean, notes = 0.25, None
+
+    def __init__(self, request):
+        self.request, self.sources = request, {"darkness": Path(__file__)}
+
+    def __call__(self, videos, prompts):
+        pool = PatchGrid(self.request.grid, *self.request.video_size).pool
+        return {"severity": 1 - pool(videos.float().mean(dim=-1) / 255)}
+
+
+def test_a_meter_of_ones_own_has_a_dotted_name(tmp_path):
+    run = aligned_run(tmp_path)
+    run.config.evaluate.meter = f"{__name__}:Darkness"
+    evaluate(run.config, run)
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    for row in clips_of(run):
+        first = read_clip(run.path / "evaluate" / row["video"])[0].float() / 255
+        assert np.mean(row["severity"][:4]) == pytest.approx(1 - first.mean().item(), abs=1e-5)
+    assert metrics["meter_clean_reading"] == 0.25 and "patch_spearman" in metrics
+    manifest = json.loads((run.path / "evaluate" / "manifest.json").read_text())
+    assert manifest["inputs"]["darkness"] == hash_file(__file__)
+
+
 def test_mistakes_are_named(tmp_path):
     run = aligned_run(tmp_path)
     run.config.evaluate.meter = "eye"
-    with pytest.raises(UserError, match='evaluate.meter: expected "demo" or "reward", got \'eye\''):
+    with pytest.raises(
+        UserError, match=r"evaluate.meter: expected one of 'demo', 'reward', or your own as .*; got 'eye'"
+    ):
         evaluate(run.config, run)
     run.config.evaluate.meter = "reward"
     (run.path / "train" / "manifest.json").unlink()

@@ -22,7 +22,7 @@ KILLED = """
 import time, torch
 from pathlib import Path
 from tiny import tiny_config
-from halo_fast import generate as module
+from halo_fast.pipeline.stages import generate as module
 from halo_fast.pipeline.run import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}))

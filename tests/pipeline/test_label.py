@@ -29,7 +29,7 @@ CLIPS = make_clips(4, seed=5)
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> & </script><script>document.title='owned'</script>"
 
 
-def config_in(folder: Path, teacher: str = "demo") -> Config:
+def config_in(folder: Path, teacher: str = "") -> Config:
     return Config(output_dir=str(folder), grid=GRID, annotate=AnnotateConfig(teacher=teacher))
 
 

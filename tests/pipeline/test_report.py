@@ -15,16 +15,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from recipe import demo_config
 
 from halo_fast.data.clips import write_clip
 from halo_fast.demo import WEIGHTS
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_csv, write_json, write_parquet
-from halo_fast.pipeline.config import Config
-from halo_fast.pipeline.report import write_report
 from halo_fast.pipeline.report.chart import Series, line_chart
 from halo_fast.pipeline.report.clips import browser_video, severity_strip
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.report import write_report
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -68,10 +68,10 @@ def clip(number: int, arm: str) -> np.ndarray:
     return frames
 
 
-def make_run(folder, metrics=METRICS, prompts=5) -> Run:
-    config = Config(output_dir=str(folder / "run"))
+def make_run(folder, metrics=METRICS, prompts=5, meter="demo") -> Run:
+    config = demo_config(output_dir=str(folder / "run"))
     config.evaluate.num_prompts, config.evaluate.bootstrap = prompts, 7
-    config.report.num_clips = 4
+    config.evaluate.meter, config.report.num_clips = meter, 4
     run = Run(config)
     with run.stage("reward", {}, {}) as stage:
         rows = [
@@ -113,7 +113,7 @@ def make_run(folder, metrics=METRICS, prompts=5) -> Run:
         ]
         write_csv(stage.folder / "diagnostics.csv", rows)
         stage.finish({"steps": 100, "pairs": 96})
-    with run.stage("evaluate", {"meter": "demo", "num_prompts": prompts, "bootstrap": 7}, {}) as stage:
+    with run.stage("evaluate", {"meter": meter, "num_prompts": prompts, "bootstrap": 7}, {}) as stage:
         generator, rows = np.random.default_rng(1), []
         for number in range(prompts):
             for arm in ("base", "aligned"):
@@ -212,6 +212,13 @@ def test_page_says_what_the_meters_are_worth(page):
     assert " ".join(["100%", *figures]) in text
 
 
+def test_a_meter_without_notes_has_no_section(tmp_path):
+    run = make_run(tmp_path, prompts=1, meter="reward")
+    write_report(run.config, run)
+    elements = Elements((run.path / "report" / "report.html").read_text())
+    assert "The meters" not in elements.text and "1 keeps it as it was" in elements.text
+
+
 def test_diagnostics_are_drawn(page):
     pictures = [picture["aria-label"] for picture in Elements(page).all("svg")]
     (margin,) = [label for label in pictures if label.startswith("Mean margin, by pairs")]
@@ -219,14 +226,15 @@ def test_diagnostics_are_drawn(page):
     assert all(f"{name} from 0 to 100" in margin for name in names)
 
 
-def test_a_moved_directory_keeps_its_report(tmp_path, capsys):
+def test_a_moved_directory_keeps_its_report(tmp_path, caplog):
+    caplog.set_level("INFO", "halo_fast")
     run = make_run(tmp_path, prompts=1)
     write_report(run.config, run)
     page = hash_file(run.path / "report" / "report.html")
     moved = run.path.rename(tmp_path / "elsewhere")
     run.config.output_dir = str(moved)
     write_report(run.config, Run(run.config))
-    assert "report: finished before, kept" in capsys.readouterr().err
+    assert "report: finished before, kept" in caplog.text
     assert hash_file(moved / "report" / "report.html") == page
 
 
@@ -334,7 +342,7 @@ def test_ragged_patches_cover_the_frame():
 
 
 def test_wrong_number_of_severities_is_refused(tmp_path):
-    run = make_run(tmp_path, prompts=1)
+    run = make_run(tmp_path, prompts=1, meter="reward")
     run.config.grid = (3, 2, 2)
     with pytest.raises(UserError, match="48 severities"):
         write_report(run.config, run)
@@ -342,7 +350,7 @@ def test_wrong_number_of_severities_is_refused(tmp_path):
 
 
 def test_report_asks_for_the_stages_before_it(tmp_path):
-    config = Config(output_dir=str(tmp_path))
+    config = demo_config(output_dir=str(tmp_path))
     with pytest.raises(UserError, match="run `halo reward`"):
         write_report(config, Run(config))
 

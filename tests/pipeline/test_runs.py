@@ -15,11 +15,14 @@ from halo_fast.errors import UserError
 from halo_fast.files import (
     hash_bytes,
     hash_file,
+    hash_tensors,
     hash_text,
     progress,
+    read_checkpoint,
     read_table,
     replacing,
     write_bytes,
+    write_checkpoint,
     write_csv,
     write_json,
     write_parquet,
@@ -66,11 +69,12 @@ def test_finished_stage_is_kept(config):
     assert not (Run(config).path / "score" / "pending.json").exists()
 
 
-def test_stages_say_what_they_did(config, capsys):
+def test_stages_say_what_they_did(config, caplog):
+    caplog.set_level("INFO")
     work(config)
-    assert "score: finished, 1 files" in capsys.readouterr().err
+    assert "score: finished, 1 files" in caplog.text
     work(config)
-    assert "score: finished before, kept" in capsys.readouterr().err
+    assert "score: finished before, kept" in caplog.text
 
 
 def test_partial_work_is_continued(config):
@@ -232,6 +236,33 @@ def test_written_files_read_back(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "step,loss,lr\n0,0.5,\n1,,0.1\n"
 
 
+def test_checkpoints_read_back(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(3)}
+    state = {"step": 3, "history": [{"loss": 0.5, "held_out": float("nan")}], "name": "Würfel"}
+    write_checkpoint(path, tensors, state)
+    found, kept = read_checkpoint(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert repr(kept) == repr(state)
+    write_safetensors(tmp_path / "weights.safetensors", tensors)
+    path.write_bytes(path.read_bytes()[:-1])
+    for damaged in (path, tmp_path / "weights.safetensors", tmp_path / "missing"):
+        with pytest.raises(UserError, match=rf"{damaged.name}: missing or damaged checkpoint .*; remove it"):
+            read_checkpoint(damaged)
+
+
+def test_hashes_of_tensors_follow_everything_in_them():
+    value = torch.arange(6, dtype=torch.float32)
+    first = hash_tensors("text", {"a": value})
+    assert first == hash_tensors("text", {"a": value.clone()}) == hash_tensors("te", "xt", {"a": value})
+    others = [{"b": value}, {"a": value.view(2, 3)}, {"a": value.double()}, {"a": value + 1}]
+    assert len({first, *(hash_tensors("text", other) for other in others), hash_tensors({"a": value})}) == 6
+    strided = torch.stack([value, value], dim=1)[:, 0]
+    assert hash_tensors({"a": strided}) == hash_tensors({"a": value})
+    data = b"a torch.float32 [6]" + value.numpy().tobytes()
+    assert hash_tensors({"a": value}) == hash_bytes(data)
+
+
 def test_safetensors_metadata_has_one_order(tmp_path):
     metadata = {letter: letter for letter in "zyxwvutsrq"}
     hashes = set()
@@ -256,7 +287,8 @@ def test_progress_passes_items_on_and_reports_time_left(capsys, monkeypatch):
 KILLED = """
 import sys, time
 from halo_fast.pipeline.config import Config
-from halo_fast.pipeline.run import Run, write_bytes
+from halo_fast.files import write_bytes
+from halo_fast.pipeline.run import Run
 with Run(Config(output_dir=sys.argv[1])).stage("generate", {"clips": 6}, {}) as stage:
     for number in range(6):
         path = stage.folder / f"clip{number}.bin"
@@ -291,7 +323,7 @@ def test_killed_stage_continues_to_the_same_hashes(tmp_path):
 def test_kill_while_discarding_leaves_no_partial_work_behind(config, monkeypatch):
     work(config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("halo_fast.files.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("halo_fast.pipeline.run.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         work(config, force=True)
     assert work(config)
     assert stages_of(config) == ["score"]
@@ -325,12 +357,23 @@ def test_a_first_attempt_that_failed_stands_in_nobodys_way(config):
     assert work(config, {"model": "right"})
 
 
-def test_two_processes_in_one_stage_are_told(config):
+def test_two_processes_in_one_stage_are_refused(config):
     with Run(config).stage("score", {}, {}) as stage:
         with pytest.raises(UserError, match=r"score: another process is working on it"):
             work(config)
         stage.finish({})
     assert work(config, {"other": 1}, force=True)
+
+
+def test_a_stage_of_another_process_is_refused_until_that_is_killed(config):
+    code = KILLED.replace('"generate"', '"score"')
+    command = [sys.executable, "-c", code, config.output_dir, "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "0\n"
+        with pytest.raises(UserError, match="another process is working on it"):
+            work(config, {"clips": 6})
+        other.kill()
+    assert work(config, {"clips": 6})
 
 
 def test_damage_of_equal_size_is_found_by_the_next_stage(config):

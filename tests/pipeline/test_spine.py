@@ -1,4 +1,4 @@
-"""The whole road through the command line on the demo's model: every stage killed once, and the user's figures."""
+"""The whole pipeline through the command line on the demo: every stage is killed once, and the figures are the same."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tiny import output_hashes
 
 from halo_fast.files import hash_file
 
-# partial work that shows that the stage is in the middle; a stage of one short act is killed as soon as it begins
+# files that exist in the middle of a stage; one that writes all at once is killed as soon as it begins
 STAGES = {
     "generate": "videos/p*.mp4",
     "annotate": "pending.json",
@@ -25,13 +25,12 @@ STAGES = {
     "evaluate": "videos/base/*.mp4",
     "report": "pending.json",
 }
-SETTINGS = """
-generate: {num_prompts: 8, batch_size: 4}
-reward: {video_steps: 10, patch_steps: 20, checkpointing_steps: 5, examples: 64}
-train: {max_train_steps: 8, train_batch_size: 4, checkpointing_steps: 2}
-evaluate: {num_prompts: 8, bootstrap: 100}
-report: {num_clips: 2}
-"""
+CHANGES = {
+    "generate.num_prompts": 8, "generate.batch_size": 4,
+    "reward.video_steps": 10, "reward.patch_steps": 20, "reward.checkpointing_steps": 5, "reward.num_examples": 64,
+    "train.max_train_steps": 8, "train.train_batch_size": 4, "train.checkpointing_steps": 2,
+    "evaluate.num_prompts": 8, "evaluate.bootstrap": 100, "report.num_clips": 2,
+}  # fmt: skip
 
 
 def halo(folder: Path, *words: str | Path) -> subprocess.Popen:
@@ -42,15 +41,14 @@ def halo(folder: Path, *words: str | Path) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_run_whose_every_stage_was_killed_ends_as_an_undisturbed_one(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(SETTINGS)
+    config = ["demo", *(f"--{setting}={value}" for setting, value in CHANGES.items())]
     # the report names the run directory, so both have the same relative name
     whole, killed = tmp_path / "whole" / "runs" / "demo", tmp_path / "killed" / "runs" / "demo"
     for run in (whole, killed):
         run.mkdir(parents=True)
-    assert halo(whole.parents[1], "run", config).wait() == 0
+    assert halo(whole.parents[1], "run", *config).wait() == 0
     for stage, sign in STAGES.items():
-        process = halo(killed.parents[1], stage, config)
+        process = halo(killed.parents[1], stage, *config)
         try:
             while not list(killed.glob(f"{stage}/{sign}")):
                 assert process.poll() is None, f"{stage} ended by itself with {process.returncode}"
@@ -59,7 +57,7 @@ def test_a_run_whose_every_stage_was_killed_ends_as_an_undisturbed_one(tmp_path)
             process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (killed / stage / "manifest.json").exists(), f"{stage} was over before it was killed"
-        assert halo(killed.parents[1], stage, config).wait() == 0
+        assert halo(killed.parents[1], stage, *config).wait() == 0
         assert output_hashes(killed / stage) == output_hashes(whole / stage), stage
     assert hash_file(killed / "metrics.json") == hash_file(whole / "metrics.json")
     metrics = json.loads((whole / "metrics.json").read_text())

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from halo_fast.errors import UserError
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
-from halo_fast.rewards.base import RewardConfig
-from halo_fast.rewards.training import _belief
+from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
+from halo_fast.rewards.backbones.vlm.published import published_scores
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 SHORT = RewardConfig(video_steps=1, patch_steps=1, batch_size=2, pretrained=False, held_out_share=0)
@@ -32,7 +31,7 @@ def labelled(prompts: list[str], alignment: list[float] | None = None) -> Labell
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     RewardModel(CONFIG).save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["backbone.stem.bias"][3] = value
+    weights["backbone.trunk.stem.bias"][3] = value
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: .*stem\.bias is not finite"):
         RewardModel.load(tmp_path)
@@ -57,27 +56,28 @@ def test_no_clips_are_no_batch():
     ("prompts", "share", "complaint"),
     [
         ([], 0.0, "expected labelled clips, got none"),
-        (["a disc"] * 4, 1.0, "reward.held_out_share: expected at least 0 and below 1, got 1"),
+        (["a disc"] * 4, 1.0, "reward.held_out_share: expected at least 0 and less than 1, got 1"),
         (["a disc"] * 4, 0.6, "reward.held_out_share: 0.6 of 1 prompts leaves no clip to train on"),
     ],
 )
 def test_what_leaves_nothing_to_train_on_is_named(prompts, share, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        fit(CONFIG, labelled(prompts), replace(SHORT, held_out_share=share), 0)
+    with pytest.raises((ValueError, UserError), match=complaint):
+        train_reward_model(CONFIG, labelled(prompts), replace(SHORT, held_out_share=share), 0)
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_prompts_without_words_are_learned_from(pretrained):
     config = replace(CONFIG, pretrained=pretrained)
-    model, history = fit(config, labelled(["", "...", ""]), replace(SHORT, pretrained=pretrained), 0)
+    model, history = train_reward_model(config, labelled(["", "...", ""]), replace(SHORT, pretrained=pretrained), 0)
     assert math.isfinite(history[-1]["loss"])
     assert model(labelled([""]).videos, ["?!"], GRID).video.isfinite().all()
 
 
-def test_a_clip_without_a_label_is_believed_as_far_as_the_labelled_ones():
-    assert _belief(labelled(["a"] * 3, [5.0, 2.0, math.nan])).tolist() == pytest.approx([1, 0.25, 0.625])
-    assert _belief(labelled(["a"] * 2, [math.nan] * 2)).tolist() == [1, 1]
-    assert _belief(replace(labelled(["a"] * 2), video_dimensions=("visual_quality", "beauty"))).tolist() == [1, 1]
+def test_the_prompt_confidence_of_a_clip_without_a_label_is_the_mean_of_the_others():
+    assert labelled(["a"] * 3, [5.0, 2.0, math.nan]).prompt_confidence().tolist() == pytest.approx([1, 0.25, 0.625])
+    assert labelled(["a"] * 2, [math.nan] * 2).prompt_confidence().tolist() == [1, 1]
+    other = replace(labelled(["a"] * 2), video_dimensions=("visual_quality", "beauty"))
+    assert other.prompt_confidence().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "idefics2", "smolvlm"])
@@ -110,13 +110,11 @@ def test_videorewards_head_without_its_tokens_is_refused(tmp_path):
         reward_model(folder, ("visual_quality",))
 
 
-def test_weights_that_cannot_be_fetched_are_an_error_of_one_line(monkeypatch, tmp_path):
-    model = reward_model(tiny_model(tmp_path, "qwen2_vl")).backbone
-
+def test_weights_that_cannot_be_fetched_are_an_error_of_one_line(monkeypatch):
     def fail(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand nothing kept")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"reward\.backbone: expected the weights of some/model.*no network") as told:
-        model._start("some/model")
-    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match=r"reward\.backbone: expected the weights of some/model.*no network") as caught:
+        published_scores("some/model", ("visual_quality",), None, torch.zeros(1, 1))
+    assert "\n" not in str(caught.value)

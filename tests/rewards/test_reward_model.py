@@ -1,4 +1,4 @@
-"""The reward model's pass: shapes on any grid, one look at the pixels, captions, files; and its loss."""
+"""The reward model's pass: shapes on any grid, one pass over the pixels, captions, files; and its loss."""
 
 import math
 from dataclasses import replace
@@ -11,8 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from halo_fast.errors import UserError
 from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, calibrate, preference_loss, score_loss
-from halo_fast.rewards.backbones.compact import read_text, words_of
-from halo_fast.rewards.training import _MIRRORS, _batch
+from halo_fast.rewards.backbones.compact.palette import palette_distance
+from halo_fast.rewards.clips import MIRRORS
+from halo_fast.rewards.pretrained import read_text, words_of
+from halo_fast.rewards.training import TrainingInputs, draw_batch
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 BOTH = pytest.mark.parametrize("pretrained", [False, True])
@@ -38,7 +40,7 @@ def videos(count: int, frames: int = 9, height: int = 32, width: int = 32) -> to
 @BOTH
 def test_one_pass_gives_video_and_patches_on_any_grid(grid, pretrained):
     model, passes = random_model(replace(CONFIG, pretrained=pretrained)), []
-    model.backbone.stem.register_forward_hook(lambda *_: passes.append(1))
+    model.backbone.trunk.stem.register_forward_hook(lambda *_: passes.append(1))
     rewards = model(videos(2), ["a red square", "a disc"], grid)
     assert passes == [1]
     assert rewards.video.shape == (2, 2) and rewards.patches.shape == (2, 1, *grid)
@@ -69,13 +71,13 @@ def test_a_clip_is_scored_alike_alone_and_in_a_batch(pretrained):
 @BOTH
 def test_captions_matter_word_by_word(pretrained):
     model, clip = random_model(replace(CONFIG, pretrained=pretrained)), videos(1)
-    told = {
+    rewards = {
         prompt: model(clip, [prompt], GRID) for prompt in ("a red square", "A red, square!", "a blue square", "zxqv")
     }
-    torch.testing.assert_close(told["a red square"].video, told["A red, square!"].video)
+    torch.testing.assert_close(rewards["a red square"].video, rewards["A red, square!"].video)
     for other in ("a blue square", "zxqv"):
-        assert not torch.allclose(told["a red square"].video, told[other].video)
-        assert not torch.allclose(told["a red square"].patches, told[other].patches)
+        assert not torch.allclose(rewards["a red square"].video, rewards[other].video)
+        assert not torch.allclose(rewards["a red square"].patches, rewards[other].patches)
 
 
 def test_words_are_what_is_left_without_case_and_punctuation():
@@ -139,10 +141,10 @@ def test_mirrored_clips_take_labels_and_captions_with_them():
         scores,
         ("visual_quality", "text_alignment"),
     )
-    looks = data.videos.permute(0, 4, 1, 2, 3).float()
-    drawn = _batch(data, looks, None, 16, seed=0, step=5, mirrors=_MIRRORS)
+    frozen = data.videos.permute(0, 4, 1, 2, 3).float()
+    drawn = draw_batch(TrainingInputs(data, frozen, None, list(MIRRORS.values())), 16, seed=0, step=5)
     batch = drawn.clips
-    torch.testing.assert_close(drawn.looks, batch.videos.permute(0, 4, 1, 2, 3).float())
+    torch.testing.assert_close(drawn.frozen, batch.videos.permute(0, 4, 1, 2, 3).float())
     places = set()
     for video, prompt, labels, video_scores in zip(
         batch.videos.numpy(), batch.prompts, batch.patch_scores[:, 0], batch.video_scores, strict=True
@@ -201,43 +203,39 @@ def test_calibration_brings_scores_of_any_scale_onto_the_rubric():
     assert math.isfinite(same[0]) and math.isfinite(same[1])
     model = random_model(replace(CONFIG, video_calibration=((2.0, -1.0), (1.0, 0.0)), patch_calibration=((0.5, 0.25),)))
     plain = random_model()
-    raw, told = plain(videos(2), ["a", "b"], GRID), model(videos(2), ["a", "b"], GRID)
+    raw, calibrated = plain(videos(2), ["a", "b"], GRID), model(videos(2), ["a", "b"], GRID)
     logit = ((raw.video - 1) / 4).logit()
-    torch.testing.assert_close(told.video[:, 0], 1 + 4 * (2 * logit[:, 0] - 1).sigmoid(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(told.video[:, 1], raw.video[:, 1])
+    torch.testing.assert_close(calibrated.video[:, 0], 1 + 4 * (2 * logit[:, 0] - 1).sigmoid(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(calibrated.video[:, 1], raw.video[:, 1])
     expected = 1 + 4 * (0.5 * ((raw.patches - 1) / 4).logit() + 0.25).sigmoid()
-    torch.testing.assert_close(told.patches, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(calibrated.patches, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_clip_shows_is_told_by_the_fit_to_all_other_clips():
-    """Clips that show a colour are told from the others, each without its own prompt; and so are new ones."""
+def test_the_words_of_a_clip_are_predicted_by_the_fit_to_all_other_clips():
+    """Clips of a colour are separated from the others, each without its own prompt; and so are new ones."""
     backbone = RewardModel(replace(CONFIG, pretrained=True)).backbone
     rng = np.random.default_rng(0)
     colours = [list(COLOURS)[n % 4] for n in range(40)]
     clips = torch.from_numpy(np.stack([draw_clip(rng, "disc", colour, "left", 1.2) for colour in colours]))
-    looks, prompts = backbone.look(clips), [f"a {colour} disc" for colour in colours]
-    shown = backbone.prepare(looks[:32], prompts[:32], torch.ones(32))
+    frozen, prompts = backbone.frozen_features(clips), [f"a {colour} disc" for colour in colours]
+    left_out = backbone.fit_closed_form(frozen[:32], prompts[:32], torch.ones(32))
     words = torch.stack([read_text(colour) for colour in COLOURS])
-    features = backbone.encode(clips[32:], looks[32:])
-    for evidence in (shown @ words.T, features.shown @ words.T):
+    features = backbone.encode(clips[32:], frozen[32:])
+    for evidence in (left_out @ words.T, features.word_evidence @ words.T):
         named = np.arange(len(evidence))[:, None] % 4 == np.arange(4)
         assert np.mean([roc_auc_score(named[:, n], evidence[:, n]) for n in range(4)]) > 0.9
 
 
-def test_what_a_prompt_leads_to_expect_is_told_from_what_is_foreign():
-    """Against numpy: distances of 4 x 4 pixels to each colour of the palette; the soft minimum tells near from far."""
-    backbone = random_model().backbone
+def test_palette_distance_is_numpys():
+    """Distances of 4 x 4 pixels to each colour of the palette; the soft minimum separates near from far."""
     palette = torch.tensor([[-1.0, -1, -1], [1, 0, 0], [0, 1, 0], [5, 5, 5]])
-    with torch.no_grad():
-        backbone.palette.weight.zero_()
-        backbone.palette.bias.copy_(palette.flatten())
     generator = torch.Generator().manual_seed(0)
     # clips of two of the named colours and of a foreign one
     colours = torch.cat((palette[:2], torch.tensor([[0.2, -0.7, 1.0]])))[
         torch.randint(3, (2, 3, 2, 4), generator=generator)
     ]
     pixels = colours.movedim(-1, 1).repeat_interleave(4, 3).repeat_interleave(4, 4)
-    found = backbone._foreign(pixels, torch.zeros(2, backbone.palette.in_features))
+    found = palette_distance(pixels, palette.expand(2, -1, -1))
     expected = np.linalg.norm(colours[..., None, :].numpy() - palette.numpy(), axis=-1)
     np.testing.assert_allclose(found[:, :4].movedim(1, -1), expected, atol=0.02)
     nearest = expected.min(axis=-1)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from moving_shapes import GRID, Clips, PlantedTeacher, damage, draw_clip, make_clips, write_candidates
+from recipe import demo_config
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from tiny import kill_when, output_hashes
@@ -18,15 +19,16 @@ from halo_fast.data.clips import read_clip
 from halo_fast.demo import world
 from halo_fast.demo.meters import DefectMeter
 from halo_fast.errors import UserError
-from halo_fast.families.sampling import GenerateConfig
-from halo_fast.pipeline.config import AnnotateConfig, Config
+from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import reward as reward_stage
 from halo_fast.pipeline.stages.annotate import annotate
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.reward import read_labels, train_reward
 from halo_fast.pipeline.stages.score import score
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit, training
-from halo_fast.rewards.base import RewardConfig
+from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model, training
+from halo_fast.rewards.examples import add_examples
+from halo_fast.rewards.terms import Batch, frozen_copy_loss
 from halo_fast.teachers import VIDEO_DIMENSIONS
 
 HELD_OUT = make_clips(64, seed=2)
@@ -50,7 +52,7 @@ def labelled(clips: Clips) -> LabelledClips:
 @pytest.fixture(scope="module")
 def trained() -> tuple[RewardModel, list[dict]]:
     config = RewardConfig(video_steps=40, patch_steps=400, batch_size=12, learning_rate=5e-3)
-    return fit(
+    return train_reward_model(
         RewardModelConfig(VIDEO_DIMENSIONS, width=16, pretrained=False),
         labelled(make_clips(240, seed=1)),
         config,
@@ -100,9 +102,9 @@ def test_damage_lowers_the_damaged_patch_most(trained):
 
 
 class _Displacement:
-    """A backbone whose dynamic_degree is how far the light travels, as a person would count."""
+    """A backbone whose dynamic_degree is how many pixels the light travels."""
 
-    def encode(self, videos, looks, shown=None):
+    def encode(self, videos, frozen, word_evidence=None):
         light = videos.float().mean(dim=(2, 4))
         centre = (light * torch.arange(videos.shape[3])).sum(-1) / light.sum(-1)
         return centre[:, -1] - centre[:, 0]
@@ -112,7 +114,7 @@ class _Displacement:
 
 
 def test_clips_beat_frozen_copies_of_themselves_in_training():
-    """Against the logistic loss of 4 pixels of travel; who stands still or has no score or no motion does not count."""
+    """The logistic loss of 4 pixels of travel; clips that stand still, or have no score or score 1, do not count."""
     videos = torch.zeros(5, 5, 8, 8, 3, dtype=torch.uint8)
     for n, travel in enumerate((0, 1, 1, 1, 1)):
         for frame in range(5):
@@ -122,7 +124,7 @@ def test_clips_beat_frozen_copies_of_themselves_in_training():
     model = SimpleNamespace(backbone=_Displacement())
     own = model.backbone.encode(videos, None)
     assert own.tolist() == [0, 4, 4, 4, 4]
-    loss = training._frozen_loss(model, training._Batch(clips, None, None), own, 0)
+    loss = frozen_copy_loss(model, Batch(clips), own, 0)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
 
 
@@ -136,30 +138,22 @@ def test_a_frozen_copy_does_not_win_on_motion(trained):
 
 
 @pytest.mark.parametrize(
-    ("setting", "prompts", "axes"),
-    [
-        (None, "demo:train", [-1, -2]),
-        (None, "prompts.txt", [-1]),
-        ("both", "prompts.txt", [-1, -2]),
-        ("horizontal", "demo:train", [-1]),
-        ("none", "demo:train", []),
-    ],
+    ("setting", "axes"),
+    [({}, [-1]), ({"mirror": "both"}, [-1, -2]), ({"mirror": "horizontal"}, [-1]), ({"mirror": "none"}, [])],
 )
-def test_clips_are_mirrored_only_where_that_keeps_labels_true(monkeypatch, tmp_path, setting, prompts, axes):
-    """Upside down nothing falls, so only the demo's world is turned over unless someone asks for it."""
+def test_clips_are_mirrored_only_where_that_keeps_labels_true(monkeypatch, tmp_path, setting, axes):
+    """Things fall, so clips are turned upside down only where someone asks for it."""
     run = small_run(tmp_path)
-    run.config.reward = replace(run.config.reward, mirror=setting, video_steps=0, patch_steps=1)
-    run.config.prompts = prompts
-    seen, batch = [], training._batch
-    monkeypatch.setattr(training, "_batch", lambda *given: seen.append(given[-1]) or batch(*given))
+    run.config.reward = replace(run.config.reward, **setting, video_steps=0, patch_steps=1)
+    inputs, draw = [], training.draw_batch
+    monkeypatch.setattr(training, "draw_batch", lambda *given: inputs.append(given[0]) or draw(*given))
     train_reward(run.config, run)
-    assert [axis for axis, _ in seen[0]] == axes
+    assert [mirror.axis for mirror in inputs[0].mirrors] == axes
+    assert demo_config().reward.mirror == "both"
 
 
 def small_run(folder: Path) -> Run:
-    reward = RewardConfig(
-        video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3, pretrained=False, examples=0
-    )
+    reward = RewardConfig(video_steps=4, patch_steps=8, batch_size=3, checkpointing_steps=3, pretrained=False)
     run = Run(Config(output_dir=str(folder), grid=GRID, reward=reward))
     clips = make_clips(6, seed=4)
     write_candidates(run, clips)
@@ -169,16 +163,24 @@ def small_run(folder: Path) -> Run:
 
 def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
     """Judged by the demo's defect meter; neither their prompts nor their handwriting are held out."""
-    config = Config(output_dir=str(tmp_path), generate=GenerateConfig(num_prompts=2, num_inference_steps=1))
-    config.reward = RewardConfig(examples=100, video_steps=0, patch_steps=1, pretrained=False)
+    config = demo_config(
+        output_dir=str(tmp_path),
+        generate={"num_prompts": 2, "num_inference_steps": 1},
+        reward={"num_examples": 100, "video_steps": 0, "patch_steps": 1, "pretrained": False},
+    )
     run = Run(config)
     for stage in (generate, annotate):
         stage(config, run)
-    seen, splits, handwriting = [], [], world.handwriting
-    monkeypatch.setattr(training, "fit", lambda kind, data, *rest: seen.append(data) or fit(kind, data, *rest))
+    trained, splits, handwriting = [], [], world.handwriting
+
+    def train(kind, data, *rest):
+        trained.append(data)
+        return train_reward_model(kind, data, *rest)
+
+    monkeypatch.setattr(reward_stage, "train_reward_model", train)
     monkeypatch.setattr(world, "handwriting", lambda split: splits.append(split) or handwriting(split))
     train_reward(config, run)
-    (data,) = seen
+    (data,) = trained
     assert set(splits) == {"train"}
     _, own = read_labels(run.path / "annotate" / "labels.parquet", run.path / "generate")
     assert len(data) == len(data.videos) == len(data.video_scores) == len(data.patch_scores) == 4 + 100
@@ -194,9 +196,30 @@ def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
     assert len(scores) == 2 and all(values.isnan().all() for values in scores.values())
 
 
-def test_examples_are_the_demos_alone():
-    with pytest.raises(ValueError, match=r"reward\.examples: expected 0 .* got 8 with 'human:anna'"):
-        Config(annotate=AnnotateConfig(teacher="human:anna"), reward=RewardConfig(examples=8))
+def bright_examples(count, seed):
+    """Examples of one's own: the brighter, the better."""
+    level = torch.randint(256, (count, 1, 1, 1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    quality = (1 + 4 * level.float() / 255).view(-1, 1, 1, 1).expand(-1, *GRID)
+    return level.expand(-1, 9, 32, 32, 3), ["a light"] * count, quality
+
+
+def test_examples_of_ones_own_have_a_dotted_name():
+    clips = labelled(make_clips(6, seed=4))
+    data = add_examples(clips, f"{__name__}:bright_examples", 5, seed=3)
+    assert data.prompts == [*clips.prompts, *["a light"] * 5]
+    light = 1 + 4 * data.videos[6:].float().mean(dim=(1, 2, 3, 4)) / 255
+    torch.testing.assert_close(data.patch_scores[6:].mean(dim=(1, 2, 3, 4)), light)
+    torch.testing.assert_close(data.video_scores[6:, 0], light)
+    assert data.video_scores[6:, 1:].isnan().all()
+
+
+def test_examples_that_do_not_fit_are_named():
+    clips = labelled(make_clips(6, seed=4))
+    with pytest.raises(UserError, match=r"reward\.examples: expected one of 'demo', .* got 'mine'"):
+        add_examples(clips, "mine", 5, 0)
+    coarse = replace(clips, patch_scores=clips.patch_scores[..., :2])
+    with pytest.raises(ValueError, match=r"gives patch scores \[1, 3, 4, 4\], the run has \[1, 3, 4, 2\]"):
+        add_examples(coarse, f"{__name__}:bright_examples", 5, 0)
 
 
 def test_what_nobody_scored_is_not_learned(tmp_path):
@@ -226,13 +249,14 @@ import math
 from pathlib import Path
 import torch
 torch.set_num_threads({torch.get_num_threads()})
-from halo_fast.rewards import train_reward, training
+from halo_fast.pipeline.stages.reward import train_reward
+from halo_fast.rewards import training
 from test_reward_training import small_run
-save = training._save
-def save_slowly(*arguments):
-    save(*arguments)
+write = training.write_checkpoint
+def write_slowly(*arguments):
+    write(*arguments)
     time.sleep(1)
-training._save = save_slowly
+training.write_checkpoint = write_slowly
 run = small_run(Path({str(tmp_path / "killed")!r}))
 train_reward(run.config, run)
 """

@@ -1,4 +1,4 @@
-"""Vision-language backbones: one sequence says what a pass a patch says; published reward models as a start."""
+"""Vision-language backbones: one sequence gives what a pass a patch gives; published reward models as a start."""
 
 import pytest
 import torch
@@ -8,10 +8,9 @@ from rewards import FAMILIES, WORDS, reward_model, tiny_model
 from safetensors.torch import load_file, save_file
 
 from halo_fast.errors import UserError
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, fit
-from halo_fast.rewards.backbones.vlm import _read_qwen
-from halo_fast.rewards.base import RewardConfig
-from halo_fast.teachers.base import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
+from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
+from halo_fast.rewards.backbones.vlm.frames import read_qwen
+from halo_fast.teachers.rubric import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
 
 
 def clips(count: int = 2, frames: int = 9) -> torch.Tensor:
@@ -57,7 +56,7 @@ def test_qwen_frames_are_packed_as_its_processor_packs_them(tmp_path):
     model = reward_model(tiny_model(tmp_path, "qwen2_vl")).backbone.network
     packed = []
     model.model.visual.register_forward_pre_hook(lambda _, arguments: packed.append(arguments[0]))
-    _read_qwen(model, clips(1, 1), 224)
+    read_qwen(model, clips(1, 1), 224)
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
@@ -76,7 +75,7 @@ def test_qwen_positions_are_the_models_own(tmp_path, family):
     own, _ = backbone.network.model.get_rope_index(
         torch.ones_like(kinds), kinds, video_grid_thw=torch.tensor([[steps, 2 * rows, 2 * columns]])
     )
-    position, _ = backbone._positions(features, 4)
+    position, _ = backbone.prefix_positions(features, 4)
     assert position.shape == own.shape
     assert torch.equal(position[1:], own[1:])
     assert torch.equal(position[0, 0].diff().sign(), own[0, 0].diff().sign())
@@ -115,13 +114,13 @@ def test_videoreward_starts_from_its_reward_tokens_under_its_published_names(tmp
     torch.testing.assert_close(other.queries[1:3].data, embedded[[rows[2], rows[1]]])
 
 
-def test_a_score_that_the_published_model_lacks_is_told(tmp_path, capsys):
+def test_a_score_that_the_published_model_lacks_is_logged(tmp_path, caplog):
     folder = tiny_model(tmp_path, "idefics2")
     weights = load_file(folder / "model.safetensors") | {"score.weight": torch.randn(5, 32)}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     head = reward_model(folder, ("beauty", "text_alignment")).backbone.head
     torch.testing.assert_close(head[1].data, weights["score.weight"][3])
-    assert "does not score beauty" in capsys.readouterr().err
+    assert "does not score beauty" in caplog.text
     save_file(weights | {"score.weight": torch.randn(3, 32)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="head of 5 scores"):
         reward_model(folder, ("text_alignment",))
@@ -141,7 +140,9 @@ def test_training_moves_the_language_model_or_its_adapter_and_lowers_the_loss(tm
         ("visual_quality",),
     )
     config = RewardConfig(video_steps=10, patch_steps=20, batch_size=4, learning_rate=5e-3, held_out_share=0)
-    model, history = fit(RewardModelConfig(("visual_quality",), backbone=str(folder), lora_rank=rank), data, config, 0)
+    model, history = train_reward_model(
+        RewardModelConfig(("visual_quality",), backbone=str(folder), lora_rank=rank), data, config, 0
+    )
     assert history[-1]["patch_loss"] < 0.5 * history[10]["patch_loss"]
     before = reward_model(folder, ("visual_quality",), rank).backbone.network.state_dict()
     moved = {

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from halo_fast.data.clips import write_clip
 from halo_fast.files import write_parquet, write_safetensors
 from halo_fast.pipeline.run import Run
-from halo_fast.teachers import Label
+from halo_fast.teachers import Clip, Label, label_in_batches
 
 SHAPES = ("square", "disc", "cross", "ring")
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 230), "yellow": (220, 200, 40)}
@@ -122,8 +122,14 @@ class PlantedTeacher:
     grid = GRID
     name = "planted"
 
-    def __init__(self, clips: Clips, questions: Path | None = None, patience: int | None = None) -> None:
-        self.clips, self.questions, self.patience = clips, questions, patience
+    def __init__(
+        self, clips: Clips, questions: Path | None = None, patience: int | None = None, batch_size: int = 32
+    ) -> None:
+        self.clips, self.questions, self.patience, self.batch_size = clips, questions, patience, batch_size
+
+    def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
+        """Labels of batches; `compared` is nothing to this teacher."""
+        return label_in_batches(self.label, clips, self.batch_size)
 
     def label(self, videos: torch.Tensor, prompts: Sequence[str]) -> list[Label]:
         """Dies by SIGKILL, before it hears the question, when it has answered `patience` times."""

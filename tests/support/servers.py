@@ -53,10 +53,12 @@ class OpenAIServer:
         a character in it), "tokens" (a count that no file holds) and "revision" (the key in the model's name). "key"
         adds a field whose name is the key, with escapes.
     biased: answer "first" to every comparison; else the brighter video wins and equals tie.
+    reported: name under which the server reports the model, if not the one that was asked for.
     """
 
     misbehave: Callable[[int, dict[str, Any]], str] = lambda number, question: USABLE
     biased: bool = False
+    reported: str | None = None
     retry_after: str = "0.02"
     pause: float = 0.0
     slowness: float = 3.0
@@ -141,7 +143,7 @@ class OpenAIServer:
         if outcome == "length":
             text, finish = text[: len(text) // 2], "length"
         refusal = "I cannot look at this. \ud83d" if outcome == "refusal" else None
-        model = "gpt-4o-mini-2024-07-18" if outcome == "model" else body["model"]
+        model = "gpt-4o-mini-2024-07-18" if outcome == "model" else self.reported or body["model"]
         used, made = sum(map(len, _texts(body))) // 4 + 85 * len(_images(body)), len(text) // 4
         request.dollars = share * (used * PRICES[0] + made * PRICES[1])
         if outcome == "revision":

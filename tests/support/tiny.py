@@ -326,6 +326,24 @@ TINY = {
 }
 
 
+def tiny_clips(**changes: Any) -> GenerateConfig:
+    """Clips of 9 x 32 x 32 pixels in 4 unguided steps, with changes."""
+    settings = {"num_frames": 9, "height": 32, "width": 32, "fps": 8, "batch_size": 2}
+    return GenerateConfig(**{"num_inference_steps": 4, "guidance_scale": 1.0} | settings | changes)
+
+
+# Settings for models without attention worth keeping and clips of a few tokens.
+OBJECTIVE = {
+    "preset": "halo_sft", "video_weight": 0.05, "video_beta": 100.0, "patch_beta": 10.0, "patch_gamma": 0.0,
+    "patch_delta": 0.4,
+}  # fmt: skip
+TINY_TRAIN = {
+    "objective": OBJECTIVE, "learning_rate": 2e-3, "lr_warmup_steps": 10, "max_train_steps": 6, "train_batch_size": 4,
+    "gradient_accumulation_steps": 1, "rank": 4, "lora_alpha": 16, "gradient_checkpointing": "none",
+    "mixed_precision": "no", "checkpointing_steps": 2, "checkpoints_total_limit": None, "diagnostics_steps": 20,
+}  # fmt: skip
+
+
 def tiny_config(folder: Path, **train: Any) -> Config:
     """A run of 4 prompts with 2 candidates on a tiny Wan pipeline, which is saved in `folder` if not there yet."""
     model, prompts = folder / "model", folder / "prompts.txt"
@@ -339,8 +357,8 @@ def tiny_config(folder: Path, **train: Any) -> Config:
         pretrained_model_name_or_path=str(model),
         prompts=str(prompts),
         grid=(3, 2, 2),
-        generate=GenerateConfig(num_prompts=4, batch_size=2, num_inference_steps=4),
-        train=TrainConfig(**{"max_train_steps": 6, "train_batch_size": 4, "rank": 4, "checkpointing_steps": 2} | train),
+        generate=tiny_clips(num_prompts=4),
+        train=TrainConfig(**TINY_TRAIN | train),
     )
 
 

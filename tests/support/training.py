@@ -2,17 +2,23 @@
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from tiny import CHANNELS
+from tiny import CHANNELS, OBJECTIVE, TINY_TRAIN
 
 from halo_fast.data import Pair
 from halo_fast.families import Family, family_of
 from halo_fast.train.config import TrainConfig
 
 CONFIG = TrainConfig(
-    reference_draws=None,
-    max_train_steps=6, train_batch_size=4, rank=4, lora_alpha=4, learning_rate=5e-3, lr_warmup_steps=2,
-    checkpointing_steps=2, logging_steps=4,
+    **TINY_TRAIN | {
+        "reference_draws": None, "lora_alpha": 4, "learning_rate": 5e-3, "lr_warmup_steps": 2, "logging_steps": 4,
+        "diagnostics_steps": 20,
+    }
 )  # fmt: skip
+
+
+def objective_with(**changes):
+    """The demo's objective with changes: betas that a tiny model feels."""
+    return OBJECTIVE | changes
 
 
 def make_pairs(family, count=6, seed=0):

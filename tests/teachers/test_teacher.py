@@ -1,4 +1,4 @@
-"""Teachers: what a label may say, the store that pays once, the demo's teacher, the stage that asks."""
+"""Teachers: what a label may say, the store that pays once, the demo's teacher, the stage annotate."""
 
 import math
 import os
@@ -25,7 +25,7 @@ CLIPS = make_clips(10, seed=3)
 
 
 def run_in(folder: Path, **settings) -> Run:
-    run = Run(Config(output_dir=str(folder), grid=GRID, annotate=AnnotateConfig(**{"batch_size": 3} | settings)))
+    run = Run(Config(output_dir=str(folder), grid=GRID, annotate=AnnotateConfig(**settings)))
     write_candidates(run, CLIPS)
     return run
 
@@ -143,7 +143,7 @@ def test_annotate_writes_labels_of_every_clip(tmp_path):
     np.testing.assert_allclose(patches, 5 - 4 * CLIPS.severity.reshape(10, -1), rtol=1e-6)
 
 
-def test_annotate_asks_about_some_clips_only_if_told(tmp_path):
+def test_annotate_scores_some_clips_only_on_demand(tmp_path):
     run = run_in(tmp_path, num_clips=4)
     annotate(run.config, run, PlantedTeacher(CLIPS, tmp_path / "questions"))
     assert len(labels_of(run)) == len((tmp_path / "questions").read_text().split()) == 4
@@ -159,14 +159,14 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_teacher import CLIPS, PlantedTeacher, annotate, run_in
 run = run_in(Path({str(tmp_path / "killed")!r}))
-annotate(run.config, run, PlantedTeacher(CLIPS, Path({str(questions)!r}), patience=int(sys.argv[1])))
+annotate(run.config, run, PlantedTeacher(CLIPS, Path({str(questions)!r}), patience=int(sys.argv[1]), batch_size=3))
 """
     for patience in (1, 2):
         killed = subprocess.run([sys.executable, "-c", script, str(patience)], env=os.environ)
         assert killed.returncode == -signal.SIGKILL
     assert len(questions.read_text().split()) == 9
     run = run_in(tmp_path / "killed")
-    annotate(run.config, run, PlantedTeacher(CLIPS, questions))
+    annotate(run.config, run, PlantedTeacher(CLIPS, questions, batch_size=3))
     assert sorted(map(int, questions.read_text().split())) == list(range(10))
     assert output_hashes(run.path / "annotate") == output_hashes(undisturbed.path / "annotate")
     # not even a stage that is redone from nothing pays again
@@ -198,7 +198,7 @@ def test_some_refusals_are_recorded_without_scores(tmp_path):
             return [Label(status="refused"), *labels[1:]]
 
     run = run_in(tmp_path)
-    annotate(run.config, run, Picky(CLIPS))
+    annotate(run.config, run, Picky(CLIPS, batch_size=3))
     rows = labels_of(run)
     assert [row["status"] == "refused" for row in rows] == [n % 3 == 0 for n in range(10)]
     for row in rows:
@@ -209,8 +209,14 @@ def test_some_refusals_are_recorded_without_scores(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     run = run_in(tmp_path)
-    run.config.annotate.teacher = "nobody"
-    with pytest.raises(UserError, match='annotate.teacher: expected "demo", "openai" or "human:NAME", got \'nobody\''):
+    for name in ("nobody", ""):
+        run.config.annotate.teacher = name
+        with pytest.raises(
+            UserError, match="annotate.teacher: expected one of 'demo', 'human', 'openai', or your own as"
+        ):
+            annotate(run.config, run)
+    run.config.annotate.teacher = "human:"
+    with pytest.raises(UserError, match=r'name: expected letters.*as in "human:anna"'):
         annotate(run.config, run)
     run.config.grid = (1, 1, 1)
     with pytest.raises(UserError, match="grid: teacher 'planted' scores"):

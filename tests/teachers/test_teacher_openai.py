@@ -1,13 +1,15 @@
-"""The teacher behind OpenAI's protocol, against a server that misbehaves: what is asked, paid, recorded and kept."""
+"""The teacher behind OpenAI's protocol, with a server that misbehaves: what is asked, paid, recorded and kept."""
 
 import io
 import json
 import logging
 import math
+import re
 import sqlite3
 import time
 import traceback
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,13 +19,15 @@ from PIL import Image
 from servers import USABLE, OpenAIServer, expected_score
 
 from halo_fast.errors import UserError
+from halo_fast.files import hash_bytes
 from halo_fast.patches import PatchGrid
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, Clip, LabelStore, TeacherRequest, label_key
+from halo_fast.teachers.labelling import judge_pairs, label_clips
 from halo_fast.teachers.openai.config import OpenAIConfig
 from halo_fast.teachers.openai.pictures import Picture, choose_patches, cut_frame, even_steps, whole_frame
+from halo_fast.teachers.openai.pricing import highest_cost, image_tokens
 from halo_fast.teachers.openai.questions import VERDICTS, Question, ask_pair, ask_patches, parse
-from halo_fast.teachers.openai.server import image_tokens
-from halo_fast.teachers.openai.teacher import Clip, OpenAITeacher
+from halo_fast.teachers.openai.teacher import OpenAITeacher, load_openai
 
 pytest.importorskip("openai")
 KEY = "sk-test-5e1f7c0de0f1a5ecretkey"
@@ -47,11 +51,24 @@ def settings(server: OpenAIServer, **changes) -> OpenAIConfig:
 
 
 def teacher(server: OpenAIServer, store: LabelStore, **changes) -> OpenAITeacher:
-    return OpenAITeacher(settings(server, **changes), GRID, store, (8, 4, True))
+    options = vars(settings(server, **changes))
+    return load_openai(TeacherRequest("openai", GRID, store, options, factors=(8, 4, True)))
+
+
+def clips_of(videos: np.ndarray, prompts: list[str]) -> list[Clip]:
+    return [
+        Clip(hash_bytes(video.tobytes()), prompt, partial(torch.from_numpy, video))
+        for video, prompt in zip(videos, prompts, strict=True)
+    ]
+
+
+def label_all(teacher: OpenAITeacher, videos: np.ndarray, prompts: list[str]) -> list:
+    labels = dict(teacher.labels(clips_of(videos, prompts)))
+    return [labels[index] for index in range(len(prompts))]
 
 
 def label_some(teacher: OpenAITeacher, count: int) -> list:
-    return teacher.label(torch.from_numpy(CLIPS.videos[:count]), CLIPS.prompts[:count])
+    return label_all(teacher, CLIPS.videos[:count], CLIPS.prompts[:count])
 
 
 def requests_in(store: LabelStore) -> list[tuple]:
@@ -100,7 +117,7 @@ TRANSIENT = {"429": "failed", "500": "failed", "slow": "lost", "cut": "lost"}
 UNUSABLE = {
     "half": "malformed", "words": "malformed", "grade": "malformed", "extra": "malformed", "missing": "malformed",
     "html": "malformed", "range": "out_of_range", "refusal": "refused", "policy": "refused", "length": "truncated",
-    "model": "wrong_model", "deep": "malformed", "key": "malformed",
+    "deep": "malformed", "key": "malformed",
 }  # fmt: skip
 
 
@@ -118,7 +135,7 @@ def test_every_misbehaviour_is_recorded_and_survived(store, api):
         assert all(reason for status, reason, _ in recorded if status != "ok")
         dollars = dict(zip([*wrong, "video", "patches"], [cost for _, _, cost in recorded], strict=True))
         assert dollars["429"] == dollars["500"] == dollars["policy"] == 0
-        # nobody knows whether these were billed: they count at the most they can have cost
+        # it is unknown whether these were billed: they count at the most they can have cost
         assert min(dollars["slow"], dollars["cut"]) > max(dollars["words"], dollars["video"]) > 0
         assert store.spent() >= server.billed
 
@@ -142,8 +159,8 @@ def test_half_a_character_and_a_count_beyond_reason_do_not_cost_an_answer(store,
 def test_a_key_that_comes_back_in_disguise_is_stored_nowhere(store, api):
     with OpenAIServer(lambda number, _: "key" if number == 0 else "revision") as server:
         labels = label_some(teacher(server, store, api=api, max_attempts=1), 2)
-    told = [label.reason for label in labels if label.status == "malformed"]
-    assert len(told) == 1 and "<OPENAI_API_KEY>" in told[0]
+    reasons = [label.reason for label in labels if label.status == "malformed"]
+    assert len(reasons) == 1 and "<OPENAI_API_KEY>" in reasons[0]
     with sqlite3.connect(store.path) as connection:
         rows = connection.execute("SELECT reason, text, COALESCE(model, '') FROM requests").fetchall()
     texts = [text for row in rows for text in row] + [label.reason for label in labels]
@@ -153,7 +170,7 @@ def test_a_key_that_comes_back_in_disguise_is_stored_nowhere(store, api):
 
 @pytest.mark.parametrize("wrong", [KEY + "\n", " " + KEY, KEY[:9] + " " + KEY[9:], "sk-sch\u00fcssel", "sk-\udcff"])
 @pytest.mark.parametrize("api", ["responses", "batch"])
-def test_a_malformed_key_is_told_without_its_value_and_nothing_is_reserved(store, monkeypatch, wrong, api):
+def test_a_malformed_key_is_reported_without_its_value_and_nothing_is_reserved(store, monkeypatch, wrong, api):
     monkeypatch.setenv("OPENAI_API_KEY", wrong)
     with OpenAIServer() as server:
         with pytest.raises(UserError, match="^OPENAI_API_KEY: expected ASCII .*, found a space, a line end") as caught:
@@ -176,7 +193,7 @@ def test_equal_questions_at_once_are_paid_once(store):
 
     pairs = [(clip(0), clip(1)), (clip(1), clip(0))]
     with OpenAIServer(pause=0.2) as server:
-        judgements = dict(teacher(server, store, max_concurrency=2).judge(pairs))
+        judgements = dict(teacher(server, store, max_concurrency=2, pairwise=True).judge(pairs))
         assert len(server.requests) == 2
     swapped = {"a": "b", "b": "a"}
     for name in RUBRIC_DIMENSIONS:
@@ -184,15 +201,14 @@ def test_equal_questions_at_once_are_paid_once(store):
 
 
 def test_equal_questions_go_into_a_batch_once(store):
-    videos = torch.from_numpy(CLIPS.videos[[0, 0]])
     with OpenAIServer() as server:
-        labels = teacher(server, store, api="batch").label(videos, [CLIPS.prompts[0]] * 2)
+        labels = label_all(teacher(server, store, api="batch"), CLIPS.videos[[0, 0]], [CLIPS.prompts[0]] * 2)
         assert len(server.requests) == 2 and len(server.batches) == 1
     for label in labels:
         assert_as_answered(label, CLIPS.prompts[0])
 
 
-def test_another_seed_asks_only_about_patches_that_it_draws_anew(store):
+def test_another_seed_sends_only_questions_about_newly_drawn_patches(store):
     def seeded(server, seed, **changes):
         return OpenAITeacher(settings(server, **changes), GRID, store, (8, 4, True), seed)
 
@@ -209,13 +225,13 @@ def test_another_seed_asks_only_about_patches_that_it_draws_anew(store):
     assert set(server.usable_answers().values()) == {1}
 
 
-def test_each_clip_of_a_pair_is_shown_over_its_own_length(store):
+def test_each_clip_of_a_pair_is_sampled_over_its_own_length(store):
     short, long = CLIPS.videos[0, :5], CLIPS.videos[1]
     question = ask_pair(("s", "l"), "p", [short, long], "t", 6)
     asked = json.loads(question.text)
     assert asked["num_frames"] == [5, 9] and asked["frames"] == [[0, 2, 4], [0, 4, 8]]
-    shown = [short[0], short[2], short[4], long[0], long[4], long[8]]
-    assert question.pictures == tuple(whole_frame(frame) for frame in shown)
+    frames = [short[0], short[2], short[4], long[0], long[4], long[8]]
+    assert question.pictures == tuple(whole_frame(frame) for frame in frames)
 
 
 @pytest.mark.parametrize(("misbehaviour", "status"), UNUSABLE.items())
@@ -227,7 +243,7 @@ def test_what_never_becomes_an_answer_never_becomes_a_number(store, misbehaviour
         assert all(label.reason and not label.video and not label.patches for label in labels)
         # the patches are not asked about when the video has no answer
         assert Counter(request.question["task"] for request in server.requests) == {"video": 4}
-        # nor is anything asked again that was paid for in vain as often as may be
+        # nor is a question asked again that has used its attempts
         assert [label.status for label in label_some(asked, 2)] == [status] * 2
         assert len(server.requests) == 4
 
@@ -278,8 +294,8 @@ def test_refused_requests_end_the_run_at_once_and_keep_the_key_secret(store, mis
         with pytest.raises(UserError, match=complaint) as caught:
             label_some(teacher(server, store, api=api, max_concurrency=1), 3)
         assert len(server.requests) == 1
-    told = "".join(traceback.format_exception(caught.value))
-    assert "<OPENAI_API_KEY>" in told and KEY not in told
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "<OPENAI_API_KEY>" in printed and KEY not in printed
     assert KEY.encode() not in store.path.read_bytes()
 
 
@@ -329,9 +345,8 @@ def test_as_many_requests_at_once_as_allowed(store):
 
 def test_the_budget_holds_with_many_requests_under_way_and_can_be_raised(store):
     with OpenAIServer(pause=0.05) as server:
-        probe = teacher(server, store, max_concurrency=6)._server
         question = Question("k", json.dumps({"prompt": "x" * 60}), (), RUBRIC_DIMENSIONS)
-        budget = 2.5 * probe.cost(question)
+        budget = 2.5 * highest_cost(question, settings(server))
         # a store that has spent something does not judge by the estimate
         numbers = store.reserve({"before": 1e-6}, "somebody", budget)
         assert numbers is not None
@@ -346,14 +361,13 @@ def test_the_budget_holds_with_many_requests_under_way_and_can_be_raised(store):
         assert set(server.usable_answers().values()) == {1}
 
 
-def test_an_estimate_over_the_budget_is_told_before_anything_is_sent(store, capsys):
-    with OpenAIServer() as server:
+def test_an_estimate_over_the_budget_is_reported_before_anything_is_sent(store, caplog):
+    with OpenAIServer() as server, caplog.at_level(logging.INFO, logger="halo_fast"):
         with pytest.raises(UserError, match=r"annotate.openai.budget: 6 clips, 12 requests, 30 images, about \$0\."):
             label_some(teacher(server, store, budget=0.001), 6)
         assert not server.requests
         label_some(teacher(server, store), 6)
-    told = capsys.readouterr().err.splitlines()[-1]
-    estimate = float(told.split("about $")[1].split()[0])
+    estimate = float(caplog.messages[-1].split("about $")[1].split()[0])
     assert server.billed / 2 < estimate < server.billed * 4
 
 
@@ -363,6 +377,141 @@ def test_an_estimate_over_the_budget_is_told_before_anything_is_sent(store, caps
 )
 def test_image_tokens_by_the_published_rule(width, height, detail, tokens):
     assert image_tokens(Picture(b"", width, height, detail), 85, 170) == tokens
+
+
+@pytest.mark.parametrize(
+    ("api", "reported"), [("chat", "/models/q.gguf"), ("responses", "azure/eval (2)"), ("batch", "x:2")]
+)
+def test_another_models_name_ends_the_run_and_its_answers_count_once_it_is_set(store, api, reported):
+    with OpenAIServer(reported=reported) as server:
+        with pytest.raises(
+            UserError, match=f"asked gpt-4o-2024-11-20, '{re.escape(reported)}' answered; .*reported_model"
+        ):
+            label_some(teacher(server, store, api=api, max_concurrency=1), 3)
+        assert len(server.requests) == (6 if api == "batch" else 1)
+        assert [status for status, _, _ in requests_in(store)] == ["wrong_model"] * len(server.requests)
+        asked = teacher(server, store, api=api, reported_model=reported)
+        for label, prompt in zip(label_some(asked, 3), CLIPS.prompts, strict=False):
+            assert_as_answered(label, prompt)
+        assert len(server.requests) == 6  # nothing is paid twice
+        assert asked.name == teacher(server, store).name
+        server.reported = "another"
+        with pytest.raises(UserError, match="asked gpt-4o-2024-11-20, 'another' answered"):
+            label_some(asked, 5)
+
+
+SPELLINGS = ["{}", "{}/", "HTTP://LocalHost:{port}/v1", "http://[::1]:{port}/v1//", " http://127.0.0.1:{port}/v1"]
+
+
+def test_one_server_has_one_name_however_its_address_is_spelled(store, monkeypatch):
+    with OpenAIServer() as server:
+        port = server.url.split(":")[2].split("/")[0]
+        names = {teacher(server, store, base_url=spelling.format(server.url, port=port)).name for spelling in SPELLINGS}
+        assert len(names) == 1
+        label_some(teacher(server, store), 1)
+        label_some(teacher(server, store, base_url=f"http://localhost:{port}/v1/"), 1)
+        assert len(server.requests) == 2
+        for url in ("http://localhost:1/v1", f"http://127.0.0.1:{port}/v2", f"https://127.0.0.1:{port}/v1"):
+            assert teacher(server, store, base_url=url).name not in names
+    monkeypatch.delenv("OPENAI_API_KEY")
+    same = [teacher(server, store, base_url=url).name for url in ("https://a.example:443/v1", "https://A.example/v1/")]
+    assert same[0] == same[1]
+    with pytest.raises(UserError, match="base_url: expected .*host:port"):
+        teacher(server, store, base_url="http://a.example:eight/v1")
+
+
+def test_names_of_stored_labels_stay(store):
+    # under which earlier versions stored labels that were paid for
+    factors = (8, 4, True)
+    for config, name in [
+        (OpenAIConfig(), "gpt-4o-2024-11-20 943be37d47d9"),
+        (
+            OpenAIConfig(base_url="http://localhost:8000/v1", model="Qwen/Qwen2.5-VL-7B-Instruct", api="chat"),
+            "Qwen/Qwen2.5-VL-7B-Instruct 8c07101a59f7",
+        ),
+        (OpenAIConfig(max_patches=10, temperature=None), "gpt-4o-2024-11-20 eafd65e31758"),
+    ]:
+        assert OpenAITeacher(config, GRID, store, factors, 3).name == name
+    key = "b9ea1ba4a393d94954b0ed7b69354cac1c2564fa7598b6f782543503ed818744"
+    assert label_key("h", "p", (3, 4, 4), "human:anna") == key
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ("https://gateway.example/v1", "https://gateway.example/v1"),
+        ("https://me:secret@api.openai.com/v2/?key=secret", "https://api.openai.com/v2"),
+    ],
+)
+def test_a_gateway_in_the_environment_is_refused_by_name(store, monkeypatch, environment, shown):
+    monkeypatch.setenv("OPENAI_BASE_URL", environment)
+    message = f"OPENAI_BASE_URL: the environment has {shown}, annotate.openai.base_url is https://api.openai.com/v1;"
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        OpenAITeacher(OpenAIConfig(), GRID, store)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://API.openai.com:443/v1/")
+    OpenAITeacher(OpenAIConfig(), GRID, store)
+
+
+@pytest.mark.parametrize("api", ["chat", "batch"])
+def test_a_server_that_was_mended_is_asked_again_for_what_is_missing(store, api):
+    clips = clips_of(CLIPS.videos[:3], CLIPS.prompts[:3])
+    wrong = {("video", CLIPS.prompts[0]): "grade", ("patches", CLIPS.prompts[1]): "refusal"}
+    with OpenAIServer(lambda _, question: wrong.get((question["task"], question["prompt"]), USABLE)) as server:
+        first = label_clips(clips, teacher(server, store, api=api, max_attempts=1), store)
+        assert [label.status for label in first] == ["malformed", "ok", "ok"]
+        assert [bool(label.reason) for label in first] == [True, True, False]
+        asked = len(server.requests)
+        server.misbehave = lambda *_: USABLE
+        again = label_clips(clips, teacher(server, store, api=api, max_attempts=1), store)
+        for label, prompt in zip(again, CLIPS.prompts, strict=False):
+            assert_as_answered(label, prompt)
+        assert set(server.usable_answers().values()) == {1}
+        assert len(server.requests) == asked + (2 if api == "batch" else 3)  # a batch asks about all patches at once
+        assert label_clips(clips, teacher(server, store, api=api), store) == again
+        assert len(server.requests) == asked + (2 if api == "batch" else 3)
+
+
+def test_a_comparison_without_a_verdict_is_asked_for_again(store):
+    def clip(index):
+        return Clip(f"hash {index}", CLIPS.prompts[0], lambda: torch.from_numpy(CLIPS.videos[index]))
+
+    pairs = [(clip(0), clip(1)), (clip(0), clip(2))]
+    with OpenAIServer(lambda number, _: "length" if number == 0 else USABLE) as server:
+        first = judge_pairs(pairs, teacher(server, store, pairwise=True, max_attempts=1, max_concurrency=1), store)
+        assert [judgement["status"] for judgement in first] == ["truncated", "ok"]
+        again = judge_pairs(pairs, teacher(server, store, pairwise=True), store)
+        assert [judgement["status"] for judgement in again] == ["ok", "ok"] and again[1] == first[1]
+        assert len(server.requests) == 5
+        assert judge_pairs(pairs, teacher(server, store, pairwise=True), store) == again
+        assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("misbehaviour", "api", "complaint"),
+    [
+        ("words", "responses", "are all malformed .*begins 'I would give this clip a 4"),
+        ("html", "chat", "are all malformed .*the response is no JSON: <html>"),
+        ("length", "chat", 'are all truncated .*begins \'{"remarks"'),
+        ("range", "batch", "the first 6 answers of .* are all out_of_range .*begins"),
+        ("refusal", "responses", "are all refused"),
+    ],
+)
+def test_a_model_that_gives_no_usable_answer_is_stopped_early(tmp_path, store, misbehaviour, api, complaint):
+    clips = make_clips(16, seed=6)
+    with OpenAIServer(lambda *_: misbehaviour) as server:
+        with pytest.raises(UserError, match=complaint):
+            label_all(teacher(server, store, api=api, max_concurrency=2), clips.videos, clips.prompts)
+        # three attempts for each of ten questions, or for two and one under way
+        most = {"refusal": 32, "range": 32}.get(misbehaviour, 8)
+        assert len(server.requests) <= most and len(server.batches) <= 1
+
+
+def test_refusals_of_one_prompts_candidates_do_not_stop_the_others(store):
+    prompts = [f"unsafe {index}" for index in range(4)] + ["a ball"] * 2
+    with OpenAIServer(lambda _, question: "policy" if "unsafe" in question["prompt"] else USABLE) as server:
+        labels = label_all(teacher(server, store, max_concurrency=1), CLIPS.videos, prompts)
+    assert [label.status for label in labels] == ["refused"] * 4 + ["ok"] * 2
 
 
 HOSTILE = [
@@ -376,10 +525,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("api", ["responses", "chat"])
 def test_a_prompt_is_data_whatever_it_says(store, api):
-    videos = torch.from_numpy(CLIPS.videos[: len(HOSTILE)])
+    videos = CLIPS.videos[: len(HOSTILE)]
     with OpenAIServer() as server:
-        labels = teacher(server, store, api=api, max_concurrency=1).label(videos, HOSTILE)
-        benign = teacher(server, store, api=api, max_concurrency=1).label(videos[:1], ["a ball"])
+        labels = label_all(teacher(server, store, api=api, max_concurrency=1), videos, HOSTILE)
+        benign = label_all(teacher(server, store, api=api, max_concurrency=1), videos[:1], ["a ball"])
     assert benign[0].status == "ok"
     for label, prompt in zip(labels, HOSTILE, strict=True):
         assert_as_answered(label, prompt)
@@ -507,7 +656,7 @@ def test_patches_that_are_not_asked_about_stay_unlabelled(store):
 def test_settings_that_cannot_be_are_named(store, monkeypatch):
     with OpenAIServer() as server:
         for change, complaint in [
-            ({"api": "guess"}, 'api: expected "responses", "chat" or "batch"'),
+            ({"api": "guess"}, "api: expected one of 'responses', 'chat', 'batch', got 'guess'"),
             ({"base_url": "api.openai.com"}, "base_url: expected http"),
             ({"base_url": "https://me:secret@host/v1"}, "base_url: expected an address without credentials"),
             ({"base_url": "http://far.example/v1"}, "would travel unencrypted"),
@@ -515,6 +664,7 @@ def test_settings_that_cannot_be_are_named(store, monkeypatch):
             ({"budget": math.nan}, "budget: expected at least 0"),
             ({"max_frames": 30, "max_images": 20}, "max_frames: expected at most max_images = 20, got 30"),
             ({"max_patches": 0}, "max_patches: expected at least 1"),
+            ({"timeout": 0.0}, "timeout: expected more than 0"),
         ]:
             with pytest.raises(UserError, match=complaint) as caught:
                 teacher(server, store, **change)

@@ -1,6 +1,7 @@
 """The stage with a teacher behind OpenAI's protocol: kills, batches, comparisons, and a server of another project."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,10 +26,11 @@ from moving_shapes import GRID, Clips, PlantedTeacher, make_clips, write_candida
 from servers import USABLE, OpenAIServer, expected_score
 
 from halo_fast.errors import UserError
+from halo_fast.files import hash_bytes
 from halo_fast.pipeline.config import AnnotateConfig, Config, to_yaml
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.annotate import annotate
-from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, LabelStore
+from halo_fast.teachers import RUBRIC, RUBRIC_DIMENSIONS, Clip, LabelStore
 from halo_fast.teachers.openai.config import OpenAIConfig
 from halo_fast.teachers.openai.teacher import OpenAITeacher
 
@@ -79,7 +82,7 @@ class Killer:
     was answered again in vain; an abrupt kill does not wait.
     """
 
-    wrong = ("429", "500", "cut", "half", "words", "range", "refusal", "length", "model")
+    wrong = ("429", "500", "cut", "half", "words", "range", "refusal", "length")
 
     def __init__(self, server: OpenAIServer, store: Path) -> None:
         self.server, self.store = server, store
@@ -114,7 +117,7 @@ class Killer:
         raise AssertionError(f"{settled} of {answered} answers are in the store")
 
 
-def test_200_clips_against_a_misbehaving_server_killed_three_times(tmp_path):
+def test_200_clips_with_a_misbehaving_server_killed_three_times(tmp_path):
     clips = make_clips(200, seed=1, damaged_share=0.1)
     clips.prompts = [f"{prompt}, take {index}" for index, prompt in enumerate(clips.prompts)]
     log, config = tmp_path / "log", tmp_path / "config.yaml"
@@ -157,7 +160,7 @@ def test_bounds_may_change_while_a_run_goes_on_but_questions_may_not(tmp_path):
     with OpenAIServer() as server:
         run = run_in(tmp_path, server)
         annotate(run.config, run)
-        assert "openai" not in manifest_of(run)["settings"] and "noisy_share" not in manifest_of(run)["settings"]
+        assert "openai" not in manifest_of(run)["settings"]
         assert manifest_of(run)["counts"]["dollars"] == pytest.approx(server.billed)
         count = len(server.requests)
         raised = run_in(tmp_path, server, budget=99.0, max_concurrency=2, timeout=3.0)
@@ -196,13 +199,13 @@ def test_labels_that_nobody_answered_are_asked_for_again_when_redone(tmp_path):
         assert set(server.usable_answers().values()) == {1}
 
 
-def test_demo_settings_do_not_know_the_other_teacher(tmp_path):
-    run = Run(Config(output_dir=str(tmp_path), grid=GRID))
+def test_a_teachers_settings_do_not_hold_those_of_another(tmp_path):
+    run = Run(Config(output_dir=str(tmp_path), grid=GRID, annotate=AnnotateConfig(options={"care": 3})))
     write_candidates(run, CLIPS)
     annotate(run.config, run, PlantedTeacher(CLIPS))
     settings = manifest_of(run)["settings"]
-    assert {"noisy_share", "batch_size", "num_clips"} <= set(settings)
-    assert not {"openai", "pairwise"} & set(settings)
+    assert settings["options"] == {"care": 3} and settings["num_clips"] is None and settings["pairwise"] is False
+    assert "openai" not in settings
 
 
 def test_a_comparison_counts_only_if_both_orders_agree(tmp_path):
@@ -311,7 +314,7 @@ def test_an_open_batch_waits_for_its_own_teacher(tmp_path, monkeypatch):
         assert spending(run) == pytest.approx(server.billed)
 
 
-def test_what_all_comparisons_will_cost_is_told_before_anything_is_sent(tmp_path, capsys):
+def test_what_all_comparisons_will_cost_is_reported_before_anything_is_sent(tmp_path, caplog):
     clips = replace(CLIPS, prompts=[prompt for prompt in CLIPS.prompts[::2] for _ in range(2)])
     with OpenAIServer() as server:
         run = run_in(tmp_path, server, clips, pairwise=True, budget=0.001)
@@ -319,10 +322,12 @@ def test_what_all_comparisons_will_cost_is_told_before_anything_is_sent(tmp_path
             annotate(run.config, run)
         assert not server.requests
         run = run_in(tmp_path, server, clips, pairwise=True)
-        annotate(run.config, run)
+        with caplog.at_level(logging.INFO, logger="halo_fast"):
+            annotate(run.config, run)
         assert len(server.requests) == 18
-    told = [line for line in capsys.readouterr().err.splitlines() if "6 clips, 3 pairs" in line][-1]
-    estimate = float(told.split("about $")[1].split()[0])
+    estimate = float(
+        [line for line in caplog.messages if "6 clips, 3 pairs" in line][-1].split("about $")[1].split()[0]
+    )
     assert server.billed / 2 < estimate < server.billed * 4
 
 
@@ -426,7 +431,11 @@ def test_transformers_serve_understands_the_questions_and_its_babble_stays_no_nu
     )  # fmt: skip
     with LabelStore(tmp_path / "labels.sqlite") as store:
         teacher = OpenAITeacher(config, GRID, store, (8, 4, True))
-        labels = teacher.label(torch.from_numpy(CLIPS.videos[:2]), CLIPS.prompts[:2])
+        clips = [
+            Clip(hash_bytes(video.tobytes()), prompt, partial(torch.from_numpy, video))
+            for video, prompt in zip(CLIPS.videos[:2], CLIPS.prompts[:2], strict=True)
+        ]
+        labels = [label for _, label in sorted(teacher.labels(clips), key=lambda found: found[0])]
         assert store.spent() == 0
     assert {label.status for label in labels} <= {"malformed", "truncated"}
     assert all(label.reason and not label.video and not label.patches for label in labels)
@@ -434,11 +443,11 @@ def test_transformers_serve_understands_the_questions_and_its_babble_stays_no_nu
         rows = connection.execute("SELECT status, model, input_tokens FROM requests").fetchall()
     assert len(rows) == 4
     # all of the text arrived, a token a byte, and both images, four tokens each
-    told = [
+    questions = [
         {"task": "video", "prompt": prompt, "num_frames": 9, "frames": [0, 8], "fields": list(RUBRIC_DIMENSIONS)}
         for prompt in CLIPS.prompts[:2]
     ]
     around = len("system: user: ")  # the template engine trims the line ends
-    expected = {len(RUBRIC.encode()) + len(json.dumps(text)) + around + 2 * 4 for text in told}
+    expected = {len(RUBRIC.encode()) + len(json.dumps(text)) + around + 2 * 4 for text in questions}
     assert {tokens for _, _, tokens in rows} == expected
     assert {answered for _, answered, _ in rows} == {f"{model}@main"}

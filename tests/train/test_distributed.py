@@ -16,6 +16,7 @@ from tiny import output_hashes, tiny_config, tiny_wan, write_scores
 from training import make_pairs
 
 from halo_fast.families import family_of
+from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.functional import GranDPO, gran_dpo
 from halo_fast.pipeline.config import to_yaml
 from halo_fast.pipeline.run import Run
@@ -23,7 +24,7 @@ from halo_fast.pipeline.stages.cache import build_cache
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
-from halo_fast.train.parallel import compact, dealt, merged
+from halo_fast.train.parallel import batches_of_process
 
 STEPS = 5
 
@@ -87,13 +88,13 @@ def test_two_processes_equal_one(single, words):
     assert written - {"manifest.json"} == output_hashes(output / "train").keys()
 
 
-def test_pairs_are_dealt_whole_and_each_once():
+def test_each_pair_goes_whole_to_one_process():
     places = list(range(12))
-    hands = [dealt(places, 2, rank, 3) for rank in range(3)]
-    assert hands == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+    batches = [batches_of_process(places, 2, rank, 3) for rank in range(3)]
+    assert batches == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
 
 
-def test_merged_batches_have_the_figures_of_one():
+def test_joined_batches_have_the_figures_of_one():
     family = family_of(tiny_wan())
     pairs = make_pairs(family, count=5)
     pairs[1].patch_rewards[:] = float("nan")
@@ -107,7 +108,7 @@ def test_merged_batches_have_the_figures_of_one():
         return gran_dpo(samples, 0.3 * samples.cos(), samples.sin(), rewards, videos, objective=objective)
 
     whole = output([0, 1, 2, 3, 4])
-    parts = merged([compact(output(chosen), "BCFHW") for chosen in ([0, 1], [2, 3, 4])])
+    parts = PairFigures.join([output(chosen).figures() for chosen in ([0, 1], [2, 3, 4])])
     assert parts.num_pairs == whole.num_pairs == 4
     expected = {name: float(value) for name, value in whole.metrics().items()}
     assert {name: float(value) for name, value in parts.metrics().items()} == pytest.approx(

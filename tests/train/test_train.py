@@ -9,18 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import output_hashes, tiny_config, tiny_wan, write_scores
-from training import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus, with_random_adapter
+from training import (
+    ARMS,
+    CONFIG,
+    Plain,
+    objective_with,
+    quiet,
+    run_model,
+    same,
+    snapshot,
+    softplus,
+    with_random_adapter,
+)
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families.wan import Wan
+from halo_fast.loss.objectives import build
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import adapters_off, fit
-from halo_fast.train.config import ObjectiveConfig
 
 
 class Spy(Wan):
@@ -40,8 +51,8 @@ class Spy(Wan):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_starts_at_log_2_and_follows_the_plain_formula(pipeline, pairs, arm):
-    objective = ObjectiveConfig(**ARMS[arm])
-    config = dataclasses.replace(CONFIG, max_train_steps=2, objective=objective)
+    config = dataclasses.replace(CONFIG, max_train_steps=2, objective=objective_with(**ARMS[arm]))
+    objective = build(config.objective)
     spy = Spy(pipeline)
     log = fit(spy, pairs, config, progress=quiet).log
     preference = objective.video_weight + objective.patch_weight
@@ -199,7 +210,7 @@ def test_model_with_an_adapter_already_is_refused(pairs):
 
 def test_preferences_are_learned(pipeline, pairs):
     config = dataclasses.replace(
-        CONFIG, max_train_steps=40, learning_rate=1e-2, objective=ObjectiveConfig(**ARMS["both"])
+        CONFIG, max_train_steps=40, learning_rate=1e-2, objective=objective_with(**ARMS["both"])
     )
     log = fit(pipeline, pairs[:4], config, progress=quiet).log
     last = log[-8:]
@@ -261,9 +272,9 @@ def test_resumed_at_any_step_equals_undisturbed(pipeline, pairs, tmp_path):
         folder = tmp_path / str(step)
         with pytest.raises(Stop):
             fit(pipeline, pairs, CONFIG, folder=folder, progress=stop_before(step))
-        # what a kill in the middle of a checkpoint leaves: no state.json, so it does not count
-        (folder / "checkpoints/step_000099").mkdir(parents=True)
-        (folder / "checkpoints/step_000099/weights.safetensors").write_bytes(b"cut off")
+        # what a kill in the middle of a checkpoint leaves: a temporary file
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints/.step_000099.safetensors.1.tmp").write_bytes(b"cut off")
         resumed = fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
         assert resumed.log == whole.log
         assert all(torch.equal(value, whole.lora[name]) for name, value in resumed.lora.items())
@@ -300,7 +311,7 @@ def test_unlabelled_patches_and_videos_count_as_ties(pipeline, pairs):
     for pair in unlabelled:
         pair.patch_rewards[1, 0] = nan
     log = fit(
-        pipeline, unlabelled, dataclasses.replace(CONFIG, objective=ObjectiveConfig(**ARMS["both"])), progress=quiet
+        pipeline, unlabelled, dataclasses.replace(CONFIG, objective=objective_with(**ARMS["both"])), progress=quiet
     ).log
     assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert log[0]["video/ties"] == 1 and log[0]["patch/ties"] >= 1 / 3
@@ -318,9 +329,7 @@ def test_grid_finer_than_the_latents_and_no_pairs_are_refused(pipeline, pairs):
 def test_bf16_base_trains_float32_adapters(pairs):
     pipeline = tiny_wan()
     pipeline.transformer.to(torch.bfloat16)
-    result = fit(
-        pipeline, pairs, dataclasses.replace(CONFIG, objective=ObjectiveConfig(**ARMS["both"])), progress=quiet
-    )
+    result = fit(pipeline, pairs, dataclasses.replace(CONFIG, objective=objective_with(**ARMS["both"])), progress=quiet)
     assert {value.dtype for value in result.lora.values()} == {torch.float32}
     # kernels may differ with and without a graph, so in bfloat16 policy and reference agree up to rounding only
     assert result.log[0]["loss"] == pytest.approx(1.25 * math.log(2), rel=1e-3)
@@ -346,7 +355,7 @@ def test_model_outside_diffusers_trains_through_the_same_interface():
     family = Plain()
     conditions = family.encode_prompts(["one", "three"])
     pairs = [Pair(torch.randn(2, 3, 2, 4, 4), c, torch.rand(2, 2, 2, 2), torch.rand(2)) for c in conditions]
-    objective = ObjectiveConfig(patch_delta=0.0)
+    objective = objective_with(patch_delta=0.0)
     result = fit(family, pairs, dataclasses.replace(CONFIG, objective=objective, rank=2), progress=quiet)
     assert result.lora.keys() == {"transformer.mix.lora_A.weight", "transformer.mix.lora_B.weight"}
     assert result.log[0]["rewards/margins"] == 0 != result.log[-1]["rewards/margins"]

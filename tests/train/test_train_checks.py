@@ -1,6 +1,7 @@
 """What must stop a training before it costs time, or before it goes on from something else than it was."""
 
 import dataclasses
+import logging
 import math
 from types import SimpleNamespace
 
@@ -8,18 +9,20 @@ import pytest
 import torch
 from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
 from tiny import tiny_text_to_video_sd, tiny_wan
-from training import CONFIG, quiet
+from training import CONFIG, objective_with, quiet
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.loss.functional import GranDPO
 from halo_fast.loss.objectives import AutoBeta
-from halo_fast.train import diagnostics, fit, job, watch
-from halo_fast.train.adapters import check_start
-from halo_fast.train.config import ObjectiveConfig
+from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
-from halo_fast.train.steps import run_batch, take_step
+from halo_fast.train.job import prepared_job
+from halo_fast.train.launch import check_launch
+from halo_fast.train.observers import diagnostics
+from halo_fast.train.start import check_start
+from halo_fast.train.steps import take_step
 
 CPU = torch.device("cpu")
 
@@ -27,18 +30,21 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_scheduler": "constant_with_warmup"}, "train.lr_scheduler: expected one of constant, linear, cosine"),
-        ({"gradient_checkpointing": "on"}, "train.gradient_checkpointing: expected one of none, full, selective"),
-        ({"schedule": None}, "train.schedule: expected one of auto, batched, margin_first, got None"),
-        ({"mixed_precision": "fp16"}, "train.mixed_precision: expected one of no, bf16, got 'fp16'"),
-        ({"max_grad_norm": 0.0}, "train.max_grad_norm: expected more than 0, got 0.0; .inf clips nothing"),
+        (
+            {"lr_scheduler": "constant_with_warmup"},
+            "train.lr_scheduler: expected one of 'constant', 'linear'",
+        ),
+        ({"gradient_checkpointing": "on"}, "train.gradient_checkpointing: expected one of 'none', 'full', 'selective'"),
+        ({"schedule": None}, "train.schedule: expected one of 'auto', 'batched', 'margin_first', got None"),
+        ({"mixed_precision": "fp16"}, "train.mixed_precision: expected one of 'no', 'bf16', got 'fp16'"),
+        ({"max_grad_norm": 0.0}, "train.max_grad_norm: expected more than 0, got 0.0"),
         ({"learning_rate": math.nan}, "train.learning_rate: expected more than 0, got nan"),
         ({"train_batch_size": 0}, "train.train_batch_size: expected at least 1, got 0"),
-        ({"auto_beta": 0.7}, "train.auto_beta: target must be below 1/2"),
-        ({"objective": ObjectiveConfig(video_beta=-1.0)}, "train.objective: video_beta must be"),
+        ({"auto_beta": 0.7}, "train.auto_beta: expected more than 0 and less than 0.5, got 0.7"),
+        ({"objective": objective_with(video_beta=-1.0)}, "train.objective: video_beta must be"),
         (
-            {"objective": ObjectiveConfig(loser_guard="all")},
-            "train.objective.loser_guard: expected one of video, patch",
+            {"objective": objective_with(loser_guard="all")},
+            "train.objective: loser_guard must be one of None, 'video', 'patch'",
         ),
         ({"report_to": ["mlflow"]}, "train.report_to: expected some of tensorboard, wandb, got 'mlflow'"),
         ({"target_modules": ["to_q", "to_queue"]}, "target_modules: no layer of .* has a name ending with 'to_queue'"),
@@ -51,7 +57,7 @@ def test_settings_without_a_meaning_are_refused_by_name(pipeline, pairs, setting
 
 
 def test_numbers_that_python_users_write_as_integers_are_taken(pipeline, pairs):
-    objective = ObjectiveConfig(video_weight=0, patch_weight=1, patch_beta=10, patch_sft_weight=0)
+    objective = objective_with(video_weight=0, patch_weight=1, patch_beta=10, patch_sft_weight=0)
     config = dataclasses.replace(CONFIG, max_train_steps=1, objective=objective)
     assert fit(pipeline, pairs, config, progress=quiet).log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
@@ -71,7 +77,7 @@ def test_numbers_that_python_users_write_as_integers_are_taken(pipeline, pairs):
         ("FSDP_TRANSFORMER_CLS_TO_WRAP", "WanTransformer3DModel", "WanTransformerBlock; leave it out"),
     ],
 )
-def test_what_accelerate_launch_was_told_is_followed_or_refused(pipeline, monkeypatch, name, value, cure):
+def test_options_of_accelerate_launch_are_followed_or_refused(pipeline, monkeypatch, name, value, cure):
     model = pipeline.transformer
     # what `accelerate launch --use_fsdp --fsdp_version 2` hands on by itself
     usual = {
@@ -80,15 +86,15 @@ def test_what_accelerate_launch_was_told_is_followed_or_refused(pipeline, monkey
         "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "WanTransformerBlock",
     }  # fmt: skip
-    for setting, told in usual.items():
-        monkeypatch.setenv(setting, told)
-    job._check_launch(CONFIG, model)
+    for setting, usual_value in usual.items():
+        monkeypatch.setenv(setting, usual_value)
+    check_launch(CONFIG, model)
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"accelerate launch: {name} is {value}.*{cure}"):
-        job._check_launch(CONFIG, model)
+        check_launch(CONFIG, model)
     if name.startswith("FSDP"):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-        job._check_launch(CONFIG, model)
+        check_launch(CONFIG, model)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_rounding_of_another_kernel_stops_no_training(rank):
             flags.append(family.predict(pipeline.unet, batch.noisy, batch.t, batch.conditions))
     pipeline.unet.requires_grad_(True)
     torch.testing.assert_close(*flags, rtol=1e-4, atol=1e-5)
-    config = dataclasses.replace(CONFIG, rank=rank, max_train_steps=1, objective=ObjectiveConfig(patch_sft_weight=0.0))
+    config = dataclasses.replace(CONFIG, rank=rank, max_train_steps=1, objective=objective_with(patch_sft_weight=0.0))
     log = fit(family, [pair], config, progress=quiet).log
     assert log[0]["loss"] == pytest.approx(1.05 * math.log(2), rel=1e-4)
     assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
@@ -173,7 +179,7 @@ def test_rounding_passes_and_a_share_of_a_switch_does_not(precision):
     )  # fmt: skip
 
     def check(off=0.0, start=0.0):
-        """A model of one weight whose switched-off and untouched outputs are so far from the base."""
+        """A model of one weight whose reference_switch-off and untouched outputs are so far from the base."""
         state = {"off": False}
 
         class Switch:
@@ -224,7 +230,7 @@ def test_damaged_checkpoints_and_logs_are_named_and_the_one_before_serves(pipeli
     whole = fit(pipeline, pairs, CONFIG, folder=tmp_path / "whole", progress=quiet)
     folder = tmp_path / "cut"
     stopped(pipeline, pairs, folder)
-    newest, log = folder / "checkpoints/step_000004", folder / "log.csv"
+    newest, log = folder / "checkpoints/step_000004.safetensors", folder / "log.csv"
     kept = log.read_text()
     log.write_text("\n".join(kept.splitlines()[:3]) + "\n")
     with pytest.raises(
@@ -232,14 +238,10 @@ def test_damaged_checkpoints_and_logs_are_named_and_the_one_before_serves(pipeli
     ):
         fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
     log.write_text(kept)
-    weights = newest / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(
-        UserError, match="step_000004: damaged .*; remove this folder to go on from the checkpoint before"
-    ):
+    newest.write_bytes(newest.read_bytes()[:-50])
+    with pytest.raises(UserError, match="step_000004.safetensors: missing or damaged checkpoint .*; remove it"):
         fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
-    # what a kill leaves of a folder: no state.json
-    (newest / "state.json").unlink()
+    newest.unlink()
     resumed = fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
     assert resumed.log == whole.log
     files = [sorted(path.relative_to(place) for path in place.rglob("*")) for place in (folder, tmp_path / "whole")]
@@ -247,11 +249,11 @@ def test_damaged_checkpoints_and_logs_are_named_and_the_one_before_serves(pipeli
 
 
 def test_remains_of_a_kill_are_gone_at_the_end(pipeline, pairs, tmp_path):
-    cut_off = tmp_path / "checkpoints/step_000003/weights.safetensors"
+    cut_off = tmp_path / "checkpoints/.step_000003.safetensors.1.tmp"
     cut_off.parent.mkdir(parents=True)
     cut_off.write_bytes(b"cut off")
     fit(pipeline, pairs, CONFIG, folder=tmp_path, progress=quiet)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_00000{k}" for k in (2, 4, 6)]
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == [f"step_00000{k}" for k in (2, 4, 6)]
 
 
 def test_other_pairs_do_not_go_on_from_a_checkpoint(pipeline, pairs, tmp_path):
@@ -262,29 +264,22 @@ def test_other_pairs_do_not_go_on_from_a_checkpoint(pipeline, pairs, tmp_path):
 
 
 def test_diagnostics_judge_by_the_beta_in_use(pairs, monkeypatch):
-    family = family_of(tiny_wan())
     config = dataclasses.replace(CONFIG, auto_beta=0.3)
-    with job.prepared(family, pairs, config, folder=None, references=None, progress=quiet) as prepared:
-        assert isinstance(prepared.auto_beta, AutoBeta)
-        prepared.auto_beta.beta = torch.tensor(25.0)
-        assert (prepared.steered().video_beta, prepared.steered().patch_beta) == (25.0, 2.5)
-        used = []
-        monkeypatch.setattr(diagnostics, "summarize", lambda records, objective, *_: used.append(objective) or [])
-        monkeypatch.setattr(diagnostics, "evaluate", lambda *given: used.append(given[-2]) or [])
-        watch.diagnose(prepared, [None], pairs, [torch.zeros(1)], 5)
-        assert [objective.video_beta for objective in used] == [25.0, 25.0]
-
-
-def test_skipped_pairs_are_counted_over_all_processes(pipeline, pairs):
-    config = dataclasses.replace(CONFIG, schedule="margin_first", skip_below=0.5)
-    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
-        batch = make_batch(prepared.family, pairs, [(0, 0), (1, 0)], 0, CPU)
-        row = watch.row_of(prepared, [(batch, run_batch(prepared, batch))], torch.tensor(1.0))
-        row.skipped = 3
-        (alone,) = watch.read_rows(prepared, [row], 0)
-        prepared.accelerator = SimpleNamespace(device=CPU, reduce=lambda value, how: {"sum": value + 4}[how])
-        (together,) = watch.read_rows(prepared, [row], 0)
-    assert (alone["skipped"], together["skipped"]) == (3, 7)
+    with prepared_job(tiny_wan(), pairs, config) as job:
+        assert isinstance(job.auto_beta, AutoBeta)
+        job.auto_beta.beta = torch.tensor(25.0)
+        assert (job.current_objective().video_beta, job.current_objective().patch_beta) == (25.0, 2.5)
+        figures, norm = take_step(job, 0)
+        torch.testing.assert_close(figures[0].scale, torch.full((4,), 12.5))
+        job.auto_beta.beta = torch.tensor(30.0)
+        used, original = [], diagnostics.heldout_figures
+        monkeypatch.setattr(
+            diagnostics, "heldout_figures", lambda *given: used.append(given[-1].video_beta) or original(*given)
+        )
+        watching = diagnostics.Diagnostics(job, pairs)
+        watching.saw(0, figures, norm)
+        watching.report(config.max_train_steps)
+    assert used == [30.0] and {row["split"] for row in watching.rows} == {"train", "heldout"}
 
 
 def test_accumulated_batches_are_one_batch_whatever_ties(pipeline, pairs):
@@ -311,25 +306,27 @@ def test_accumulated_batches_are_one_batch_whatever_ties(pipeline, pairs):
 @pytest.mark.parametrize("limit", [1e-2, math.inf])
 def test_the_optimizer_sees_gradients_of_at_most_the_norm_that_is_set(pipeline, pairs, limit):
     config = dataclasses.replace(CONFIG, max_grad_norm=limit)
-    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
+    with prepared_job(pipeline, pairs, config) as job:
         seen = []
 
         def step():
-            gradients = [parameter.grad.flatten().double() for parameter in prepared.parameters.values()]
+            gradients = [parameter.grad.flatten().double() for parameter in job.parameters.values()]
             seen.append(torch.cat(gradients).norm().item())
 
-        prepared.optimizer.step = step
-        _, told = take_step(prepared, 0)
-    assert told.item() > 2e-2
-    assert seen == [pytest.approx(min(limit, told.item()), rel=1e-3)]
+        job.optimizer.step = step
+        _, norm = take_step(job, 0)
+    assert norm.item() > 2e-2
+    assert seen == [pytest.approx(min(limit, norm.item()), rel=1e-3)]
 
 
-def test_the_off_policy_gap_looks_at_as_many_pairs_as_are_set(pipeline, pairs, tmp_path, capsys):
+def test_the_off_policy_gap_is_of_as_many_pairs_as_are_set(pipeline, pairs, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     said = []
     for count in (0, 2, 100):
         config = dataclasses.replace(CONFIG, max_train_steps=1, off_policy_pairs=count)
         fit(pipeline, pairs, config, folder=tmp_path / str(count), progress=quiet)
-        said.append([line for line in capsys.readouterr().err.splitlines() if "error of the base" in line])
+        said.append([line for line in caplog.messages if "error of the base" in line])
+        caplog.clear()
     assert said[0] == [] and len(said[1]) == len(said[2]) == 1 and said[1] != said[2]
 
 

@@ -9,20 +9,19 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_wan
-from training import CONFIG, make_pairs, quiet, run_model, with_random_adapter
+from tiny import tiny_clips, tiny_wan
+from training import CONFIG, make_pairs, objective_with, quiet, run_model, with_random_adapter
 
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
-from halo_fast.loss.functional import GranDPO
+from halo_fast.loss.functional import GranDPO, gran_dpo
 from halo_fast.train import adapters_off, fit
-from halo_fast.train.config import ObjectiveConfig
-from halo_fast.train.diagnostics import evaluate, held_out, hold_out, record, summarize
+from halo_fast.train.checks import check_trackers
 from halo_fast.train.draws import make_batch
-from halo_fast.train.previews import write_previews
-from halo_fast.train.trackers import check_trackers, tracked
+from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, heldout_mask, summarize
+from halo_fast.train.observers.previews import write_previews
+from halo_fast.train.observers.trackers import open_trackers
 
 CPU = torch.device("cpu")
 OBJECTIVE = GranDPO(video_beta=30.0, patch_beta=8.0, patch_delta=0.4, patch_gamma=0.0)
@@ -37,12 +36,12 @@ def family():
 
 def test_a_prompt_stays_on_its_side_whatever_comes_or_goes():
     prompts = [f"prompt {index // 2}" for index in range(2000)]
-    kept = held_out(prompts, 0.1)
+    kept = heldout_mask(prompts, 0.1)
     assert kept[::2] == kept[1::2] and 0.07 < sum(kept) / len(kept) < 0.13
-    assert held_out(prompts[500:900], 0.1) == kept[500:900]
-    more = held_out(prompts, 0.3)
+    assert heldout_mask(prompts[500:900], 0.1) == kept[500:900]
+    more = heldout_mask(prompts, 0.3)
     assert all(wide or not narrow for narrow, wide in zip(kept, more, strict=True))
-    assert not any(held_out(prompts, 0.0)) and all(held_out(prompts, 1.0))
+    assert not any(heldout_mask(prompts, 0.0)) and all(heldout_mask(prompts, 1.0))
 
 
 def plain_rows(family, pairs, draws, objective):
@@ -81,13 +80,18 @@ def plain_rows(family, pairs, draws, objective):
     return found
 
 
+def evaluate(family, pairs, reference, config, step):
+    figures = heldout_figures(family, family.transformer, pairs, reference, config, OBJECTIVE)
+    return summarize(figures, step, "heldout")
+
+
 def test_every_row_is_the_mean_of_the_plain_formula(family):
     pairs = make_pairs(family, count=5)
     pairs[2] = dataclasses.replace(pairs[2], video_rewards=torch.tensor([3.0, math.nan]))
     config = dataclasses.replace(CONFIG, train_batch_size=4, heldout_pairs=4, heldout_draws=2)
     with adapters_off(family.transformer):
-        reference = hold_out(family, family.transformer, pairs, config, CPU)
-    rows = evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=7)
+        reference = heldout_errors(family, family.transformer, pairs, config, CPU)
+    rows = evaluate(family, pairs, reference, config, step=7)
     expected = plain_rows(family, pairs, [(index, draw) for draw in range(2) for index in range(4)], OBJECTIVE)
     seen = set()
     for row in rows:
@@ -117,11 +121,11 @@ def test_held_out_numbers_move_by_learning_alone(family):
     pairs = make_pairs(family)
     config = dataclasses.replace(CONFIG, heldout_draws=4)
     with adapters_off(family.transformer):
-        reference = hold_out(family, family.transformer, pairs, config, CPU)
-    first = evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=0)
-    assert first == evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=0)
+        reference = heldout_errors(family, family.transformer, pairs, config, CPU)
+    first = evaluate(family, pairs, reference, config, step=0)
+    assert first == evaluate(family, pairs, reference, config, step=0)
     with adapters_off(family.transformer):
-        start = evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, step=0)
+        start = evaluate(family, pairs, reference, config, step=0)
     for row in start:
         assert (row["accuracy"], row["margin"], row["gradient_factor"], row["saturation"]) == (0.5, 0, 0.5, 0)
         assert row["winner_policy"] == row["winner_reference"] and row["loser_policy"] == row["loser_reference"]
@@ -135,8 +139,8 @@ def test_rows_do_not_depend_on_the_batches(family):
     for size in (1, 4, 6):
         config = dataclasses.replace(CONFIG, train_batch_size=size, heldout_draws=2)
         with adapters_off(family.transformer):
-            reference = hold_out(family, family.transformer, pairs, config, CPU)
-        rows.append(evaluate(family, family.transformer, pairs, reference, config, OBJECTIVE, 0))
+            reference = heldout_errors(family, family.transformer, pairs, config, CPU)
+        rows.append(evaluate(family, pairs, reference, config, step=0))
     for row, *others in zip(*rows, strict=True):
         for other in others:
             assert {k: v for k, v in row.items() if isinstance(v, str | int)} == {
@@ -153,12 +157,20 @@ def test_other_layout_and_default_patch_beta_are_read_alike(family):
     prediction = batch.target + 0.3 * torch.randn(batch.target.shape, generator=generator)
     reference = torch.rand(4, 3, 2, 2, generator=generator) * 0.1
     objective = GranDPO(video_beta=24.0, patch_delta=0.4)
-    one = summarize([record(prediction, reference, batch, objective)], objective, 3, "train")
+
+    def rows(batch, prediction, objective, layout="BCFHW"):
+        out = gran_dpo(
+            prediction, batch.target, None, batch.patch_rewards, batch.video_rewards,
+            objective=objective, reference_error=reference, layout=layout,
+        )  # fmt: skip
+        return summarize(out.figures(batch.t), 3, "train")
+
+    one = rows(batch, prediction, objective)
     turned = dataclasses.replace(batch, target=batch.target.transpose(1, 2))
-    two = summarize([record(prediction.transpose(1, 2), reference, turned, objective, "BFCHW")], objective, 3, "train")
+    two = rows(turned, prediction.transpose(1, 2), objective, "BFCHW")
     assert one == two
     halves = dataclasses.replace(objective, patch_beta=24.0 / math.sqrt(12))
-    given_rows = summarize([record(prediction, reference, batch, halves)], halves, 3, "train")
+    given_rows = rows(batch, prediction, halves)
     for default, given in zip(one, given_rows, strict=True):
         assert default["margin"] == pytest.approx(given["margin"], rel=1e-6)
 
@@ -172,12 +184,12 @@ def test_training_writes_diagnostics_and_previews(tmp_path):
     )  # fmt: skip
     fit(
         pipeline, pairs[:4], config, folder=tmp_path, heldout=pairs[4:], progress=quiet,
-        generate=GenerateConfig(num_inference_steps=2),
+        generate=tiny_clips(num_inference_steps=2),
     )  # fmt: skip
     with (tmp_path / "diagnostics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    looked = {(row["step"], row["split"]): int(row["count"]) for row in rows if row["group"] == "all"}
-    assert looked.keys() == {(step, split) for step in "245" for split in ("train", "heldout")}
+    counts = {(row["step"], row["split"]): int(row["count"]) for row in rows if row["group"] == "all"}
+    assert counts.keys() == {(step, split) for step in "245" for split in ("train", "heldout")}
     whole = [row for row in rows if row["group"] == "all" and row["label"] == "video"]
     assert [row["count"] for row in whole if row["split"] == "train"] == ["8", "8", "4"]
     assert [row["count"] for row in whole if row["split"] == "heldout"] == ["4"] * 3
@@ -191,7 +203,7 @@ def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):
     with pytest.raises(UserError, match="report_to: expected some of tensorboard, wandb, got 'mlflow'"):
         check_trackers(["mlflow"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("halo_fast.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("halo_fast.train.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
         check_trackers(["wandb"])
 
@@ -211,29 +223,29 @@ class Accelerator:
 
 
 def test_trackers_get_rows_under_their_step_and_are_closed_whatever_happens(monkeypatch, tmp_path):
-    monkeypatch.setattr("halo_fast.train.trackers.find_spec", lambda name: types.ModuleType(name))
-    config = dataclasses.replace(CONFIG, report_to=["wandb"], objective=ObjectiveConfig(patch_beta=None))
+    monkeypatch.setattr("halo_fast.train.checks.find_spec", lambda name: types.ModuleType(name))
+    config = dataclasses.replace(CONFIG, report_to=["wandb"], objective=objective_with(patch_beta=None))
     accelerator = Accelerator()
-    row = {"step": 3, "loss": 0.5, "rewards/margins": 0.1, "win_gap": math.nan}
-    with pytest.raises(KeyError), tracked(accelerator, config, None) as log:
-        log([row])
+    log = types.SimpleNamespace(new_rows=[{"step": 3, "loss": 0.5, "rewards/margins": 0.1, "win_gap": math.nan}])
+    with pytest.raises(KeyError), open_trackers(accelerator, config, None, log) as (trackers,):
+        trackers.report(3)
         raise KeyError
     (_, project, settings), logged, end = accelerator.calls
     assert project == "halo_fast" and settings["objective.video_beta"] == 100.0
     assert settings["objective.patch_beta"] == "None" and settings["rank"] == 4
     assert logged == ("log", {"train/loss": 0.5, "rewards/margins": 0.1}, 3) and end == ("end",)
     silent = Accelerator()
-    with tracked(silent, CONFIG, tmp_path) as log:
-        log([row])
+    with open_trackers(silent, CONFIG, tmp_path, log) as none:
+        assert none == []
     assert silent.calls == []
     boards = dataclasses.replace(config, report_to=["tensorboard"])
-    with pytest.raises(UserError, match="tensorboard needs a folder"), tracked(silent, boards, None):
+    with pytest.raises(UserError, match="tensorboard needs a folder"), open_trackers(silent, boards, None, log):
         pass
 
 
 def test_previews_show_base_and_policy_from_the_same_noise(tmp_path):
     pipeline = tiny_wan()
-    family, settings = family_of(pipeline), GenerateConfig(num_inference_steps=2)
+    family, settings = family_of(pipeline), tiny_clips(num_inference_steps=2)
     prompts = ["a cube", "a red ball rolls"]
     start = write_previews(tmp_path, family, partial(adapters_off, pipeline.transformer), prompts, settings, 0, 0)
     assert [path.relative_to(tmp_path).as_posix() for path in start] == [

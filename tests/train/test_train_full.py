@@ -6,22 +6,24 @@ import math
 
 import pytest
 import torch
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
-from training import ARMS, CONFIG, Plain, quiet, run_model, same, snapshot, softplus
+from tiny import output_hashes, tiny_clips, tiny_config, tiny_wan, write_scores
+from training import ARMS, CONFIG, Plain, objective_with, quiet, run_model, same, snapshot, softplus
 
+from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.export.lora import load_trained
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
+from halo_fast.loss.objectives import build
 from halo_fast.pipeline.export import export_run
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import train as stage
 from halo_fast.pipeline.stages.cache import build_cache
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
-from halo_fast.train import fit, job, loop
-from halo_fast.train.config import ObjectiveConfig
+from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
+from halo_fast.train.job import prepared_job
 from halo_fast.train.steps import run_batch, take_step
 
 FULL = dataclasses.replace(CONFIG, rank=0, learning_rate=1e-3)
@@ -29,7 +31,7 @@ DRAWS = 3
 
 
 def start(pipeline, pairs, config):
-    return job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet)
+    return prepared_job(pipeline, pairs, config)
 
 
 def plain_gradient(family, policy, reference, batch, objective):
@@ -55,21 +57,23 @@ def plain_gradient(family, policy, reference, batch, objective):
 def test_gradient_is_that_of_autograd_with_a_second_model(pairs, draws, schedule):
     pipeline = tiny_wan()
     second = copy.deepcopy(pipeline.transformer)
-    objective = ObjectiveConfig(**ARMS["both"])
-    config = dataclasses.replace(FULL, objective=objective, reference_draws=draws, schedule=schedule)
+    objective = build(objective_with(**ARMS["both"]))
+    config = dataclasses.replace(
+        FULL, objective=objective_with(**ARMS["both"]), reference_draws=draws, schedule=schedule
+    )
     with start(pipeline, pairs, config) as ready:
         assert len(ready.parameters) == len(list(second.parameters()))
         with torch.no_grad():
             for parameter in ready.parameters.values():
                 parameter.add_(0.05 * torch.randn(parameter.shape))
         batch = make_batch(
-            ready.family, pairs, [(0, 0), (3, 1)], 0, torch.device("cpu"), limit=draws, errors=ready.errors
+            ready.family, pairs, [(0, 0), (3, 1)], 0, torch.device("cpu"), limit=draws, errors=ready.reference_errors
         )
         run_batch(ready, batch)
         found = [parameter.grad for parameter in ready.parameters.values()]
         expected = plain_gradient(ready.family, pipeline.transformer, second, batch, objective)
         moved = run_model(pipeline)
-        with ready.reference():
+        with ready.reference_mode():
             assert all(map(torch.equal, pipeline.transformer.parameters(), second.parameters()))
         assert torch.equal(run_model(pipeline), moved)
     norm = torch.cat([value.flatten() for value in expected]).norm()
@@ -83,7 +87,7 @@ def test_it_starts_at_log_2_moves_and_leaves_the_pipeline_as_it_was(pairs, draws
     pipeline = tiny_wan()
     before = snapshot(pipeline.transformer)
     config = dataclasses.replace(
-        FULL, objective=ObjectiveConfig(**ARMS["both"]), reference_draws=draws, max_train_steps=12, train_batch_size=6
+        FULL, objective=objective_with(**ARMS["both"]), reference_draws=draws, max_train_steps=12, train_batch_size=6
     )
     result = fit(pipeline, pairs, config, progress=quiet)
     assert result.log[0]["loss"] == pytest.approx(1.25 * math.log(2), rel=1e-6)
@@ -101,7 +105,7 @@ def test_the_reference_stays_the_base_while_the_policy_moves(pipeline, pairs):
         for step in range(3):
             take_step(ready, step)
         policy = run_model(pipeline)
-        with pytest.raises(KeyError), ready.reference():
+        with pytest.raises(KeyError), ready.reference_mode():
             assert torch.equal(run_model(pipeline), base)
             raise KeyError
         assert torch.equal(run_model(pipeline), policy) and (policy - base).abs().max() > 1e-3
@@ -113,7 +117,7 @@ def test_resume_is_exact_held_out_figures_and_previews_included(pipeline, pairs,
         FULL, reference_draws=DRAWS, diagnostics_steps=3, heldout_draws=2, validation_prompts=["a cube"],
         validation_steps=2,
     )  # fmt: skip
-    settings = {"heldout": pairs[:2], "generate": GenerateConfig(num_inference_steps=2), "progress": quiet}
+    settings = {"heldout": pairs[:2], "generate": tiny_clips(num_inference_steps=2), "progress": quiet}
     whole = fit(pipeline, pairs, config, folder=tmp_path / "whole", **settings)
 
     class Stop(Exception):
@@ -158,7 +162,7 @@ def test_mixed_precision_keeps_float32_weights_and_starts_at_log_2(pairs, draws)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     config = dataclasses.replace(
-        FULL, mixed_precision="bf16", objective=ObjectiveConfig(**ARMS["both"]), reference_draws=draws
+        FULL, mixed_precision="bf16", objective=objective_with(**ARMS["both"]), reference_draws=draws
     )
     try:
         result = fit(tiny_wan(), pairs, config, progress=quiet)
@@ -175,7 +179,7 @@ def test_a_switch_that_forgets_the_first_weights_is_refused(pipeline, pairs, mon
     def forgetful(model, parameters, config):
         yield nullcontext
 
-    monkeypatch.setattr(job, "switched", forgetful)
+    monkeypatch.setattr("halo_fast.train.job.reference_switch", forgetful)
     with pytest.raises(UserError, match="switched to the reference, expected the base"):
         fit(pipeline, pairs, FULL, progress=quiet)
 
@@ -183,10 +187,10 @@ def test_a_switch_that_forgets_the_first_weights_is_refused(pipeline, pairs, mon
 def test_model_outside_diffusers_is_trained_whole():
     family = Plain()
     pairs = [
-        job.Pair(torch.randn(2, 3, 2, 4, 4), condition, torch.rand(2, 2, 2, 2), torch.rand(2))
+        Pair(torch.randn(2, 3, 2, 4, 4), condition, torch.rand(2, 2, 2, 2), torch.rand(2))
         for condition in family.encode_prompts(["one", "three"])
     ]
-    config = dataclasses.replace(FULL, objective=ObjectiveConfig(patch_delta=0.0))
+    config = dataclasses.replace(FULL, objective=objective_with(patch_delta=0.0))
     weights = fit(family, pairs, config, progress=quiet).weights
     assert weights.keys() == {"mix.weight", "mix.bias"}
     assert not torch.equal(weights["mix.weight"], family.model["mix"].weight)
@@ -201,8 +205,8 @@ def test_stage_saves_what_diffusers_loads_and_a_second_run_the_same(tmp_path, mo
     write_scores(run)
     build_pairs(config, run)
     build_cache(config, run)
-    results, original = [], loop.fit
-    monkeypatch.setattr(loop, "fit", lambda *args, **kwargs: results.append(original(*args, **kwargs)) or results[-1])
+    results, original = [], stage.fit
+    monkeypatch.setattr(stage, "fit", lambda *args, **kwargs: results.append(original(*args, **kwargs)) or results[-1])
     train(config, run)
     outputs = output_hashes(run.path / "train")
     assert "model/diffusion_pytorch_model.safetensors" in outputs and not any("lora" in name for name in outputs)

@@ -1,20 +1,22 @@
 """What stops and warns a training: loss spikes, values that are not finite, rising winner errors, foreign clips."""
 
 import dataclasses
+import logging
 import math
 
 import pytest
 import torch
-from tiny import tiny_wan
+from tiny import tiny_clips, tiny_wan
 from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.families.sampling import GenerateConfig
 from halo_fast.train import fit
-from halo_fast.train.config import ObjectiveConfig, TrainConfig
+from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import make_batch
-from halo_fast.train.guards import OffPolicy, check_rows, fresh_pairs, off_policy_gap, winner_alarm
+from halo_fast.train.observers.diagnostics import winner_warning
+from halo_fast.train.observers.guards import check_rows
+from halo_fast.train.off_policy import OffPolicy, fresh_pairs, off_policy_gap
 
 
 def rows(losses, **more):
@@ -56,7 +58,8 @@ def test_divergence_stops_at_the_same_step_however_often_rows_are_read():
     check_rows(log, 0, TrainConfig(loss_spike_factor=50.0))
 
 
-def test_a_spike_stops_training_before_anything_is_saved(family, tmp_path, capsys):
+def test_a_spike_stops_training_before_anything_is_saved(family, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     # a factor below 1 takes an ordinary loss for a spike at the first step that has ten losses to judge by
     config = dataclasses.replace(
         CONFIG, max_train_steps=12, checkpointing_steps=10, loss_spike_factor=0.1, diagnostics_steps=5
@@ -64,42 +67,42 @@ def test_a_spike_stops_training_before_anything_is_saved(family, tmp_path, capsy
     with pytest.raises(UserError, match="train: loss spikes at step 10"):
         fit(family, make_pairs(family), config, folder=tmp_path, progress=quiet)
     assert not list(tmp_path.glob("checkpoints/*"))
-    assert "error of the base on winners" in capsys.readouterr().err
+    assert "error of the base on winners" in caplog.text
 
 
-def test_winner_alarm_rings_when_the_winners_error_rises():
+def test_a_warning_comes_when_the_winners_error_rises():
     def row(rise, label="patch", split="heldout", group="all"):
         return {
             "step": 40, "label": label, "split": split, "group": group,
             "winner_policy": 0.4 * (1 + rise), "winner_reference": 0.4,
         }  # fmt: skip
 
-    config = TrainConfig(winner_alarm=0.5)
-    assert winner_alarm([], config) is None
-    assert winner_alarm([row(-0.1), row(0.45, "video")], config) is None
-    assert "error on winning patches is 60% above the reference's at step 40" in winner_alarm([row(0.6)], config)
+    assert winner_warning([], "patch", 0.5) is None
+    assert winner_warning([row(-0.1), row(0.45, "video")], "patch", 0.5) is None
+    assert "error on winning patches is 60% above the reference's at step 40" in winner_warning(
+        [row(0.6)], "patch", 0.5
+    )
     # held-out pairs go before the training's own, and the whole before its parts
-    assert winner_alarm([row(0.6, split="train"), row(0.1), row(0.9, group="timestep")], config) is None
-    assert "60%" in winner_alarm([row(0.6, split="train")], config)
+    assert winner_warning([row(0.6, split="train"), row(0.1), row(0.9, group="timestep")], "patch", 0.5) is None
+    assert "60%" in winner_warning([row(0.6, split="train")], "patch", 0.5)
     # a winning video has losing patches, so it is judged only where videos are all there is
-    videos = TrainConfig(winner_alarm=0.5, objective=ObjectiveConfig(patch_weight=0.0))
-    assert winner_alarm([row(0.1), row(0.7, "video")], config) is None
-    assert "error on winning videos is 70%" in winner_alarm([row(0.1), row(0.7, "video")], videos)
-    assert winner_alarm([row(0.9)], TrainConfig(winner_alarm=None)) is None
+    assert winner_warning([row(0.1), row(0.7, "video")], "patch", 0.5) is None
+    assert "error on winning videos is 70%" in winner_warning([row(0.1), row(0.7, "video")], "video", 0.5)
+    assert winner_warning([row(0.9)], "patch", None) is None
 
 
-def test_the_alarms_limit_is_the_square_of_how_far_the_policy_has_moved():
+def test_the_limit_of_the_warning_is_the_square_of_how_far_the_policy_has_moved():
     generator = torch.Generator().manual_seed(0)
     target, miss, change = torch.randn(3, 400_000, generator=generator)
     reference = target + 0.6 * miss
-    for moved, rings in ((0.70, False), (0.72, True)):
+    for moved, warned in ((0.70, False), (0.72, True)):
         policy = reference + moved * 0.6 * change
         row = {
             "step": 1, "label": "patch", "split": "heldout", "group": "all",
             "winner_policy": (policy - target).square().mean().item(),
             "winner_reference": (reference - target).square().mean().item(),
         }  # fmt: skip
-        assert (winner_alarm([row], TrainConfig(winner_alarm=0.5)) is not None) == rings
+        assert (winner_warning([row], "patch", 0.5) is not None) == warned
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ def test_errors_of_winners_and_losers_are_those_of_the_formula(family):
 
 
 def test_clips_of_another_model_stand_out(family):
-    settings = GenerateConfig(num_inference_steps=2)
+    settings = tiny_clips(num_inference_steps=2)
     own = fresh_pairs(family, make_pairs(family), settings, seed=1)
     again = fresh_pairs(family, own, settings, seed=2)
     assert not torch.equal(own[0].latents[0], own[0].latents[1]) and not torch.equal(own[0].latents, again[0].latents)

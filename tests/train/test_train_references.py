@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 from tiny import tiny_wan
-from training import ARMS, CONFIG, make_pairs, quiet
+from training import ARMS, CONFIG, make_pairs, objective_with, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.families.wan import Wan
 from halo_fast.loss.functional import patch_error
-from halo_fast.train import adapters_off, fit, job, references
-from halo_fast.train.config import ObjectiveConfig
+from halo_fast.train import adapters_off, fit, references
 from halo_fast.train.draws import draws, make_batch
+from halo_fast.train.job import prepared_job
 
 DRAWS = 3
 CACHED = dataclasses.replace(CONFIG, reference_draws=DRAWS, max_train_steps=5)
@@ -39,30 +39,27 @@ def errors_of(family, pairs, folder, seed=0, precision="no"):
 
 
 def test_cached_errors_are_those_of_the_reference_in_the_loop(pipeline, pairs):
-    with (
-        job.prepared(pipeline, pairs, CACHED, folder=None, references=None, progress=quiet) as prepared,
-        torch.no_grad(),
-    ):
-        for parameter in prepared.parameters.values():
+    with prepared_job(pipeline, pairs, CACHED) as job, torch.no_grad():
+        for parameter in job.parameters.values():
             parameter.add_(0.1)
         for index, draw in [(0, 0), (4, 2), (5, 1)]:
             batch = make_batch(
-                prepared.family, pairs, [(index, draw)], CACHED.seed, torch.device("cpu"), limit=DRAWS,
-                errors=prepared.errors,
+                job.family, pairs, [(index, draw)], CACHED.seed, torch.device("cpu"), limit=DRAWS,
+                errors=job.reference_errors,
             )  # fmt: skip
-            with adapters_off(prepared.model):
-                base = prepared.family.predict(prepared.model, batch.noisy, batch.t, batch.conditions)
+            with adapters_off(job.model):
+                base = job.family.predict(job.model, batch.noisy, batch.t, batch.conditions)
             expected = patch_error(base, batch.target, (3, 2, 2))
             torch.testing.assert_close(batch.reference_error, expected, rtol=1e-5, atol=1e-6)
-            policy = prepared.family.predict(prepared.model, batch.noisy, batch.t, batch.conditions)
+            policy = job.family.predict(job.model, batch.noisy, batch.t, batch.conditions)
             assert (patch_error(policy, batch.target, (3, 2, 2)) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("arm", ["both and winning patches", "video"])
 def test_training_is_that_with_the_reference_in_the_loop_at_the_same_draws(pipeline, pairs, monkeypatch, arm):
-    config = dataclasses.replace(CACHED, objective=ObjectiveConfig(**ARMS[arm]))
+    config = dataclasses.replace(CACHED, objective=objective_with(**ARMS[arm]))
     cached = fit(pipeline, pairs, config, progress=quiet)
-    monkeypatch.setattr(job, "reference_errors", lambda *args, **kwargs: None)
+    monkeypatch.setattr("halo_fast.train.job.reference_errors", lambda *args, **kwargs: None)
     looped = fit(pipeline, pairs, config, progress=quiet)
     for one, other in zip(cached.log, looped.log, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -150,12 +147,12 @@ def test_killed_computation_continues(pairs, tmp_path, monkeypatch):
 
 def test_errors_of_another_model_are_noticed(pipeline, pairs, monkeypatch):
     original = references.reference_errors
-    monkeypatch.setattr(job, "reference_errors", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
+    monkeypatch.setattr("halo_fast.train.job.reference_errors", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
     with pytest.raises(UserError, match="reference_draws: expected the base's errors"):
         fit(pipeline, pairs, CACHED, progress=quiet)
 
 
 def test_anchor_needs_the_reference_itself(pipeline, pairs):
-    config = dataclasses.replace(CACHED, objective=ObjectiveConfig(anchor_weight=0.1))
+    config = dataclasses.replace(CACHED, objective=objective_with(anchor_weight=0.1))
     with pytest.raises(UserError, match="anchor_weight: needs the reference in the loop"):
         fit(pipeline, pairs, config, progress=quiet)

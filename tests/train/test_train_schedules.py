@@ -1,4 +1,4 @@
-"""Two schedules with one gradient, the lottery of skipped pairs, activation memory and the plan."""
+"""Two schedules with one gradient, activation memory and the plan."""
 
 import dataclasses
 
@@ -6,15 +6,17 @@ import pytest
 import torch
 from tiny import tiny_wan
 from torch import nn
-from training import CONFIG, Plain, quiet
+from training import CONFIG, Plain, objective_with, quiet
 
+from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.loss.functional import GranDPO, patch_error
-from halo_fast.train import adapters, fit, job, memory, planner
-from halo_fast.train.adapters import adapters_off, trainable
-from halo_fast.train.config import ObjectiveConfig
+from halo_fast.train import fit, memory, planner
+from halo_fast.train import model as models
+from halo_fast.train.adapters import adapters_off, trained_parameters
 from halo_fast.train.draws import make_batch
+from halo_fast.train.job import prepared_job
 from halo_fast.train.schedules import batched, margin_first
 from halo_fast.train.steps import run_batch
 
@@ -48,7 +50,7 @@ def test_both_schedules_have_one_gradient(pairs, objective, cached):
         with adapters_off(pipeline.transformer):
             return policy(part)
 
-    with trainable(family, CONFIG) as parameters:
+    with trained_parameters(family, CONFIG) as parameters:
         torch.manual_seed(1)
         for parameter in parameters.values():
             parameter.data = parameter.data.double() + 0.05 * torch.randn(parameter.shape, dtype=torch.double)
@@ -65,31 +67,11 @@ def test_both_schedules_have_one_gradient(pairs, objective, cached):
         other = margin_first(policy, *arguments)
         found = gradients(parameters)
     assert expected.norm() > 1e-3 and (found - expected).norm() <= 1e-6 * expected.norm()
-    torch.testing.assert_close(other.out.loss, one.out.loss.detach(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(other.prediction, one.prediction)
-    assert one.skipped == other.skipped == 0
-
-
-def saturated():
-    """A model of one layer on three pairs, of which two have long learned their preference, and its gradients."""
-    family = Plain()
-    generator = torch.Generator().manual_seed(3)
-    batch = make_batch(
-        family, [dataclasses.replace(pair, latents=pair.latents[:, :3]) for pair in _plain_pairs(family, generator)],
-        [(0, 0), (1, 0), (2, 0)], 0, CPU,
-    )  # fmt: skip
-    policy = lambda part: family.predict(family.model, part.noisy, part.t, part.conditions)  # noqa: E731
-    with torch.no_grad():
-        error = patch_error(policy(batch), batch.target, (2, 2, 2))
-        # as if the policy had moved far towards the winner in two of the pairs
-        gain = torch.tensor([0.06, 0.0, 0.05])[:, None, None, None]
-        sign = (batch.patch_rewards[:3] - batch.patch_rewards[3:]).sign()
-        reference_error = error + torch.cat([sign * gain, -sign * gain])
-    return family, policy, dataclasses.replace(batch, reference_error=reference_error)
+    torch.testing.assert_close(other.loss, one.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(other.error, one.error)
 
 
 def _plain_pairs(family, generator):
-    from halo_fast.data import Pair
 
     conditions = family.encode_prompts(["one", "three", "x"])
     return [
@@ -101,47 +83,13 @@ def _plain_pairs(family, generator):
     ]  # fmt: skip
 
 
-def test_skipped_pairs_leave_the_gradient_right_in_the_mean():
-    family, policy, batch = saturated()
-    objective = GranDPO(patch_beta=100.0, video_weight=0.0)
-    parameters = dict(family.model.named_parameters())
-    arguments = policy, None, batch, objective, "BCFHW", torch.Tensor.backward
-    batched(*arguments)
-    expected = gradients(parameters)
-    found, skipped = torch.zeros_like(expected), 0
-    count = 500
-    for number in range(count):
-        calls = []
-
-        def backward(loss, calls=calls):
-            calls.append(1)
-            loss.backward()
-
-        # evenly spread numbers in place of random ones, the same for all pairs
-        passed = margin_first(
-            *arguments[:-1],
-            backward,
-            skip_below=0.1,
-            lottery=lambda pairs, u=(number + 0.5) / count: torch.full((pairs,), u),
-        )
-        assert len(calls) == 2 * (3 - passed.skipped)
-        found += gradients(parameters) / count
-        skipped += passed.skipped
-    assert count / 2 < skipped < 2 * count
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
-
-
-def test_nothing_is_skipped_unless_asked_for(pipeline, pairs):
-    config = dataclasses.replace(CONFIG, schedule="margin_first", max_train_steps=2)
-    log = fit(pipeline, pairs, config, progress=quiet).log
-    assert "skipped" not in log[0]
-    same = fit(pipeline, pairs, dataclasses.replace(config, schedule="batched"), progress=quiet).log
-    for one, other in zip(log, same, strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
-    with pytest.raises(UserError, match="skip_below: works with train.schedule margin_first"):
-        fit(pipeline, pairs, dataclasses.replace(config, schedule="auto", skip_below=0.1), progress=quiet)
-    log = fit(pipeline, pairs, dataclasses.replace(config, skip_below=1e-3), progress=quiet).log
-    assert [row["skipped"] for row in log] == [0, 0]
+def test_both_schedules_train_alike(pipeline, pairs):
+    one, other = (
+        fit(pipeline, pairs, dataclasses.replace(CONFIG, schedule=schedule, max_train_steps=2), progress=quiet).log
+        for schedule in ("batched", "margin_first")
+    )
+    for row, same in zip(one, other, strict=True):
+        assert row == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
 WAYS = {
@@ -156,11 +104,11 @@ def test_every_way_to_save_memory_has_the_same_gradient_and_really_works(pipelin
     found, plans = {}, {}
     for way, settings in WAYS.items():
         config = dataclasses.replace(CONFIG, **settings)
-        with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
-            batch = make_batch(prepared.family, pairs, [(0, 0), (1, 0)], 0, CPU)
-            run_batch(prepared, batch)
-            found[way] = gradients(prepared.parameters)
-            plans[way] = prepared.plan
+        with prepared_job(pipeline, pairs, config) as job:
+            batch = make_batch(job.family, pairs, [(0, 0), (1, 0)], 0, CPU)
+            run_batch(job, batch)
+            found[way] = gradients(job.parameters)
+            plans[way] = job.plan
     for way in WAYS:
         torch.testing.assert_close(found[way], found["plain"], rtol=1e-5, atol=1e-7)
     # two blocks with two attentions each; LoRA makes three linear layers of one
@@ -200,10 +148,10 @@ def test_selective_spares_the_products_that_sum_over_more_than_they_give(pairs):
     assert any(layer.in_features > layer.out_features for layer in linears)
     for mode in ("full", "selective"):
         config = dataclasses.replace(CONFIG, rank=0, reference_draws=1, gradient_checkpointing=mode)
-        with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
-            batch = make_batch(prepared.family, pairs, [(0, 0)], 0, CPU, limit=1, errors=prepared.errors)
+        with prepared_job(pipeline, pairs, config) as job:
+            batch = make_batch(job.family, pairs, [(0, 0)], 0, CPU, limit=1, errors=job.reference_errors)
             with FlopCounterMode(display=False) as counter:
-                run_batch(prepared, batch)
+                run_batch(job, batch)
             counts[mode] = counter.get_total_flops()
     hooks = [layer.register_forward_hook(count) for layer in linears]
     with torch.no_grad():
@@ -218,8 +166,7 @@ def test_selective_spares_the_products_that_sum_over_more_than_they_give(pairs):
 def test_predicted_peak_is_the_measured_one(frames, mode):
     from diffusers import WanTransformer3DModel
 
-    from benchmarks.bench_step import peak_bytes
-    from halo_fast.data import Pair
+    from benchmarks.cases.memory import peak_bytes
     from halo_fast.train.steps import take_step
 
     pipeline = tiny_wan()
@@ -233,21 +180,21 @@ def test_predicted_peak_is_the_measured_one(frames, mode):
         Pair(torch.randn(2, 4, frames, 16, 16), condition, torch.rand(2, 3, 2, 2), torch.rand(2)) for _ in range(2)
     ]
     config = dataclasses.replace(CONFIG, reference_draws=1, train_batch_size=1, gradient_checkpointing=mode)
-    with job.prepared(pipeline, pairs, config, folder=None, references=None, progress=quiet) as prepared:
-        trained = sum(value.numel() * value.element_size() for value in prepared.parameters.values())
-        weights = sum(value.numel() * value.element_size() for value in prepared.model.parameters())
-        take_step(prepared, 0)
+    with prepared_job(pipeline, pairs, config) as job:
+        trained = sum(value.numel() * value.element_size() for value in job.parameters.values())
+        weights = sum(value.numel() * value.element_size() for value in job.model.parameters())
+        take_step(job, 0)
         for schedule in ("batched", "margin_first"):
-            prepared.plan = prepared.plan.scheduled(schedule)
+            job.plan = job.plan.scheduled(schedule)
             # weights and moments are there before the step
-            predicted = prepared.plan.peak - weights - 2 * trained
-            assert peak_bytes(lambda ready: take_step(ready, 1), prepared) == pytest.approx(predicted, rel=0.2)
+            predicted = job.plan.peak - weights - 2 * trained
+            assert peak_bytes(lambda ready: take_step(ready, 1), job) == pytest.approx(predicted, rel=0.2)
 
 
 def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):
     pipeline = tiny_wan()
     monkeypatch.setattr(type(pipeline.transformer), "enable_gradient_checkpointing", lambda self, function: None)
-    with pytest.raises(UserError, match="full was asked for, but the backward pass recomputes nothing"):
+    with pytest.raises(UserError, match="expected full to recompute layers .* recomputes nothing; set none"):
         fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="full"), progress=quiet)
 
 
@@ -260,8 +207,8 @@ def test_selective_without_a_known_attention_is_refused(pipeline, pairs, monkeyp
 def test_plan_follows_the_free_memory(pipeline, pairs, monkeypatch):
     def schedule(free):
         monkeypatch.setattr(planner, "_free_memory", lambda device: free)
-        with job.prepared(pipeline, pairs, CONFIG, folder=None, references=None, progress=quiet) as prepared:
-            return prepared.plan.schedule, prepared.plan.text
+        with prepared_job(pipeline, pairs, CONFIG) as job:
+            return job.plan.schedule, job.plan.text
 
     found = [schedule(2**power) for power in range(30, 9, -4)]
     names = [name for name, _ in found]
@@ -279,7 +226,7 @@ def test_compiled_blocks_train_alike_with_few_graphs_and_the_model_is_put_back(p
     for steps in (2, 6):
         torch._dynamo.reset()
         counter = CompileCounter()
-        monkeypatch.setattr(adapters, "COMPILER", counter)
+        monkeypatch.setattr(models, "COMPILER", counter)
         config = dataclasses.replace(CONFIG, compile=True, max_train_steps=steps)
         compiled = fit(pipeline, pairs, config, progress=quiet)
         counts.append(counter.frame_count)
@@ -298,12 +245,12 @@ def test_inductor_trains_alike_and_compiles_nothing_once_warm(pairs, mode):
 
     def losses(compile, steps):
         config = dataclasses.replace(CONFIG, compile=compile, gradient_checkpointing=mode)
-        with job.prepared(tiny_wan(), pairs, config, folder=None, references=None, progress=quiet) as prepared:
+        with prepared_job(tiny_wan(), pairs, config) as job:
             found, graphs = [], []
             for step in range(steps):
                 # the reference runs in the loop: the adapter goes off and on in each step
-                passes, norm = take_step(prepared, step)
-                found.append([passes[0][1].out.loss.item(), norm.item()])
+                figures, norm = take_step(job, step)
+                found.append([figures[0].loss.item(), norm.item()])
                 graphs.append(counters["stats"]["unique_graphs"])
         return found, graphs
 
@@ -320,16 +267,16 @@ def test_blocks_stay_compiled_in_more_states_than_torch_allows_by_default(pairs,
 
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(adapters, "COMPILER", counter)
+    monkeypatch.setattr(models, "COMPILER", counter)
     before = torch._dynamo.config.recompile_limit
     config = dataclasses.replace(CONFIG, compile=True)
-    with job.prepared(tiny_wan(), pairs, config, folder=None, references=None, progress=quiet) as prepared:
+    with prepared_job(tiny_wan(), pairs, config) as job:
 
         def all_states():
             for schedule in ("batched", "margin_first"):
-                prepared.plan = prepared.plan.scheduled(schedule)
+                job.plan = job.plan.scheduled(schedule)
                 for size in (1, 2, 3):
-                    run_batch(prepared, make_batch(prepared.family, pairs, [(k, 0) for k in range(size)], 0, CPU))
+                    run_batch(job, make_batch(job.family, pairs, [(k, 0) for k in range(size)], 0, CPU))
             return counter.frame_count
 
         assert before < all_states() == all_states()
@@ -340,7 +287,7 @@ def test_compiled_switch_without_effect_is_refused(pairs, monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     torch._dynamo.reset()
-    monkeypatch.setattr(adapters, "COMPILER", "eager")
+    monkeypatch.setattr(models, "COMPILER", "eager")
     monkeypatch.setattr(BaseTunerLayer, "enable_adapters", lambda self, enabled: None)
     with pytest.raises(UserError, match="switched to the reference, expected the base"):
         fit(tiny_wan(), pairs, dataclasses.replace(CONFIG, compile=True), progress=quiet)
@@ -354,10 +301,10 @@ def test_attention_backends(pipeline, pairs):
             fit(pipeline, pairs, dataclasses.replace(CONFIG, attention_backend=name), progress=quiet)
 
 
-def test_models_outside_diffusers_are_told_what_they_lack():
+def test_models_outside_diffusers_are_refused_what_they_lack():
     family = Plain()
     pairs = _plain_pairs(family, torch.Generator().manual_seed(0))
-    objective = ObjectiveConfig(patch_delta=0.0)
+    objective = objective_with(patch_delta=0.0)
     for settings, setting in [
         ({"gradient_checkpointing": "full"}, "gradient_checkpointing"),
         ({"compile": True}, "compile"),

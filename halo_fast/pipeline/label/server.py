@@ -12,24 +12,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from halo_fast.data.clips import latent_factors, read_clip
+from halo_fast.data.clips import latent_factors
+from halo_fast.data.tables import ClipRow, read_rows
 from halo_fast.errors import UserError
-from halo_fast.files import hash_file, read_table
 from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.teachers.base import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label
-from halo_fast.teachers.store import LabelStore, label_key
+from halo_fast.teachers import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label, LabelStore, label_key
+from halo_fast.teachers.human import person_name
+from halo_fast.teachers.labelling import draw_clips, open_clip
 
 __all__ = ["LabelServer", "label"]
 
 _PAGE = files("halo_fast.pipeline.label").joinpath("page.html")
 _LONGEST_BODY = 1 << 20
 _SKIPPED = "skipped"
-# the page holds its own style and script; nothing is fetched from elsewhere, nothing can be sent elsewhere
+# style and script are in the page; nothing is fetched from elsewhere or sent elsewhere
 _POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -67,22 +67,16 @@ class LabelServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, config: Config, name: str, port: int = 0) -> None:
-
-        if not re.fullmatch(r"[\w.-]{1,64}", name):
-            raise UserError(f"name: expected letters, digits, . _ or -, got {name!r}")
+        self.teacher = person_name(name)
         run = Run(config)
         self._folder = run.require("generate/clips.parquet").parent
         self._store = run.path / "labels.sqlite"
-        self._grid, self._fps, self.teacher = config.grid, config.generate.fps, f"human:{name}"
-        clips = read_table(self._folder / "clips.parquet").to_pylist()
-        # the order in which annotate draws its clips, so that people and other teachers see the same ones
-        order = np.random.default_rng(config.seed).permutation(len(clips))
-        self._clips = [clips[index] for index in order[: config.annotate.num_clips]]
+        self._grid, self._fps = (config.grid[0], config.grid[1], config.grid[2]), config.generate.fps
+        rows = read_rows(self._folder / "clips.parquet", ClipRow)
+        self._rows = [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, config.seed)]
+        self._clips = [open_clip(self._folder / row.video, row.prompt) for row in self._rows]
         self.count = len(self._clips)
-        self._keys = [
-            label_key(hash_file(self._folder / clip["video"]), clip["prompt"], config.grid, self.teacher)
-            for clip in self._clips
-        ]
+        self._keys = [label_key(clip.hash, clip.prompt, self._grid, self.teacher) for clip in self._clips]
         self._token = secrets.token_urlsafe(24)
         self.frames = lru_cache(maxsize=4)(self._frames)
         try:
@@ -99,7 +93,7 @@ class LabelServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def admits(self, path: str, host: str) -> bool:
-        """Whether a request names the token and this address: a page elsewhere that resolves to loopback does not."""
+        """Whether a request has the token and this address; a page whose name resolves to loopback has another."""
         token = path.strip("/").split("/")[0]
         known = hmac.compare_digest(token.encode(), self._token.encode())
         return known and host == f"127.0.0.1:{self.server_address[1]}"
@@ -126,7 +120,7 @@ class LabelServer(ThreadingHTTPServer):
         video_scores, patches = (dict(found.video), dict(found.patches)) if found else ({}, {})
         scores = list(patches.get(PATCH_DIMENSIONS[0], [math.nan] * math.prod(self._grid)))
         return {
-            "prompt": self._clips[index]["prompt"],
+            "prompt": self._clips[index].prompt,
             "frames": len(video),
             "height": video.shape[1],
             "width": video.shape[2],
@@ -173,11 +167,11 @@ class LabelServer(ThreadingHTTPServer):
         return "done" if complete else "part"
 
     def _frames(self, index: int) -> Tensor:
-        return read_clip(self._folder / self._clips[index]["video"])
+        return self._clips[index].frames()
 
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
-        factors = latent_factors(self._folder, self._clips[index]) or (1, 1, False)
+        factors = latent_factors(self._folder, self._rows[index]) or (1, 1, False)
         return PatchGrid(self._grid, frames, height, width, *factors)
 
 
@@ -199,9 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("PUT")
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: a line per frame helps nobody, and the address holds the token."""
+        """Log nothing: there is a request for each frame, and the address holds the token."""
 
     def _answer(self, method: str) -> None:
+        """Answer one request; a mistake in it becomes a status and a line of text."""
         length = self.headers.get("Content-Length", "0")
         # digits of other scripts are digits to isdigit and no numbers to int
         if not re.fullmatch(r"[0-9]{1,18}", length):
@@ -215,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.NOT_FOUND, b"not here; open the address that halo label printed")
         route = self.path.strip("/").split("/")[1:]
         if not route and not self.path.endswith("/"):
-            # the page asks by addresses relative to its own
+            # the page uses addresses relative to its own
             return self._send(HTTPStatus.PERMANENT_REDIRECT, b"", location=self.path + "/")
         try:
             self._route(method, route, body)
@@ -225,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode())
 
     def _route(self, method: str, route: list[str], body: bytes) -> None:
+        """Answer by the parts of the path behind the token."""
         match method, route:
             case "GET", []:
                 self._send(HTTPStatus.OK, _PAGE.read_bytes(), "text/html; charset=utf-8")
@@ -251,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8", location: str = ""
     ) -> None:
+        """Send a response with the headers that keep the page and its address private."""
         self.send_response(status)
         headers = {
             "Content-Type": kind,

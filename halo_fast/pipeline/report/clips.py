@@ -2,21 +2,78 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from halo_fast.agreement.arms import DEFECTIVE
+from halo_fast.data.clips import read_clip
+from halo_fast.errors import UserError
+from halo_fast.files import progress, read_table
 
-__all__ = ["browser_picture", "browser_video", "severity_strip"]
+__all__ = ["browser_picture", "browser_video", "compared_clips", "severity_strip"]
 
-_SIDE = 160  # height in pixels at which small clips are shown
+_SIDE = 160  # pixels: small clips are enlarged to this height
+
+
+def compared_clips(folder: Path, count: int, grid: tuple[int, ...], fps: int) -> list[dict[str, Any]]:
+    """The first evaluated prompts and seeds that have a base and an aligned clip, as the template reads them.
+
+    Args:
+        folder: of the stage evaluate.
+        count: prompts.
+        grid: patches along time, height and width.
+        fps: frames a second.
+
+    Raises:
+        UserError: an unreadable clip, severities of another grid, or no such prompt.
+    """
+    rows = read_table(folder / "clips.parquet").to_pylist()
+    aligned = {(row["prompt"], row["seed"]): row for row in rows if row["arm"] == "aligned"}
+    pairs = [
+        (row, aligned[row["prompt"], row["seed"]])
+        for row in rows
+        if row["arm"] == "base" and (row["prompt"], row["seed"]) in aligned
+    ][:count]
+    if not pairs:
+        raise UserError(f"{folder / 'clips.parquet'}: no prompt has both a base and an aligned clip; redo evaluate")
+    return [
+        {
+            "prompt": base["prompt"],
+            "seed": base["seed"],
+            "arms": [_arm(folder, row, grid, fps) for row in (base, other)],
+        }
+        for base, other in progress(pairs, len(pairs), "report: encoding clips")
+    ]
+
+
+def _arm(folder: Path, row: Mapping[str, Any], grid: tuple[int, ...], fps: int) -> dict[str, Any]:
+    frames = read_clip(folder / row["video"]).numpy()
+    severity = row.get("severity")
+    if severity is not None and len(severity) != grid[0] * grid[1] * grid[2]:
+        raise UserError(
+            f"{folder / 'clips.parquet'}: {row['clip_id']} has {len(severity)} severities, expected one for each patch "
+            f"of grid {tuple(grid)}; redo evaluate"
+        )
+    return {
+        "name": row["arm"],
+        "video": browser_video(frames, fps),
+        "poster": browser_picture(frames[0]),
+        "strip": severity_strip(frames, severity, grid) if severity is not None else None,
+        "mean": sum(severity) / len(severity) if severity is not None else None,
+    }
 
 
 def browser_video(frames: np.ndarray[Any, Any], fps: int) -> str:
-    """H.264 in yuv420p as a data: URI, small clips enlarged without smoothing so that their pixels stay visible."""
+    """A clip as H.264 in yuv420p, in a data: URI; small clips are enlarged without smoothing.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        fps: frames a second.
+    """
     import av
 
     _, height, width, _ = frames.shape
@@ -25,7 +82,7 @@ def browser_video(frames: np.ndarray[Any, Any], fps: int) -> str:
     large = frames.repeat(scale, axis=1).repeat(scale, axis=2)[:, : shape[0], : shape[1]]
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # one thread: the bytes must not depend on the machine; x264's mbtree reads memory that nobody has written
+        # one thread: the bytes must not depend on the machine; x264's mbtree reads uninitialised memory
         options = {"crf": "18", "preset": "slow", "threads": "1", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = shape

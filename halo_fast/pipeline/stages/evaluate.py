@@ -1,199 +1,186 @@
 """The stage that compares base and aligned model on held-out prompts with the same seeds."""
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from halo_fast.agreement.arms import compare_arms, spearman
+from halo_fast.agreement.arms import compare_arms, compare_rewards
+from halo_fast.agreement.meters import Meter, MeterRequest, load_meter
 from halo_fast.agreement.probes import probe_all
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.prompts import prompt_source, read_prompts
-from halo_fast.errors import UserError
 from halo_fast.families import load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.files import progress, write_bytes, write_json, write_parquet
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.score import score_columns
 from halo_fast.rewards import RewardModel
 
-__all__ = ["evaluate", "evaluation_prompts", "load_meter"]
+__all__ = ["evaluate", "evaluation_meter", "evaluation_prompts"]
 
-Meter = Callable[[Tensor, list[str]], dict[str, Tensor]]
-"""Videos uint8 [N, F, H, W, 3] and prompts -> columns: severity [N, P] in [0, 1] and whatever else is measured."""
+logger = logging.getLogger(__name__)
 
-_CLEAN_CLIPS = 256
+_ARMS = ("base", "aligned")
 _PROBE_CLIPS = 32  # all of them are in memory at once
 # No candidate of a training prompt has this number, so that no evaluation clip starts from noise that was trained on.
 _CANDIDATE = -1
+
+
+@dataclass(frozen=True)
+class _ArmClip:
+    """A clip of one arm, the first columns of evaluate/clips.parquet; its readings follow."""
+
+    clip_id: str
+    arm: str
+    prompt_id: int
+    prompt: str
+    seed: int
+    video: str
 
 
 def evaluate(config: Config, run: Run) -> None:
     """Sample base and aligned model on held-out prompts from the same noise and measure both; a stage.
 
     Writes evaluate/clips.parquet, videos/{base,aligned}/*.mp4, probes.json (sanity of the reward model) and
-    metrics.json, which is copied to the run directory.
-    A killed run is continued at the first unfinished batch; everything is measured on the mp4 files, read back.
+    metrics.json, which is copied to the run directory. A killed run is continued at the first unfinished batch.
+    Everything is measured on the mp4 files, read back.
+
+    Args:
+        config: evaluate holds prompts, meter and resamples.
+        run: the run directory.
 
     Raises:
-        UserError: an earlier stage is missing, unknown meter, a grid that the meter does not measure, an unreadable
-            file.
+        UserError: an earlier stage is missing, no such meter, clips that it does not read, an unreadable file.
     """
-    import pyarrow
-
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
     trained = run.require("train/lora" if config.train.rank else "train/model")
     reward = run.require("reward/model.safetensors").parent
     prompts = evaluation_prompts(config)
+    meter = evaluation_meter(config, prompts, reward)
     inputs = {
         "evaluation_prompts": prompt_source(config.evaluation_prompts),
         "pretrained_model_name_or_path": source(model_name),
         "trained": trained,
         "reward": reward,
+        **meter.sources,
     }
-    if settings.meter == "demo":
-        from halo_fast.demo.meters import WEIGHTS
-
-        inputs |= {name: WEIGHTS / f"{name}.safetensors" for name in ("defect_meter", "fidelity_meter")}
     keys = asdict(settings) | {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}
     with run.stage("evaluate", keys, inputs) as stage:
         if not stage.done:
             model = RewardModel.load(reward)
-            meter, clean = load_meter(config, model)
-            rows = [
-                _row(arm, index, prompt, config) for arm in ("base", "aligned") for index, prompt in enumerate(prompts)
-            ]
-            _sample(config, rows, trained, stage.folder)
-            columns = _measure(config, rows, stage.folder, meter, model)
-            table = {name: [row[name] for row in rows] for name in rows[0]}
-            table |= {name: values.tolist() for name, values in columns.items()}
-            write_parquet(stage.folder / "clips.parquet", pyarrow.table(table))
-            metrics = _metrics(config, columns, len(prompts), clean)
+            clips = [_arm_clip(arm, index, prompt, config) for arm in _ARMS for index, prompt in enumerate(prompts)]
+            _sample(config, clips, trained, stage.folder)
+            columns = _measure(config, clips, stage.folder, meter, model)
+            _write_clips(stage.folder / "clips.parquet", clips, columns)
+            metrics = _metrics(config, columns, len(prompts), meter)
             if len(prompts) < 2:
-                print("evaluate: an interval needs more prompts than one; see evaluate.num_prompts", file=sys.stderr)
-            write_json(stage.folder / "probes.json", _probes(config, rows, stage.folder, model))
+                logger.warning("evaluate: intervals need at least two prompts; raise evaluate.num_prompts")
+            write_json(stage.folder / "probes.json", _probes(config, clips, stage.folder, model))
             write_json(stage.folder / "metrics.json", metrics)
-            stage.finish({"prompts": len(prompts), "clips": len(rows)})
+            stage.finish({"prompts": len(prompts), "clips": len(clips)})
     write_bytes(run.path / "metrics.json", (stage.folder / "metrics.json").read_bytes())
 
 
 def evaluation_prompts(config: Config) -> list[str]:
-    """The held-out prompts; UserError if there are none, or the meter does not exist or cannot read such clips."""
-    settings = config.evaluate
-    prompts = read_prompts(config.evaluation_prompts, settings.num_prompts, config.seed, "evaluation_prompts")
-    if settings.meter not in ("demo", "reward"):
-        raise UserError(f'evaluate.meter: expected "demo" or "reward", got {settings.meter!r}')
-    if settings.meter == "demo":
-        from halo_fast import demo
-
-        demo.check(config, prompts, "evaluation_prompts")
-    return prompts
+    """The held-out prompts; UserError if there are none."""
+    return read_prompts(config.evaluation_prompts, config.evaluate.num_prompts, config.seed, "evaluation_prompts")
 
 
-def load_meter(config: Config, model: RewardModel) -> tuple[Meter, float]:
-    """The meter that `config.evaluate.meter` names, and its mean severity on clean clips.
+def evaluation_meter(config: Config, prompts: Sequence[str], reward: Path) -> Meter:
+    """The meter that `evaluate.meter` names.
 
-    "demo" is the demo world's defect and fidelity meter. "reward" reads severity off the reward model's patch quality,
-    (5 - score) / 4, for models that no meter is made for: mind that the model was aligned to these very scores.
+    Args:
+        config: of the run.
+        prompts: of the clips that it will measure.
+        reward: folder of the run's reward model; it need not exist before the meter reads it.
 
-    Both were checked by `evaluation_prompts`.
+    Raises:
+        UserError: no such meter, or one that cannot read such clips.
     """
-    if config.evaluate.meter == "reward":
-        return lambda videos, prompts: {"severity": (5 - model(videos, prompts, config.grid).patches[:, 0]) / 4}, 0.0
-    from halo_fast.demo import world
-    from halo_fast.demo.meters import DefectMeter, FidelityMeter
-
-    defects, fidelity = DefectMeter.load(), FidelityMeter.load()
-
-    def meter(videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        severity, by_kind = defects(videos, prompts)
-        kinds = {f"severity_{kind}": by_kind[:, index] for index, kind in enumerate(defects.kinds)}
-        return {"severity": severity, **kinds, **fidelity(videos, prompts)}
-
-    clean_videos, clean_prompts = world.clean_clips(_CLEAN_CLIPS, config.seed, split="heldout")
-    return meter, float(defects(clean_videos, clean_prompts)[0].mean())
+    size = config.generate.num_frames, config.generate.height, config.generate.width
+    grid = config.grid[0], config.grid[1], config.grid[2]
+    request = MeterRequest(grid, size, prompts, config.seed, cache(lambda: RewardModel.load(reward)))
+    return load_meter(config.evaluate.meter, request)
 
 
-def _row(arm: str, index: int, prompt: str, config: Config) -> dict[str, Any]:
-    return {
-        "clip_id": f"{arm}_p{index:04d}",
-        "arm": arm,
-        "prompt_id": index,
-        "prompt": prompt,
-        "seed": clip_seed(config.seed, index, _CANDIDATE),
-        "video": f"videos/{arm}/p{index:04d}.mp4",
-    }
+def _arm_clip(arm: str, index: int, prompt: str, config: Config) -> _ArmClip:
+    seed = clip_seed(config.seed, index, _CANDIDATE)
+    return _ArmClip(f"{arm}_p{index:04d}", arm, index, prompt, seed, f"videos/{arm}/p{index:04d}.mp4")
 
 
-def _batches(rows: Sequence[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
-    """Batches of one arm each, so that both arms are sampled in the same batches."""
-    return [
-        [row for row in rows if row["arm"] == arm][start : start + size]
-        for arm in ("base", "aligned")
-        for start in range(0, len(rows) // 2, size)
-    ]
+def _batches(clips: Sequence[_ArmClip], size: int) -> list[list[_ArmClip]]:
+    """Batches of one arm each; both arms are in the same batches, because rounding may depend on them."""
+    arms = ([clip for clip in clips if clip.arm == arm] for arm in _ARMS)
+    return [arm[start : start + size] for arm in arms for start in range(0, len(arm), size)]
 
 
-def _sample(config: Config, rows: Sequence[dict[str, Any]], trained: Path, folder: Path) -> None:
-    """Write the clips that are not there yet."""
-    batches = _batches(rows, config.generate.batch_size)
-    missing = [batch for batch in batches if not all((folder / row["video"]).exists() for row in batch)]
+def _sample(config: Config, clips: Sequence[_ArmClip], trained: Path, folder: Path) -> None:
+    """Write the clips that do not exist yet."""
+    batches = _batches(clips, config.generate.batch_size)
+    missing = [batch for batch in batches if not all((folder / clip.video).exists() for clip in batch)]
     if not missing:
         return
     from halo_fast.export.lora import load_trained
 
     family = load(config.pretrained_model_name_or_path, network=config.train.network)
-    aligned = False
+    arm = _ARMS[0]
     for batch in progress(missing, len(missing), "evaluate"):
-        if batch[0]["arm"] == "aligned" and not aligned:
+        if batch[0].arm != arm:
+            arm = batch[0].arm
             load_trained(family, trained)
-            aligned = True
-        prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
-        _, videos = sample_clips(family, prompts, seeds, config.generate)
-        for row, video in zip(batch, videos, strict=True):
-            write_clip(folder / row["video"], video, config.generate.fps)
+        _, videos = sample_clips(
+            family, [clip.prompt for clip in batch], [clip.seed for clip in batch], config.generate
+        )
+        for clip, video in zip(batch, videos, strict=True):
+            write_clip(folder / clip.video, video, config.generate.fps)
 
 
 @torch.no_grad()
 def _measure(
-    config: Config, rows: Sequence[dict[str, Any]], folder: Path, meter: Meter, model: RewardModel
-) -> dict[str, np.ndarray]:
-    """What meter and reward model say of every clip: name -> [2N] or [2N, P], base first."""
+    config: Config, clips: Sequence[_ArmClip], folder: Path, meter: Meter, model: RewardModel
+) -> dict[str, NDArray[Any]]:
+    """Readings of the meter and scores of the reward model for every clip: name -> [2N] or [2N, P], base first."""
     parts: dict[str, list[Tensor]] = {}
-    for batch in _batches(rows, config.score.batch_size):
-        videos = torch.stack([read_clip(folder / row["video"]) for row in batch])
-        prompts = [row["prompt"] for row in batch]
-        columns = meter(videos, prompts) | score_columns(model, model(videos, prompts, config.grid))
+    for batch in _batches(clips, config.score.batch_size):
+        videos = torch.stack([read_clip(folder / clip.video) for clip in batch])
+        prompts = [clip.prompt for clip in batch]
+        video, patches = model.by_dimension(model(videos, prompts, config.grid))
+        columns = dict(meter(videos, prompts))
+        columns |= {f"video_{name}": values for name, values in video.items()}
+        columns |= {f"patch_{name}": values for name, values in patches.items()}
         for name, values in columns.items():
             parts.setdefault(name, []).append(values.flatten(1) if values.ndim > 1 else values)
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def _probes(config: Config, rows: Sequence[dict[str, Any]], folder: Path, model: RewardModel) -> list[dict[str, Any]]:
-    """What the reward model makes of the aligned model's first clips when they are changed in known ways."""
-    aligned = [row for row in rows if row["arm"] == "aligned"][:_PROBE_CLIPS]
-    videos = torch.stack([read_clip(folder / row["video"]) for row in aligned])
-    probes = probe_all(model, videos, [row["prompt"] for row in aligned], config.grid, config.seed)
+def _write_clips(path: Path, clips: Sequence[_ArmClip], columns: dict[str, NDArray[Any]]) -> None:
+    import pyarrow
+
+    table = {field.name: [getattr(clip, field.name) for clip in clips] for field in fields(_ArmClip)}
+    write_parquet(path, pyarrow.table(table | {name: values.tolist() for name, values in columns.items()}))
+
+
+def _probes(config: Config, clips: Sequence[_ArmClip], folder: Path, model: RewardModel) -> list[dict[str, Any]]:
+    """Outcomes of the probes on the aligned model's first clips."""
+    aligned = [clip for clip in clips if clip.arm == "aligned"][:_PROBE_CLIPS]
+    videos = torch.stack([read_clip(folder / clip.video) for clip in aligned])
+    probes = probe_all(model, videos, [clip.prompt for clip in aligned], config.grid, config.seed)
     return [probe.as_dict() for probe in probes]
 
 
-def _metrics(config: Config, columns: dict[str, np.ndarray], count: int, clean: float) -> dict[str, Any]:
+def _metrics(config: Config, columns: dict[str, NDArray[Any]], count: int, meter: Meter) -> dict[str, Any]:
+    """The figures of metrics.json; the first `count` rows of the columns are the base's."""
     base, aligned = (
-        {name: values[part] for name, values in columns.items()} for part in (slice(count), slice(count, None))
+        {name: values[rows] for name, values in columns.items()} for rows in (slice(count), slice(count, None))
     )
-    metrics = compare_arms(base, aligned, clean, config.evaluate.bootstrap, config.seed)
-    metrics["patch_grid"] = list(config.grid)
-    for name, arm in (("reward_base", base), ("reward_aligned", aligned)):
-        metrics[name] = {key: float(arm[key].mean()) for key in arm if key.startswith(("video_", "patch_"))}
-    # against a meter that is the reward model itself this would say nothing
-    if config.evaluate.meter != "reward":
-        # the reward model judges candidates of the base; on aligned clips, nearly all sound, ranks are mostly noise
-        metrics["patch_spearman"] = spearman(base["patch_quality"], -base["severity"])
-        metrics["patch_spearman_aligned"] = spearman(aligned["patch_quality"], -aligned["severity"])
-    return metrics
+    metrics = compare_arms(base, aligned, meter.clean, config.evaluate.bootstrap, config.seed)
+    # a reward model always agrees with a meter that is the reward model itself
+    severity = None if config.evaluate.meter == "reward" else "severity"
+    return metrics | {"patch_grid": list(config.grid)} | compare_rewards(base, aligned, severity)

@@ -2,184 +2,222 @@
 
 import asyncio
 import json
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
 from halo_fast.errors import UserError
-from halo_fast.teachers.openai.questions import Answer, Question
-from halo_fast.teachers.openai.server import Server, reply, scrub
+from halo_fast.teachers.openai.client import named_errors
+from halo_fast.teachers.openai.ledger import Ledger
+from halo_fast.teachers.openai.protocol import make_reply, read_failure, read_reply, request_body, scrub
+from halo_fast.teachers.openai.questions import Answer, Job, Question
 from halo_fast.teachers.store import Reply
 
-__all__ = ["answers_in_batches"]
+__all__ = ["answer_in_batches"]
+
+logger = logging.getLogger(__name__)
 
 # of one batch, below OpenAI's 50 000 requests and 200 MB
 _MOST_REQUESTS, _MOST_BYTES = 50_000, 150_000_000
+_OVERHEAD = 20_000  # bytes of a request beside its pictures
 _ENDED = {"completed", "expired", "cancelled", "failed"}
 _NAME = "halo_fast"  # of the metadata field by which a batch is found again
 _SLOWEST_POLL = 60.0  # seconds
+_AGAIN = "run again to continue"
 
 
-async def answers_in_batches(
-    server: Server, client: Any, jobs: Sequence[Callable[[], list[Question]]]
+async def answer_in_batches(
+    client: Any, ledger: Ledger, jobs: Sequence[Job], seed: int
 ) -> AsyncIterator[tuple[int, list[Answer]]]:
     """The answers to every job's questions, with the job's index, when the batches that hold them have ended.
 
     A batch is entered in the store before it is uploaded, at its full cost, and named there as soon as the server has
-    taken it; one that was taken just before a kill is found at the server by its metadata. Questions whose answers are
+    taken it. One that was taken just before a kill is found at the server by its metadata. Questions whose answers are
     unusable go into another batch, max_attempts in all.
+
+    Args:
+        client: of the server.
+        ledger: of requests.
+        jobs: each makes its questions, twice: pictures are made again when they are sent.
+        seed: not used; there are no random delays.
 
     Raises:
         UserError: the budget does not hold a batch, or the server refuses it.
     """
     # uploads and polls cost nothing, so the client may repeat them
-    patient = client.with_options(max_retries=server.config.max_retries)
-    await _find_again(server, patient)
-    # without pictures, which are made anew when they are sent: those of all clips together may not fit into memory
+    batches = _Batches(client, client.with_options(max_retries=ledger.config.max_retries), ledger)
+    await batches.find_again()
+    # without pictures: those of all clips together may not fit into memory
     waiting = {
         index: [replace(question, pictures=()) for question in await asyncio.to_thread(job)]
         for index, job in enumerate(jobs)
     }
     known = {question.key: question for questions in waiting.values() for question in questions}
-    failed: dict[str, str] = {}
-    for attempt in range(server.config.max_attempts + 1):
-        await _collect(server, patient, known, failed)
+    for attempt in range(ledger.config.max_attempts + 1):
+        await batches.collect(known)
+        last = attempt == ledger.config.max_attempts
         for index, questions in list(waiting.items()):
-            answers = [server.final(question) for question in questions]
-            if attempt == server.config.max_attempts:
-                answers = [
-                    answer or Answer("unavailable", reason=failed.get(question.key, "no answer in any batch"))
-                    for answer, question in zip(answers, questions, strict=True)
-                ]
-            if answers[0] is not None and answers[0].status != "ok":
-                answers = answers[:1]
-            found = [answer for answer in answers if answer is not None]
-            if len(found) == len(answers):
+            answers = batches.answers(questions, last)
+            if answers is not None:
                 del waiting[index]
-                yield index, found
+                yield index, answers
         if not waiting:
             return
-        await _submit_all(server, client, patient, [jobs[index] for index in waiting])
+        await batches.submit_all([jobs[index] for index in waiting])
 
 
-async def _submit_all(server: Server, client: Any, patient: Any, jobs: Sequence[Callable[[], list[Question]]]) -> None:
-    """Send the jobs' questions that have no answer yet, in as few batches as their size allows."""
-    part: list[Question] = []
-    size, taken = 0, set[str]()
-    for job in jobs:
-        for question in await asyncio.to_thread(job):
-            if question.key in taken or server.final(question) is not None:
-                continue
-            taken.add(question.key)
-            volume = sum(len(picture.data) for picture in question.pictures) * 4 // 3 + 20_000
-            if part and (size + volume > _MOST_BYTES or len(part) == _MOST_REQUESTS):
-                await _submit(server, client, patient, part)
-                part, size = [], 0
-            part.append(question)
-            size += volume
-    if part:
-        await _submit(server, client, patient, part)
+@dataclass
+class _Batches:
+    """A teacher's batches at a server.
 
+    Args:
+        client: never repeats a request by itself.
+        patient: repeats those that cost nothing.
+        ledger: of requests and batches.
+        failed: why questions have no answer yet, by their keys.
+    """
 
-async def _submit(server: Server, client: Any, patient: Any, questions: Sequence[Question]) -> None:
-    key = uuid4().hex
-    costs = {question.key: server.cost(question) for question in questions}
-    if server.store.reserve(costs, server.teacher, server.config.budget, batch=key) is None:
-        raise UserError(
-            f"annotate.openai.budget: a batch of {len(costs)} requests may cost ${sum(costs.values()):.2f}, "
-            f"${server.store.spent():.2f} of ${server.config.budget:g} are spent; raise it or lower annotate.num_clips"
-        )
-    lines = [
-        json.dumps({"custom_id": question.key, "method": "POST", "url": "/v1/responses", "body": server.body(question)})
-        for question in questions
-    ]
-    with _told(server, "the batch was not uploaded"):
-        file = await patient.files.create(file=(f"{key}.jsonl", "\n".join(lines).encode()), purpose="batch")
-    # never repeated unseen: a second batch would be paid for as well
-    with _told(server, "it is unknown whether the batch was taken; run again, and it is looked up"):
-        batch = await client.batches.create(
-            input_file_id=file.id, endpoint="/v1/responses", completion_window="24h", metadata={_NAME: key}
-        )
-    server.store.name_batch(key, batch.id)
-    print(f"annotate: batch {batch.id} of {len(questions)} requests", file=sys.stderr)
+    client: Any
+    patient: Any
+    ledger: Ledger
+    failed: dict[str, str] = field(default_factory=dict)
 
+    def answers(self, questions: Sequence[Question], last: bool) -> list[Answer] | None:
+        """The answers of a job, up to the first if that is unusable; None while one is missing and a try is left."""
+        answers: list[Answer] = []
+        for question in questions:
+            answer = self.ledger.final(question)
+            if answer is None:
+                if not last:
+                    return None
+                answer = Answer("unavailable", reason=self.failed.get(question.key, "no answer in any batch"))
+            answers.append(answer)
+            if answers[0].status != "ok":
+                return answers
+        return answers
 
-async def _find_again(server: Server, client: Any) -> None:
-    """Look up batches that were entered but not named; those that the server never took cost nothing."""
-    entered = server.store.open_batches(server.teacher)
-    nameless = {key: requests for key, (number, requests) in entered.items() if number is None}
-    if not nameless:
-        return
-    with _told(server, "run again to continue"):
-        async for batch in client.batches.list(limit=100):
-            key = (batch.metadata or {}).get(_NAME)
-            if key in nameless:
-                server.store.name_batch(key, batch.id)
-                del nameless[key]
-    for key, requests in nameless.items():
-        never = Reply("failed", "the batch was never taken")
-        server.store.settle(dict.fromkeys(requests.values(), never), server.prices)
-        server.store.end_batch(key)
+    async def find_again(self) -> None:
+        """Look up batches that were entered but not named; those that the server never took cost nothing."""
+        store = self.ledger.store
+        entered = store.open_batches(self.ledger.teacher)
+        nameless = {key: requests for key, (number, requests) in entered.items() if number is None}
+        if not nameless:
+            return
+        with named_errors(self.ledger.config, _AGAIN):
+            async for batch in self.patient.batches.list(limit=100):
+                key = (batch.metadata or {}).get(_NAME)
+                if key in nameless:
+                    store.name_batch(key, batch.id)
+                    del nameless[key]
+        for key, requests in nameless.items():
+            never = Reply("failed", "the batch was never taken")
+            self.ledger.settle(dict.fromkeys(requests.values(), never))
+            store.end_batch(key)
 
+    async def submit_all(self, jobs: Sequence[Job]) -> None:
+        """Send the jobs' questions that have no answer yet, in as few batches as their size allows."""
+        part: list[Question] = []
+        size, taken = 0, set[str]()
+        for job in jobs:
+            for question in await asyncio.to_thread(job):
+                if question.key in taken or self.ledger.final(question) is not None:
+                    continue
+                taken.add(question.key)
+                volume = sum(len(picture.data) for picture in question.pictures) * 4 // 3 + _OVERHEAD
+                if part and (size + volume > _MOST_BYTES or len(part) == _MOST_REQUESTS):
+                    await self._submit(part)
+                    part, size = [], 0
+                part.append(question)
+                size += volume
+        if part:
+            await self._submit(part)
 
-async def _collect(server: Server, client: Any, known: Mapping[str, Question], failed: dict[str, str]) -> None:
-    """Wait until every open batch has ended and settle its requests; `failed` is told why some have no answer."""
-    for key, (number, requests) in server.store.open_batches(server.teacher).items():
-        delay = server.config.retry_delay
+    async def _submit(self, questions: Sequence[Question]) -> None:
+        """Enter a batch in the store, upload it, and name it; UserError if the budget does not hold it."""
+        key, config = uuid4().hex, self.ledger.config
+        if self.ledger.reserve(questions, batch=key) is None:
+            raise UserError(
+                f"annotate.openai.budget: a batch of {len(questions)} requests may cost "
+                f"${self.ledger.cost(questions):.2f}, ${self.ledger.store.spent():.2f} of ${config.budget:g} are "
+                f"spent; raise it or lower annotate.num_clips"
+            )
+        lines = "\n".join(_line(question, self.ledger) for question in questions).encode()
+        with named_errors(config, "the batch was not uploaded"):
+            file = await self.patient.files.create(file=(f"{key}.jsonl", lines), purpose="batch")
+        # never repeated blindly: a second batch would be paid for as well
+        with named_errors(config, "it is unknown whether the batch was taken; run again, and it is looked up"):
+            batch = await self.client.batches.create(
+                input_file_id=file.id, endpoint="/v1/responses", completion_window="24h", metadata={_NAME: key}
+            )
+        self.ledger.store.name_batch(key, batch.id)
+        logger.info("annotate: batch %s of %d requests", batch.id, len(questions))
+
+    async def collect(self, known: Mapping[str, Question]) -> None:
+        """Wait until every open batch has ended, and settle its requests."""
+        store, config = self.ledger.store, self.ledger.config
+        for key, (number, requests) in store.open_batches(self.ledger.teacher).items():
+            batch = await self._ended(number)
+            replies: dict[int, Reply] = {}
+            for file in (batch.output_file_id, batch.error_file_id):
+                if file:
+                    with named_errors(config, _AGAIN):
+                        content = (await self.patient.files.content(file)).content
+                    replies |= _replies(content.decode("utf-8", "replace"), requests, known, self.ledger)
+            for question, request in requests.items():
+                never = Reply("failed", f"batch {batch.status} without an answer")
+                self.failed[question] = replies.setdefault(request, never).reason
+            self.ledger.settle(replies)
+            store.end_batch(key)
+            self.ledger.check(replies)
+            if batch.status == "failed":
+                errors = getattr(batch.errors, "data", None) or []
+                reasons = "; ".join(str(error.message) for error in errors) or "no reason given"
+                raise UserError(f"{config.base_url}: batch {number} was refused: {scrub(reasons)[:200]}")
+
+    async def _ended(self, number: str | None) -> Any:
+        """The batch when it has ended."""
+        delay = self.ledger.config.retry_delay
         while True:
-            with _told(server, "run again to continue"):
-                batch = await client.batches.retrieve(number)
+            with named_errors(self.ledger.config, _AGAIN):
+                batch = await self.patient.batches.retrieve(number)
             if batch.status in _ENDED:
-                break
+                return batch
             await asyncio.sleep(delay)
             delay = min(2 * delay, _SLOWEST_POLL)
-        replies: dict[int, Reply] = {}
-        for file in (batch.output_file_id, batch.error_file_id):
-            if file:
-                with _told(server, "run again to continue"):
-                    content = (await client.files.content(file)).content
-                replies |= _replies(server, content.decode("utf-8", "replace"), requests, known)
-        for question, request in requests.items():
-            never = Reply("failed", f"batch {batch.status} without an answer")
-            failed[question] = replies.setdefault(request, never).reason
-        server.store.settle(replies, server.prices)
-        server.store.end_batch(key)
-        if batch.status == "failed":
-            errors = getattr(batch.errors, "data", None) or []
-            reasons = "; ".join(str(error.message) for error in errors) or "no reason given"
-            raise UserError(f"{server.config.base_url}: batch {number} was refused: {scrub(reasons)[:200]}")
+
+
+def _line(question: Question, ledger: Ledger) -> str:
+    body = request_body(question, ledger.config)
+    return json.dumps({"custom_id": question.key, "method": "POST", "url": "/v1/responses", "body": body})
 
 
 def _replies(
-    server: Server, content: str, requests: Mapping[str, int], known: Mapping[str, Question]
+    content: str, requests: Mapping[str, int], known: Mapping[str, Question], ledger: Ledger
 ) -> dict[int, Reply]:
-    """The replies in an output or error file, by request; what cannot be read is left out and so counts as failed."""
-    replies = {}
+    """The replies in an output or error file, by the requests' numbers; unreadable lines are left out."""
+    return {requests[key]: _reply(entry, known.get(key), ledger) for key, entry in _entries(content) if key in requests}
+
+
+def _entries(content: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The readable lines of an output or error file, each with its question's key."""
     for line in content.split("\n"):
         try:
             entry = json.loads(line)
-            request, response = requests[entry["custom_id"]], entry.get("response") or {}
-            status, body = response.get("status_code"), response.get("body")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            key = entry["custom_id"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if status == 200:
-            replies[request] = server.read(known.get(entry["custom_id"]), body)
-        elif isinstance(status, int):
-            replies[request] = server.failure(status, body, {}).reply
-        else:
-            replies[request] = reply("failed", entry.get("error"))
-    return replies
+        if isinstance(key, str) and isinstance(entry.get("response") or {}, dict):
+            yield key, entry
 
 
-@contextmanager
-def _told(server: Server, cure: str) -> Iterator[None]:
-    """Errors of the client as a UserError of one line, without the request that they carry."""
-    import openai
-
-    try:
-        yield
-    except openai.OpenAIError as error:
-        raise UserError(f"{server.config.base_url}: {scrub(error)[:200]}; {cure}") from None
+def _reply(entry: Mapping[str, Any], question: Question | None, ledger: Ledger) -> Reply:
+    """What one line of an output or error file says."""
+    response = entry.get("response") or {}
+    status, body = response.get("status_code"), response.get("body")
+    if status == 200:
+        return read_reply(question, body, ledger.config)
+    if isinstance(status, int):
+        return read_failure(status, body, {}, ledger.config).reply
+    return make_reply("failed", entry.get("error"))

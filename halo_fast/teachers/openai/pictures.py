@@ -1,4 +1,4 @@
-"""What a model is shown of a clip: frames of the whole, and frames cut along the patch grid with numbered boxes."""
+"""Pictures of a clip for a model: whole frames, and frames cut along the patch grid with numbered boxes."""
 
 import io
 import math
@@ -15,7 +15,7 @@ _GAP, _STRIP = 6, 18  # pixels between two columns, and above each row for the n
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG file, its size in pixels, and whether the model is to see it in full ("high") or shrunk to 512 ("low")."""
+    """A JPEG file, its size in pixels, and the detail: "high" is in full, "low" shrunk to 512 pixels."""
 
     data: bytes
     width: int
@@ -24,7 +24,7 @@ class Picture:
 
 
 def even_steps(start: int, stop: int, limit: int) -> list[int]:
-    """At most `limit` numbers of range(start, stop), at equal steps, first and last among them; one is the middle."""
+    """At most `limit` numbers of range(start, stop) at equal steps, both ends included; a single one is the middle."""
     count = min(limit, stop - start)
     if count == 1:
         return [(start + stop - 1) // 2]
@@ -32,7 +32,7 @@ def even_steps(start: int, stop: int, limit: int) -> list[int]:
 
 
 def whole_frame(frame: np.ndarray) -> Picture:
-    """A frame, uint8 [H, W, 3], at about 512 pixels, which is what models see at low detail."""
+    """A frame, uint8 [H, W, 3], at about 512 pixels, the size of low detail."""
     height, width = _size(frame.shape[0], frame.shape[1], 512, 512)
     return _encode(_resized(frame, height, width), "low")
 
@@ -112,6 +112,6 @@ def _encode(frame: np.ndarray, detail: str) -> Picture:
     from PIL import Image
 
     file = io.BytesIO()
-    # little enough loss, and none in the resolution of colour, to be no damage of its own
+    # colour at full resolution and little loss: compression must not pass for damage
     Image.fromarray(frame).save(file, "JPEG", quality=95, subsampling=0)
     return Picture(file.getvalue(), frame.shape[1], frame.shape[0], detail)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from halo_fast.files import hash_text
 from halo_fast.patches import PatchGrid
-from halo_fast.teachers.base import RUBRIC, RUBRIC_DIMENSIONS
 from halo_fast.teachers.openai.pictures import Picture, cut_frame, even_steps, whole_frame
+from halo_fast.teachers.rubric import RUBRIC, RUBRIC_DIMENSIONS
 
-__all__ = ["Answer", "Question", "ask_pair", "ask_patches", "ask_video", "parse", "schema"]
+__all__ = ["Answer", "Job", "Question", "ask_pair", "ask_patches", "ask_video", "parse", "schema"]
 
 SCORES = tuple(grade / 2 for grade in range(2, 11))
 VERDICTS = ("first", "second", "tie")
@@ -39,9 +39,12 @@ class Question:
     choices: tuple[float | str, ...] = SCORES
 
 
+Job = Callable[[], list[Question]]  # makes the questions about one clip or pair
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What came of a question: values of its fields if status is "ok", and otherwise the reason why there are none."""
+    """The values of a question's fields if status is "ok", and otherwise the reason why there are none."""
 
     status: str
     values: Mapping[str, float | str] = field(default_factory=dict)
@@ -66,7 +69,7 @@ def parse(question: Question, text: str) -> Answer:
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        return Answer("malformed", reason=f"no JSON by the schema: {error}"[:200])
+        return Answer("malformed", reason=f"no JSON by the schema: {str(error)[:80]}; it begins {text[:80]!r}"[:200])
     if not isinstance(values, dict):
         return Answer("malformed", reason=f"expected a JSON object, got {type(values).__name__}")
     expected = {"remarks", *question.fields}
@@ -87,7 +90,7 @@ def parse(question: Question, text: str) -> Answer:
 
 
 def ask_video(clip_hash: str, prompt: str, video: np.ndarray, teacher: str, max_frames: int) -> Question:
-    """Ask for the scores of a whole video, uint8 [F, H, W, 3], shown by frames at equal steps."""
+    """Ask for the scores of a whole video, uint8 [F, H, W, 3], by frames at equal steps."""
     frames = even_steps(0, len(video), max_frames)
     text = _text("video", prompt, len(video), frames, RUBRIC_DIMENSIONS)
     key = _key("video", teacher, prompt, clip_hash)
@@ -123,30 +126,42 @@ def ask_patches(
         teacher: whose name is part of the key.
         grid: patches of the video.
         patches: those that are asked about, ascending f-major numbers from 0.
-        patch_frames: frames that show each time span.
+        patch_frames: frames of each time span.
         max_images: in one request.
     """
-    edges, per_span = grid.pixel_edges(0), math.prod(grid.grid[1:])
-    parts: list[tuple[list[tuple[int, int]], list[int]]] = []  # (frame, its span) and patches of each request
-    for span in range(grid.grid[0]):
-        asked = [patch for patch in patches if patch // per_span == span]
-        shown = [(frame, span) for frame in even_steps(edges[span], edges[span + 1], min(patch_frames, max_images))]
-        for start in range(0, len(asked), _MOST_FIELDS):
-            some = asked[start : start + _MOST_FIELDS]
-            fits = parts and len(parts[-1][0]) + len(shown) <= max_images
-            if fits and len(parts[-1][1]) + len(some) <= _MOST_FIELDS:
-                parts[-1][0].extend(shown)
-                parts[-1][1].extend(some)
-            else:
-                parts.append((list(shown), list(some)))
+    edges = grid.pixel_edges(0)
+    frames = [even_steps(edges[span], edges[span + 1], min(patch_frames, max_images)) for span in range(grid.grid[0])]
     questions = []
-    for shown, asked in parts:
+    for spans, asked in _requests(grid, patches, [len(some) for some in frames], max_images):
         fields = tuple(f"patch_{patch + 1}" for patch in asked)
-        text = _text("patches", prompt, len(video), [frame for frame, _ in shown], fields)
-        pictures = tuple(cut_frame(video[frame], grid, span) for frame, span in shown)
+        chosen = [(frame, span) for span in spans for frame in frames[span]]
+        text = _text("patches", prompt, len(video), [frame for frame, _ in chosen], fields)
+        pictures = tuple(cut_frame(video[frame], grid, span) for frame, span in chosen)
         key = _key("patches", teacher, prompt, clip_hash, [grid.pixel_edges(axis) for axis in range(3)], fields)
         questions.append(Question(key, text, pictures, fields))
     return questions
+
+
+def _requests(
+    grid: PatchGrid, patches: Sequence[int], images: Sequence[int], max_images: int
+) -> list[tuple[list[int], list[int]]]:
+    """The time spans and patches of each request; `images` has the number of images of each span."""
+    per_span = math.prod(grid.grid[1:])
+    requests: list[tuple[list[int], list[int]]] = []
+    used = 0  # images of the last request
+    for span in range(grid.grid[0]):
+        asked = [patch for patch in patches if patch // per_span == span]
+        for start in range(0, len(asked), _MOST_FIELDS):
+            part = asked[start : start + _MOST_FIELDS]
+            fits = requests and used + images[span] <= max_images
+            if fits and len(requests[-1][1]) + len(part) <= _MOST_FIELDS:
+                requests[-1][0].append(span)
+                requests[-1][1].extend(part)
+                used += images[span]
+            else:
+                requests.append(([span], list(part)))
+                used = images[span]
+    return requests
 
 
 def _text(

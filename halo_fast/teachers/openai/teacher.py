@@ -2,54 +2,58 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from halo_fast.errors import UserError
-from halo_fast.files import hash_bytes, hash_text
+from halo_fast.files import hash_text
 from halo_fast.patches import PatchGrid
-from halo_fast.teachers.base import RUBRIC_DIMENSIONS, Label
-from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.teachers.base import Clip, TeacherRequest, read_options
+from halo_fast.teachers.openai.batch import answer_in_batches
+from halo_fast.teachers.openai.client import open_client
+from halo_fast.teachers.openai.config import OpenAIConfig, check_config, normal_address
+from halo_fast.teachers.openai.direct import answer_directly
+from halo_fast.teachers.openai.ledger import Ledger
 from halo_fast.teachers.openai.pictures import choose_patches
-from halo_fast.teachers.openai.questions import Answer, Question, ask_pair, ask_patches, ask_video
-from halo_fast.teachers.openai.server import Job, Server, announce
+from halo_fast.teachers.openai.pricing import likely_cost
+from halo_fast.teachers.openai.questions import Answer, Job, Question, ask_pair, ask_patches, ask_video
+from halo_fast.teachers.rubric import RUBRIC_DIMENSIONS, Label
 from halo_fast.teachers.store import LabelStore
 
-__all__ = ["Clip", "OpenAITeacher", "consistent"]
+__all__ = ["OpenAIJudge", "OpenAITeacher", "consistent", "load_openai"]
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 # what an answer depends on; prices, bounds and retries may change while a run continues
 _ASKED = ("model", "base_url", "max_frames", "patch_frames", "max_images", "temperature")
+_SENDERS = {"responses": answer_directly, "chat": answer_directly, "batch": answer_in_batches}
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A clip to be asked about: hash of its bytes, prompt, and how to get its frames, uint8 [F, H, W, 3]."""
-
-    hash: str
-    prompt: str
-    frames: Callable[[], Tensor]
+def load_openai(request: TeacherRequest) -> "OpenAITeacher":
+    """The teacher that a request describes; its options are fields of OpenAIConfig."""
+    config = read_options(OpenAIConfig, request.options, "annotate.openai")
+    kind = OpenAIJudge if config.pairwise else OpenAITeacher
+    return kind(config, request.grid, request.store, request.factors, request.seed)
 
 
 class OpenAITeacher:
-    """A model that scores clips by the rubric and compares them.
+    """A model that scores clips by the rubric.
 
-    A clip is one request with frames of the whole and a few with frames cut along the grid; a comparison is two, one in
-    each order. Every request is paid for once: requests and answers are kept in the store.
+    A clip is one request with frames of the whole and a few with frames cut along the grid. Every request is paid for
+    once: requests and answers are kept in the store.
 
     Args:
         config: the model, its server and what it may cost.
         grid: patches that are scored.
         store: of answers and spending.
-        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid cuts the clips.
+        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid divides the clips.
         seed: of delays and of drawn patches.
 
     Raises:
@@ -64,7 +68,9 @@ class OpenAITeacher:
         factors: tuple[int, int, bool] = (1, 1, False),
         seed: int = 0,
     ) -> None:
-        asked = [*(getattr(config, name) for name in _ASKED), list(factors)]
+        check_config(config)
+        values = vars(config) | {"base_url": normal_address(config.base_url)}
+        asked = [*(values[name] for name in _ASKED), list(factors)]
         self.grid = (grid[0], grid[1], grid[2])
         # which patches are drawn makes other labels, but of the same questions
         drawn = config.max_patches is not None and config.max_patches < math.prod(self.grid)
@@ -72,22 +78,13 @@ class OpenAITeacher:
         self._asker = f"{config.model} {hash_text(json.dumps(asked))[:12]}"
         self.name = f"{config.model} {hash_text(json.dumps(asked + choice))[:12]}"
         self._config, self._factors, self._seed = config, factors, seed
-        self._server = Server(config, store, self._asker, seed)
-
-    def label(self, videos: Tensor, prompts: Sequence[str]) -> list[Label]:
-        """One label for each clip of videos, uint8 [N, F, H, W, 3]."""
-        clips = [
-            Clip(hash_bytes(video.contiguous().numpy().tobytes()), prompt, partial(torch.clone, video))
-            for video, prompt in zip(videos, prompts, strict=True)
-        ]
-        labels = dict(self.labels(clips))
-        return [labels[index] for index in range(len(clips))]
+        self._ledger = Ledger(store, self._asker, config)
 
     def labels(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> Iterator[tuple[int, Label]]:
         """Labels as they come, each with the index of its clip.
 
-        A label's status is that of the video's question; patches whose questions were not answered stay NaN, and the
-        label's reason says so. "unavailable" means that the server never answered: asking again costs nothing twice.
+        A label's status is that of the video's question. Patches whose questions were not answered stay NaN, and the
+        label's reason says so. "unavailable" means that the server never answered; asking again pays nothing twice.
 
         Args:
             clips: to be scored.
@@ -100,27 +97,46 @@ class OpenAITeacher:
         kinds = {"clips": jobs, "pairs": [partial(self._comparisons, pair) for pair in compared]}
         return self._results(jobs, self._label, kinds)
 
-    def judge(self, pairs: Sequence[tuple[Clip, Clip]]) -> Iterator[tuple[int, dict[str, str]]]:
-        """Judgements of pairs of clips of one prompt, as they come, each with the index of its pair.
-
-        Both orders are asked. A judgement holds status, reason and for each dimension "a", "b" or "tie", or
-        "inconsistent" where the two answers differ; it holds no dimension unless its status is "ok".
-        """
-        jobs = [partial(self._comparisons, pair) for pair in pairs]
-        return self._results(jobs, consistent, {"pairs": jobs})
-
     def _results(
-        self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], announced: Mapping[str, Sequence[Job]]
+        self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], planned: Mapping[str, Sequence[Job]]
     ) -> Iterator[tuple[int, Result]]:
+        """Send the jobs' questions; the index of each job and what `combine` makes of its answers, as they come."""
         if not jobs:
             return
-        announce(self._server, announced)
+        self._estimate(planned)
         with asyncio.Runner() as runner:
-            answers: AsyncIterator[tuple[int, list[Answer]]] = self._server.answers(jobs)
+            answers = self._answers(jobs)
             while (found := runner.run(_next(answers))) is not None:
                 yield found[0], combine(found[1])
 
+    async def _answers(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, list[Answer]]]:
+        async with open_client(self._config) as client:
+            async for found in _SENDERS[self._config.api](client, self._ledger, jobs, self._seed):
+                yield found
+
+    def _estimate(self, planned: Mapping[str, Sequence[Job]]) -> None:
+        """Log what jobs will cost, the first of each kind taken for all.
+
+        Raises:
+            UserError: nothing is spent yet and the estimate exceeds the budget.
+        """
+        dollars, requests, images = 0.0, 0, 0
+        for jobs in planned.values():
+            questions = jobs[0]() if jobs else []
+            dollars += len(jobs) * sum(likely_cost(question, self._config) for question in questions)
+            requests += len(jobs) * len(questions)
+            images += len(jobs) * sum(len(question.pictures) for question in questions)
+        spent, budget = self._ledger.store.spent(), self._config.budget
+        estimate = (
+            f"{', '.join(f'{len(jobs)} {kind}' for kind, jobs in planned.items() if jobs)}, {requests} requests, "
+            f"{images} images, about ${dollars:.2f} (spent ${spent:.2f}, budget ${budget:.2f})"
+        )
+        logger.info("annotate: %s", estimate)
+        if not spent and dollars > budget:
+            raise UserError(f"annotate.openai.budget: {estimate}; raise the budget or lower annotate.num_clips")
+
     def _questions(self, clip: Clip) -> list[Question]:
+        """The question about the whole clip, then those about its patches."""
         video = clip.frames().numpy()
         config, seed = self._config, int(hash_text(f"{self._seed} {clip.hash}")[:12], 16)
         try:
@@ -144,8 +160,9 @@ class OpenAITeacher:
         ]
 
     def _label(self, answers: list[Answer]) -> Label:
+        """The label that the answers about a clip make."""
         video, *patches = answers
-        # a server may be back tomorrow: such a label is whole or not at all
+        # the server may answer later: such a label is whole or not at all
         for answer in answers:
             if answer is video and answer.status != "ok" or answer.status == "unavailable":
                 return Label(status=answer.status, reason=answer.reason)
@@ -159,11 +176,24 @@ class OpenAITeacher:
         return Label(dimensions, {"quality": scores}, reason=reason)
 
 
-def consistent(answers: Sequence[Answer]) -> dict[str, str]:
-    """The judgement that two answers about one pair, the second in swapped order, agree on.
+class OpenAIJudge(OpenAITeacher):
+    """A model that also compares clips: a comparison is two requests, one in each order."""
 
-    Judges prefer what they see first; a verdict that changes with the order says nothing about the clips
-    (Zheng et al., arXiv:2306.05685).
+    def judge(self, pairs: Sequence[tuple[Clip, Clip]]) -> Iterator[tuple[int, dict[str, str]]]:
+        """Judgements of pairs of clips of one prompt, as they come, each with the index of its pair.
+
+        A judgement holds status, reason and for each dimension "a", "b" or "tie", or "inconsistent" where the two
+        answers differ; it holds no dimension unless its status is "ok".
+        """
+        jobs = [partial(self._comparisons, pair) for pair in pairs]
+        return self._results(jobs, consistent, {"pairs": jobs})
+
+
+def consistent(answers: Sequence[Answer]) -> dict[str, str]:
+    """The judgement on which two answers about one pair agree, the second given in swapped order.
+
+    Judges prefer what they see first (Zheng et al., arXiv:2306.05685), so a verdict that changes with the order says
+    nothing about the clips.
     """
     unusable = [answer for answer in answers if answer.status != "ok"]
     if unusable:

@@ -1,0 +1,92 @@
+"""Meters: what measures how defective the clips of a base and an aligned model are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from halo_fast.registry import register, resolve
+from halo_fast.rewards import RewardModel
+
+__all__ = ["Meter", "MeterRequest", "RewardMeter", "load_meter"]
+
+register("meter", {"reward": "halo_fast.agreement.meters:RewardMeter"})
+
+
+class Meter(Protocol):
+    """Measures clips. Registered, or named by "package.module:attribute", as a callable(MeterRequest) -> Meter."""
+
+    @property
+    def clean(self) -> float:
+        """Mean severity that the meter reads on clips without defects."""
+
+    @property
+    def sources(self) -> Mapping[str, Path]:
+        """Files that the readings depend on, by name; a run that was measured with others is measured again."""
+
+    @property
+    def notes(self) -> Mapping[str, Any] | None:
+        """What the report says of the meter's own accuracy, for JSON; None for nothing.
+
+        A title, and parts in their order: paragraphs, and tables with caption, head and rows.
+        """
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Readings of videos uint8 [N, F, H, W, 3] with their prompts.
+
+        Returns:
+            severity [N, P] or [N, f, h, w] in [0, 1]; if measured also severity_<kind> of the same shape, and of each
+            clip [N] fidelity_correct, digit_correct, colour_correct, motion_correct and motion_amount.
+        """
+
+
+@dataclass(frozen=True)
+class MeterRequest:
+    """What a meter is made for.
+
+    Args:
+        grid: patches (f, h, w).
+        video_size: frames, height and width of the clips.
+        prompts: of the clips.
+        seed: of whatever the meter draws at random.
+        reward_model: loads the run's reward model; only a meter that reads it pays for that.
+    """
+
+    grid: tuple[int, int, int]
+    video_size: tuple[int, int, int]
+    prompts: Sequence[str]
+    seed: int
+    reward_model: Callable[[], RewardModel]
+
+
+def load_meter(name: str, request: MeterRequest) -> Meter:
+    """The meter of a registered or dotted name.
+
+    Raises:
+        UserError: no such meter, or one that cannot read such clips.
+    """
+    return resolve("meter", name, "evaluate.meter")(request)
+
+
+class RewardMeter:
+    """Severity off the reward model's first patch dimension: (5 - score) / 4.
+
+    For models that no meter is made for. The model was aligned to these very scores, so a gain is no independent proof.
+    """
+
+    clean = 0.0
+    sources: Mapping[str, Path] = {}
+    notes = None
+
+    def __init__(self, request: MeterRequest) -> None:
+        self._grid, self._load = request.grid, request.reward_model
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Severity [N, f, h, w]."""
+        return {"severity": (5 - self._load()(videos, prompts, self._grid).patches[:, 0]) / 4}

@@ -1,0 +1,235 @@
+"""Reward models against people's labels: ratings of clips, marks in pictures, preferences between two clips."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halo_fast.agreement.baselines import (
+    folds_by_name,
+    frame_statistics,
+    group_means,
+    patch_statistics,
+    predict_ridge,
+    prompt_features,
+)
+from halo_fast.agreement.figures import (
+    Figure,
+    centred,
+    pair_agreement,
+    patch_agreement,
+    rater_ceiling,
+    video_agreement,
+)
+from halo_fast.agreement.tables import Table
+from halo_fast.data.importers import Preference, Ratings, load_frames, pool_marks
+from halo_fast.errors import UserError
+from halo_fast.files import progress
+from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
+
+__all__ = ["cross_validate", "marks_table", "preferences_table", "rater_mean", "ratings_tables"]
+
+_RATING_FOLDS, _MARK_FOLDS = 5, 8
+_SIDE, _FRAMES = 32, 9  # of rated clips in training: eighty clips cannot teach fine structure
+_MARK_GRID, _MARK_FACTOR = (14, 14), 16
+_ANY = "a picture"  # the prompt where none is known
+_MARKED = 0.5  # from half of a map's range a pixel counts as marked: smooth heat maps are nowhere quite 0
+_NEAREST = {"motion_quality": ("temporal_consistency", "dynamic_degree")}  # the rubric splits what VideoAlign calls MQ
+
+
+def ratings_tables(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> dict[str, Table]:
+    """For each dimension the cross-validated compact model, the baselines and the agreement of the raters.
+
+    Rows: the model; prompt only (ridge on the prompt's embedding); frame statistics (ridge); generator only (its mean
+    label, in sample); raters, one against the mean of the others: the ceiling. Folds never share a prompt.
+
+    Args:
+        ratings: clips with scores of one or more raters.
+        seed: of folds, training and bootstrap.
+        resamples: draws of the bootstrap over prompts.
+    """
+    clips = [load_frames(clip) for clip in ratings.clips]
+    names = list(ratings.scores)
+    labels = np.stack([rater_mean(ratings.scores[name]) for name in names], axis=1)
+    folds = folds_by_name(ratings.prompts, _RATING_FOLDS, seed)
+    predictions = {
+        "compact model": _predict_ratings(clips, ratings.prompts, labels, names, folds, seed),
+        "prompt only": predict_ridge(prompt_features(ratings.prompts), labels, folds),
+        "frame statistics": predict_ridge(np.stack([frame_statistics(clip) for clip in clips]), labels, folds),
+    }
+    if ratings.generators is not None:
+        predictions["generator only"] = group_means(labels, ratings.generators)
+    tables = {}
+    for column, name in enumerate(names):
+        table: Table = {
+            row: video_agreement(
+                scores[:, column], labels[:, column], ratings.prompts, ratings.generators, resamples, seed
+            )
+            for row, scores in predictions.items()
+        }
+        if ratings.scores[name].shape[1] > 1:
+            table["raters (ceiling)"] = _ceiling(ratings, name, resamples, seed)
+        tables[f"{ratings.source}: {name}, folds by prompt"] = table
+    return tables
+
+
+def _ceiling(ratings: Ratings, name: str, resamples: int, seed: int) -> dict[str, Figure]:
+    """How far the raters of a dimension agree, and what is left of that without prompts and generators."""
+    raters = ratings.scores[name]
+    figures = {"spearman": rater_ceiling(raters, ratings.prompts, resamples, seed)}
+    if ratings.generators is not None and not np.isnan(raters).any():
+        left = np.stack([centred(r, ratings.prompts, ratings.generators).round(9) for r in raters.T], axis=1)
+        figures["spearman_centred"] = rater_ceiling(left, ratings.prompts, resamples, seed)
+    return figures
+
+
+def _predict_ratings(
+    clips: Sequence[Tensor],
+    prompts: Sequence[str],
+    labels: NDArray[np.float64],
+    names: Sequence[str],
+    folds: NDArray[np.int64],
+    seed: int,
+) -> NDArray[np.float64]:
+    """Video scores [N, D] of compact models that never saw the clip's prompt."""
+    videos = torch.stack([_resize(clip, _SIDE, _FRAMES) for clip in clips])
+    patches = torch.full((len(clips), 1, 1, 1, 1), torch.nan)
+    data = LabelledClips(videos, list(prompts), torch.from_numpy(labels).float(), patches, tuple(names))
+    config = RewardConfig(video_steps=60, patch_steps=0)
+    return cross_validate(RewardModelConfig(tuple(names)), data, config, folds, seed, "folds")[0]
+
+
+def cross_validate(
+    model_config: RewardModelConfig,
+    data: LabelledClips,
+    config: RewardConfig,
+    folds: NDArray[np.int64],
+    seed: int,
+    label: str,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores of every clip by a reward model that was trained on the other folds.
+
+    Args:
+        model_config: of the models.
+        data: N labelled clips.
+        config: of the trainings.
+        folds: [N].
+        seed: of the trainings.
+        label: of the progress line.
+
+    Returns:
+        video scores [N, D] and patch scores [N, Q, f, h, w].
+    """
+    grid = tuple(data.patch_scores.shape[2:])
+    video, patches = np.empty(data.video_scores.shape), np.empty(data.patch_scores.shape)
+    for fold in progress(np.unique(folds), len(np.unique(folds)), label):
+        train, test = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
+        model, _ = train_reward_model(model_config, data.select(train), config, seed)
+        tested = data.select(test)
+        with torch.no_grad():
+            rewards = model(tested.videos, tested.prompts, grid)
+        video[test], patches[test] = rewards.video.numpy(), rewards.patches.numpy()
+    return video, patches
+
+
+def marks_table(ratings: Ratings, seed: int = 0) -> Table:
+    """Patch scores against what people marked, with eight folds by picture, beside place and pixel statistics.
+
+    Maps are cut at 0.5, half of their range; a patch is positive if any of it is marked.
+
+    Args:
+        ratings: pictures with `marks`.
+        seed: of folds, training and bootstrap.
+
+    Raises:
+        UserError: pictures of several sizes.
+    """
+    frames = [load_frames(clip)[0] for clip in ratings.clips]
+    sizes = sorted({tuple(frame.shape[:2]) for frame in frames})
+    if len(sizes) > 1:
+        raise UserError(
+            f"{ratings.source}: expected pictures of one size, got {sizes[0]}, {sizes[1]}; scale them alike"
+        )
+    pictures = torch.stack(frames)
+    marked = [(mark >= _MARKED).astype(np.float32) for mark in ratings.marks or []]
+    shares = pool_marks(marked, *_MARK_GRID).reshape(len(pictures), -1)
+    names = [str(index) for index in range(len(pictures))]
+    folds = folds_by_name(names, _MARK_FOLDS, seed)
+    statistics = patch_statistics(pictures[:, None], (1, *_MARK_GRID))
+    flat = predict_ridge(
+        statistics.reshape(-1, statistics.shape[-1]), shares.ravel(), np.repeat(folds, shares.shape[1])
+    )
+    damage = {
+        "frames model": _predict_marks(pictures, torch.from_numpy(shares), folds, seed),
+        "place only": np.stack([shares[folds != fold].mean(axis=0) for fold in folds]),
+        "frame statistics": flat.reshape(shares.shape),
+    }
+    return {row: patch_agreement(-values, shares, names, 0.0, seed=seed) for row, values in damage.items()}
+
+
+def _predict_marks(pictures: Tensor, shares: Tensor, folds: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Damage [N, P] that reward models with the backbone "frames" find in pictures that did not train them."""
+    # one position of the latent for each patch, and nothing lost: the frame network reads 224 pixels a side
+    size = [_MARK_FACTOR * side for side in _MARK_GRID]
+    stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
+    videos = stills.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[:, None].contiguous()
+    targets = 5 - 4 * shares.view(-1, 1, 1, *_MARK_GRID)
+    data = LabelledClips(videos, [_ANY] * len(videos), targets.mean(dim=(2, 3, 4)), targets, ("visual_quality",))
+    model_config = RewardModelConfig(("visual_quality",), spatial_factor=_MARK_FACTOR, backbone="frames")
+    config = RewardConfig(
+        video_steps=0, patch_steps=100, learning_rate=2e-3, held_out_share=0, mirror="both", backbone="frames"
+    )
+    return -cross_validate(model_config, data, config, folds, seed, "marks")[1].reshape(len(videos), -1)
+
+
+@torch.no_grad()
+def preferences_table(pairs: Sequence[Preference], model: RewardModel, resamples: int = 1000) -> Table:
+    """Pair accuracy of a model on people's preferences, with ties and without, beside "less motion".
+
+    A dimension that the model lacks is judged by the one nearest in meaning, else by the mean of all; the row says so.
+
+    Args:
+        pairs: two clips each, and which one people preferred in each dimension.
+        model: scores the clips one by one.
+        resamples: draws of the bootstrap over prompts.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    gaps, motion = [], []
+    for pair in progress(pairs, len(pairs), "pairs"):
+        clips = [_crop(load_frames(clip)) for clip in (pair.first, pair.second)]
+        rewards = [model(clip[None], [pair.prompt], (1, 1, 1)).video[0] for clip in clips]
+        gaps.append(rewards[0] - rewards[1])
+        motion.append(float(np.subtract(*(frame_statistics(clip)[-1] for clip in clips))))
+    scores, columns = torch.stack(gaps).numpy(), model.config.video_dimensions
+    table: Table = {}
+    for name in dict.fromkeys(name for pair in pairs for name in pair.preferred):
+        labels = np.array([2 * pair.preferred.get(name, math.nan) - 1 for pair in pairs])
+        nearest = next((other for other in (name, *_NEAREST.get(name, ())) if other in columns), None)
+        score = scores.mean(axis=1) if nearest is None else scores[:, columns.index(nearest)]
+        judge = "mean of scores" if nearest is None else "model" if nearest == name else f"model's {nearest}"
+        table[f"{name}: {judge}"] = pair_agreement(score, labels, prompts, resamples)
+        table[f"{name}: less motion"] = pair_agreement(-np.array(motion), labels, prompts, resamples)
+    return table
+
+
+def rater_mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the raters of scores [N, R], NaN left out; NaN where nobody scored."""
+    known = ~np.isnan(scores)
+    return np.where(known, scores, 0).sum(axis=1) / np.where(known.any(axis=1), known.sum(axis=1), np.nan)
+
+
+def _resize(clip: Tensor, side: int, frames: int) -> Tensor:
+    """A clip uint8 [F, H, W, 3] as `frames` frames of side x side pixels."""
+    clip = clip[torch.linspace(0, len(clip) - 1, frames).round().long()]
+    small = F.interpolate(clip.permute(0, 3, 1, 2).float(), [side, side], mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _crop(clip: Tensor) -> Tensor:
+    """A clip uint8 [F, H, W, 3] with sides cropped to multiples of 8."""
+    height, width = (length - length % 8 for length in clip.shape[1:3])
+    return clip[:, :height, :width].contiguous()

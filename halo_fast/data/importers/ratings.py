@@ -1,0 +1,172 @@
+"""Scores of single clips, in the layouts they are published in."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from halo_fast.data.importers.base import Ratings, read_array, read_scores, rescaled_score
+from halo_fast.data.records import Row, is_empty, read_records, required_text
+from halo_fast.errors import UserError
+
+__all__ = ["FOLDERS", "TABLES"]
+
+logger = logging.getLogger(__name__)
+
+# columns of a plain table that are numbers but no scores
+_NO_SCORES = {
+    *("", "id", "index", "row", "seed", "split", "fps", "frames", "num_frames", "width", "height", "duration", "size"),
+    *("steps", "guidance", "guidance_scale", "timestamp", "time", "candidate", "prompt_id", "clip_id"),
+}
+
+
+def _fetv(folder: Path) -> Ratings:
+    """Folder with clips.csv, row by row three raters' scores, and an npz of the clips (FETV)."""
+    path = folder / "clips.csv"
+    rows = read_records(path)
+    dimensions = {"static_quality": "static", "temporal_quality": "temporal", "text_alignment": "align"}
+    columns = {
+        name: sorted(column for column in (rows[0] if rows else ()) if column.startswith(f"{short}_h"))
+        for name, short in dimensions.items()
+    }
+    missing = [name for name in ("prompt", "model") if rows and name not in rows[0]]
+    if missing or not all(columns.values()):
+        raise UserError(f"{path}: expected columns prompt, model, static_h0, temporal_h0, align_h0, ... as FETV has")
+    videos = read_array(folder, "video", 5)
+    if len(videos) != len(rows):
+        raise UserError(f"{path}: expected a row for each of {len(videos)} clips, got {len(rows)}")
+    return Ratings(
+        "FETV",
+        list(torch.from_numpy(videos)),
+        [row["prompt"] for row in rows],
+        read_scores(path, rows, columns, 1, 5),
+        [row["model"] for row in rows],
+    )
+
+
+def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
+    """Table with 'text prompt', 'images' (names of frames) and five scores from 1 to 4 (VideoFeedback)."""
+    columns = {
+        "visual_quality": ["visual quality"],
+        "temporal_consistency": ["temporal consistency"],
+        "dynamic_degree": ["dynamic degree"],
+        "text_alignment": ["text-to-video alignment"],
+        "factual_consistency": ["factual consistency"],
+    }
+    clips = []
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("id", "text prompt", *(name for (name,) in columns.values())) if name not in row]
+        if missing:
+            raise UserError(f"{path}: row {number}: expected VideoFeedback's five scores, got no {', '.join(missing)}")
+        # frames lie in a folder named after the clip, as the published archives have them
+        found = [path.parent / folder / str(row["id"]) for folder in ("images", "frames", ".")]
+        found += [path.parent / folder / f"{row['id']}.mp4" for folder in ("videos", ".")]
+        existing = [file for file in found if file.exists()]
+        if not existing:
+            raise UserError(f"{path}: row {number}: no frames of {row['id']!r}; expected {found[0]} or {found[-1]}")
+        clips.append(existing[0])
+    prompts = [required_text(row, "text prompt", f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    return Ratings("VideoFeedback", clips, prompts, read_scores(path, rows, columns, 1, 4))
+
+
+def _plain(path: Path, rows: Sequence[Row]) -> Ratings:
+    """Table with video, prompt and a column of scores from 1 to 5 for each dimension; generator and rater if known."""
+    dimensions = _dimensions(path, rows)
+    files = [_clip_file(path, number, row) for number, row in enumerate(rows, 1)]
+    clips = list(dict.fromkeys(files))
+    prompts, generators = (_of_each_clip(path, files, rows, column) for column in ("prompt", "generator"))
+    return Ratings(
+        "table",
+        clips,
+        [prompts[clip] for clip in clips],
+        _score_tables(path, files, rows, dimensions),
+        [generators[clip] for clip in clips] if "generator" in rows[0] else None,
+    )
+
+
+def _dimensions(path: Path, rows: Sequence[Row]) -> list[str]:
+    """The columns that hold scores; every row must have them."""
+    described = {"video", "prompt", "generator", "rater"}
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    others = [column for column in columns if column not in described]
+    dimensions = [name for name in others if not _is_index(name) and any(_is_number(row.get(name)) for row in rows)]
+    ignored = [name for name in others if name not in dimensions]
+    if not dimensions:
+        raise UserError(f"{path}: expected a column of scores from 1 to 5 beside video and prompt, got none")
+    if ignored:
+        logger.info("%s: columns that are no scores are left out: %s", path, ", ".join(map(repr, ignored)))
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("video", "prompt", *dimensions) if name not in row]
+        if missing:
+            raise UserError(
+                f"{path}: row {number}: expected a column {missing[0]!r} as in other rows; null where not scored"
+            )
+    return dimensions
+
+
+def _is_index(name: str) -> bool:
+    return name.casefold() in _NO_SCORES or name.casefold().startswith(("unnamed:", "__index"))
+
+
+def _is_number(value: Any) -> bool:
+    if is_empty(value):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _clip_file(path: Path, number: int, row: Row) -> Path:
+    """The clip of a row, under one name however it is written."""
+    place = f"{path}: row {number}"
+    file = path.parent / required_text(row, "video", place)
+    if not file.exists():
+        raise UserError(f"{place}: {file} does not exist; put the clip there or leave the row out")
+    return file.resolve()
+
+
+def _of_each_clip(path: Path, files: Sequence[Path], rows: Sequence[Row], column: str) -> dict[Path, str]:
+    """What a column says of each clip, the same in all of its rows."""
+    found: dict[Path, str] = {}
+    for number, (file, row) in enumerate(zip(files, rows, strict=True), 1):
+        if column not in row and column != "prompt":
+            continue
+        value = required_text(row, column, f"{path}: row {number}")
+        if found.setdefault(file, value) != value:
+            raise UserError(f"{path}: row {number}: another {column} for {file.name} than before")
+    return found
+
+
+def _score_tables(
+    path: Path, files: Sequence[Path], rows: Sequence[Row], dimensions: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """For each dimension the scores [clips, raters]."""
+    clips, raters = (
+        {name: index for index, name in enumerate(dict.fromkeys(names))}
+        for names in (files, [str(row.get("rater", "")) for row in rows])
+    )
+    scores = {name: np.full((len(clips), len(raters)), np.nan) for name in dimensions}
+    taken: dict[tuple[int, int], int] = {}
+    for number, (file, row) in enumerate(zip(files, rows, strict=True), 1):
+        cell = clips[file], raters[str(row.get("rater", ""))]
+        if taken.setdefault(cell, number) != number:
+            raise UserError(
+                f"{path}: rows {taken[cell]} and {number} score {file.name} twice; keep one, or name the rater of each"
+            )
+        for name in dimensions:
+            scores[name][cell] = rescaled_score(row[name], 1, 5, name, f"{path}: row {number}")
+    return scores
+
+
+# files of a folder, or columns of a table -> the reader
+FOLDERS: dict[tuple[str, ...], Callable[[Path], Ratings]] = {("clips.csv", "*.npz"): _fetv}
+TABLES: dict[tuple[str, ...], Callable[[Path, Sequence[Row]], Ratings]] = {
+    ("id", "text prompt", "visual quality"): _video_feedback,
+    ("video", "prompt"): _plain,
+}

@@ -1,0 +1,156 @@
+"""What training, caching and generation need of a text-to-video model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from halo_fast.errors import UserError
+
+__all__ = ["Denoiser", "Family", "shift_times"]
+
+
+class Denoiser(ABC):
+    """What training needs of a model: its network, how a batch is formed, and its noise process.
+
+    A subclass gives `transformer`, `shift`, `stack` and `predict`. Times t are in [0, 1], 1 being pure noise. Latents
+    are in model space (normalised), float32, [N, *latent_shape]. The noise process written here is rectified flow,
+    x_t = (1 - t) x_0 + t eps with target eps - x_0 (Liu et al., arXiv:2209.03003); a model with another one overrides
+    `add_noise` and `target`.
+
+    Args:
+        pipeline: the diffusers pipeline, or whatever object holds the model's parts.
+        network: the part of the pipeline that is trained, one of `networks`; None for the first.
+
+    Raises:
+        UserError: the pipeline has no such network to train.
+    """
+
+    networks: ClassVar[tuple[str, ...]] = ("transformer",)
+    layout: ClassVar[str] = "BCFHW"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_prefix: ClassVar[str] = "transformer"
+
+    def __init__(self, pipeline: Any = None, network: str | None = None) -> None:
+        self.pipeline = pipeline
+        self.network = network or self.networks[0]
+        if self.network not in self.networks:
+            raise UserError(f"network: expected one of {', '.join(self.networks)}, got {network!r}")
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network that is trained."""
+        return getattr(self.pipeline, self.network)
+
+    @property
+    def shift(self) -> float:
+        """Timestep shift of the sampler: u -> shift u / (1 + (shift - 1) u)."""
+        config = self.pipeline.scheduler.config
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+    @abstractmethod
+    def stack(self, conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One batch of the conditions of several prompts, padded as the model expects."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The model's output, differentiable.
+
+        Args:
+            model: the transformer, wrapped or not.
+            noisy: x_t, [N, *latent_shape].
+            t: times [N].
+            conditions: a batch from `stack`.
+        """
+
+    def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Training times t of uniform draws u in [0, 1), with the sampler's shift.
+
+        Args:
+            u: any shape.
+            shape: of the latents, for models whose shift grows with the number of tokens; None for their smallest.
+        """
+        return shift_times(u, self.shift)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of latents and noise [N, *latent_shape] at times t [N]."""
+        t = t.view(-1, *[1] * (latents.ndim - 1))
+        return (1 - t) * latents + t * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model regresses to at x_t."""
+        return noise - latents
+
+    def latent_size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Frames, height and width of latents [..., C, F, H, W], or of [..., F, C, H, W] in the layout BFCHW."""
+        frames, height, width = shape[-4 if self.layout == "BFCHW" else -3], *shape[-2:]
+        return frames, height, width
+
+    def set_guidance(self, scale: float) -> None:
+        """Set the guidance scale of the clips, for networks that take it as an input; others ignore it."""
+        return None
+
+
+class Family(Denoiser):
+    """A text-to-video model that also encodes prompts and clips, samples and decodes."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder; cached latents are valid for its weights alone."""
+        return self.pipeline.vae
+
+    @property
+    def text_parts(self) -> list[Any]:
+        """Tokenizers and text encoders; cached conditions are valid for these alone."""
+        components = self.pipeline.components
+        return [components[name] for name in sorted(components) if name.startswith(("text_encoder", "tokenizer"))]
+
+    @abstractmethod
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one clip's latents.
+
+        Raises:
+            UserError: the model cannot make a clip of this size.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""
+
+    @abstractmethod
+    def encode(self, videos: Tensor) -> Tensor:
+        """Latents of videos, uint8 [N, F, H, W, 3]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Videos, uint8 [N, F, H, W, 3], of latents; a clip's pixels do not depend on its batch."""
+
+    @abstractmethod
+    def sample(
+        self,
+        conditions: Sequence[dict[str, Tensor]],
+        noise: Tensor,
+        *,
+        video_size: tuple[int, int, int],
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Latents sampled by the pipeline itself.
+
+        Args:
+            conditions: of each clip.
+            noise: from which each clip starts, [N, *latent_shape].
+            video_size: frames, height and width in pixels.
+            num_inference_steps: denoising steps.
+            guidance_scale: of classifier-free guidance; 1 or less switches it off.
+        """
+
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        """Load a trained LoRA into the network, as diffusers does."""
+        self.pipeline.load_lora_weights(dict(lora))
+
+
+def shift_times(u: Tensor, shift: float) -> Tensor:
+    """shift u / (1 + (shift - 1) u), which keeps 0 and 1 (Esser et al., arXiv:2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)

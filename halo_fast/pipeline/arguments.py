@@ -1,0 +1,117 @@
+"""Settings from the command line and from YAML files, by jsonargparse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halo_fast import registry
+from halo_fast.errors import UserError
+from halo_fast.pipeline.config import Config
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["build_parser", "load_config", "parse", "parse_config", "recipe_file"]
+
+
+def build_parser(program: str, description: str) -> ArgumentParser:
+    """A parser that takes --config FILE.yaml and raises its mistakes instead of leaving the process.
+
+    Args:
+        program: how the command is called, for messages: "halo train".
+        description: one line for `--help`.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the word --config may be left out.")
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The parsed arguments.
+
+    Raises:
+        UserError: jsonargparse's message in one line, under the name of the file if the file is wrong.
+    """
+    from jsonargparse import ArgumentError
+
+    file = arguments[1] if arguments[:1] == ["--config"] and arguments[1:] else ""
+    place = f"{file}: " if file else ""
+    try:
+        if file:
+            # the file alone first, so that its mistakes carry its name
+            parser.parse_args(list(arguments[:2]))
+            place = ""
+        return parser.parse_args(list(arguments))
+    except (ArgumentError, ValueError) as error:
+        raise UserError(f"{place}{_plain(str(error))}; `{parser.prog} --help` lists the settings") from None
+
+
+def _plain(message: str) -> str:
+    """A message of jsonargparse, or of pydantic where that is installed, without names of their own classes."""
+    for pattern, words in (
+        (r'Parser key "([\w.]+)"', r"\1"),
+        (r"^config: ", ""),
+        (r"<class '(\w+)'>", r"\1"),
+        (r'in "<unicode string>", ', ""),
+        (r"typing\.Annotated\[(\w+), [^\]]*\]", r"\1"),
+        (r"\d+ validation errors? for \S+\s+Input should be", "expected"),
+        (r" \[type=[^\n]*", ","),
+        (r"\s*For further information visit \S+ Got value:", " got"),
+        (r"\s*For further information visit \S+", ""),
+    ):
+        message = re.sub(pattern, words, message)
+    return message
+
+
+def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, Namespace]:
+    """The settings of a run, and beside them the parser's other arguments.
+
+    Args:
+        parser: of `build_parser`; gets one argument for every setting.
+        arguments: words of the command line; the first may be a YAML file or the name of a recipe.
+
+    Raises:
+        UserError: a setting that does not exist or cannot have such a value.
+    """
+    parser.add_class_arguments(Config)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", str(recipe_file(arguments[0])), *arguments[1:]]
+    settings = parse(parser, arguments)
+    try:
+        settings = parser.instantiate(settings)
+        return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def recipe_file(name: str | Path) -> Path:
+    """The YAML file that a name stands for: a registered recipe, or the file of that name."""
+    if str(name) in registry.known("recipe"):
+        return Path(registry.resolve("recipe", str(name)))
+    return Path(name)
+
+
+def load_config(recipe: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The settings in a file or recipe, for Python.
+
+    Args:
+        recipe: a registered recipe or a YAML file.
+        changes: dotted setting -> value, as on the command line: {"train.max_train_steps": 10}.
+
+    Raises:
+        UserError: as for `parse_config`.
+    """
+    words = [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in (changes or {}).items()
+    ]
+    parser = build_parser("halo run", "")
+    return parse_config(parser, [str(recipe), *words])[0]

@@ -1,0 +1,63 @@
+"""What can be found wrong with a config before hours of work: missing settings, prompts, teacher and meter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+
+from halo_fast import registry
+from halo_fast.errors import UserError
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import STAGES
+
+__all__ = ["check_required", "check_run"]
+
+# setting: kind of its registered names, what else it takes
+_GIVE = {
+    "pretrained_model_name_or_path": ("model", "a diffusers folder or a hub name"),
+    "prompts": ("prompts", "a text file with one prompt a line"),
+    "evaluation_prompts": ("prompts", "a text file with one held-out prompt a line"),
+    "annotate.teacher": ("teacher", 'a teacher, such as "human:NAME"'),
+}
+
+
+def check_required(config: Config, stages: Iterable[str]) -> None:
+    """Raise unless every setting is given that these stages need and that has no default.
+
+    Raises:
+        UserError: names the setting, what to give and the registered names.
+    """
+    for setting in dict.fromkeys(name for stage in stages for name in STAGES[stage].required):
+        if not reduce(getattr, setting.split("."), config):
+            from halo_fast import teachers  # noqa: F401  registers its names
+
+            kind, what = _GIVE[setting]
+            names = ", ".join(registry.known(kind))
+            raise UserError(f"{setting}: required; give {what}, or one of {names}")
+
+
+def check_run(config: Config, run: Run) -> None:
+    """Raise the mistakes that only a late stage of `halo run` would meet.
+
+    Args:
+        config: of the run.
+        run: its directory; what is annotated already needs no teacher any more, and no key.
+
+    Raises:
+        UserError: a missing setting, unreadable prompts, an unknown teacher or meter, or one that cannot read such
+            clips.
+    """
+    check_required(config, STAGES)
+    # these load torch and more, for which nobody should wait who forgot a setting
+    from halo_fast.data.prompts import read_prompts
+    from halo_fast.pipeline.stages.annotate import load_teacher
+    from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+    from halo_fast.teachers import LabelStore
+
+    prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
+    evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
+    if not (run.path / "annotate" / "manifest.json").exists():
+        with LabelStore(Path(":memory:")) as store:
+            load_teacher(config, store, prompts=prompts)

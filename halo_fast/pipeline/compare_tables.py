@@ -1,0 +1,203 @@
+"""Figures of a comparison with their intervals, and the page that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halo_fast.agreement.arms import severity_mitigated
+from halo_fast.files import read_table
+
+__all__ = ["Row", "Section", "arm_slug", "build_section", "read_arm", "render"]
+
+Interval = tuple[float, float, float]
+"""A figure and the ends of its 95% interval."""
+Arms = Mapping[str, Mapping[str, NDArray[np.float64]]]
+"""For each arm everything measured, by name: [seeds, prompts]."""
+Statistic = Callable[[str, NDArray[np.int64], NDArray[np.int64]], float]
+"""A figure of an arm over these seeds and prompts."""
+_INTERVAL = (0.025, 0.975)
+_MOTION = "motion_amount"
+_PLAIN = ("severity", "defective", "fidelity", _MOTION)  # the other columns are verdicts on the prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: statistics with intervals, the share mitigated by each seed, and the mean of everything measured.
+
+    `ahead` holds the best arm's statistics less this arm's; empty for the best arm and the base.
+    """
+
+    arm: str
+    statistics: dict[str, Interval]
+    by_seed: list[float]
+    means: dict[str, float]
+    ahead: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All arms of one model; `best` is the arm that the others are compared with."""
+
+    name: str
+    best: str
+    rows: list[Row]
+
+
+def arm_slug(arm: str) -> str:
+    """The arm's name in file names."""
+    return "".join(letter if letter.isalnum() else "_" for letter in arm.lower())
+
+
+def read_arm(folder: Path, arm: str) -> dict[str, NDArray[np.float64]]:
+    """Everything measured of an arm, by name: [seeds, prompts]."""
+    tables = [read_table(file) for file in sorted(folder.glob(f"{arm_slug(arm)}_[0-9]*.parquet"))]
+    return {name: np.stack([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
+
+
+def build_section(name: str, arms: Arms, clean: float, base: str, best: str, bootstrap: int) -> Section:
+    """Figures of every arm, with intervals bootstrapped over seeds and prompts.
+
+    Args:
+        name: of the model.
+        arms: what was measured.
+        clean: mean severity that the meter reads on clean clips.
+        base: the arm that is the model itself.
+        best: the arm that the others are compared with.
+        bootstrap: resamples.
+    """
+    statistics = _statistics(arms, clean, base)
+    draws = _bootstrap(arms, statistics, base, bootstrap)
+    count = arms[base]["severity"].shape[1]
+    everything = np.arange(count, dtype=np.int64)
+    points: dict[str, dict[str, float]] = {}
+    rows = []
+    for arm, measured in arms.items():
+        seeds = np.arange(len(measured["severity"]), dtype=np.int64)
+        points[arm] = {key: statistic(arm, seeds, everything) for key, statistic in statistics.items()}
+        rows.append(
+            Row(
+                arm=arm,
+                statistics={key: (points[arm][key], *_quantiles(draws[arm][key])) for key in statistics},
+                by_seed=[statistics["mitigated"](arm, np.array([seed]), everything) for seed in seeds],
+                means={key: float(values.mean()) for key, values in measured.items()},
+                ahead={},
+            )
+        )
+    for row in rows:
+        if row.arm not in (base, best):
+            for key in statistics:
+                gap = points[best][key] - points[row.arm][key]
+                row.ahead[key] = (gap, *_quantiles(draws[best][key] - draws[row.arm][key]))
+    return Section(name, best, rows)
+
+
+def _statistics(arms: Arms, clean: float, base: str) -> dict[str, Statistic]:
+    severity = arms[base]["severity"]
+
+    def mitigated(arm: str, seeds: NDArray[np.int64], prompts: NDArray[np.int64]) -> float:
+        aligned = arms[arm]["severity"][seeds][:, prompts].mean()
+        return severity_mitigated(severity[:, prompts].mean(), aligned, clean)
+
+    def fidelity(arm: str, seeds: NDArray[np.int64], prompts: NDArray[np.int64]) -> float:
+        return float(arms[arm]["fidelity"][seeds][:, prompts].mean())
+
+    statistics: dict[str, Statistic] = {"mitigated": mitigated}
+    if "fidelity" in arms[base]:
+        statistics["fidelity"] = fidelity
+    return statistics
+
+
+def _bootstrap(
+    arms: Arms, statistics: Mapping[str, Statistic], base: str, bootstrap: int
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """For each arm and statistic its values over the resamples.
+
+    Seeds are resampled within each arm, prompts alike in all of them, so that differences are paired by prompt.
+    """
+    rng = np.random.default_rng(0)
+    count = arms[base]["severity"].shape[1]
+    values: dict[str, dict[str, list[float]]] = {arm: {key: [] for key in statistics} for arm in arms}
+    for _ in range(bootstrap):
+        prompts = np.asarray(rng.integers(count, size=count), dtype=np.int64)
+        seeds = {arm: rng.integers(len(arms[arm]["severity"]), size=len(arms[arm]["severity"])) for arm in arms}
+        for arm in arms:
+            for key, statistic in statistics.items():
+                values[arm][key].append(statistic(arm, seeds[arm], prompts))
+    return {arm: {key: np.array(drawn) for key, drawn in found.items()} for arm, found in values.items()}
+
+
+def _quantiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(values, _INTERVAL)
+    return float(low), float(high)
+
+
+def render(introduction: Sequence[str], sections: Sequence[Section], notes: Sequence[str]) -> str:
+    """The page in Markdown.
+
+    Args:
+        introduction: its first lines.
+        sections: one for each model.
+        notes: a sentence on each model.
+    """
+    lines = list(introduction)
+    for section, note in zip(sections, notes, strict=True):
+        lines += ["", f"## Base: {section.name}", "", note, "", *_arm_table(section)]
+        ratio = _motion_ratio(section, section.best)
+        if ratio is not None:
+            lines += ["", f"Motion ratio of {section.best}: {ratio:.2f}, where 0.9 to 1.1 was asked."]
+        lines += ["", f"{section.best} less each other arm, in points (ahead or behind where the interval excludes 0):"]
+        lines += ["", *_difference_table(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _arm_table(section: Section) -> list[str]:
+    means = section.rows[0].means
+    verdicts = [name for name in means if name not in _PLAIN]
+    head = ["arm", "mitigated", "by seed", *(["fidelity"] if "fidelity" in means else []), *verdicts]
+    head += ["motion ratio"] * (_MOTION in means) + ["defective patches"]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    for row in section.rows:
+        cells = [row.arm, _with_interval(row.statistics["mitigated"]), ", ".join(map(_percent, row.by_seed))]
+        cells += [_with_interval(row.statistics["fidelity"])] if "fidelity" in means else []
+        cells += [_percent(row.means[name]) for name in verdicts]
+        ratio = _motion_ratio(section, row.arm)
+        cells += [] if ratio is None else [f"{ratio:.2f}"]
+        lines.append(_line([*cells, _percent(row.means["defective"])]))
+    return lines
+
+
+def _difference_table(section: Section) -> list[str]:
+    names = list(section.rows[0].statistics)
+    lines = [_line(["arm", *names]), "|" + "---|" * (1 + len(names))]
+    return lines + [_line([row.arm, *map(_verdict, row.ahead.values())]) for row in section.rows if row.ahead]
+
+
+def _motion_ratio(section: Section, arm: str) -> float | None:
+    means = {row.arm: row.means for row in section.rows}
+    if _MOTION not in means[arm]:
+        return None
+    return means[arm][_MOTION] / section.rows[0].means[_MOTION]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _with_interval(figure: Interval) -> str:
+    value, low, high = map(_percent, figure)
+    return f"{value} [{low}, {high}]"
+
+
+def _verdict(figure: Interval) -> str:
+    _, low, high = figure
+    word = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+    return f"{_with_interval(figure)}, {word}"

@@ -1,0 +1,116 @@
+"""Labelled clips that a reward model trains on, and the mirrors that multiply them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "mirror_clips", "split_heldout"]
+
+PROMPT_DIMENSION = "text_alignment"
+"""The video dimension that says how well a clip shows its prompt."""
+
+
+@dataclass(frozen=True)
+class LabelledClips:
+    """Clips with scores from 1 to 5; NaN is "not scored".
+
+    Args:
+        videos: uint8 [N, F, H, W, 3].
+        prompts: of each clip.
+        video_scores: [N, D].
+        patch_scores: [N, Q, f, h, w].
+        video_dimensions: names of the D video scores.
+        patch_dimensions: names of the Q patch scores.
+    """
+
+    videos: Tensor
+    prompts: list[str]
+    video_scores: Tensor
+    patch_scores: Tensor
+    video_dimensions: tuple[str, ...]
+    patch_dimensions: tuple[str, ...] = ("quality",)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Tensor) -> LabelledClips:
+        """The clips with the given indices, int64 [M]."""
+        return replace(
+            self,
+            videos=self.videos[rows],
+            prompts=[self.prompts[row] for row in rows.tolist()],
+            video_scores=self.video_scores[rows],
+            patch_scores=self.patch_scores[rows],
+        )
+
+    def prompt_confidence(self) -> Tensor:
+        """How far each clip shows what its prompt says, [N] in [0, 1].
+
+        (text_alignment - 1) / 4; the mean of all where a clip has no such score; 1 where no clip has one.
+        """
+        if PROMPT_DIMENSION not in self.video_dimensions:
+            return torch.ones(len(self))
+        scores = self.video_scores[:, self.video_dimensions.index(PROMPT_DIMENSION)]
+        confidence = (scores - 1) / 4
+        return torch.where(confidence.isnan(), confidence.nanmean().nan_to_num(1.0), confidence)
+
+
+def split_heldout(data: LabelledClips, share: float, seed: int) -> tuple[LabelledClips, LabelledClips]:
+    """The clips that train, and those of a random share of the prompts, which are held out."""
+    prompts = sorted(set(data.prompts))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {prompts[index] for index in order[: round(share * len(prompts))]}
+    heldout = torch.tensor([prompt in chosen for prompt in data.prompts], dtype=torch.bool)
+    return data.select((~heldout).nonzero()[:, 0]), data.select(heldout.nonzero()[:, 0])
+
+
+class Mirror(NamedTuple):
+    """A mirror of clips.
+
+    Args:
+        axis: of the patch scores [N, Q, f, h, w], counted from the end.
+        words: words of direction and what they become.
+    """
+
+    axis: int
+    words: Mapping[str, str]
+
+
+MIRRORS = {
+    "horizontal": Mirror(-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
+    "vertical": Mirror(-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
+}
+
+
+def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:
+    """Mirror some of the clips, with their patch scores; their prompts exchange the words of direction.
+
+    What a prompt names may not look the same in a mirror (a digit), so text_alignment becomes unknown. Damage and
+    motion stay what they are.
+
+    Args:
+        clips: N clips.
+        which: bool [N].
+        mirror: the axis and its words.
+    """
+    video_scores = clips.video_scores.clone()
+    if PROMPT_DIMENSION in clips.video_dimensions:
+        video_scores[which, clips.video_dimensions.index(PROMPT_DIMENSION)] = math.nan
+    chosen, (axis, words) = which.view(-1, 1, 1, 1, 1), mirror
+    return replace(
+        clips,
+        videos=torch.where(chosen, clips.videos.flip(axis - 1), clips.videos),
+        patch_scores=torch.where(chosen, clips.patch_scores.flip(axis), clips.patch_scores),
+        prompts=[
+            re.sub(r"\w+", lambda match: words.get(match[0].lower(), match[0]), prompt) if mirrored else prompt
+            for prompt, mirrored in zip(clips.prompts, which.tolist(), strict=True)
+        ],
+        video_scores=video_scores,
+    )

@@ -1,0 +1,132 @@
+"""The terms of a reward model's loss on one batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halo_fast.rewards.base import RewardConfig
+from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips
+from halo_fast.rewards.losses import preference_loss, score_loss
+from halo_fast.rewards.model import RewardModel
+
+__all__ = ["Batch", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss"]
+
+_LEAST_SCALE = 1e-3  # labels that hardly differ are not blown up
+_MOTION_DIMENSION = "dynamic_degree"
+_COPY_SHARE = 0.25  # of a batch that is compared with frozen copies
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The clips of a step.
+
+    Args:
+        clips: N labelled clips.
+        frozen: their frozen features, float32 [N, c, f', y, x], or None.
+        word_evidence: [N, k], or None.
+    """
+
+    clips: LabelledClips
+    frozen: Tensor | None = None
+    word_evidence: Tensor | None = None
+
+
+def loss_scales(scores: Tensor) -> list[float]:
+    """The loss of the best constant for each dimension of scores [N, D, ...]; 1 of it is "nothing learned"."""
+    scales = []
+    for values in scores.unbind(1):
+        constant = ((values.nanmean() - 1) / 4).nan_to_num(0.5).clamp(1e-3, 1 - 1e-3).logit()
+        scales.append(max(score_loss(constant.expand_as(values), values).item(), _LEAST_SCALE))
+    return scales
+
+
+def loss_terms(
+    model: RewardModel,
+    batch: Batch,
+    scales: tuple[list[float], list[float]],
+    patch_phase: bool,
+    config: RewardConfig,
+) -> dict[str, Tensor]:
+    """The loss terms of a batch, 0-d each: video, swap, motion and, in the patch phase, patch.
+
+    Args:
+        model: in training mode.
+        batch: its clips.
+        scales: `loss_scales` of all training clips, of the video and of the patch dimensions.
+        patch_phase: whether patch scores count.
+        config: the kind of loss and the tie margin.
+    """
+    clips, dimensions = batch.clips, model.config.video_dimensions
+    features = model.backbone.encode(clips.videos, batch.frozen, batch.word_evidence)
+    video, patches = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])
+    losses = {"video": _label_loss(video, clips.video_scores, scales[0], config)}
+    if PROMPT_DIMENSION in dimensions and len(clips) > 1:
+        column = dimensions.index(PROMPT_DIMENSION)
+        count = min(len(clips) - 1, model.backbone.negatives)
+        others = torch.stack([torch.arange(len(clips)).roll(shift) for shift in range(count + 1)], dim=1)
+        logits = model.backbone.video_logits_for(features, clips.prompts, others)[..., column]
+        losses["swap"] = swap_loss(logits[:, :1] - logits[:, 1:], clips, others[:, 1:], column)
+    if _MOTION_DIMENSION in dimensions and config.motion_weight:
+        column = dimensions.index(_MOTION_DIMENSION)
+        losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(clips)), column], column)
+    if patch_phase:
+        losses["patch"] = _label_loss(patches, clips.patch_scores, scales[1], config)
+    return losses
+
+
+def _label_loss(logits: Tensor, scores: Tensor, scales: list[float], config: RewardConfig) -> Tensor:
+    """Mean over the dimensions of [N, D, ...]; regression is relative to the loss of a constant."""
+    terms = []
+    for values, grades, unit in zip(logits.unbind(1), scores.unbind(1), scales, strict=True):
+        if config.loss in ("regression", "combined"):
+            terms.append(score_loss(values, grades) / unit)
+        if config.loss != "regression":
+            terms.append(preference_loss(values, grades, config.tie_margin, config.loss == "bradley_terry_ties"))
+    return torch.stack(terms).sum() / len(scales) if terms else logits.sum()
+
+
+def swap_loss(margin: Tensor, clips: LabelledClips, others: Tensor, column: int) -> Tensor:
+    """Bradley-Terry: a clip fits its own prompt better than another's, weighted by how well it was judged to fit.
+
+    Args:
+        margin: [N, M], logit of the own prompt less that of each other one.
+        clips: N clips.
+        others: [N, M], whose prompt that was; equal prompts do not count.
+        column: of text_alignment among the video scores.
+    """
+    weight = ((clips.video_scores[:, column] - 1) / 4).nan_to_num(0)[:, None].expand_as(margin)
+    same = [
+        [clips.prompts[other] == own for other in row] for own, row in zip(clips.prompts, others.tolist(), strict=True)
+    ]
+    weight = weight.masked_fill(torch.tensor(same), 0)
+    return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
+
+
+def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int) -> Tensor:
+    """Bradley-Terry: a clip beats a copy frozen at one of its moments, weighted by how dynamic it was judged.
+
+    Args:
+        model: in training mode.
+        batch: its first len(own) clips are compared.
+        own: [M], their logits.
+        column: of dynamic_degree among the video scores.
+    """
+    count, moment = len(own), torch.rand(()).item()
+    clips = batch.clips.select(torch.arange(count))
+
+    def freeze(frames: Tensor, axis: int) -> Tensor:
+        chosen = frames.select(axis, round(moment * (frames.shape[axis] - 1)))
+        return chosen.unsqueeze(axis).expand_as(frames).contiguous()
+
+    stills = freeze(clips.videos, 1)
+    frozen = None if batch.frozen is None else freeze(batch.frozen[:count], 2)
+    evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
+    features = model.backbone.encode(stills, frozen, evidence)
+    margin = own - model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
+    weight = ((clips.video_scores[:, column] - 1) / 4).nan_to_num(0) * (stills != clips.videos).flatten(1).any(dim=1)
+    return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)

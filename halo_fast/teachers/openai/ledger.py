@@ -1,0 +1,119 @@
+"""The account of a paid teacher: its requests in the store, their prices, and what ends the work early."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from halo_fast.errors import UserError
+from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.teachers.openai.pricing import highest_cost, token_prices
+from halo_fast.teachers.openai.protocol import same_model
+from halo_fast.teachers.openai.questions import Answer, Question, parse
+from halo_fast.teachers.store import LabelStore, Reply
+
+__all__ = ["Ledger"]
+
+# Unusable answers of one kind, before any usable one, that end the work. Several candidates of one unsafe prompt may be
+# refused one after another, so a refusal takes more questions.
+_FEWEST_ANSWERS, _FEWEST_QUESTIONS, _FEWEST_REFUSED = 6, 3, 10
+
+
+@dataclass
+class Ledger:
+    """Requests of one teacher, entered in a store before they are sent.
+
+    Unusable answers of earlier processes are not final: a question has `max_attempts` answers anew for each ledger.
+
+    Args:
+        store: of requests and answers.
+        teacher: name under which requests are entered.
+        config: prices, budget, and how many answers may be paid for one question.
+    """
+
+    store: LabelStore
+    teacher: str
+    config: OpenAIConfig
+    _start: int = field(init=False)
+    _usable: bool = field(default=False, init=False)
+    _unusable: dict[str, list[int | str]] = field(default_factory=lambda: defaultdict(list), init=False)
+    _questions: dict[int, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._start = self.store.last_request()
+
+    def cost(self, questions: Sequence[Question]) -> float:
+        """Dollars that questions cost at most."""
+        return sum(highest_cost(question, self.config) for question in questions)
+
+    def reserve(self, questions: Sequence[Question], batch: str | None = None) -> dict[str, int] | None:
+        """Enter requests at their highest cost, all or none.
+
+        Args:
+            questions: one request each.
+            batch: key of the batch that holds them.
+
+        Returns:
+            Numbers of the requests by the questions' keys; None if they could exceed the budget.
+        """
+        costs = {question.key: highest_cost(question, self.config) for question in questions}
+        numbers = self.store.reserve(costs, self.teacher, self.config.budget, batch)
+        self._questions |= {number: key for key, number in (numbers or {}).items()}
+        return numbers
+
+    def settle(self, replies: Mapping[int, Reply]) -> None:
+        """Record what came back, by the requests' numbers, at its true cost."""
+        self.store.settle(replies, token_prices(self.config))
+
+    def check(self, replies: Mapping[int, Reply]) -> None:
+        """End the work where going on would only cost money; call it after `settle`.
+
+        Args:
+            replies: what came back, by the requests' numbers.
+
+        Raises:
+            UserError: another model answered, or the first answers are all unusable in the same way.
+        """
+        for number, reply in replies.items():
+            if reply.status == "wrong_model":
+                raise UserError(
+                    f"annotate.openai.model: {reply.reason}; if that is the same model, set "
+                    f"annotate.openai.reported_model to its name and run again, which asks nothing twice"
+                )
+            self._usable |= reply.status == "ok"
+            if reply.status not in ("ok", "failed", "lost"):
+                self._unusable[reply.status].append(self._questions.get(number, number))
+                self._check_kind(reply)
+
+    def _check_kind(self, reply: Reply) -> None:
+        """UserError if nothing but answers of this kind has come, to several questions."""
+        asked = self._unusable[reply.status]
+        questions = _FEWEST_REFUSED if reply.status == "refused" else _FEWEST_QUESTIONS
+        if self._usable or len(asked) < _FEWEST_ANSWERS or len(set(asked)) < questions:
+            return
+        beginning = f"; the last one begins {reply.text[:80]!r}" if reply.text else ""
+        raise UserError(
+            f"{self.config.base_url}: the first {len(asked)} answers of {self.config.model} are all {reply.status} "
+            f"({reply.reason}){beginning}; check annotate.openai and run again"
+        )
+
+    def answered(self, question: Question) -> int:
+        """How many answers, usable or not, this ledger has got for a question."""
+        return sum(number > self._start for number in self.store.answers(question.key))
+
+    def final(self, question: Question) -> Answer | None:
+        """The stored answer that stands: a usable one, or the last that may be paid for; None if there is none yet."""
+        unusable = []
+        for number, known in self.store.answers(question.key).items():
+            answer = self._read(question, known)
+            if answer.status == "ok":
+                return answer
+            if number > self._start:
+                unusable.append(answer)
+        return next(iter(unusable[self.config.max_attempts - 1 :]), None)
+
+    def _read(self, question: Question, known: Reply) -> Answer:
+        # another model's answer counts once the setting says that it is the same model
+        renamed = known.status == "wrong_model" and known.model and same_model(self.config, known.model)
+        if known.status == "ok" or renamed:
+            return parse(question, known.text)
+        return Answer(known.status, reason=known.reason)

@@ -1,0 +1,59 @@
+"""What questions cost: OpenAI's published rule for images, bounds and estimates for text."""
+
+import json
+import math
+
+from halo_fast.teachers.openai.config import OpenAIConfig
+from halo_fast.teachers.openai.pictures import Picture
+from halo_fast.teachers.openai.questions import Question, schema
+from halo_fast.teachers.rubric import RUBRIC
+
+__all__ = ["highest_cost", "image_tokens", "likely_cost", "token_prices"]
+
+_BATCH_SHARE = 0.5  # of the price, in the Batch API
+_OVERHEAD = 100  # tokens that a server may add around the texts of a request
+
+
+def token_prices(config: OpenAIConfig) -> tuple[float, float]:
+    """US dollars for one input token and one output token."""
+    share = _BATCH_SHARE if config.api == "batch" else 1.0
+    return config.input_price * share / 1e6, config.output_price * share / 1e6
+
+
+def image_tokens(picture: Picture, base: int, tile: int) -> int:
+    """Tokens of an image by OpenAI's published rule for gpt-4o.
+
+    Low detail costs `base`. At high detail the image is scaled to fit 2048 x 2048, then its shorter side to 768, and
+    costs base + tile times the 512-pixel squares that cover it.
+
+    Args:
+        picture: whose size and detail count.
+        base: tokens of any image.
+        tile: tokens of a 512-pixel square.
+    """
+    if picture.detail == "low":
+        return base
+    sides = (picture.width, picture.height)
+    scale = min(1.0, 2048 / max(sides))
+    scale *= 768 / (scale * min(sides))
+    return base + tile * math.prod(math.ceil(round(side * scale) / 512) for side in sides)
+
+
+def highest_cost(question: Question, config: OpenAIConfig) -> float:
+    """Dollars that a question costs at most: no tokenizer makes more tokens than bytes."""
+    return _cost(question, config, _size(question) + _OVERHEAD, config.max_output_tokens)
+
+
+def likely_cost(question: Question, config: OpenAIConfig) -> float:
+    """Dollars that a question costs about: four bytes a token, eight tokens a field of the answer."""
+    return _cost(question, config, _size(question) / 4, 40 + 8 * len(question.fields))
+
+
+def _size(question: Question) -> int:
+    return len((RUBRIC + question.text + json.dumps(schema(question))).encode())
+
+
+def _cost(question: Question, config: OpenAIConfig, text_tokens: float, output_tokens: float) -> float:
+    input_price, output_price = token_prices(config)
+    images = sum(image_tokens(picture, config.image_tokens, config.tile_tokens) for picture in question.pictures)
+    return (images + text_tokens) * input_price + output_tokens * output_price

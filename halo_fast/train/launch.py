@@ -1,0 +1,67 @@
+"""Options of `accelerate launch`: each is followed or refused."""
+
+import os
+
+from torch import nn
+
+from halo_fast.errors import UserError
+from halo_fast.train.adapters import repeated_blocks
+from halo_fast.train.config import TrainConfig
+
+__all__ = ["check_launch", "uses_fsdp"]
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch --use_fsdp` started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+# What `accelerate launch` passes on: (values that training follows, what to set instead).
+_LAUNCHED: dict[str, tuple[tuple[str, ...], str]] = {
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "train.compile"),
+    "ACCELERATE_USE_DEEPSPEED": (("false",), "--use_fsdp --fsdp_version 2"),
+    "ACCELERATE_USE_MEGATRON_LM": (("false",), "--use_fsdp --fsdp_version 2"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (("false",), "--multi_gpu or --use_fsdp --fsdp_version 2"),
+}
+# Settings of FSDP1, and how accelerate itself loads and stores, are left out: none of that takes place.
+_SHARDED: dict[str, tuple[tuple[str, ...], str]] = {
+    "FSDP_VERSION": (("2",), "--fsdp_version 2"),
+    "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "FULL_SHARD"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard", "1"), "--fsdp_reshard_after_forward true"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "--fsdp_offload_params false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "train.gradient_checkpointing"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "train.offload_activations"),
+    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "TRANSFORMER_BASED_WRAP: blocks are sharded one by one"),
+    "FSDP_IGNORED_MODULES": ((), "nothing: every block is sharded"),
+}
+
+
+def check_launch(config: TrainConfig, model: nn.Module) -> None:
+    """Raise if an option of `accelerate launch` would be ignored.
+
+    Args:
+        config: the settings, which such options must agree with.
+        model: whose blocks FSDP2 shards.
+
+    Raises:
+        UserError: naming the option and what to set instead.
+    """
+    launched: dict[str, tuple[tuple[str, ...], str]] = _LAUNCHED | {
+        "ACCELERATE_MIXED_PRECISION": (("no", config.mixed_precision), "train.mixed_precision"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            ("1", str(config.gradient_accumulation_steps)), "train.gradient_accumulation_steps",
+        ),
+    }  # fmt: skip
+    if uses_fsdp():
+        launched |= _SHARDED
+        blocks = {type(block).__name__ for block in repeated_blocks(model)}
+        wrapped = {name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")} - {""}
+        if wrapped and wrapped != blocks:
+            raise UserError(
+                f"accelerate launch: FSDP_TRANSFORMER_CLS_TO_WRAP is {', '.join(sorted(wrapped))}, but what is sharded "
+                f"are the model's blocks, {', '.join(sorted(blocks))}; leave it out"
+            )
+    for name, (followed, instead) in launched.items():
+        value = os.environ.get(name, "")
+        if value and value.lower() not in followed:
+            raise UserError(f"accelerate launch: {name} is {value}, which training does not follow; set {instead}")

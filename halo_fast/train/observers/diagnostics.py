@@ -1,0 +1,269 @@
+"""diagnostics.csv: is it learning? Accuracies, margins and errors by timestep and by patch.
+
+A training loss says little: it follows the timesteps that were drawn. Held-out pairs have the same noise and times
+every time, so their figures move by learning alone. Everything stays on the device until a row is due.
+
+train/diagnostics.csv has one row for each (step, split, label, group, bucket):
+    step                optimiser steps done
+    split               "heldout" (always the same pairs, noise and times) or "train" (the batches since the last row)
+    label               "video" or "patch": whose preference says which sample is the winner
+    group, bucket       "all", ""; "timestep", "0.25-0.50"; "patch", "f.h.w" (label patch only)
+    count               labelled pairs or patches behind the row; without any there is no row
+    accuracy            share whose logit is above 0, a zero counting one half: 0.5 at the start
+    margin              mean logit z, signed by the preference: 0 at the start
+    winner_policy, winner_reference, loser_policy, loser_reference    mean errors E
+    gradient_factor     mean sigma(-z): 0.5 at the start, 0 when there is nothing left to learn
+    saturation          share of |z| > 10
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halo_fast.data import Pair
+from halo_fast.families import Denoiser
+from halo_fast.files import write_csv
+from halo_fast.loss.figures import PairFigures
+from halo_fast.loss.functional import GranDPO, gran_dpo_coefficients, patch_error
+from halo_fast.train.config import TrainConfig
+from halo_fast.train.draws import Batch, make_batch
+from halo_fast.train.job import Job
+from halo_fast.train.observers.base import Observer
+from halo_fast.train.observers.log import read_rows
+from halo_fast.train.schedules import loss_arguments
+
+__all__ = ["Diagnostics", "heldout_errors", "heldout_figures", "heldout_mask", "summarize", "winner_warning"]
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = 4
+_FILE = "diagnostics.csv"
+
+Row = dict[str, float | str]
+
+
+class Diagnostics(Observer):
+    """Rows of diagnostics.csv, of the training's own pairs and of held-out ones, and the warning about winners.
+
+    Args:
+        job: before its first step.
+        heldout: pairs that are not trained on; none for rows of the training's own pairs alone.
+    """
+
+    name = "diagnostics"
+
+    def __init__(self, job: Job, heldout: Sequence[Pair]) -> None:
+        self.rows: list[Row] = []
+        self._job, self._heldout = job, heldout
+        self._figures: list[PairFigures] = []
+        self._errors: list[Tensor] = []
+        if heldout and job.objective.paired:
+            with job.reference_mode(), job.accelerator.autocast():
+                self._errors = heldout_errors(job.family, job.model, heldout, job.config, job.accelerator.device)
+
+    def saw(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
+        self._figures += figures
+
+    def due(self, done: int) -> bool:
+        config = self._job.config
+        return done > 0 and (done % config.diagnostics_steps == 0 or done == config.max_train_steps)
+
+    def report(self, done: int) -> None:
+        if not self.due(done):
+            return
+        job = self._job
+        new = summarize(PairFigures.join(self._figures), done, "train") if self._figures else []
+        if self._errors:
+            with job.accelerator.autocast():
+                figures = heldout_figures(
+                    job.family, job.model, self._heldout, self._errors, job.config, job.current_objective()
+                )
+            new += summarize(figures, done, "heldout")
+        self._figures.clear()
+        self.rows += new
+        label = "patch" if getattr(job.objective, "patch_weight", 0) else "video"
+        warning = winner_warning(new, label, job.config.winner_alarm)
+        if warning and job.is_main:
+            logger.warning(warning)
+
+    def write(self, folder: Path) -> None:
+        if self.rows:
+            write_csv(folder / _FILE, self.rows)
+
+    def state(self) -> dict[str, Any]:
+        if not self._figures:
+            return {}
+        joined = PairFigures.join(self._figures)
+        values = {field.name: getattr(joined, field.name) for field in fields(joined)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def restore(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        self.rows = read_rows(folder / _FILE, step)  # type: ignore[assignment]
+        if state:
+            device = self._job.accelerator.device
+            absent: dict[str, Any] = {field.name: None for field in fields(PairFigures)}
+            found = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+            self._figures = [PairFigures(**absent | found)]
+
+
+def heldout_mask(prompts: Sequence[str], share: float) -> list[bool]:
+    """Which pairs are kept out of training: those whose prompt's hash falls into the lowest `share` of all hashes.
+
+    All pairs of a prompt fall on one side, and a prompt stays on its side when others come or go.
+
+    Args:
+        prompts: of each pair.
+        share: from 0 to 1.
+    """
+    hashes = {prompt: int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") for prompt in set(prompts)}
+    return [hashes[prompt] < share * 2**64 for prompt in prompts]
+
+
+@torch.no_grad()
+def heldout_errors(
+    family: Denoiser, model: nn.Module, pairs: Sequence[Pair], config: TrainConfig, device: torch.device
+) -> list[Tensor]:
+    """The reference's errors on the held-out pairs, for `heldout_figures`, [2B, f, h, w] of each batch.
+
+    Args:
+        family: of the model.
+        model: the reference.
+        pairs: not trained on; the first `config.heldout_pairs`, each at `heldout_draws` evenly spread times.
+        config: the settings.
+        device: of the model.
+    """
+    return [
+        patch_error(
+            family.predict(model, batch.noisy, batch.t, batch.conditions),
+            batch.target, tuple(batch.patch_rewards.shape[1:]), family.layout,
+        )
+        for batch in _batches(family, pairs, config, device)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def heldout_figures(
+    family: Denoiser,
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    reference_errors: Sequence[Tensor],
+    config: TrainConfig,
+    objective: GranDPO,
+) -> PairFigures:
+    """What the policy shows on the held-out pairs: one forward pass over the same draws every time.
+
+    Args:
+        family: of the model.
+        model: the policy.
+        pairs: as for `heldout_errors`.
+        reference_errors: what that gave.
+        config: the settings.
+        objective: with the betas that are in use.
+    """
+    if getattr(objective, "anchor_weight", 0):
+        # The anchor changes no figure, and its value would need the reference's predictions.
+        objective = replace(objective, anchor_weight=0.0)
+    figures = []
+    for batch, errors in zip(
+        _batches(family, pairs, config, reference_errors[0].device), reference_errors, strict=True
+    ):
+        prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
+        known = replace(batch, reference_error=errors)
+        _, out = gran_dpo_coefficients(**loss_arguments(known, prediction, None, objective, family.layout))
+        figures.append(out.figures(batch.t))
+    return PairFigures.join(figures)
+
+
+def _batches(family: Denoiser, pairs: Sequence[Pair], config: TrainConfig, device: torch.device) -> Iterator[Batch]:
+    # assembled each time: latents with noise take far more room than the counters they come from
+    count = min(len(pairs), config.heldout_pairs)
+    places = [(index, draw) for draw in range(config.heldout_draws) for index in range(count)]
+    for start in range(0, len(places), config.train_batch_size):
+        chosen = places[start : start + config.train_batch_size]
+        yield make_batch(family, pairs, chosen, config.seed, device, limit=config.heldout_draws)
+
+
+@torch.no_grad()
+def summarize(figures: PairFigures, step: int, split: str) -> list[Row]:
+    """Rows of diagnostics.csv; waits for the device once.
+
+    Args:
+        figures: with times.
+        step: optimiser steps done.
+        split: "heldout" or "train".
+
+    Returns:
+        A row for each label and group with at least one labelled pair or patch; none for unpaired objectives.
+    """
+    names: list[Row] = []
+    numbers = []
+    columns: list[str] = []
+    for label in figures.labels:
+        values = figures.values(label)
+        columns = list(values)
+        table = torch.stack(list(values.values()))
+        for group, bucket, weight in _groups(figures, label):
+            names.append({"step": step, "split": split, "label": label, "group": group, "bucket": bucket})
+            numbers.append(torch.cat([weight.sum()[None], (table * weight).flatten(1).sum(1) / weight.sum()]))
+    if not numbers:
+        return []
+    rows = []
+    for name, (count, *means) in zip(names, torch.stack(numbers).tolist(), strict=True):
+        if count:
+            rows.append(name | {"count": int(count)} | dict(zip(columns, means, strict=True)))
+    return rows
+
+
+def _groups(figures: PairFigures, label: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(group, bucket, weights) of all rows of a label; only the label "patch" has rows by place."""
+    weight, t = figures.weights(label), figures.t
+    yield "all", "", weight
+    if t is not None:
+        for bucket in range(BUCKETS):
+            low, high = bucket / BUCKETS, (bucket + 1) / BUCKETS
+            # pure noise, t = 1, belongs to the last one
+            inside = (t >= low) & ((t < high) | (bucket == BUCKETS - 1))
+            yield "timestep", f"{low:.2f}-{high:.2f}", weight * inside[:, None].to(weight)
+    if label == "patch":
+        for place, index in enumerate(product(*map(range, figures.grid))):
+            mask = torch.zeros_like(weight)
+            mask[:, place] = weight[:, place]
+            yield "patch", ".".join(map(str, index)), mask
+
+
+def winner_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit: float | None) -> str | None:
+    """One line if the policy has become much worse at the winners than the reference is, else None.
+
+    The limit is a share a of the reference's error power. With E - E_ref = (|o - o_ref|^2 + 2 <o - o_ref, o_ref - tau>)
+    / N, the second term vanishes in the mean where the policy's change has nothing to do with what the reference got
+    wrong. Then E = (1 + a) E_ref says that the policy has moved sqrt(a) times as far from the reference as the
+    reference is from the truth: 71% of it for 0.5, all of it for 1. A change that helps makes the second term negative.
+
+    Preference training can lower its loss by spoiling losers more than winners. A video that wins as a whole has
+    patches that lose, whose error is meant to rise, so videos are judged only where there is no patch preference.
+
+    Args:
+        rows: new ones of diagnostics.csv; held-out pairs are judged where there are some, else the training's own.
+        label: "patch", or "video" where the objective has no patch preference.
+        limit: a; None for no warning.
+    """
+    whole = {row["split"]: row for row in rows if row["group"] == "all" and row["label"] == label}
+    row = whole.get("heldout", whole.get("train"))
+    if limit is None or row is None:
+        return None
+    rise = float(row["winner_policy"]) / float(row["winner_reference"]) - 1
+    if rise <= limit:
+        return None
+    return (
+        f"train: error on winning {'patches' if label == 'patch' else 'videos'} is {100 * rise:.0f}% "
+        f"above the reference's at step {row['step']}, expected at most {100 * limit:.0f}%: the loss "
+        "falls by spoiling losers; raise objective.patch_sft_weight or sft_weight, set objective.loser_guard, or lower "
+        "the betas"
+    )

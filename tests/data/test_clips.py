@@ -1,0 +1,190 @@
+"""Videos and folders of pictures as a player shows them; what is damaged or cut is refused."""
+
+import struct
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halo_fast.data.clips import read_clip, read_frames, read_picture, write_clip
+from halo_fast.errors import UserError
+
+SIZE = 48, 64  # height, width
+FORMATS = {
+    "mkv": ("matroska", "libx264", "yuv420p", {}),
+    "webm": ("webm", "libvpx-vp9", "yuv420p", {}),
+    "ts": ("mpegts", "libx264", "yuv420p", {}),
+    "avi": ("avi", "mpeg4", "yuv420p", {}),
+    "gif": ("gif", "gif", "rgb8", {}),
+    "mp4": ("mp4", "libx264", "yuv420p", {"movflags": "faststart"}),
+}
+RAW = "h264", "libx264", "yuv420p", {}
+
+
+def noise(count=24, height=SIZE[0], width=SIZE[1]):
+    rng = np.random.default_rng(0)
+    return [rng.integers(256, size=(height, width, 3)).astype(np.uint8) for _ in range(count)]
+
+
+def quadrants(height=SIZE[0], width=SIZE[1]):
+    """Top left red, top right green, bottom left blue, bottom right black."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[: height // 2, : width // 2, 0] = 255
+    frame[: height // 2, width // 2 :, 1] = 255
+    frame[height // 2 :, : width // 2, 2] = 255
+    return frame
+
+
+def corners(frame):
+    """The colour's letter at top left, top right, bottom left and bottom right."""
+    height, width = frame.shape[:2]
+    places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    return "".join("rgb"[int(frame[place].argmax())] if frame[place].max() > 90 else "." for place in places)
+
+
+def write(path, frames, kind="mp4", aspect=None, **context):
+    container_format, codec, pixels, options = FORMATS.get(kind, RAW)
+    with av.open(str(path), "w", format=container_format, options=options) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for name, value in context.items():
+            setattr(stream.codec_context, name, value)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.85])
+def test_a_file_cut_short_is_refused(tmp_path, kind, share):
+    path = write(tmp_path / f"clip.{kind}", noise(), kind)
+    assert len(read_clip(path)) == 24
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(
+        UserError, match=rf"clip .*clip\.{kind}: expected a readable video, got .*make it again"
+    ) as caught:
+        read_clip(path)
+    assert "\n" not in str(caught.value)
+
+
+# a matrix (a, b, c, d) takes the pixel (x, y) to (a x + c y, b x + d y), as ISO/IEC 14496-12 has it
+@pytest.mark.parametrize(
+    ("matrix", "expected", "turned"),
+    [
+        ((1, 0, 0, 1), "rgb.", False),
+        ((0, 1, -1, 0), "br.g", True),  # a quarter to the right: what was bottom left is top left
+        ((0, -1, 1, 0), "g.rb", True),
+        ((-1, 0, 0, -1), ".bgr", False),
+        ((-1, 0, 0, 1), "gr.b", False),  # a mirrored selfie
+        ((1, 0, 0, -1), "b.rg", False),
+    ],
+)
+def test_a_clip_is_turned_as_its_display_matrix_says(tmp_path, matrix, expected, turned):
+    path = write(tmp_path / "clip.mp4", [quadrants()] * 3)
+    data = bytearray(path.read_bytes())
+    # version, flags, two times, track, reserved, duration, 8 reserved, layer, group, volume, reserved
+    place = data.index(b"tkhd") + 4 + 4 + 8 + 4 + 4 + 4 + 8 + 2 + 2 + 2 + 2
+    a, b, c, d = (value * 65536 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    video = read_clip(path)
+    assert video.shape[1:3] == (SIZE[::-1] if turned else SIZE)
+    assert corners(video[0].numpy()) == expected
+
+
+@pytest.mark.parametrize(("aspect", "width"), [(2, 128), ("1/2", 32), ("12/11", 70)])
+def test_pixels_become_square(tmp_path, aspect, width):
+    from fractions import Fraction
+
+    video = read_clip(write(tmp_path / "clip.mkv", [quadrants()] * 3, "mkv", aspect=Fraction(aspect)))
+    assert video.shape == (3, SIZE[0], width, 3)
+    assert corners(video[0].numpy()) == "rgb."
+
+
+def test_a_cover_picture_is_not_the_clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 16, 16, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24").reformat(
+            format="yuvj420p"
+        )
+        container.mux(cover.encode(picture))
+        container.mux(cover.encode())
+        for frame in noise(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert read_clip(path).shape == (4, *SIZE, 3)
+
+
+def test_sound_alone_is_no_clip(tmp_path):
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(UserError, match="expected a readable video, got no video stream"):
+        read_clip(tmp_path / "sound.wav")
+
+
+@pytest.mark.parametrize(("number", "name"), [(16, "PQ"), (18, "HLG")])
+def test_high_dynamic_range_is_refused_by_name(tmp_path, number, name):
+    path = write(tmp_path / "clip.mkv", noise(3), "mkv", color_trc=number)
+    with pytest.raises(UserError, match=rf"high dynamic range \({name}\)"):
+        read_clip(path)
+
+
+def test_a_stream_that_changes_its_size_is_refused_with_both(tmp_path):
+    # raw streams may be strung together as they are
+    one, two = (write(tmp_path / f"{side}.h264", noise(4, side, side), "h264") for side in (32, 48))
+    (tmp_path / "both.h264").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UserError, match="both.h264: expected frames of one size, .* 32 x 32, got 48 x 48 at frame 5"):
+        read_clip(tmp_path / "both.h264")
+
+
+def test_frames_are_read_in_natural_order_without_hidden_files(tmp_path):
+    for number in (1, 2, 9, 10, 100):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"shot-{number}.PNG")
+    for junk in (".DS_Store", "._shot-1.PNG", "Thumbs.db"):
+        (tmp_path / junk).write_bytes(b"not a picture")
+    assert read_frames(tmp_path)[:, 0, 0, 0].tolist() == [1, 2, 9, 10, 100]
+    Image.new("RGB", (6, 8)).save(tmp_path / "shot-3.PNG")
+    with pytest.raises(UserError, match="height x width 8 x 8, got 8 x 6 at frame 3"):
+        read_frames(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").write_bytes(b"")
+    with pytest.raises(UserError, match="expected a folder of frames, got an empty one"):
+        read_frames(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("orientation", "expected"), [(1, "rgb."), (3, ".bgr"), (5, "rbg."), (6, "br.g"), (8, "g.rb")])
+def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation, expected):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(quadrants()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert corners(read_picture(tmp_path / "a.jpg", "a").numpy()) == expected
+
+
+def test_depth_and_transparency_of_pictures(tmp_path):
+    grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert read_picture(tmp_path / "deep.png", "deep")[0, :, 1].tolist() == [0, 1, 128, 255]
+    clear = np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], np.uint8)
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png", "clear")[0].tolist() == [[200, 100, 50], [0, 0, 0]]
+
+
+def test_a_written_clip_reads_back_at_any_rate(tmp_path):
+    video = torch.from_numpy(np.stack(noise(5)))
+    for fps in (1, 24):
+        write_clip(tmp_path / "clip.mp4", video, fps)
+        assert (read_clip(tmp_path / "clip.mp4").int() - video.int()).abs().max() <= 2
