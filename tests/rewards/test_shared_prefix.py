@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from halo_fast.rewards.backbones import shared_prefix
 from halo_fast.rewards.backbones.shared_prefix import (
     Blocks,
     _packed,
     attend,
     attend_xformers,
+    attention,
     num_scores,
     partial_attention,
-    shared_prefix,
     usable,
 )
+from halo_fast.rewards.backbones.vlm import network
+from halo_fast.rewards.backbones.vlm.network import block_mask
 
 BLOCKS = [
     Blocks(prefix=5, known=(5,), lengths=(1, 1, 4, 4)),
@@ -29,6 +32,11 @@ def tensors(blocks, dtype, heads=4, groups=2, size=8):
     shape = (len(blocks.known), blocks.num_tokens, size)
     sizes = (heads, heads // groups, heads // groups)
     return [torch.randn(shape[0], h, *shape[1:], generator=generator, dtype=torch.float64).to(dtype) for h in sizes]
+
+
+def dense_mask(blocks):
+    """The mask that the reward model gives to SDPA, [N, 1, S, S]."""
+    return block_mask(blocks.known_mask(torch.device("cpu")), torch.tensor(blocks.lengths))
 
 
 def written_out(blocks):
@@ -45,14 +53,14 @@ def written_out(blocks):
 
 @pytest.mark.parametrize("blocks", BLOCKS[:2])
 def test_the_dense_mask_is_what_is_said_of_it(blocks):
-    assert torch.equal(blocks.dense_mask(torch.device("cpu"))[:, 0], written_out(blocks))
+    assert torch.equal(dense_mask(blocks)[:, 0], written_out(blocks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_equals_the_dense_mask(blocks, dtype):
     query, key, value = tensors(blocks, dtype)
-    mask = blocks.dense_mask(query.device)
+    mask = dense_mask(blocks)
     truth = scaled_dot_product_attention(
         query.double(), key.double(), value.double(), attn_mask=mask, scale=0.3, enable_gqa=True
     )
@@ -64,9 +72,7 @@ def test_gradients_equal_those_of_the_dense_mask():
     blocks = BLOCKS[1]
     inputs = [x.requires_grad_() for x in tensors(blocks, torch.float64)]
     weight = torch.randn(len(blocks.known), 4, blocks.num_tokens, 8, dtype=torch.float64)
-    truth = scaled_dot_product_attention(
-        *inputs, attn_mask=blocks.dense_mask(weight.device), scale=0.3, enable_gqa=True
-    )
+    truth = scaled_dot_product_attention(*inputs, attn_mask=dense_mask(blocks), scale=0.3, enable_gqa=True)
     expected = torch.autograd.grad((truth * weight).sum(), inputs)
     found = torch.autograd.grad((attend(*inputs, blocks, 0.3) * weight).sum(), inputs)
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, expected, strict=True))
@@ -93,13 +99,31 @@ def test_a_decoder_reads_the_same_without_a_mask(family, tmp_path):
     blocks = BLOCKS[1]
     sequence = torch.randn(3, blocks.num_tokens, decoder.config.hidden_size, dtype=torch.float64)
     with torch.no_grad():
-        mask = blocks.dense_mask(sequence.device)
+        mask = dense_mask(blocks)
         truth = decoder(inputs_embeds=sequence, attention_mask=mask, use_cache=False).last_hidden_state
-        with shared_prefix(decoder, blocks, attend):
+        with attention(decoder, blocks, attend):
             found = decoder(inputs_embeds=sequence, use_cache=False).last_hidden_state
         again = decoder(inputs_embeds=sequence, attention_mask=mask, use_cache=False).last_hidden_state
     assert (found - truth).abs().max() < 1e-6
     assert torch.equal(again, truth)  # the context leaves nothing behind
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "idefics2", "smolvlm"])
+def test_a_reward_model_scores_the_same(family, tmp_path, monkeypatch):
+    """The hook in the reward model, with the plain algebra in place of xformers' kernels."""
+    from rewards import reward_model, tiny_model
+
+    model = reward_model(tiny_model(tmp_path, family)).double().eval()
+    videos = torch.randint(256, (2, 5, 64, 64, 3), dtype=torch.uint8)
+    prompts, grid = ["a fox", "a red fox runs through snow"], (2, 2, 2)
+    with torch.no_grad():
+        features = model.backbone.encode(videos, model.backbone.frozen_features(videos))
+        truth = model.backbone.logits(features, prompts, grid)
+        monkeypatch.setattr(shared_prefix, "usable", lambda embeddings: True)
+        monkeypatch.setattr(shared_prefix, "attend_xformers", attend)
+        monkeypatch.setattr(network, "block_mask", lambda *_: pytest.fail("a dense mask was made"))
+        found = model.backbone.logits(features, prompts, grid)
+    assert all((one - other).abs().max() < 1e-6 for one, other in zip(found, truth, strict=True))
 
 
 def test_a_cpu_keeps_sdpa():

@@ -188,7 +188,7 @@ def test_predicted_peak_is_the_measured_one(frames, mode):
             job.plan = job.plan.scheduled(schedule)
             # weights and moments are there before the step
             predicted = job.plan.peak - weights - 2 * trained
-            assert peak_bytes(lambda ready: take_step(ready, 1), job) == pytest.approx(predicted, rel=0.2)
+            assert peak_bytes(lambda: take_step(job, 1)) == pytest.approx(predicted, rel=0.2)
 
 
 def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):

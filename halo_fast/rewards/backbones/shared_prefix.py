@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-__all__ = ["Blocks", "attend", "attend_xformers", "merge", "num_scores", "partial_attention", "shared_prefix", "usable"]
+__all__ = ["Blocks", "attend", "attend_xformers", "attention", "merge", "num_scores", "partial_attention", "usable"]
 
 NAME = "halo_shared_prefix"
 
@@ -48,17 +48,6 @@ class Blocks(NamedTuple):
     def known_mask(self, device: torch.device) -> Tensor:
         """bool [N, prefix]: which tokens of the prefix are no padding."""
         return torch.arange(self.prefix, device=device) < torch.tensor(self.known, device=device)[:, None]
-
-    def dense_mask(self, device: torch.device) -> Tensor:
-        """bool [N, 1, S, S]: what each token sees. Padding sees itself too, which keeps its softmax finite."""
-        sizes = torch.tensor([self.prefix, *self.lengths], device=device)
-        owner = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        order = torch.arange(len(owner), device=device)
-        seen = (order[:, None] >= order) & ((owner == 0) | (owner[:, None] == owner))
-        mask = seen.expand(len(self.known), 1, -1, -1).clone()
-        itself = torch.eye(len(owner), self.prefix, dtype=torch.bool, device=device)
-        mask[..., : self.prefix] &= self.known_mask(device)[:, None, None] | itself
-        return mask
 
 
 def num_scores(blocks: Blocks) -> tuple[int, int]:
@@ -142,6 +131,7 @@ def attend_xformers(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, s
     count, device = len(blocks.known), query.device
     rest = sum(blocks.lengths)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     known = blocks.known_mask(device)
     # all sequences one after the other, [1, tokens, H, d]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -177,8 +167,12 @@ def _xformers_found() -> bool:
 
 
 def usable(embeddings: Tensor) -> bool:
-    """Whether xformers' kernels can serve a pass: a GPU, half precision, no gradient, xformers installed."""
-    half = embeddings.dtype in (torch.float16, torch.bfloat16)
+    """Whether xformers' kernels can serve a pass over embeddings [N, S, hidden].
+
+    They can on a GPU, in float16 or bfloat16 (by the weights or by autocast), without gradients, if xformers is there.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else embeddings.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
     return embeddings.is_cuda and half and not torch.is_grad_enabled() and _xformers_found()
 
 
@@ -201,18 +195,18 @@ def _attention(
 
 
 @contextmanager
-def shared_prefix(decoder: Any, blocks: Blocks, compute: Any = attend_xformers) -> Iterator[None]:
+def attention(decoder: Any, blocks: Blocks, compute: Any = None) -> Iterator[None]:
     """Within it the layers of a transformers decoder attend by `compute`; it is called without a mask.
 
     Args:
         decoder: a transformers model that takes its attention from AttentionInterface.
         blocks: the layout of the sequences that it will read.
-        compute: `attend_xformers` or `attend`.
+        compute: `attend_xformers`, which None stands for, or `attend`.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)
-    before, token = decoder.config._attn_implementation, _CURRENT.set((blocks, compute))
+    before, token = decoder.config._attn_implementation, _CURRENT.set((blocks, compute or attend_xformers))
     decoder.set_attn_implementation(NAME)
     try:
         yield
