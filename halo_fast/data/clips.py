@@ -144,7 +144,8 @@ def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
     if clip.latents is None or not (folder / clip.latents).exists():
         return None
     with safe_open(folder / clip.latents, framework="pt") as file:
-        frames, height, _ = file.get_slice("latents").get_shape()[-3:]
+        shape = file.get_slice("latents").get_shape()
+        frames, height = shape[-4 if (file.metadata() or {}).get("layout") == "BFCHW" else -3], shape[-2]
     video_frames, video_height = read_clip(folder / clip.video).shape[:2]
     causal = frames > 1 and (video_frames - 1) % (frames - 1) == 0
     time = (video_frames - 1) // (frames - 1) if causal else video_frames // frames

@@ -78,7 +78,8 @@ def _from_text(text: str, path: Path, setting: str) -> list[str]:
     """The prompts of a text, which its content shows to be JSON, a table, or one prompt a line."""
     suffix = path.suffix.lower()
     try:
-        value = parse_json(text) if suffix in (".json", ".jsonl") or text.lstrip()[:1] in ("[", "{") else None
+        is_json = suffix in (".json", ".jsonl") or text.lstrip()[:1] in ("[", "{")
+        value = parse_json(text, suffix == ".jsonl") if is_json else None
     except ValueError as error:
         if suffix in (".json", ".jsonl"):
             raise UserError(f"{setting}: expected {_FORMATS}, got {str(path)!r} ({first_line(error)})") from error

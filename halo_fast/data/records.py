@@ -39,9 +39,7 @@ def read_records(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in (".csv", ".tsv"):
             return parse_csv(text, str(path))
-        rows = parse_json(text)
-        if path.suffix.lower() == ".jsonl" and isinstance(rows, dict):
-            rows = [rows]
+        rows = parse_json(text, path.suffix.lower() == ".jsonl")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: expected a csv, tsv, json, jsonl or parquet table, got {reason}") from error
@@ -50,14 +48,19 @@ def read_records(path: Path) -> list[Row]:
     return rows
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, of_lines: bool = False) -> Any:
     """The value of a JSON text, or the list of values of a text with one on each line.
+
+    Args:
+        text: of the file.
+        of_lines: whether a text of one value, which is no list, is one line.
 
     Raises:
         ValueError: neither.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        return [value] if of_lines and not isinstance(value, list) else value
     except ValueError as whole:
         # only a line feed ends a line here: U+2028 and its like may stand inside a value
         lines = [line for line in text.split("\n") if line.strip()]

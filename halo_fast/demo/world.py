@@ -2,8 +2,8 @@
 
 Every clip is 9 RGB frames of 32 x 32 pixels; its caption names digit, colour, direction, speed and background:
 "a green 7 drifts left over a dark field". Handwriting samples and attribute combinations are split into "train" and
-"heldout", so that a held-out clip has a handwritten digit and a combination that training never saw. load_digits does not
-name the writers, so other digits of one hand may be in both splits.
+"heldout", so that a held-out clip has a handwritten digit and a combination that training never saw. load_digits does
+not name the writers, so other digits of one hand may be in both splits.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class PipelineFamily(Family):
 
 
 class MaskedPrompts(PipelineFamily):
-    """A pipeline with one text encoder, which pads to `tokens` tokens and hides the padding from the model by a mask."""
+    """A pipeline with one text encoder, which pads to `tokens` tokens; a mask hides the padding from the model."""
 
     tokens = 256
 

@@ -45,6 +45,7 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
 
 
 def _export_lora(lora: Path, format: str, folder: Path) -> Path:
+    """Write a trained LoRA in a format of other programs; the file written."""
     from safetensors import safe_open
 
     with safe_open(lora, framework="pt") as file:

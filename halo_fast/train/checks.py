@@ -6,18 +6,16 @@ from importlib.util import find_spec
 import torch
 
 from halo_fast.errors import UserError
-from halo_fast.loss.functional import GranDPO
-from halo_fast.loss.objectives import AutoBeta, build
+from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective, build
 from halo_fast.settings import validate
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.schedules import uses_reference
 
 __all__ = ["build_auto_beta", "check_trackers", "checked_objective"]
 
 _TRACKERS = ("tensorboard", "wandb")
 
 
-def checked_objective(config: TrainConfig) -> GranDPO:
+def checked_objective(config: TrainConfig) -> Objective:
     """The objective of the settings, after all checks that need no model.
 
     Raises:
@@ -28,18 +26,17 @@ def checked_objective(config: TrainConfig) -> GranDPO:
         objective = build(config.objective)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.objective: {error}") from error
-    anchor = getattr(objective, "anchor_weight", 0)
-    if anchor and config.reference_draws:
+    if objective.anchor_weight and config.reference_draws:
         raise UserError(
             "train.objective.anchor_weight: needs the reference in the loop; set train.reference_draws to null"
         )
-    if anchor and config.schedule == "margin_first":
+    if objective.anchor_weight and config.schedule == "margin_first":
         raise UserError("train.objective.anchor_weight: needs both samples in one batch; set train.schedule to batched")
     build_auto_beta(config, objective, torch.device("cpu"))
     return objective
 
 
-def build_auto_beta(config: TrainConfig, objective: GranDPO, device: torch.device) -> AutoBeta | None:
+def build_auto_beta(config: TrainConfig, objective: Objective, device: torch.device) -> AutoBeta | None:
     """What adjusts the betas while training; None for constant ones.
 
     Raises:
@@ -47,10 +44,10 @@ def build_auto_beta(config: TrainConfig, objective: GranDPO, device: torch.devic
     """
     if config.auto_beta is None:
         return None
-    if not (uses_reference(objective) and getattr(objective, "video_weight", 0.0)):
+    if not (isinstance(objective, PairObjective) and objective.video_weight):
         raise UserError(
-            "train.auto_beta: adjusts the betas by the videos' logits, which this objective has not (it needs a "
-            "reference and a video_weight above 0); set null"
+            "train.auto_beta: adjusts the betas by the videos' logits, so it needs pairs, a reference and "
+            f"objective.video_weight above 0; got {config.objective}; set null"
         )
     try:
         return AutoBeta(float(objective.video_beta), config.auto_beta, device=device)

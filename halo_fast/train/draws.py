@@ -159,6 +159,7 @@ def make_batch(
 
 
 def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
+    """Raise unless all pairs of a batch have the first one's size and grid, and rewards that are not infinite."""
     first = chosen[0]
     for pair, index in zip(chosen, indices, strict=True):
         for name, value, expected in [

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser, family_of
-from halo_fast.loss.functional import GranDPO
-from halo_fast.loss.objectives import AutoBeta
+from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
 from halo_fast.train.checks import build_auto_beta, check_trackers, checked_objective
 from halo_fast.train.config import TrainConfig
@@ -58,7 +57,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     accelerator: Any
     config: TrainConfig
-    objective: GranDPO
+    objective: Objective
     pairs: Sequence[Pair]
     reference_errors: Tensor | None
     plan: Plan
@@ -77,9 +76,9 @@ class Job:
             limit=self.config.reference_draws or None, errors=self.reference_errors,
         )  # fmt: skip
 
-    def current_objective(self) -> GranDPO:
+    def current_objective(self) -> Objective:
         """The objective with the betas that are in use."""
-        if self.auto_beta is None:
+        if self.auto_beta is None or not isinstance(self.objective, PairObjective):
             return self.objective
         ratio = self.auto_beta.beta / self.objective.video_beta
         patch_beta = None if self.objective.patch_beta is None else self.objective.patch_beta * ratio
@@ -148,6 +147,7 @@ def prepared_job(
 
 
 def _accelerator(config: TrainConfig, folder: Path | None) -> Any:
+    """accelerate's Accelerator; UserError if the precision is not available."""
     from accelerate import Accelerator
 
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser
-from halo_fast.loss.functional import GranDPO
+from halo_fast.loss.objectives import Objective
 from halo_fast.train.adapters import repeated_blocks
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch
@@ -72,7 +72,7 @@ def make_plan(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     batch: Batch,
-    objective: GranDPO,
+    objective: Objective,
     config: TrainConfig,
     accelerator: Any,
     *,
@@ -112,17 +112,12 @@ def make_plan(
     if schedule == "auto":
         tight = any_process(torch.tensor([need["batched"] > _USABLE * free]), accelerator.device)
         # The anchor's gradient is no function of patch errors.
-        schedule = "margin_first" if bool(tight) and not getattr(objective, "anchor_weight", 0) else "batched"
+        schedule = "margin_first" if bool(tight) and not objective.anchor_weight else "batched"
     precision = config.mixed_precision if config.mixed_precision != "no" else sample.noisy.dtype
     trained = sum(value.numel() for value in parameters.values())
     lines = [
-        f"plan: {schedule}, {trained:,} weights trained, "
-        f"{accelerator.num_processes} x {config.gradient_accumulation_steps} x "
-        f"{config.train_batch_size} pairs a step (processes x accumulation x batch), precision {precision}, "
-        f"compile {'on' if config.compile else 'off'}, "
-        + (
-            f"reference errors of {config.reference_draws} draws" if config.reference_draws else "reference in the loop"
-        ),
+        f"plan: {schedule}, {trained:,} weights trained, {accelerator.num_processes} x {_settings(config)}, "
+        f"precision {precision}",
         f"activations: {_size(activations.kept)} a sample, {config.gradient_checkpointing} checkpointing"
         f"{activations.text}" + (", kept in the CPU's memory" if config.offload_activations else ""),
         f"memory: weights {_size(weights)}, gradients and moments {_size(training)}, activations "
@@ -134,9 +129,18 @@ def make_plan(
     return Plan(schedule, context, {name: weights + size for name, size in need.items()}, "\n".join(lines))
 
 
+def _settings(config: TrainConfig) -> str:
+    reference = f"errors of {config.reference_draws} draws" if config.reference_draws else "in the loop, where used"
+    return (
+        f"{config.gradient_accumulation_steps} x {config.train_batch_size} pairs a step (processes x accumulation x "
+        f"batch), reference: {reference}, compile {'on' if config.compile else 'off'}"
+    )
+
+
 def _measure(
     forward: Callable[[], Tensor], model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig
 ) -> _Activations:
+    """Measure a sample's activations, with and without checkpointing, on uncompiled blocks."""
     mode = config.gradient_checkpointing
     with without_compile(model):
         kept, largest = kept_bytes(forward, model, selective=mode == "selective")
@@ -161,6 +165,7 @@ def _needed_bytes(activations: _Activations, blocks: int, training: int, config:
 
 
 def _prove_checkpointing(forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], mode: str) -> str:
+    """What the backward pass recomputes, for the user; UserError if that is not what the mode says."""
     linears, attentions, all_attentions = count_recomputed(forward)
     for parameter in parameters.values():
         parameter.grad = None

@@ -65,16 +65,9 @@ def reference_errors(
     starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
 
     def compute(start: int) -> Tensor:
-        chosen = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
-        draws = [(index, draw) for index in chosen for draw in range(count)]
-        parts = []
-        for first in range(0, len(draws), batch_size):
-            batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count)
-            with torch.no_grad(), autocast():
-                prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
-            error = patch_error(prediction, batch.target, batch.patch_rewards.shape[1:], layout=family.layout)
-            parts.append(error.float().unflatten(0, (2, -1)).transpose(0, 1).cpu())
-        return torch.cat(parts).unflatten(0, (-1, count))
+        indices = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
+        with torch.no_grad():
+            return _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast)
 
     if folder is None:
         return torch.cat([compute(start) for start in progress(starts, len(starts), "reference errors")])
@@ -90,6 +83,29 @@ def reference_errors(
     from safetensors.torch import load_file
 
     return torch.cat([load_file(files[start])["errors"] for start in starts])
+
+
+def _compute(
+    family: Denoiser,
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    indices: Sequence[int],
+    seed: int,
+    count: int,
+    device: torch.device,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    """The errors of some pairs, [indices, count, 2, f, h, w] on the CPU."""
+    draws = [(index, draw) for index in indices for draw in range(count)]
+    parts = []
+    for first in range(0, len(draws), batch_size):
+        batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count)
+        with autocast():
+            prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
+        error = patch_error(prediction, batch.target, batch.patch_rewards.shape[1:], layout=family.layout)
+        parts.append(error.float().unflatten(0, (2, -1)).transpose(0, 1).cpu())
+    return torch.cat(parts).unflatten(0, (-1, count))
 
 
 def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precision: str, shape: torch.Size) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss.figures import PairFigures
-from halo_fast.loss.functional import GranDPO, gran_dpo, gran_dpo_coefficients, patch_weighted_mse
+from halo_fast.loss.functional import gran_dpo, gran_dpo_coefficients, patch_weighted_mse
+from halo_fast.loss.objectives import DiffusionKTO, Objective, PairObjective
 from halo_fast.train.draws import Batch
 
 __all__ = ["batched", "loss_arguments", "margin_first", "uses_reference"]
@@ -22,7 +23,7 @@ Backward = Callable[[Tensor], None]
 
 
 def batched(
-    policy: Predict, reference: Predict | None, batch: Batch, objective: GranDPO, layout: str, backward: Backward
+    policy: Predict, reference: Predict | None, batch: Batch, objective: Objective, layout: str, backward: Backward
 ) -> PairFigures:
     """Forward and backward of all samples at once; adds the gradient of the loss times its number of pairs.
 
@@ -47,7 +48,7 @@ def batched(
 
 
 def margin_first(
-    policy: Predict, reference: Predict | None, batch: Batch, objective: GranDPO, layout: str, backward: Backward
+    policy: Predict, reference: Predict | None, batch: Batch, objective: Objective, layout: str, backward: Backward
 ) -> PairFigures:
     """As `batched`, with the activations of one sample at a time."""
     samples = [batch.select(slice(index, index + 1)) for index in range(len(batch.t))]
@@ -61,16 +62,20 @@ def margin_first(
     return out.figures(batch.t)
 
 
-def uses_reference(objective: GranDPO) -> bool:
-    """Whether the reference's predictions change the loss: not without a preference term, nor without a reference."""
-    weights = (objective.video_weight, objective.patch_weight, objective.anchor_weight)
-    return objective.needs_reference and any(weights)
+def uses_reference(objective: Objective) -> bool:
+    """Whether the reference's predictions change the loss: on pairs without a preference term they do not."""
+    if isinstance(objective, PairObjective):
+        return any((objective.video_weight, objective.patch_weight, objective.anchor_weight))
+    return objective.needs_reference
 
 
 def loss_arguments(
-    batch: Batch, prediction: Tensor, reference: Tensor | None, objective: GranDPO, layout: str
+    batch: Batch, prediction: Tensor, reference: Tensor | None, objective: Objective, layout: str
 ) -> dict[str, Any]:
     """Arguments of `gran_dpo` for a batch.
+
+    Diffusion-KTO's labels are signed, so it gets each reward less the mean of its pair: the better clip is good, the
+    other one bad. All other objectives get the rewards as they are.
 
     Args:
         batch: its labels, targets and, if computed, errors of the reference.
@@ -80,6 +85,9 @@ def loss_arguments(
         layout: of the family.
     """
     error = batch.reference_error
+    patch_rewards, video_rewards = batch.patch_rewards, batch.video_rewards
+    if isinstance(objective, DiffusionKTO):
+        patch_rewards, video_rewards = _centred(patch_rewards), _centred(video_rewards)
     if not objective.needs_reference:
         reference = error = None
     elif reference is None and error is None:
@@ -89,9 +97,15 @@ def loss_arguments(
         "prediction": prediction,
         "target": batch.target,
         "reference": reference,
-        "patch_rewards": batch.patch_rewards,
-        "video_rewards": batch.video_rewards,
+        "patch_rewards": patch_rewards,
+        "video_rewards": video_rewards,
         "objective": objective,
         "reference_error": error,
         "layout": layout,
     }
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    """Rewards [2B, ...] less the mean of each pair."""
+    a, b = rewards.chunk(2)
+    return rewards - ((a + b) / 2).repeat(2, *[1] * (rewards.ndim - 1))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from halo_fast.errors import UserError
-from halo_fast.loss.functional import GranDPO, gran_dpo
+from halo_fast.loss.functional import gran_dpo
+from halo_fast.loss.objectives import GranDPO, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode
 from halo_fast.train.draws import Batch
 from halo_fast.train.schedules import loss_arguments, uses_reference
@@ -28,7 +29,7 @@ def check_start(
     layout: str,
     batch: Batch,
     base: Tensor,
-    objective: GranDPO,
+    objective: Objective,
     rounding: float,
 ) -> None:
     """Raise unless policy and reference are the base, moved weights change the policy alone, and the loss starts right.
@@ -69,19 +70,18 @@ def check_start(
     for state, output in (("switched to the reference", off), ("before the first step", start)):
         if not torch.equal(output, base) and not (output - base).float().norm() <= allowed:
             raise UserError(f"model: {state}, expected the base, got {(output - base).abs().max()} off; {_ADVICE}")
-    if uses_reference(objective):
+    if isinstance(objective, PairObjective) and uses_reference(objective):
         _check_first_loss(layout, batch, base, objective)
 
 
-def _check_first_loss(layout: str, batch: Batch, base: Tensor, objective: GranDPO) -> None:
+def _check_first_loss(layout: str, batch: Batch, base: Tensor, objective: PairObjective) -> None:
     """Raise unless every logit is 0 where policy and reference agree, and Gran-DPO's loss log 2 per unit weight."""
-    if isinstance(objective, GranDPO):
-        objective = replace(objective, sft_weight=0.0, patch_sft_weight=0.0, anchor_weight=0.0)
+    objective = replace(objective, sft_weight=0.0, patch_sft_weight=0.0, anchor_weight=0.0)
     out = gran_dpo(**loss_arguments(replace(batch, reference_error=None), base, base, objective, layout))
     largest = torch.cat([out.video_logits.flatten(), out.patch_logits.flatten()]).abs().max().item()
     if largest != 0:
         raise UserError(f"model: expected logits of 0 before the first step, got up to {largest}; {_ADVICE}")
-    if not (isinstance(objective, GranDPO) and objective.form == "H1" and objective.link == "sigmoid"):
+    if not isinstance(objective, GranDPO) or objective.link != "sigmoid":
         return
     # A comparison with NaN, which is "not labelled", is False: a tie.
     gap = batch.video_rewards.diff().abs()

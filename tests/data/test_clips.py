@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from halo_fast.data.clips import read_clip, read_frames, read_picture, write_clip
+from halo_fast.data.clips import latent_factors, read_clip, read_frames, read_picture, write_clip
+from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
+from halo_fast.files import write_safetensors
 
 SIZE = 48, 64  # height, width
 FORMATS = {
@@ -188,3 +190,12 @@ def test_a_written_clip_reads_back_at_any_rate(tmp_path):
     for fps in (1, 24):
         write_clip(tmp_path / "clip.mp4", video, fps)
         assert (read_clip(tmp_path / "clip.mp4").int() - video.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("layout", "shape"), [(None, (16, 3, 6, 8)), ("BFCHW", (3, 16, 6, 8))])
+def test_factors_of_the_autoencoder_follow_the_layout(tmp_path, layout, shape):
+    write_clip(tmp_path / "clip.mp4", torch.from_numpy(np.stack(noise(9))), 8)
+    write_safetensors(tmp_path / "z.safetensors", {"latents": torch.zeros(shape)}, layout and {"layout": layout})
+    clip = ClipRow("c", 0, "p", 0, 0, "clip.mp4", "z.safetensors")
+    assert latent_factors(tmp_path, clip) == (8, 4, True)
+    assert latent_factors(tmp_path, ClipRow("c", 0, "p", 0, 0, "clip.mp4", None)) is None

@@ -56,6 +56,16 @@ def test_prompts_of_a_parquet_table(tmp_path):
     assert read_prompts(str(tmp_path / "p.parquet"), 9) == WANTED
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.jsonl", '"a cat"\n'), ("p.jsonl", '{"prompt": "a cat"}'), ("p.json", '["a cat"]'), ("p.txt", "a cat"),
+     ("p.csv", "prompt\na cat\n")],
+)  # fmt: skip
+def test_a_list_of_one_prompt(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_prompts(str(tmp_path / name), None) == ["a cat"]
+
+
 def test_a_prompt_may_begin_with_a_bracket_or_hold_a_line_separator(tmp_path):
     lines = ["[cinematic] a cat", "{dog} runs", "a\u2028b"]
     (tmp_path / "p.txt").write_text("\n".join(lines), encoding="utf-8")

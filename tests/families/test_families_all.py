@@ -1,4 +1,4 @@
-"""Every family compared with diffusers' own pipeline and scheduler, and through the stages of a run, training included."""
+"""Every family compared with diffusers' own pipeline and scheduler, and through all stages up to training."""
 
 import dataclasses
 import math

@@ -148,3 +148,17 @@ def test_seeds_of_clips_do_not_collide():
     seeds = {clip_seed(seed, prompt, candidate) for seed in range(3) for prompt in range(500) for candidate in range(4)}
     assert len(seeds) >= 5990  # of 6000 draws out of 2**32, fewer than one collision is expected
     assert min(seeds) >= 0 and max(seeds) < 2**32
+
+
+def test_evaluation_prompts_that_are_trained_on_are_counted(made, tmp_path, caplog):
+    config, _ = made
+    other = tmp_path / "evaluation.jsonl"
+    other.write_text('"A cube  jumps"\n"a new one"\n"a red ball rolls left"\n')
+    config = dataclasses.replace(config, evaluation_prompts=str(other))
+    generate(config, Run(config))
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "evaluation_prompts: 2 of 3 are among the prompts that are trained on, such as 'A cube jumps'" in message
+    caplog.clear()
+    other.write_text('"a new one"\n')
+    generate(config, Run(config))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -30,7 +30,7 @@ from halo_fast.files import (
 )
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.train.config import ObjectiveConfig, TrainConfig
+from halo_fast.train.config import TrainConfig
 
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -102,10 +102,8 @@ def test_other_settings_are_refused_by_name(config, finished):
         (stage.folder / "manifest.json").unlink()
     files = {path: hash_file(path) for path in stage.folder.iterdir()}
     other = TrainConfig()
-    other.objective.video_beta = 7.0
-    with pytest.raises(
-        UserError, match=rf"objective\.video_beta = {ObjectiveConfig.video_beta}, now it is 7\.0; pass --force"
-    ):
+    other.objective = {"preset": "halo"}
+    with pytest.raises(UserError, match=r"objective\.preset = halo_sft, now it is halo; pass --force"):
         work(config, other, name="train")
     assert {path: hash_file(path) for path in stage.folder.iterdir()} == files
 
@@ -398,8 +396,8 @@ def test_require_refuses_a_stage_of_another_config(config):
 def test_require_compares_nested_settings(config):
     work(config, config.train, name="train")
     assert Run(config).require("train")
-    other = dataclasses.replace(config, train=TrainConfig(objective=ObjectiveConfig(video_beta=7.0)))
-    with pytest.raises(UserError, match=r"train: was made with objective\.video_beta = .* now it is 7\.0"):
+    other = dataclasses.replace(config, train=TrainConfig(objective={"preset": "halo"}))
+    with pytest.raises(UserError, match=r"train: was made with objective\.preset = halo_sft, now it is halo"):
         Run(other).require("train")
 
 

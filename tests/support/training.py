@@ -21,14 +21,14 @@ def objective_with(**changes):
     return OBJECTIVE | changes
 
 
-def make_pairs(family, count=6, seed=0):
+def make_pairs(family, count=6, seed=0, grid=(3, 2, 2)):
     generator = torch.Generator().manual_seed(seed)
     conditions = family.encode_prompts(["a red ball rolls", "a cube", "green ball jumps left"])
     return [
         Pair(
             latents=torch.randn(2, CHANNELS, 3, 4, 4, generator=generator),
             conditions=conditions[index % 3],
-            patch_rewards=torch.rand(2, 3, 2, 2, generator=generator) * 4 + 1,
+            patch_rewards=torch.rand(2, *grid, generator=generator) * 4 + 1,
             video_rewards=torch.rand(2, generator=generator) * 4 + 1,
         )
         for index in range(count)

@@ -43,7 +43,7 @@ class Spy(Wan):
 
     def predict(self, model, noisy, t, conditions):
         output = super().predict(model, noisy, t, conditions)
-        if len(noisy) == 1:  # the planner looks at one sample
+        if len(noisy) == 1:  # the planner runs one sample
             return output
         self.calls.append((noisy, t, conditions["prompt_embeds"], output.detach().clone(), torch.is_grad_enabled()))
         return output

@@ -202,7 +202,7 @@ def test_rounding_passes_and_a_share_of_a_switch_does_not(precision):
     assert weight == 0
     few_ulps = 4 * torch.finfo(torch.float32).eps
     check(off=few_ulps, start=few_ulps)
-    # bfloat16 rounds so coarsely that a share of the effect, here 0.1 of the norm, is all that can be told
+    # bfloat16 rounds so coarsely that a share of the effect, here 0.1 of the norm, is all that can be seen
     much = 1e-5 if precision == torch.float32 else 2e-2
     with pytest.raises(UserError, match="switched to the reference, expected the base, got"):
         check(off=much)

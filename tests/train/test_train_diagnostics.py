@@ -209,7 +209,7 @@ def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):
 
 
 class Accelerator:
-    """Records what accelerate's own would be asked, and its one tracker."""
+    """Records the calls that accelerate's own would get, and has one tracker."""
 
     def __init__(self):
         self.calls = []

@@ -97,6 +97,7 @@ def _generate_batch(family: Family, clips: Sequence[ClipRow], config: Config, st
     latents, videos = sample_clips(
         family, [clip.prompt for clip in clips], [clip.seed for clip in clips], config.generate
     )
+    layout = None if family.layout == "BCFHW" else {"layout": family.layout}
     for clip, latent, video in zip(clips, latents, videos, strict=True):
-        write_safetensors(stage.folder / str(clip.latents), {"latents": latent})
+        write_safetensors(stage.folder / str(clip.latents), {"latents": latent}, layout)
         write_clip(stage.folder / clip.video, video, config.generate.fps)

@@ -34,7 +34,7 @@ class Observer:
         return False
 
     def report(self, done: int) -> None:
-        """Read from the device, judge, or show; every process calls it, also when another observer is due."""
+        """Read from the device, check and write messages; every process calls it, also when another observer is due."""
 
     def write(self, folder: Path) -> None:
         """Write this observer's file into the training's folder; the main process alone calls it."""

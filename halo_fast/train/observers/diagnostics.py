@@ -31,7 +31,8 @@ from halo_fast.data import Pair
 from halo_fast.families import Denoiser
 from halo_fast.files import write_csv
 from halo_fast.loss.figures import PairFigures
-from halo_fast.loss.functional import GranDPO, gran_dpo_coefficients, patch_error
+from halo_fast.loss.functional import gran_dpo_coefficients, patch_error
+from halo_fast.loss.objectives import Objective, PairObjective
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, make_batch
 from halo_fast.train.job import Job
@@ -155,7 +156,7 @@ def heldout_figures(
     pairs: Sequence[Pair],
     reference_errors: Sequence[Tensor],
     config: TrainConfig,
-    objective: GranDPO,
+    objective: Objective,
 ) -> PairFigures:
     """What the policy shows on the held-out pairs: one forward pass over the same draws every time.
 
@@ -167,7 +168,7 @@ def heldout_figures(
         config: the settings.
         objective: with the betas that are in use.
     """
-    if getattr(objective, "anchor_weight", 0):
+    if isinstance(objective, PairObjective):
         # The anchor changes no figure, and its value would need the reference's predictions.
         objective = replace(objective, anchor_weight=0.0)
     figures = []
