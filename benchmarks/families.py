@@ -129,8 +129,10 @@ def round_trip(family: Family, tiny: Any, shape: tuple[int, ...]) -> tuple[float
         for conditions in family.encode_prompts(PROMPTS)
     ]
     config = TrainConfig(
-        max_train_steps=3, train_batch_size=2, rank=4, lora_alpha=4, learning_rate=1e-2, lr_warmup_steps=0
-    )
+        objective={"preset": "halo_sft", "video_beta": 100.0, "patch_beta": 10.0}, max_train_steps=3,
+        train_batch_size=2, gradient_accumulation_steps=1, rank=4, lora_alpha=4, learning_rate=1e-2, lr_warmup_steps=0,
+        gradient_checkpointing="none", mixed_precision="no",
+    )  # fmt: skip
     result = fit(family, pairs, config)
     loaded, by_hand = (family_of(tiny.build(), tiny.network) for _ in range(2))
     loaded.load_lora(result.lora)

@@ -18,6 +18,7 @@ from halo_fast.demo import world
 from halo_fast.demo.meters import DefectMeter, FidelityMeter
 from halo_fast.families import Family, load
 from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.train import fit
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--num-prompts", type=int, default=32)
     arguments = parser.parse_args()
-    config = Config(output_dir=arguments.run)
+    config = load_config("demo", {"output_dir": arguments.run})
     run = Run(config)
     family, pairs = (
         load(config.pretrained_model_name_or_path, device="cpu"),
@@ -38,7 +39,7 @@ def main() -> None:
     )
     meters = DefectMeter.load(), FidelityMeter.load()
     clean = float(meters[0](*world.clean_clips(64, config.seed, split="train"))[0].mean())
-    first = config.generate.num_prompts
+    first = config.generate.num_prompts or 0
     prompts = read_prompts("demo:train", first + arguments.num_prompts, config.seed)[first:]
     base, base_fidelity = _measure(config, family, meters, prompts)
     print("| reference | mitigated, % | fidelity, % | seconds of training |\n|---|---|---|---|", flush=True)

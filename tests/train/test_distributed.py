@@ -17,7 +17,8 @@ from training import make_pairs
 
 from halo_fast.families import family_of
 from halo_fast.loss.figures import PairFigures
-from halo_fast.loss.functional import GranDPO, gran_dpo
+from halo_fast.loss.functional import gran_dpo
+from halo_fast.loss.objectives import GranDPO
 from halo_fast.pipeline.config import to_yaml
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache

@@ -53,7 +53,7 @@ def test_every_preset_trains_two_steps(cached, preset, schedule):
     assert [row["step"] for row in log] == ["1", "2"]
     objective = PRESETS[preset]
     assert ("ref_mse" in log[0]) == objective.needs_reference
-    assert float(log[0]["num_pairs"]) == (4 if objective.paired else 8) - (log[0].get("video/ties") == "1")
+    assert float(log[0]["num_pairs"]) == (4 if objective.paired else 8)
 
 
 def test_a_family_each_for_every_preset():

@@ -14,8 +14,7 @@ from training import CONFIG, objective_with, quiet
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.loss.functional import GranDPO
-from halo_fast.loss.objectives import AutoBeta
+from halo_fast.loss.objectives import AutoBeta, GranDPO
 from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
 from halo_fast.train.job import prepared_job

@@ -15,7 +15,8 @@ from training import CONFIG, make_pairs, objective_with, quiet, run_model, with_
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.loss.functional import GranDPO, gran_dpo
+from halo_fast.loss.functional import gran_dpo
+from halo_fast.loss.objectives import GranDPO
 from halo_fast.train import adapters_off, fit
 from halo_fast.train.checks import check_trackers
 from halo_fast.train.draws import make_batch

@@ -11,7 +11,8 @@ from training import CONFIG, Plain, objective_with, quiet
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
-from halo_fast.loss.functional import GranDPO, patch_error
+from halo_fast.loss.functional import patch_error
+from halo_fast.loss.objectives import GranDPO
 from halo_fast.train import fit, memory, planner
 from halo_fast.train import model as models
 from halo_fast.train.adapters import adapters_off, trained_parameters
