@@ -24,31 +24,36 @@ TEXT = """# Numerics
 
 What a logit is worth in several arithmetics. Made by `python -m benchmarks.numerics`; do not edit by hand.
 
-Setting: predictions of a model in bfloat16, as a mixed-precision training step has them; latents of {shape}
-(CogVideoX), mean squared error about {error}, the policy near its reference: their errors differ by about {change:.1%},
-in opposite directions for the two samples of a pair. One pair, the whole video as one group, {draws} draws. Truth:
-float64 on the same bfloat16 inputs. Largest absolute error of the logit over the draws:
+Setting: predictions in bfloat16, as a mixed-precision training step has them, on latents of {shape} (CogVideoX). The
+mean squared error is about {error}. Policy and reference are near each other: their errors differ by about
+{change:.1%}, in opposite directions for the two samples of a pair. There is one pair, the whole video is one group,
+and {draws} draws are made. Truth is float64 on the same bfloat16 inputs. Largest absolute error of the logit over the
+draws:
 
 {table}
 
 - *all in model dtype*: errors squared and averaged in bfloat16 for policy and reference
   (`(pred - target).pow(2).mean()` on bfloat16 tensors).
-- *fp32 policy, bf16 reference*: the policy's prediction is upcast by the mixed-precision wrapper, the unwrapped
-  reference's error is averaged in bfloat16.
+- *fp32 policy, bf16 reference*: the mixed-precision wrapper upcasts the policy's prediction; the error of the
+  reference, which is not wrapped, is averaged in bfloat16.
 - *fp32 mean minus mean*: everything is upcast, then two mean errors are subtracted.
-- *ours*: bfloat16 inputs are read as they are, (o - o_ref)(o + o_ref - 2 tau) is summed in float32.
+- *ours*: bfloat16 inputs are read as they are, and (o - o_ref)(o + o_ref - 2 tau) is summed in float32.
 
 At policy = reference, where every logit must be exactly 0:
 
 {start}
 
-Why: a bfloat16 number near 0.3 has a spacing of 2^-9, so a mean error rounded to it moves a logit in steps of
-beta/2 * 2^-9: 0.5, 2.0 and 4.9 for the three betas, whatever the data say. And a mean error in float32 still keeps only
-what is left after two nearly equal numbers have cancelled.
+Why: bfloat16 numbers near 0.3 are 2^-9 apart. A mean error rounded to them moves a logit in steps of beta/2 * 2^-9,
+which is 0.5, 2.0 and 4.9 for the three betas, whatever the data say. A mean error in float32 loses digits too, because
+two nearly equal numbers cancel.
 
-The rest of the contract: float64 inputs are computed in float64 throughout; all other dtypes are accumulated in
-float32 and the gradient is rounded once, to the prediction's dtype; softplus and sigmoid are evaluated in forms that
-stay finite for |z| up to 1e6.
+The rest of the contract:
+
+- Sums are taken in float64 if prediction or target is float64, else in float32.
+- Prediction and target may have different dtypes; neither is rounded. The reference must have the prediction's dtype.
+- The gradient is rounded once, to the prediction's dtype.
+- softplus and sigmoid are evaluated in forms that stay finite for |z| up to 1e6.
+- Sums over elements are ordered: the same inputs on the same device give the same bits.
 """
 
 

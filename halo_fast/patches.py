@@ -26,7 +26,7 @@ class PatchGrid:
             LTX.
         temporal_factor: frames a latent frame; 4 for Wan, CogVideoX and HunyuanVideo, 8 for LTX, 1 for image
             autoencoders.
-        causal: whether the first latent frame holds one frame alone, and each other one temporal_factor of them. Then
+        causal: whether the first latent frame covers one frame, and each other one temporal_factor of them. Then
             num_frames is 1 more than a multiple of temporal_factor, else a multiple.
 
     Raises:

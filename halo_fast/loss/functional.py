@@ -153,13 +153,7 @@ def gran_dpo(
         built, objective, prediction, target, reference, patch_rewards, video_rewards, reference_error, layout, kappa
     )
     _, out = _evaluate(built, policy, inputs)
-    if not built.anchor_weight:
-        return out
-    # Twice the mean squared distance of a sample is its share, so that a pair counts both of its samples.
-    distance = ops.patch_error(policy, inputs.reference, (1, 1, 1)).flatten()
-    share = out.active / out.active.sum().clamp(min=1)
-    anchor = (distance * (share.repeat(2) if built.paired else share)).sum()
-    return replace(out, loss=out.loss + built.anchor_weight * anchor)
+    return _anchored(built, policy, inputs, out) if built.anchor_weight else out
 
 
 def gran_dpo_coefficients(
@@ -204,6 +198,14 @@ def _evaluate(objective: Objective, policy: Tensor, inputs: Inputs) -> tuple[Ten
         loss, table.patch_logits, table.video_logits, table.log_ratio, table.active, objective, inputs, table.error
     )
     return coefficients, out
+
+
+def _anchored(objective: Objective, policy: Tensor, inputs: Inputs, out: GranDPOOutput) -> GranDPOOutput:
+    """The output with the pull to the reference's predictions, (||o_a - o_ref,a||^2 + ||o_b - o_ref,b||^2) / N."""
+    distance = ops.patch_error(policy, inputs.reference, (1, 1, 1)).flatten()
+    share = out.active / out.active.sum().clamp(min=1)
+    anchor = (distance * (share.repeat(2) if objective.paired else share)).sum()
+    return replace(out, loss=out.loss + objective.anchor_weight * anchor)
 
 
 def _checked_coefficients(objective: Objective, coefficients: Tensor, inputs: Inputs) -> Tensor:

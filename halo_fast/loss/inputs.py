@@ -148,25 +148,18 @@ def check_inputs(
     samples = policy.shape[0]
     if objective.paired and samples % 2:
         raise ValueError(
-            f"prediction must hold an even number of samples, all a and then their partners b; got {samples} "
+            f"prediction must have an even number of samples, all a and then their partners b; got {samples} "
             f"(shape {tuple(prediction.shape)}): concatenate the two halves with torch.cat([a, b])"
         )
     _check_reference_given(objective, name, reference, reference_error)
     if reference is not None:
         reference = check_reference(reference, prediction, layout)
     dtype = accumulate_dtype(policy.dtype, target.dtype)
-    grid: tuple[int, ...] = (1, 1, 1)
     if reference_error is not None:
         reference_error = check_table("reference_error", reference_error, policy, dtype)
-        grid = tuple(reference_error.shape[1:])
     if patch_rewards is not None:
         patch_rewards = _check_patch_rewards(patch_rewards, policy, dtype)
-        grid = tuple(patch_rewards.shape[1:])
-        if reference_error is not None and reference_error.shape[1:] != grid:
-            raise ValueError(
-                f"reference_error must have the patch grid {grid} of patch_rewards; got "
-                f"{tuple(reference_error.shape[1:])}"
-            )
+    grid = _common_grid(reference_error, patch_rewards)
     if video_rewards is not None:
         video_rewards = _check_numbers("video_rewards", video_rewards, (samples,), policy, dtype)
     _check_labels(objective, name, patch_rewards, video_rewards)
@@ -306,6 +299,7 @@ def _check_latent(name: str, value: object, layout: str, like: Tensor | None = N
 def _check_reference_given(
     objective: Requirements, name: object, reference: Tensor | None, reference_error: Tensor | None
 ) -> None:
+    """Raise ValueError unless the reference, or its errors, are given exactly where the objective needs them."""
     given = (reference is not None) + (reference_error is not None)
     if objective.needs_reference and given != 1:
         raise ValueError(
@@ -316,6 +310,19 @@ def _check_reference_given(
         raise ValueError(f"objective {name} uses no reference; leave out reference and reference_error")
     if objective.anchor_weight and reference is None:
         raise ValueError("anchor_weight needs the reference's prediction; cached errors do not give it: pass reference")
+
+
+def _common_grid(reference_error: Tensor | None, patch_rewards: Tensor | None) -> tuple[int, ...]:
+    """The grid of the tables that are given, which must agree; the whole video is one patch if there are none."""
+    table = reference_error if patch_rewards is None else patch_rewards
+    if table is None:
+        return (1, 1, 1)
+    grid = tuple(table.shape[1:])
+    if reference_error is not None and reference_error.shape[1:] != grid:
+        raise ValueError(
+            f"reference_error must have the patch grid {grid} of patch_rewards; got {tuple(reference_error.shape[1:])}"
+        )
+    return grid
 
 
 def _check_patch_rewards(value: object, policy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""PairFigures against plain loops, and batches joined against one batch."""
+"""PairFigures compared with plain loops, and batches joined with one batch."""
 
 import cases
 import numpy as np

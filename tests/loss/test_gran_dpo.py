@@ -1,4 +1,4 @@
-"""gran_dpo against a loop over pairs and patches, its properties, and the mistakes of other training code.
+"""gran_dpo compared with a loop over pairs and patches, its properties, and the mistakes of other training code.
 
 Of the thirteen mistakes found in public code these can be made inside a loss call, and have a test here: 1 (an axis
 left after the reduction), 3 (logsigmoid of a mean), 5 (mask normalised over the batch, NaN on an empty one), 6 (an
@@ -125,7 +125,7 @@ def test_gradcheck(name):
     policy, target, ref, patch_rewards, video_rewards = batch(4, shape=shape, grid=grid, nearness=0.3)
     objective = CHECKED[name]
     ref = ref if objective.needs_reference else None
-    # KTO's KL estimate is a constant of the step, which finite differences cannot know: keep it clamped at 0.
+    # KTO's KL estimate is a constant of the step, which finite differences do not see: keep it clamped at 0.
     ref = target + 1e-3 * ref if name == "diffusion_kto" else ref
     kappa = torch.tensor([0.7, 1.3] if objective.paired else [0.7, 1.3, 0.9, 1.1], dtype=torch.float64)
 
@@ -384,7 +384,7 @@ def test_missing_terms_leave_the_other():
     patch = gran_dpo(policy, target, ref, patch_rewards, None).loss
     none = torch.full_like(patch_rewards, NAN)
     torch.testing.assert_close(gran_dpo(policy, target, ref, none, video_rewards).loss, video)
-    # the default patch beta depends on the number of patches, which a missing table cannot tell
+    # the default patch beta depends on the number of patches, which a missing table does not give
     torch.testing.assert_close(gran_dpo(policy, target, ref, patch_rewards, video_rewards).loss, video + patch)
 
 

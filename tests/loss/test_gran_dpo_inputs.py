@@ -39,7 +39,7 @@ def without_reference(**others):
     return {"reference": None, **others}
 
 
-# name of the case: (changed arguments, error, what its message must hold: argument, expected, got, cure)
+# name of the case: (changed arguments, error, what its message must contain: argument, expected, got, cure)
 BAD = {
     "prediction is no tensor": ({"prediction": [1.0]}, TypeError, ["prediction", "torch.Tensor", "list"]),
     "prediction of integers": (

@@ -1,4 +1,4 @@
-"""Presets against direct transcriptions of their published formulas, conversions, and the adaptive beta."""
+"""Presets compared with direct transcriptions of their published formulas, conversions, and the adaptive beta."""
 
 import math
 

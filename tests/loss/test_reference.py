@@ -1,4 +1,4 @@
-"""The reference formulas against loops over patches, finite differences and closed forms."""
+"""The reference formulas compared with loops over patches, finite differences and closed forms."""
 
 import math
 

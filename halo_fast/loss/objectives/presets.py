@@ -78,6 +78,7 @@ def _checked(value: Any, expected: str) -> Objective:
 
 
 def _imported(name: str) -> Objective:
+    """The objective behind "package.module:attribute", called without arguments where it is not one itself."""
     if ":" not in name:
         raise ValueError(
             f'objective must be one of {", ".join(PRESETS)}, a GranDPO, or your own as "package.module:attribute"; '
