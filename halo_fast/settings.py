@@ -21,7 +21,7 @@ from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
 from halo_fast.errors import UserError
 
-__all__ = ["check_numbers", "validate"]
+__all__ = ["validate"]
 
 # bound: its attribute, its words, whether a value is inside
 _BOUNDS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
@@ -51,6 +51,7 @@ def validate(settings: Any, place: str = "") -> None:
 
 
 def _check(value: Any, hint: Any, place: str) -> None:
+    """Check one value by its annotation, and whatever is nested in it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(value) and not isinstance(value, type):
         validate(value, place)
@@ -75,6 +76,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
 
 
 def _check_bounds(value: Any, metadata: tuple[Any, ...], place: str) -> None:
+    """Check a number by the bounds in the metadata of its annotation; other metadata is ignored."""
     parts = [part for group in metadata for part in (group if isinstance(group, GroupedMetadata) else (group,))]
     bounds = [(*_BOUNDS[type(part)], part) for part in parts if type(part) in _BOUNDS]
     if not bounds:
@@ -86,20 +88,3 @@ def _check_bounds(value: Any, metadata: tuple[Any, ...], place: str) -> None:
     # NaN compares false with everything, so it is in no bounds
     if not all(inside(value, limit) for _, inside, limit in limits):
         raise UserError(f"{place}: expected {wanted}, got {value}")
-
-
-_MAY_BE_ZERO = {
-    *("seed", "video_steps", "patch_steps", "lora_rank", "rank", "lr_warmup_steps", "reference_draws", "max_retries"),
-    *("off_policy_pairs", "off_policy_fresh", "heldout_pairs", "examples"),
-}
-
-
-def check_numbers(values: Mapping[str, Any], place: str = "") -> None:
-    """Counts are positive and shares are shares; ValueError naming the setting."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_numbers(value, f"{place}{name}.")
-        elif isinstance(value, int) and not isinstance(value, bool) and value < (least := name not in _MAY_BE_ZERO):
-            raise ValueError(f"{place}{name}: expected at least {int(least)}, got {value}")
-        elif name.endswith("_share") and not 0 <= value <= 1:
-            raise ValueError(f"{place}{name}: expected a share from 0 to 1, got {value}")

@@ -58,6 +58,7 @@ GRADED, PATCHY = (DemoComparison(base) for base in BASES)
 
 
 def _caveats() -> list[str]:
+    """What the meters read on planted defects, and which kinds they name unreliably, as lines of Markdown."""
     figures = calibration()
     lines = [
         "The meters are not fully independent of defects: with planted defects blended out of held-out clips and "

@@ -209,6 +209,7 @@ def _save(file: Path, parameters: dict[str, Any], average: dict[str, Tensor], op
 
 
 def _restore(file: Path, parameters: dict[str, Any], average: dict[str, Tensor], optimizer: Any) -> int:
+    """Read a checkpoint of `_save` into weights, averages and moments; the number of steps done."""
     tensors, state = read_checkpoint(file)
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -103,6 +103,8 @@ def _command(target: str) -> Verb:
 
 
 def _overview() -> str:
+    """The text of `halo --help`: every verb with its line, registered commands and recipes."""
+
     def lines(names: Iterable[str]) -> str:
         return "\n".join(f"  {name:<16}{VERBS[name].help}" for name in names)
 

@@ -97,6 +97,7 @@ def build_section(name: str, arms: Arms, clean: float, base: str, best: str, boo
 
 
 def _statistics(arms: Arms, clean: float, base: str) -> dict[str, Statistic]:
+    """The figures that get intervals: the share of severity mitigated and, if it was measured, fidelity."""
     severity = arms[base]["severity"]
 
     def mitigated(arm: str, seeds: NDArray[np.int64], prompts: NDArray[np.int64]) -> float:
@@ -156,6 +157,7 @@ def render(introduction: Sequence[str], sections: Sequence[Section], notes: Sequ
 
 
 def _arm_table(section: Section) -> list[str]:
+    """A row for each arm, columns for whatever was measured."""
     means = section.rows[0].means
     verdicts = [name for name in means if name not in _PLAIN]
     head = ["arm", "mitigated", "by seed", *(["fidelity"] if "fidelity" in means else []), *verdicts]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import torch
 
 from halo_fast.data.clips import write_clip
-from halo_fast.files import write_parquet, write_safetensors
+from halo_fast.data.tables import ClipRow, write_rows
+from halo_fast.files import write_safetensors
 from halo_fast.pipeline.run import Run
 from halo_fast.teachers import Clip, Label, label_in_batches
 
@@ -107,17 +107,16 @@ def write_candidates(run: Run, clips: Clips) -> None:
         rows = []
         for index, prompt in enumerate(clips.prompts):
             clip_id = f"p{index // 2:04d}_s{index % 2}"
-            row = {"clip_id": clip_id, "prompt_id": index // 2, "prompt": prompt, "candidate": index % 2, "seed": index}
-            row |= {"video": f"videos/{clip_id}.mp4", "latents": f"latents/{clip_id}.safetensors"}
-            write_clip(stage.folder / row["video"], torch.from_numpy(clips.videos[index]), fps=8)
-            write_safetensors(stage.folder / row["latents"], {"latents": torch.zeros(4, *GRID)})
-            rows.append(row)
-        write_parquet(stage.folder / "clips.parquet", pyarrow.Table.from_pylist(rows))
+            video, latents = f"videos/{clip_id}.mp4", f"latents/{clip_id}.safetensors"
+            write_clip(stage.folder / video, torch.from_numpy(clips.videos[index]), fps=8)
+            write_safetensors(stage.folder / latents, {"latents": torch.zeros(4, *GRID)})
+            rows.append(ClipRow(clip_id, index // 2, prompt, index % 2, index, video, latents))
+        write_rows(stage.folder / "clips.parquet", rows)
         stage.finish({"clips": len(rows)})
 
 
 class PlantedTeacher:
-    """A teacher that knows how the clips were made; it writes every question into a file before it answers."""
+    """A teacher that answers with what was planted; it writes every question into a file before it answers."""
 
     grid = GRID
     name = "planted"
@@ -132,7 +131,7 @@ class PlantedTeacher:
         return label_in_batches(self.label, clips, self.batch_size)
 
     def label(self, videos: torch.Tensor, prompts: Sequence[str]) -> list[Label]:
-        """Dies by SIGKILL, before it hears the question, when it has answered `patience` times."""
+        """The planted truth; after `patience` answers the process is killed before the next one."""
         if self.patience is not None:
             if not self.patience:
                 os.kill(os.getpid(), signal.SIGKILL)

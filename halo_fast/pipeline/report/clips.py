@@ -51,6 +51,7 @@ def compared_clips(folder: Path, count: int, grid: tuple[int, ...], fps: int) ->
 
 
 def _arm(folder: Path, row: Mapping[str, Any], grid: tuple[int, ...], fps: int) -> dict[str, Any]:
+    """One clip as the template reads it: video, first frame, patches shaded by severity, mean severity."""
     frames = read_clip(folder / row["video"]).numpy()
     severity = row.get("severity")
     if severity is not None and len(severity) != grid[0] * grid[1] * grid[2]:
