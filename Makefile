@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow gpu lint format clean
+.PHONY: demo test test-slow gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/halo run demo
@@ -17,6 +17,12 @@ test-slow: $(READY)
 gpu: $(READY)
 	$(BIN)/pytest -m "gpu or gpu2" tests -s
 	$(BIN)/python -m benchmarks.tune --latents cogvideox wan
+
+# BENCH="--benchmark-compare --benchmark-compare-fail=median:15%" compares with the last saved run, of any revision
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks -m "not slow" --benchmark-storage=benchmarks/results/history \
+		--benchmark-autosave --benchmark-json=benchmarks/results/bench.json $(BENCH)
+	$(BIN)/python -m benchmarks.plot --table benchmarks/results/bench.json --output benchmarks/results/pictures
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -167,7 +167,7 @@ def test_selective_spares_the_products_that_sum_over_more_than_they_give(pairs):
 def test_predicted_peak_is_the_measured_one(frames, mode):
     from diffusers import WanTransformer3DModel
 
-    from benchmarks.bench_step import peak_bytes
+    from benchmarks.cases.memory import peak_bytes
     from halo_fast.train.steps import take_step
 
     pipeline = tiny_wan()
@@ -189,7 +189,7 @@ def test_predicted_peak_is_the_measured_one(frames, mode):
             job.plan = job.plan.scheduled(schedule)
             # weights and moments are there before the step
             predicted = job.plan.peak - weights - 2 * trained
-            assert peak_bytes(lambda ready: take_step(ready, 1), job) == pytest.approx(predicted, rel=0.2)
+            assert peak_bytes(lambda: take_step(job, 1)) == pytest.approx(predicted, rel=0.2)
 
 
 def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):

@@ -12,6 +12,7 @@ for each patch would give, and the frames are read once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError, first_line
+from halo_fast.rewards.backbones import shared_prefix
+from halo_fast.rewards.backbones.shared_prefix import Blocks
 from halo_fast.rewards.backbones.vlm.frames import READERS, Frames
 from halo_fast.rewards.backbones.vlm.published import published_scores
 from halo_fast.rewards.base import RewardModelConfig
@@ -164,13 +167,16 @@ class VisionLanguage(nn.Module):
         known = torch.arange(prefix, device=device) < frames.shape[1] + lengths[:, None]
         position = self._positions(features, text.shape[1], lengths, sizes)
         sequence = torch.cat((frames, text, *blocks), dim=1)
-        state = self.network.get_decoder()(
-            inputs_embeds=sequence,
-            attention_mask=block_mask(known, sizes),
-            position_ids=position if len(position) > 1 else position[0],
-            use_cache=False,
-            **self._deep_inputs(features, sequence),
-        ).last_hidden_state[:, prefix:]
+        decoder, without_mask = self.network.get_decoder(), shared_prefix.usable(sequence)
+        layout = Blocks(prefix, tuple(known.sum(dim=1).tolist()), tuple(sizes.tolist())) if without_mask else None
+        with shared_prefix.attention(decoder, layout) if layout else nullcontext():
+            state = decoder(
+                inputs_embeds=sequence,
+                attention_mask=None if layout else block_mask(known, sizes),
+                position_ids=position if len(position) > 1 else position[0],
+                use_cache=False,
+                **self._deep_inputs(features, sequence),
+            ).last_hidden_state[:, prefix:]
         return self._read_queries(state, sizes)
 
     def _read_queries(self, state: Tensor, sizes: Tensor) -> Tensor:

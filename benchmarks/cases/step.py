@@ -1,34 +1,26 @@
-"""The whole training step on this CPU: ours in each schedule, supervised fine-tuning as the limit, public loops.
-
-    python -m benchmarks.bench_step                          # the published table: benchmarks/results/step_cpu.csv
-    python -m benchmarks.bench_step --models wan --rounds 1 --check
+"""Whole training steps: ours in each schedule, supervised fine-tuning as the limit, public loops re-created.
 
 A preference step cannot be cheaper than a supervised step on the same two samples. Every provider trains the same LoRA
 on the same real diffusers transformer with the same attention, and the same checkpointing and compile setting, but for
-"ours, selective": public loops have no such checkpointing. Else they differ in structure alone. The public loops are
-re-created from descriptions of their structure, none of their code is used: "diffusers-DPO" encodes videos and prompt
-each step and runs the reference with LoRA off, "Local-DPO" has a second copy of the weights, the same encoders and four
-loss terms over a mask, "SimpleTuner" has both caches and four separate forward passes. The autoencoder costs about as
-much against the transformer's forward pass as Wan 2.1 1.3B's does (1.3 times); of larger transformers it is a smaller
-part.
+"ours, selective": public loops have no such checkpointing. Else they differ in structure alone.
 
-All providers run in one process, in rounds whose order rotates; a ratio is the median over the rounds of the quotient
-within one round. Before any time is taken, the LoRA gradients of each loop are compared with ours for the same formula.
-"forwards" counts floating-point operations of the transformer, autoencoder and text encoder in transformer forward
-passes over both samples, which do not depend on the machine. "predicted_bytes" is what the trainer's plan says of the
-step beyond what is there before it.
+The public loops are re-created from descriptions of their structure, because no package has them; none of their code is
+used. "diffusers-DPO" encodes videos and prompt each step and runs the reference with LoRA off, "Local-DPO" has a second
+copy of the weights, the same encoders and four loss terms over a mask, "SimpleTuner" has both caches and four separate
+forward passes. The autoencoder costs about as much against the transformer's forward pass as Wan 2.1 1.3B's does (1.3
+times); of larger transformers it is a smaller part.
+
+The gate compares the LoRA gradients of each loop with ours for the same formula. "forward passes" counts floating-point
+operations of the transformer, autoencoder and text encoder in transformer forward passes over both samples, which do
+not depend on the machine.
 """
 
-import argparse
 import copy
-import csv
 import gc
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +29,8 @@ from torch.nn.functional import interpolate, logsigmoid, mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.bench_loss import RESULTS, conditions, now
+from benchmarks import harness
+from benchmarks.harness import Case, check_errors
 from halo_fast.data import Pair
 from halo_fast.families import Family, family_of
 from halo_fast.loss.objectives import PRESETS, convert_beta, local_dpo_rewards
@@ -295,9 +288,9 @@ PROVIDERS: dict[str, Callable[[Bench], None]] = {
     "ours, reference in the loop": ours("batched", in_loop=True),
     "ours, margin first, cached": ours("margin_first", in_loop=False),
     SELECTIVE: ours_selective,
-    "diffusers-DPO loop": diffusers_dpo,
-    "Local-DPO loop": local_dpo,
-    "SimpleTuner loop": simpletuner,
+    "diffusers-DPO loop, re-created": diffusers_dpo,
+    "Local-DPO loop, re-created": local_dpo,
+    "SimpleTuner loop, re-created": simpletuner,
 }
 COMPONENTS: dict[str, Callable[[Bench], object]] = {
     "part: autoencoder, both videos": lambda bench: bench.family.encode(bench.videos[0]),
@@ -346,14 +339,15 @@ def setting(name: str, checkpointing: str, compiled: bool) -> Iterator[Bench]:
         yield Bench(job, videos, second, torch.rand(*GRID, generator=generator).round() * 0.8 + 0.2)
 
 
-def gate(bench: Bench) -> None:
-    """Every loop's LoRA gradient equals ours for its formula, and our schedules equal each other; else no times."""
+def gate(bench: Bench) -> dict[str, float]:
+    """Relative differences of every loop's LoRA gradient from ours for its formula, and of our schedules'."""
     video = replace(PRESETS["diffusion_dpo"], video_beta=BETA)
     local = replace(PRESETS["local_dpo"], video_beta=BETA, patch_beta=BETA, sft_weight=LAMBDA_SFT)
     batch = bench.cached()
     mask = _latent_mask(bench, batch)
     winner = (batch.video_rewards > batch.video_rewards.flip(0)).float()
     masked = replace(batch, patch_rewards=local_dpo_rewards(mask, winner, STRENGTH))
+    errors = {}
     loops = {
         "diffusers-DPO": (diffusers_dpo_loss, video, batch),
         "Local-DPO": (local_dpo_loss, local, masked),
@@ -362,7 +356,7 @@ def gate(bench: Bench) -> None:
     for name, (loss, objective, given) in loops.items():
         theirs = _gradient(bench, lambda loss=loss, given=given: loss(bench, given)[0].backward())
         in_loop = replace(bench.job, objective=objective, reference_errors=None)
-        _agree(name, theirs, _gradient(bench, lambda job=in_loop, given=given: run_batch(job, given)))
+        errors[name] = _difference(theirs, _gradient(bench, lambda job=in_loop, given=given: run_batch(job, given)))
     place = bench.places()
     known = make_batch(
         bench.family, bench.job.pairs, place, 0, torch.device("cpu"), limit=DRAWS, errors=bench.job.reference_errors
@@ -371,7 +365,8 @@ def gate(bench: Bench) -> None:
     truth = _gradient(bench, lambda: run_batch(replace(bench.job, reference_errors=None), fresh))
     for schedule in ("batched", "margin_first"):
         job = replace(bench.job, plan=bench.job.plan.scheduled(schedule))
-        _agree(f"{schedule}, cached", _gradient(bench, lambda job=job: run_batch(job, known)), truth)
+        errors[f"ours, {schedule}"] = _difference(_gradient(bench, lambda job=job: run_batch(job, known)), truth)
+    return check_errors(errors, 2e-3)
 
 
 def _gradient(bench: Bench, backward: Callable[[], object]) -> Tensor:
@@ -381,11 +376,8 @@ def _gradient(bench: Bench, backward: Callable[[], object]) -> Tensor:
     return gradient
 
 
-def _agree(name: str, found: Tensor, truth: Tensor) -> None:
-    error = ((found - truth).norm() / truth.norm()).item()
-    print(f"  gradient of {name:<24} differs from ours by {error:.1e}")
-    if not error < 2e-3:
-        raise SystemExit(f"{name} computes another gradient, no time is reported")
+def _difference(found: Tensor, truth: Tensor) -> float:
+    return ((found - truth).norm() / truth.norm()).item()
 
 
 class _Syncs(TorchDispatchMode):
@@ -412,18 +404,6 @@ def operations(step: Callable[[Bench], object], bench: Bench) -> tuple[int, int]
     return counter.get_total_flops(), syncs.count
 
 
-def peak_bytes(step: Callable[[Bench], object], bench: Bench) -> int:
-    """Most bytes that the allocator had handed out at once during a step, beyond those before."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(bench)
-    level = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak
-
-
 def predicted_bytes(bench: Bench) -> dict[str, int]:
     """What the plan says of a step of ours beyond the weights and moments that are there before it."""
     job = bench.job
@@ -446,90 +426,41 @@ def predicted_bytes(bench: Bench) -> dict[str, int]:
     return found
 
 
-def measure(name: str, checkpointing: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one model at one checkpointing and compile setting."""
+@contextmanager
+def opened(name: str, checkpointing: str, compiled: bool) -> Iterator[harness.Bench]:
+    """The bench of one model at one checkpointing and compile setting."""
     with setting(name, checkpointing, compiled) as bench:
-        print(f"{name}, checkpointing {checkpointing}, compile {'on' if compiled else 'off'}", flush=True)
-        if checkpointing == "none":  # recomputation has the same gradients; the trainer's tests hold that
-            gate(bench)
-        steps: dict[str, Callable[[Bench], object]] = {
-            step: run for step, run in PROVIDERS.items() if step != SELECTIVE or checkpointing == "full"
-        }
-        if checkpointing == "none" and not compiled:
-            steps |= COMPONENTS
-        facts: dict[str, dict[str, Any]] = {step: {} for step in steps}
-        if compiled:
-            for run in steps.values():
-                run(bench)
-        else:
-            one_forward, _ = operations(forward, bench)
-            predicted = predicted_bytes(bench)
-            for step, run in steps.items():
-                count, reads = operations(run, bench)
-                facts[step] = {"forwards": f"{count / one_forward:.2f}", "host_reads": reads}
-                if step in (LIMIT, *predicted):
-                    facts[step] |= {"peak_bytes": peak_bytes(run, bench), "predicted_bytes": predicted.get(step, "")}
-        times: dict[str, list[float]] = {step: [] for step in steps}
-        names = list(steps)
-        for turn in range(rounds):
-            for step in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = now()
-                steps[step](bench)
-                times[step].append(now() - start)
-    rows = []
-    for step, taken in times.items():
-        row = {"model": name, "checkpointing": checkpointing, "compile": compiled, "provider": step}
-        row |= {"p50_s": f"{statistics.median(taken):.3f}", "min_s": f"{min(taken):.3f}", "max_s": f"{max(taken):.3f}"}
-        for column, other in (("of_limit", LIMIT), ("of_ours", CACHED), ("of_selective", SELECTIVE)):
-            pairs = zip(taken, times.get(other, []), strict=False)
-            ratios = [one / two for one, two in pairs]
-            row[column] = f"{statistics.median(ratios):.2f}" if ratios else ""
-        row |= {"forwards": "", "host_reads": "", "peak_bytes": "", "predicted_bytes": ""} | facts[step]
-        rows.append(row)
-        _print_row(row)
-    return rows
+        # recomputation has the same gradients: the trainer's tests compare them
+        errors = gate(bench) if checkpointing == "none" else {}
+        rounds = {step: partial(_quiet, run, bench) for step, run in steps(checkpointing, compiled).items()}
+        one_forward, _ = (1, 0) if compiled else operations(forward, bench)
+
+        def count(provider: str) -> dict[str, float]:
+            if compiled:
+                return {}
+            operation_count, reads = operations(steps(checkpointing, compiled)[provider], bench)
+            return {"forward passes": operation_count / one_forward, "host reads": reads}
+
+        yield harness.Bench(rounds, lambda: errors, count, bases=(LIMIT, CACHED, SELECTIVE))
 
 
-def _print_row(row: dict[str, Any]) -> None:
-    memory = f"  peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""
-    memory += f", predicted {row['predicted_bytes'] / 2**20:.0f}" if row["predicted_bytes"] else ""
-    selective = f"  {row['of_selective']}x ours selective" if row["of_selective"] else ""
-    counted = f"  {row['forwards']} forwards  {row['host_reads']} reads" if row["forwards"] else ""
-    print(
-        f"  {row['provider']:<34}{row['p50_s']:>8} s ({row['min_s']} .. {row['max_s']})  {row['of_limit']}x limit  "
-        f"{row['of_ours']}x ours cached{selective}{counted}{memory}",
-        flush=True,
+def _quiet(run: Callable[[Bench], object], bench: Bench) -> None:
+    run(bench)
+
+
+def steps(checkpointing: str, compiled: bool) -> dict[str, Callable[[Bench], object]]:
+    """The providers of one setting: selective checkpointing beside full, the parts of a step where nothing is added."""
+    chosen: dict[str, Callable[[Bench], object]] = {
+        name: step for name, step in PROVIDERS.items() if name != SELECTIVE or checkpointing == "full"
+    }
+    return chosen if compiled or checkpointing != "none" else chosen | COMPONENTS
+
+
+CASES = [
+    Case(
+        "step", f"{name} {label}", tuple(steps(*values)), partial(opened, name, *values),
+        slow=(name, label) != ("wan", "none"),
     )
-
-
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the rows in place of those of the same model and setting; the others stay, with their own run's commit."""
-    before: list[dict[str, Any]] = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
-    keys = {(row["model"], row["checkpointing"], str(row["compile"])) for row in rows}
-    kept = [row for row in before if (row["model"], row["checkpointing"], row["compile"]) not in keys]
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(kept + rows)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help="print, but leave the committed CSV alone")
-    choice = parser.parse_args()
-    torch.set_num_threads(1)
-    state = conditions()
-    print(*(f"{key}: {value}" for key, value in state.items()), sep="\n")
-    for name in choice.models:
-        for chosen in choice.settings:
-            rows = [row | state for row in measure(name, *SETTINGS[chosen], choice.rounds)]
-            if not choice.check:
-                _write(RESULTS / "step_cpu.csv", rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for name in MODELS
+    for label, values in SETTINGS.items()
+]  # fmt: skip
