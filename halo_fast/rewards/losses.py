@@ -38,7 +38,7 @@ def score_loss(logits: Tensor, scores: Tensor) -> Tensor:
 def preference_loss(logits: Tensor, scores: Tensor, tie_margin: float, ties: bool = False) -> Tensor:
     """Bradley-Terry over pairs of scores; with ties, the model of Rao and Kupper (1967) with k = 5.
 
-    D is the winner's logit less the loser's. Without ties: softplus(-D). With ties, as in VideoAlign (arXiv:2501.13918):
+    D is the winner's logit less the loser's. Without ties: softplus(-D). With ties (VideoAlign, arXiv:2501.13918):
     softplus(ln k - D) for a pair with a winner, softplus(ln k - D) + softplus(ln k + D) - ln(k^2 - 1) for a tie.
 
     Args:
