@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -28,12 +29,17 @@ from halo_fast.kernels import triton_patch_dpo as kernels
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import LATENTS
+from halo_fast.loss.reference import TableNumbers
 
 RESULTS = Path(__file__).parent / "results"
 
-# Beside the models' latents: no side is even, so nothing is aligned; past 2 GiB AMD pointers lose their 32-bit range.
-SHAPES = LATENTS | {"odd": (3, 5, 37, 53), "cogvideox-x1024": (16, 13, 60, 90)}
+# Beside the models' latents: packed tokens, whose channels lie together; no side even, so nothing is aligned; past
+# 2 GiB AMD pointers lose their 32-bit range.
+SHAPES = LATENTS | {"ltx-tokens": LATENTS["ltx"], "odd": (3, 5, 37, 53), "cogvideox-x1024": (16, 13, 60, 90)}
 GRIDS = ((1, 1, 1), (2, 2, 2), (4, 3, 3), (13, 4, 6), None)  # None: one position per patch
+# The table's own matrix: pairs, grids (the last needs several programs), and the options in use.
+PAIRS = (1, 2, 4, 8, 16)
+TABLE_GRIDS = ((4, 3, 3), (13, 30, 45))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -43,19 +49,31 @@ TARGETS = {
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
-# Registers a thread may use, by vendor and kernel. NVIDIA: 80 keep 24 warps on a multiprocessor with its 65,536
-# registers; with three 16-byte loads a thread these have 36 KB under way, and an H100 needs 15 (3.35 TB/s times 0.6 us
-# over 132). AMD: 160 keep 12 waves of 64 threads on a compute unit, whose file is four times as large. The table kernel
-# runs as one program, so only spills would cost it time.
-REGISTERS = {
-    "cuda": {"forward": 80, "backward": 80, "table": 255},
-    "hip": {"forward": 160, "backward": 160, "table": 255},
+# Multiprocessors (compute units) of A100, RTX 4090, H100, B200, RTX 5090, MI250X (one die) and MI300X.
+MULTIPROCESSORS = dict(zip(TARGETS, (108, 128, 132, 148, 170, 110, 304), strict=True))
+# Dtypes of the prediction (and its reference) and of the target.
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32),
+    "fp64": (torch.float64, torch.float64),
 }
+
+# Registers a thread may use, by vendor and kernel. NVIDIA: 128 keep four programs of 128 threads on a multiprocessor
+# with its 65,536 registers. With twelve 16-byte loads a thread these have 98 KB under way; an H100 needs some 17
+# (3.0 TB/s times 0.75 us over 132). AMD: 256 keep two waves on a SIMD, whose file is larger.
+REGISTERS = {
+    "cuda": {"forward": 128, "backward": 80, "sum": 128, "table": 255},
+    "hip": {"forward": 256, "backward": 256, "sum": 256, "table": 256},
+}
+# A small table is one program that waits for memory, not for issue slots: what it keeps over its loops in local memory
+# costs a few of its hundreds of accesses. The kernels that run over latents may not spill at all.
+SPILLS = {"forward": 0, "backward": 0, "sum": 0, "table": 24}
 SHARED = 16 * 1024
-# Peak memory bandwidth in bytes a second, from the vendors' data sheets.
-BANDWIDTH = {"A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12, "MI300X": 5.3e12}
+# Bytes a second of a plain copy, assumed from what others measured; microseconds to start a launch.
+COPY = {"A100": 1.75e12, "H100": 3.0e12, "H200": 4.3e12, "B200": 6.8e12, "RTX 4090": 0.93e12, "MI300X": 4.2e12}
+START_US, SHARE_OF_COPY = 2.5, 0.9
 
 
 class _CompileOnly:
@@ -103,26 +121,77 @@ def compile_only(target: GPUTarget) -> Iterator[list[tuple[str, Any, tuple[Any, 
         triton.runtime.driver._active = None
 
 
-def launch_all(latent: str, grid: tuple[int, ...], dtype: torch.dtype) -> None:
-    """One forward, table and backward, and the forward without a reference, as the library launches them."""
-    samples = 2048 if latent == "cogvideox-x1024" else 2
-    shape = SHAPES[latent]
+def _latents(latent: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # never written: the pages of these tensors are not even allocated
-    policy, reference, target = (torch.empty(samples, *shape, dtype=dtype) for _ in range(3))
+    shape = (2048 if latent == "cogvideox-x1024" else 2, *SHAPES[latent])
+    format = torch.channels_last_3d if latent.endswith("-tokens") else torch.contiguous_format
+    own, other = DTYPES[dtype]
+    policy, reference, target = (torch.empty(shape, dtype=one, memory_format=format) for one in (own, own, other))
+    return policy, reference, target
+
+
+def launch_all(latent: str, grid: tuple[int, ...], dtype: str) -> None:
+    """One forward, table and backward, and the forward without a reference, as the library launches them."""
+    policy, reference, target = _latents(latent, dtype)
     log_ratio = kernels.patch_log_ratio(policy, reference, target, grid)
     kernels.patch_error(policy, target, grid)
-    numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-    kernels.gran_dpo_table(
-        log_ratio, log_ratio, log_ratio[:, 0, 0, 0].contiguous(), None, None, None, shape, "sigmoid", numbers
-    )
     kernels.gran_dpo_backward(log_ratio[0, 0, 0, 0], log_ratio, policy, target)
+    if latent != "cogvideox-x1024":
+        launch_table(1, grid, "sigmoid", False, log_ratio.dtype, SHAPES[latent])
+
+
+def launch_table(
+    pairs: int, grid: tuple[int, ...], link: str, everything: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """The table's launches; with `everything` every optional argument is there."""
+    table, videos, scale = (torch.empty(size, dtype=dtype) for size in ((2 * pairs, *grid), (2 * pairs,), (2, pairs)))
+    numbers = TableNumbers(0.1, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1)
+    optional = (scale, table, table) if everything else (None, None, None)
+    kernels.gran_dpo_table(table, table, videos, *optional, shape, link, numbers)
 
 
 def _nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _inspect_cubin(cubin: bytes) -> dict[str, int]:
+def _loop_costs(code: list[tuple[str, str]], load: str, branch: str) -> dict[str, int | str]:
+    """What the loop over latents costs, from (label or address, instruction) pairs.
+
+    Instructions before the first of the widest loads, instructions a line, and how many loads are issued before the
+    first of their values is used. The loop is the one with most loads; the compiler's loop for what is left over after
+    unrolling has the loads of one line.
+    """
+    place: dict[str, int] = {}
+    for index, (label, _) in enumerate(code):
+        place.setdefault(label, index)
+    loads = [bool(re.search(load, text)) for _, text in code]
+    loops = []
+    for index, (_, text) in enumerate(code):
+        jump = re.search(branch, text)
+        if jump and place.get(jump[1], index) < index and any(loads[place[jump[1]] : index]):
+            loops.append((sum(loads[place[jump[1]] : index]), place[jump[1]], index + 1))
+    if not loops:
+        return {"before_loads": "", "line_instructions": "", "batch": ""}
+    most, first, last = max(loops, key=lambda loop: (loop[0], loop[1] - loop[2]))
+    lines = most // min(count for count, *_ in loops)
+    pending: set[str] = set()
+    batch = 0
+    for _, text in code[first:last]:
+        registers = _registers(text)
+        if pending & set(registers[1:] if re.search(load, text) else registers):
+            break
+        if re.search(load, text):
+            batch += 1
+            pending.add(registers[0])
+    return {"before_loads": loads.index(True), "line_instructions": (last - first) // lines, "batch": batch}
+
+
+def _registers(text: str) -> list[str]:
+    """The registers that an instruction names, of a range the first, in order."""
+    return [one or other for one, other in re.findall(r"\b(R\d+)\b|\b(v(?:\d+|\[\d+))", text)]
+
+
+def _inspect_cubin(cubin: bytes) -> dict[str, int | str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -133,7 +202,9 @@ def _inspect_cubin(cubin: bytes) -> dict[str, int]:
             text=True,
         ).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", text, re.M)
+    code = [(address.lstrip("0") or "0", instruction) for address, instruction in code]
+    instructions = [instruction.split()[0] for _, instruction in code]
 
     def widest(stem: str) -> int:
         found = [name for name in instructions if name.split(".")[0] == stem]
@@ -143,17 +214,19 @@ def _inspect_cubin(cubin: bytes) -> dict[str, int]:
         narrow = [16 if ".U16" in name or ".S16" in name else 8 if ".U8" in name else 32 for name in found]
         return max((min(w, n) if n < 32 else w for w, n in zip(widths, narrow, strict=True)), default=0)
 
+    width = widest("LDG")
+    load = rf"^LDG\S*\.{width}" if width > 32 else r"^LDG"
     return {
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "spills": sum(name.split(".")[0] in ("STL", "LDL") for name in instructions),
-        "load_bits": widest("LDG"),
+        "load_bits": width,
         "store_bits": widest("STG"),
         "instructions": len(instructions),
-    }
+    } | _loop_costs(code, load, r"^BRA\S*\s.*?0x0*([0-9a-f]+)")
 
 
-def _inspect_amdgcn(text: str) -> dict[str, int]:
+def _inspect_amdgcn(text: str) -> dict[str, int | str]:
     def field(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
@@ -164,19 +237,26 @@ def _inspect_amdgcn(text: str) -> dict[str, int]:
             (sizes.get(one) or int(one.strip("bu") or 0) if one[:4] != "byte" else 8 for one in found), default=0
         )
 
-    body = [line.strip() for line in text.splitlines()]
+    code, label = [], ""
+    for line in map(str.strip, text.splitlines()):
+        if named := re.match(r"(\.LBB\w+):", line):
+            label = named[1]
+        elif re.match(r"(v|s|ds|global|buffer|flat)_", line):
+            code.append((label, line))
+    width = widest("load")
+    suffix = {128: "dwordx4", 64: "dwordx2", 32: "dword"}.get(width, "")
     return {
         "registers": field("vgpr_count"),
         "stack_bytes": field("private_segment_fixed_size"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "load_bits": widest("load"),
+        "load_bits": width,
         "store_bits": widest("store"),
-        "instructions": sum(bool(re.match(r"(v|s|ds|global|buffer|flat)_", line)) for line in body),
-    }
+        "instructions": sum(not line.startswith("s_") for _, line in code),
+    } | _loop_costs(code, rf"^(global|buffer|flat)_load_{suffix}", r"^s_c?branch\w*\s+(\.LBB\w+)")
 
 
-def inspect(kernel: Any) -> dict[str, int]:
-    """Registers, stack, spills, widest load and store in bits, shared memory and instructions of a compiled kernel."""
+def inspect(kernel: Any) -> dict[str, Any]:
+    """Registers, stack, spills, widest load and store in bits, shared memory, instructions and its loop's costs."""
     found = _inspect_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _inspect_amdgcn(kernel.asm["amdgcn"])
     return found | {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
 
@@ -184,15 +264,14 @@ def inspect(kernel: Any) -> dict[str, int]:
 def overruns(row: dict[str, Any]) -> list[str]:
     """Which budgets a row of the matrix breaks."""
     broken = []
-    for name in ("stack_bytes", "spills"):
-        if row[name]:
-            broken.append(f"{name} {row[name]}")
+    if row["spills"] > SPILLS[row["kernel"]]:
+        broken.append(f"spills {row['spills']} > {SPILLS[row['kernel']]}")
     registers = REGISTERS[TARGETS[row["target"]].backend][row["kernel"]]
     if row["registers"] > registers:
         broken.append(f"registers {row['registers']} > {registers}")
     if row["shared_bytes"] > SHARED:
         broken.append(f"shared_bytes {row['shared_bytes']} > {SHARED}")
-    if row["kernel"] != "table":
+    if row["kernel"] in ("forward", "backward"):
         # a thread never loads more than its own positions, nor more than the planes' common alignment in one go
         possible = min(128, 8 * row["align_bytes"], 8 * row["thread_bytes"])
         if row["load_bits"] < possible:
@@ -203,38 +282,70 @@ def overruns(row: dict[str, Any]) -> list[str]:
 
 
 def _describe(target: str, dtype: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    if name == "table":
-        variant = f"PAIRS {options['PAIRS']} PATCHES {options['PATCHES']}"
-        return {"kernel": name, "variant": variant, "align_bytes": "", "thread_bytes": ""}
-    flags = [flag for flag in ("POSITIONS", "SINGLE", "WIDE", "HAS_REFERENCE") if options.get(flag)]
-    itemsize, threads = DTYPES[dtype].itemsize, TARGETS[target].warp_size * options["num_warps"]
-    return {
+    programs = math.prod(options["grid"])
+    row = {
         "kernel": name,
-        "variant": " ".join([f"BLOCK {options['BLOCK']} ALIGN {options['ALIGN']}", *flags]),
+        "programs": programs,
+        "programs_a_multiprocessor": round(programs / MULTIPROCESSORS[target], 1),
+    }
+    if name in ("table", "sum"):
+        flags = [flag for flag in ("SUPERVISED", "SUMS", "RESULTS") if options.get(flag)]
+        sizes = [f"{size} {options[size]}" for size in ("LINK", "PAIRS", "PATCHES", "ROWS", "PARTS") if size in options]
+        return row | {"variant": " ".join([*sizes, *flags]), "align_bytes": "", "thread_bytes": ""}
+    flags = [flag for flag in ("POSITIONS", "WIDE", "HAS_REFERENCE") if options.get(flag)]
+    sizes = [f"{size} {options[size]}" for size in ("BLOCK", "LANES", "ALIGN")]
+    itemsize, threads = min(one.itemsize for one in DTYPES[dtype]), TARGETS[target].warp_size * options["num_warps"]
+    return row | {
+        "variant": " ".join([*sizes, *flags]),
         "align_bytes": options["ALIGN"] * itemsize,
-        "thread_bytes": max(1, options["BLOCK"] // threads) * itemsize,
+        "thread_bytes": max(1, options["BLOCK"] * options["LANES"] // threads) * itemsize,
     }
 
 
+def _in_flight(row: dict[str, Any]) -> int | str:
+    """Bytes under way on a multiprocessor: one batch of loads of each program that fits on it at once."""
+    if not row["batch"] or row["kernel"] not in ("forward", "backward"):
+        return ""
+    target = TARGETS[row["target"]]
+    threads = row["warps"] * target.warp_size
+    fit = (65536 if target.backend == "cuda" else 131072) // (max(1, row["registers"]) * threads)
+    return int(min(fit, 32, row["programs_a_multiprocessor"]) * threads * row["batch"] * row["load_bits"] / 8)
+
+
+def _launch_matrix(latents: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    """Launches one case after another; yields what names it."""
+    for latent, cut, dtype in itertools.product(latents, GRIDS, dtypes):
+        sides = SHAPES[latent][1:]
+        grid = sides if cut is None else tuple(min(n, side) for n, side in zip(cut, sides, strict=True))
+        launch_all(latent, grid, dtype)
+        yield {"latent": latent, "pairs": 1, "grid": "x".join(map(str, grid)), "dtype": dtype, "everything": False}
+    if latents == list(SHAPES):
+        cases = [(pairs, grid, "sigmoid", full) for pairs in PAIRS for grid in TABLE_GRIDS for full in (False, True)]
+        cases += [(1, TABLE_GRIDS[0], link, True) for link in kernels.LINKS[1:]]
+        for pairs, grid, link, everything in cases:
+            launch_table(pairs, grid, link, everything, torch.float32, SHAPES["cogvideox"])
+            named = {"latent": "cogvideox", "pairs": pairs, "grid": "x".join(map(str, grid)), "dtype": "fp32"}
+            yield named | {"everything": everything}
+
+
 def matrix(targets: list[str], latents: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
-    """One row for each target, latent, grid, dtype and kernel; equal specialisations are compiled and read once."""
+    """One row for each target, case and launch; equal specialisations are compiled and read once."""
     rows: list[dict[str, Any]] = []
     for target in targets:
         found: list[tuple[dict[str, Any], Any]] = []
         with compile_only(TARGETS[target]) as launches:
-            for latent, cut, dtype in itertools.product(latents, GRIDS, dtypes):
-                sides = SHAPES[latent][1:]
-                grid = sides if cut is None else tuple(min(n, side) for n, side in zip(cut, sides, strict=True))
-                launches.clear()
-                launch_all(latent, grid, DTYPES[dtype])
-                key = {"target": target, "latent": latent, "grid": "x".join(map(str, grid)), "dtype": dtype}
+            for case in _launch_matrix(latents, dtypes):
                 found += [
-                    (key | _describe(target, dtype, name, options), kernel) for name, kernel, _, options in launches
+                    ({"target": target} | case | _describe(target, case["dtype"], name, options), kernel)
+                    for name, kernel, _, options in launches
                 ]
+                launches.clear()
         unique = {id(kernel): kernel for _, kernel in found}
         with ThreadPoolExecutor() as pool:
             inspected = dict(zip(unique, pool.map(inspect, unique.values()), strict=True))
-        rows += [row | inspected[id(kernel)] for row, kernel in found]
+        for row, kernel in found:
+            row |= inspected[id(kernel)]
+            rows.append(row | {"bytes_in_flight": _in_flight(row)})
         print(f"{target}: {len(found)} launches, {len(unique)} different kernels", file=sys.stderr)
     return rows
 
@@ -245,21 +356,19 @@ def source_hash() -> str:
 
 
 def predictions(latents: list[str]) -> list[dict[str, Any]]:
-    """Bytes moved and the time that the memory alone would need: predicted, never measured."""
+    """Bytes moved, and the time of three launches at a share of a copy's rate: predicted, never measured."""
     rows = []
     for latent in latents:
-        for name in ("bf16", "fp32"):
-            shape, itemsize = (2, *SHAPES[latent]), DTYPES[name].itemsize
+        for name in ("bf16", "bf16+fp32", "fp32"):
+            shape, (own, other) = (2, *SHAPES[latent]), (one.itemsize for one in DTYPES[name])
             for grid in ((1, 1, 1), (4, 3, 3)):
-                forward, backward = (
-                    kernels.forward_bytes(shape, grid, itemsize),
-                    kernels.backward_bytes(shape, grid, itemsize),
-                )
+                forward = kernels.forward_bytes(shape, grid, own, own, other)
+                backward = kernels.backward_bytes(shape, grid, own, other)
                 row: dict[str, Any] = {"latent": latent, "dtype": name, "grid": "x".join(map(str, grid))}
                 row |= {"forward_bytes": forward, "backward_bytes": backward}
                 row |= {
-                    f"{gpu}_predicted_us": round(1e6 * (forward + backward) / rate, 1)
-                    for gpu, rate in BANDWIDTH.items()
+                    f"{gpu}_predicted_us": round(3 * START_US + 1e6 * (forward + backward) / (SHARE_OF_COPY * rate), 1)
+                    for gpu, rate in COPY.items()
                 }
                 rows.append(row)
     return rows
@@ -283,16 +392,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--latents", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "bf16+fp32", "fp32"])
     parser.add_argument("--check", action="store_true", help="print and judge, but leave the committed CSV alone")
     choice = parser.parse_args()
     rows = matrix(choice.targets, choice.latents, choice.dtypes)
     # one line for each different kernel; the CSV has every launch
     short = {tuple(row[key] for key in ("target", "kernel", "dtype", "variant")): row for row in rows}
-    hidden = ("latent", "grid", "align_bytes", "thread_bytes")
+    hidden = ("latent", "pairs", "grid", "align_bytes", "thread_bytes", "programs")
     _print([{key: value for key, value in row.items() if key not in hidden} for row in short.values()])
     model = predictions(choice.latents)
-    print("\npredicted: bytes moved over peak bandwidth, nothing was measured on a GPU")
+    print(
+        f"\npredicted, nothing was measured on a GPU: {START_US} us for each of three launches and the bytes at "
+        f"{SHARE_OF_COPY} of a copy's rate"
+    )
     _print(model)
     if not choice.check:
         stamp = {"source": source_hash(), "triton": triton.__version__}

@@ -30,8 +30,8 @@ def _accumulate_dtype(*views: Tensor) -> torch.dtype:
 def _bind(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
-    library.halo_patch_forward.argtypes = [pointer, integer] + [pointer] * 5
-    library.halo_patch_backward.argtypes = [pointer, integer] + [pointer] * 6
+    library.halo_patch_forward.argtypes = [pointer, integer, *[pointer] * 5]
+    library.halo_patch_backward.argtypes = [pointer, integer, *[pointer] * 6]
     library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 7 + [integer] + [pointer] * 6
     library.halo_instruction_set.argtypes = [integer]
     return library

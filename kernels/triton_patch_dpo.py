@@ -41,11 +41,11 @@ class LaunchConfig(NamedTuple):
 def launch_config(
     positions: int, lines: int, slabs: int, lanes: int, align_bytes: int, itemsize: int, least: int
 ) -> LaunchConfig:
-    """Launch sizes for `slabs` slabs of `positions` plane positions with `lines` planes of `lanes` channels each.
+    """Launch sizes for `slabs` slabs of `positions` plane positions with `lines` lines of `lanes` channels each.
 
     A thread holds eight elements, four in float64, and two where nothing is aligned and each needs an address of its
-    own. A program takes as many lines as leave enough programs, but `least`. Sums are cut by these sizes, so they
-    depend on shapes, strides and dtypes alone: the bits do not change from one NVIDIA GPU to the next.
+    own. A program takes as many lines as leave PROGRAMS of them, at least `least` and at most 32. Sums are cut by these
+    sizes. They depend on shapes, strides and dtypes alone, so the bits do not change from one NVIDIA GPU to the next.
     """
     tile = TILE // 4 if align_bytes < 8 else TILE // 2 if itemsize == 8 else TILE
     block = min(tile // lanes, max(128 // lanes, triton.next_power_of_2(positions)))
@@ -251,7 +251,7 @@ def _forward_kernel(
         tl.store(out + position * patch_stride + split * part_stride, total / depth, mask=live)
     else:
         area = depth * _length(kh, H, grid_h).to(ACCUMULATE)
-        kw = ((column + 1) * grid_w - 1) // W
+        kw = _divide((column + 1) * grid_w - 1, W, W_magic, WIDE)
         for k in range(grid_w):
             value = tl.sum(tl.where(live & (kw == k), total, 0.0)) / (area * _length(k, W, grid_w).to(ACCUMULATE))
             tl.store(out + k * patch_stride + (split * chunks + chunk) * part_stride, value)
@@ -504,8 +504,7 @@ def _video_weights(video_rewards, pair, B, like, gamma, delta):
 def _table_kernel(
     log_ratio,
     error,
-    error_parts,
-    log_ratio_parts,
+    parts,  # of the log-ratios or, with a reference_error, of the errors
     reference_error,
     patch_rewards,
     video_rewards,
@@ -554,7 +553,7 @@ def _table_kernel(
 ):
     """The H1 loss and its coefficients: one program for a small table, two launches of several for a large one.
 
-    Tables are [2B, P]; the parts of log-ratios and errors, if they are given, are added first.
+    Tables are [2B, P]. Parts, if they are given, are added to the table of log-ratios or errors first.
 
     | flag       | meaning                                                              |
     |------------|----------------------------------------------------------------------|
@@ -590,23 +589,15 @@ def _table_kernel(
     last_pair = B if ALONE else min(B, first_pair + PAIRS)
 
     if SUMS:
-        if log_ratio_parts is not None or error_parts is not None:
+        if parts is not None:
             for first in range(0, 2 * B * P, ROWS):
                 row = first + tl.arange(0, ROWS)
                 in_table = row < 2 * B * P
-                if error_parts is not None:
-                    value = _add_parts(
-                        error_parts, row, in_table, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE
-                    )
+                value = _add_parts(parts, row, in_table, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE)
+                if reference_error is not None:
                     tl.store(error + row, value, mask=in_table)
-                    if reference_error is not None:
-                        cached = tl.load(reference_error + row, mask=in_table, other=0.0)
-                        tl.store(log_ratio + row, cached - value, mask=in_table)
-                if log_ratio_parts is not None:
-                    value = _add_parts(
-                        log_ratio_parts, row, in_table, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE
-                    )
-                    tl.store(log_ratio + row, value, mask=in_table)
+                    value = tl.load(reference_error + row, mask=in_table, other=0.0) - value
+                tl.store(log_ratio + row, value, mask=in_table)
             tl.debug_barrier()
         for at in range(first_pair, last_pair, PAIRS):
             pair = at + tl.arange(0, PAIRS)
@@ -795,10 +786,10 @@ def _layout(shape: Sequence[int], grid: Sequence[int], views: Sequence[_View]) -
     lanes = min(128, channels & -channels)
     if flat or lanes < 8 or any(s[1] != 1 for s in strides):
         lanes = 1
-    align, outer = 1, (0, 1, 2)
+    align = 1
     if flat or lanes > 1:
         # planes, or with channels on the lanes positions, begin and end at multiples of this in every view
-        outer = (0, 1, 2) if flat else (0, 2, 3, 4)
+        outer = [0, 1, 2] if flat else [0, 2, 3, 4]
         steps = [s[side] for s in strides for side in outer if shape[side] > 1]
         align = math.gcd(16 // itemsize, height * width if flat else lanes, *steps)
     positions = (height, width) == tuple(grid[1:]) and all(
@@ -813,9 +804,9 @@ def _magic(divisor: int) -> int:
 
 
 class _Parts(NamedTuple):
-    """Where the parts of a patch lie: at patch * patch_stride + part * part_stride, `count` of them."""
+    """Where the parts of a patch lie: at patch * patch_stride + part * part_stride, `number` of them."""
 
-    count: int
+    number: int
     patch_stride: int
     part_stride: int
 
@@ -858,7 +849,7 @@ def _parts(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Seque
     if samples == 0:
         return policy.new_empty((0, *grid), dtype=dtype), _WHOLE
     plan, parts = _forward_plan(policy.shape, tuple(grid), _views(*views), policy.device)
-    shape = (samples, *grid) if parts.count == 1 else (samples * math.prod(grid) * parts.count,)
+    shape = (samples, *grid) if parts.number == 1 else (samples * math.prod(grid) * parts.number,)
     out = policy.new_empty(shape, dtype=dtype)
     plan(policy, target if reference is None else reference, target, out)
     return out, parts
@@ -866,7 +857,7 @@ def _parts(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Seque
 
 @_plans
 def _sum_plan(rows: int, parts: _Parts, dtype: torch.dtype, device: torch.device) -> _Plan:
-    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.count))
+    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.number))
     block = TILE // together
     rest = (rows, *parts, block, together, _accumulate(dtype)[1])
     return _Plan(_sum_kernel, (math.ceil(rows / block), 1, 1), rest, 4, device)
@@ -874,7 +865,7 @@ def _sum_plan(rows: int, parts: _Parts, dtype: torch.dtype, device: torch.device
 
 def _summed(parts: Tensor, where: _Parts, shape: Sequence[int]) -> Tensor:
     """The sums of parts, [*shape]."""
-    if where.count == 1:
+    if where.number == 1:
         return parts
     out = parts.new_empty(shape)
     _sum_plan(out.numel(), where, out.dtype, out.device)(parts, out)
@@ -963,12 +954,12 @@ def _table_plan(
     pairs, patches = samples // 2, math.prod(grid)
     alone = pairs * patches <= ALONE
     pair_block = min(32, triton.next_power_of_2(max(1, pairs)))
-    patch_block = min(1024 // pair_block, max(16, triton.next_power_of_2(patches)))
+    patch_block = min(TILE // 2 // pair_block, max(16, triton.next_power_of_2(patches)))
     share = patches if alone else 4 * patch_block
     chunks = math.ceil(patches / share)
     programs = (1, 1, 1) if alone else (math.ceil(pairs / pair_block), chunks, 1)
-    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.count))
-    sizes = (pairs, patches, *latent_shape[1:], *grid, parts.count, chunks, share, *parts[1:], link_name, supervised)
+    together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.number))
+    sizes = (pairs, patches, *latent_shape[1:], *grid, parts.number, chunks, share, *parts[1:], link_name, supervised)
     flags = pair_block, patch_block, min(64, triton.next_power_of_2(chunks)), 2 * TILE // together, together
     launches = tuple(
         _Plan(_table_kernel, programs, (*sizes, *which, *flags, _accumulate(dtype)[1]), 8, device)
@@ -980,8 +971,9 @@ def _table_plan(
 def _table(
     log_ratio: Tensor,
     error: Tensor | None,
+    parts: Tensor | None,
     where: _Parts,
-    given: tuple[Tensor | None, Tensor | None, Tensor | None],
+    reference_error: Tensor | None,
     patch_rewards: Tensor | None,
     video_rewards: Tensor | None,
     logit_scale: Tensor | None,
@@ -991,12 +983,14 @@ def _table(
     numbers: Sequence[float],
     supervised: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The table from log-ratios and errors; they are written first where their parts or cached errors are `given`."""
+    """The table from log-ratios and errors, which are first made from `parts` and `reference_error` if given."""
     pairs, grid = log_ratio.shape[0] // 2, log_ratio.shape[1:]
     tables = [
         None if table is None else table.contiguous()
-        for table in (log_ratio, error, *given, patch_rewards, video_rewards, logit_scale, loser_scale)
-    ]
+        for table in (
+            log_ratio, error, parts, reference_error, patch_rewards, video_rewards, logit_scale, loser_scale
+        )
+    ]  # fmt: skip
     plan = _table_plan(
         log_ratio.shape, tuple(latent_shape), link_name, supervised, where, tuple(map(_aligned, tables)),
         log_ratio.dtype, log_ratio.device,
@@ -1024,7 +1018,7 @@ def gran_dpo_table(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
     return _table(
-        log_ratio, error, _WHOLE, (None, None, None), patch_rewards, video_rewards, logit_scale, loser_scale,
+        log_ratio, error, None, _WHOLE, None, patch_rewards, video_rewards, logit_scale, loser_scale,
         latent_shape, link_name, numbers, error is not None,
     )  # fmt: skip
 
@@ -1042,23 +1036,21 @@ def gran_dpo(
     numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The H1 loss, see halo_fast.loss.reference.composed_gran_dpo; the table's launch adds the parts of a patch."""
-    shape, cached = (policy.shape[0], *grid), reference is None
-    errors = _parts(policy, None, target, grid) if cached or numbers.supervised else None
-    ratios = None if cached else _parts(policy, reference, target, grid)
-    _, where = errors or ratios
-    few = math.prod(shape) <= 2 * ALONE and math.prod(shape) * where.count <= ALONE_PARTS
-    if few and (cached or (where.count > 1 and ratios[1] == where)):
-        error, log_ratio = (
-            errors and errors[0].new_empty(shape),
-            policy.new_empty(shape, dtype=(errors or ratios)[0].dtype),
-        )
-        given = errors and errors[0], ratios and ratios[0], reference_error
+    shape = policy.shape[0], *grid
+    parts, where = _parts(policy, reference, target, grid)
+    error = patch_error(policy, target, grid) if reference is not None and numbers.supervised else None
+    given: tuple[Tensor | None, _Parts, Tensor | None] = None, _WHOLE, None
+    few = math.prod(shape) <= 2 * ALONE and math.prod(shape) * where.number <= ALONE_PARTS
+    if few and (where.number > 1 or reference_error is not None):
+        log_ratio = parts.new_empty(shape)
+        error = error if reference_error is None else parts.new_empty(shape)
+        given = parts, where, reference_error
     else:
-        error = errors and _summed(*errors, shape)
-        log_ratio = reference_error - error if cached else _summed(*ratios, shape)
-        given, where = (None, None, None), _WHOLE
+        log_ratio = _summed(parts, where, shape)
+        if reference_error is not None:
+            error, log_ratio = log_ratio, reference_error - log_ratio
     table = _table(
-        log_ratio, error, where, given, patch_rewards, video_rewards, logit_scale, None, policy.shape[1:], link_name,
-        numbers, numbers.supervised,
+        log_ratio, error, *given, patch_rewards, video_rewards, logit_scale, None, policy.shape[1:], link_name, numbers,
+        numbers.supervised,
     )  # fmt: skip
     return *table, log_ratio, error

@@ -287,7 +287,7 @@ def composed_gran_dpo(
 
     Exactly one of ``reference`` and ``reference_error`` is given.
     """
-    error = None
+    error: Tensor | None = None
     if reference is None or numbers.supervised:
         error = kernels.patch_error(policy, target, grid)
     if reference is None:

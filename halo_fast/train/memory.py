@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,24 +13,21 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-__all__ = ["attention_operators", "checkpointing", "count_recomputed", "kept_bytes", "offloaded"]
+__all__ = ["checkpointing", "count_recomputed", "is_attention", "kept_bytes", "offloaded"]
 
 
-def attention_operators() -> list[Any]:
-    """The operators under which attention runs, as torch dispatches them; those of other packages where imported."""
-    names = (
-        "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
-        "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-        "aten._scaled_dot_product_fused_attention_overrideable", "flash_attn._flash_attn_forward",
-        "flash_attn._flash_attn_varlen_forward", "xformers.efficient_attention_forward_cutlass",
-        "xformers_flash3.flash_fwd",
-    )  # fmt: skip
-    found = []
-    for name in names:
-        space, operator = name.split(".")
-        packet = getattr(getattr(torch.ops, space), operator, None)
-        found += [packet.default] if packet is not None else []
-    return found
+@cache
+def is_attention(operator: Any) -> bool:
+    """Whether an operator, as torch dispatches it, is the forward of an attention, of whatever package.
+
+    Recognised by its signature: it begins with query, key and value, gives a tensor and changes nothing. So SDPA's own
+    kernels, flash_attn, xformers and diffusers' wrappers all count, whichever of them is imported and when.
+    """
+    schema = getattr(operator, "_schema", None)
+    if schema is None or schema.is_mutable or not any(str(value.type) == "Tensor" for value in schema.returns):
+        return False
+    names = tuple(argument.name for argument in schema.arguments[:3])
+    return names in (("query", "key", "value"), ("q", "k", "v"))
 
 
 def _selection() -> Callable[[Any, Sequence[Any]], bool]:
@@ -39,14 +36,13 @@ def _selection() -> Callable[[Any, Sequence[Any]], bool]:
     They are attention's and those of products that sum over more numbers than they give, such as the second layer of a
     feed-forward network: a fifth of a block's activations for most of its work.
     """
-    attention = set(attention_operators())
     products = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1)}
 
     def keeps(operator: Any, args: Sequence[Any]) -> bool:
         if operator in products:
             left, right = (args[place] for place in products[operator])
             return bool(left.shape[1] > right.shape[1])
-        return operator in attention
+        return is_attention(operator)
 
     return keeps
 
@@ -136,8 +132,7 @@ def count_recomputed(forward: Callable[[], Tensor]) -> tuple[int, int, int]:
         nonlocal linears
         linears += isinstance(module, nn.Linear)
 
-    attention = set(attention_operators())
-    with _Calls(lambda operator, _: operator in attention) as calls:
+    with _Calls(lambda operator, _: is_attention(operator)) as calls:
         output = forward()
         before = calls.count
         hook = register_module_forward_hook(called)

@@ -251,8 +251,51 @@ def test_checkpointing_that_does_nothing_is_refused(pairs, monkeypatch):
         fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="full"), progress=quiet)
 
 
+ATTENTIONS = {
+    "xformers_flash::flash_fwd": "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)",
+    "xformers_flash3::flash_fwd": "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)",
+    "_diffusers_flash_attn_3::_flash_attn_forward": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
+    "flash_attn::_flash_attn_forward": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_selective_keeps_the_attention_of_other_packages(name):
+    """Under the names of xformers', flash_attn's and diffusers' operators, whose own kernels need a GPU."""
+    space, short = name.split("::")
+    library, runs = torch.library.Library(space, "FRAGMENT"), []
+
+    def attend(query, key, value, *others):
+        runs.append(1)
+        weight = (query @ key.transpose(-1, -2)).softmax(-1)
+        return weight @ value, weight.logsumexp(-1)
+
+    if not hasattr(getattr(torch.ops, space), short):
+        library.define(short + ATTENTIONS[name])
+    library.impl(short, attend, "CPU")
+    operator = getattr(getattr(torch.ops, space), short).default
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                hidden, _ = operator(x, x, x)
+            return super().forward(hidden)
+
+    counts = {}
+    for mode in ("full", "selective"):
+        runs.clear()
+        memory.checkpointing(mode)(Block(8, 8), torch.randn(2, 4, 8)).sum().backward()
+        counts[mode] = len(runs)
+    assert counts == {"full": 2, "selective": 1}
+
+
+@pytest.mark.parametrize("name", ["addmm", "_scaled_dot_product_flash_attention_backward", "_fused_sdp_choice"])
+def test_selective_keeps_nothing_for_looking_like_an_attention(name):
+    assert not memory.is_attention(getattr(torch.ops.aten, name).default)
+
+
 def test_selective_without_a_known_attention_is_refused(pipeline, pairs, monkeypatch):
-    monkeypatch.setattr(memory, "attention_operators", list)
+    monkeypatch.setattr(memory, "is_attention", lambda operator: False)
     with pytest.raises(UserError, match="selective keeps no attention output here"):
         fit(pipeline, pairs, dataclasses.replace(CONFIG, gradient_checkpointing="selective"), progress=quiet)
 
