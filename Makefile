@@ -14,8 +14,12 @@ test: lint
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
 
+# Needs torch and triton alone: these files import nothing of what training does.
+GPU_TESTS := $(addprefix tests/test_,gpu.py parity.py kernels.py ops.py)
+
 gpu: $(READY)
-	$(BIN)/pytest -m "gpu or gpu2" tests -s
+	$(BIN)/pytest $(GPU_TESTS) -s
+	$(BIN)/python -m benchmarks.device_check
 	$(BIN)/python -m benchmarks.tune --latents cogvideox wan
 
 # BENCH="--benchmark-compare --benchmark-compare-fail=median:15%" compares with the last saved run, of any revision

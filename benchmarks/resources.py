@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import triton
 from halo_fast.kernels import triton_patch_dpo as kernels
-from halo_fast.reference import TableNumbers
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import LATENTS
+from halo_fast.loss.reference import TableNumbers
 
 RESULTS = Path(__file__).parent / "results"
 

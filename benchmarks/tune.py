@@ -42,10 +42,12 @@ def launch_sizes(config: kernels.LaunchConfig | None) -> Iterator[None]:
     own = kernels.launch_config
     if config is not None:
         kernels.launch_config = lambda *_: config
+    kernels.forget_plans()
     try:
         yield
     finally:
         kernels.launch_config = own
+        kernels.forget_plans()
 
 
 def table(
@@ -61,9 +63,9 @@ def table(
         with launch_sizes(config):
             forward = milliseconds(lambda: kernels.patch_log_ratio(policy, reference, target, GRID), device)
             backward = milliseconds(lambda: kernels.patch_error_backward(grad, policy, target), device)
-        moved = kernels.forward_bytes(policy.shape, GRID, dtype.itemsize) + kernels.backward_bytes(
-            policy.shape, GRID, dtype.itemsize
-        )
+        sizes = 3 * (dtype.itemsize,)
+        moved = kernels.forward_bytes(policy.shape, GRID, *sizes)
+        moved += kernels.backward_bytes(policy.shape, GRID, *sizes[1:])
         rate = moved / (forward + backward)
         name = (
             "library's own" if config is None else f"block {config.block} lines {config.lines} warps {config.num_warps}"
@@ -83,7 +85,7 @@ def main() -> int:
         print("tune: needs a GPU that torch can use, and TRITON_INTERPRET unset; nothing was timed", file=sys.stderr)
         return 2
     device = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-    sizes = itertools.product((512, 1024, 2048), (8, 16, 32, 64), (2, 4, 8))
+    sizes = itertools.product((512, 1024, 2048), (4, 8, 16, 32), (2, 4, 8))
     configs = [None, *(kernels.LaunchConfig(*one) for one in sizes)]
     for latent in choice.latents:
         for dtype in (torch.bfloat16, torch.float32):

@@ -1035,7 +1035,7 @@ def gran_dpo(
     link_name: str,
     numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The H1 loss as in loss.reference.composed_gran_dpo, where the table's launch adds the parts of a patch."""
+    """The H1 loss, see halo_fast.loss.reference.composed_gran_dpo; the table's launch adds the parts of a patch."""
     shape = policy.shape[0], *grid
     parts, where = _parts(policy, reference, target, grid)
     error = patch_error(policy, target, grid) if reference is not None and numbers.supervised else None

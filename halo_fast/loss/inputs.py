@@ -157,9 +157,9 @@ def check_inputs(
     dtype = accumulate_dtype(policy.dtype, target.dtype)
     if reference_error is not None:
         reference_error = check_table("reference_error", reference_error, policy, dtype)
+    grid: tuple[int, ...] = (1, 1, 1) if reference_error is None else tuple(reference_error.shape[1:])
     if patch_rewards is not None:
-        patch_rewards = _check_patch_rewards(patch_rewards, policy, dtype)
-    grid = _common_grid(reference_error, patch_rewards)
+        patch_rewards, grid = _check_patch_rewards(patch_rewards, reference_error, policy, dtype)
     if video_rewards is not None:
         video_rewards = _check_numbers("video_rewards", video_rewards, (samples,), policy, dtype)
     _check_labels(objective, name, patch_rewards, video_rewards)
@@ -312,26 +312,20 @@ def _check_reference_given(
         raise ValueError("anchor_weight needs the reference's prediction; cached errors do not give it: pass reference")
 
 
-def _common_grid(reference_error: Tensor | None, patch_rewards: Tensor | None) -> tuple[int, ...]:
-    """The grid of the tables that are given, which must agree; the whole video is one patch if there are none."""
-    table = reference_error if patch_rewards is None else patch_rewards
-    if table is None:
-        return (1, 1, 1)
-    grid = tuple(table.shape[1:])
-    if reference_error is not None and reference_error.shape[1:] != grid:
-        raise ValueError(
-            f"reference_error must have the patch grid {grid} of patch_rewards; got {tuple(reference_error.shape[1:])}"
-        )
-    return grid
-
-
-def _check_patch_rewards(value: object, policy: Tensor, dtype: torch.dtype) -> Tensor:
+def _check_patch_rewards(
+    value: object, reference_error: Tensor | None, policy: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The patch rewards in ``dtype`` and their grid, which must be that of the reference's errors if they are given."""
     rewards = check_tensor("patch_rewards", value, policy)
     samples = policy.shape[0]
     if rewards.ndim != 4:
         raise ValueError(f"patch_rewards must have shape [{samples}, f, h, w]; got {tuple(rewards.shape)}")
     grid = check_grid(rewards.shape[1:], policy, "patch_rewards")
-    return _check_numbers("patch_rewards", rewards, (samples, *grid), policy, dtype)
+    if reference_error is not None and reference_error.shape[1:] != grid:
+        raise ValueError(
+            f"reference_error must have the patch grid {grid} of patch_rewards; got {tuple(reference_error.shape[1:])}"
+        )
+    return _check_numbers("patch_rewards", rewards, (samples, *grid), policy, dtype), grid
 
 
 def _check_numbers(

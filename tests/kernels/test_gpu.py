@@ -80,7 +80,7 @@ def test_the_same_bits_on_every_run(device):
 
 
 def test_the_same_bits_on_many_streams_at_once(device):
-    """Streams must not share the counters by which the last program of a slab knows itself."""
+    """Launches of one stream depend on each other, those of several on nothing that they share."""
     shape, grid = sizes(device)[0]
     policy, ref, target = (x.to(device) for x in cases.latents(shape, 2, torch.bfloat16))
     truth = kernels(device).patch_log_ratio(policy, ref, target, grid)
@@ -172,6 +172,56 @@ def test_no_races_and_no_wild_accesses(device, tool):
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_compiled_in_every_mode(device):
+    """In "reduce-overhead" and "max-autotune" too, whose graphs own all memory that is allocated while they warm up."""
+    check = pytest.importorskip("benchmarks.device_check", reason="needs the repository's root on the path")
+    shape = cases.LATENTS["cogvideox"] if device == "cuda" else (4, 4, 6, 8)
+    assert all(found <= 1e-5 for _, found in check.check_compiled(shape, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_each_view_its_own_dtype(dtype):
+    """A model under autocast predicts in half precision; its target stays in float32, and nothing is cast."""
+    prediction, ref, target = (x.cuda() for x in cases.latents((4, 5, 12, 16), 2, torch.float32))
+    layer = torch.nn.Conv3d(4, 4, 1).cuda()
+    labels = [x.cuda() for x in cases.rewards((2, 3, 4), 2)]
+    with torch.autocast("cuda", dtype):
+        output = layer(prediction)
+        with torch.no_grad():
+            reference_output = layer(ref)
+        loss = gran_dpo(output, target, reference_output, *labels).loss
+    loss.backward()
+    assert output.dtype == dtype and loss.dtype == torch.float32 and layer.weight.grad.isfinite().all()
+
+
+def test_device_check_runs_small_on_the_cpu():
+    """The script for a GPU must not rot between two times that there is one."""
+    check = pytest.importorskip("benchmarks.device_check", reason="needs the repository's root on the path")
+    if backends.unavailable("triton", "cpu"):
+        pytest.skip("the interpreter is off on a machine with a GPU")
+    lines = list(check.report((8, 4, 4, 6), "cpu", quick=False))
+    assert not any(fault for fault, _ in lines), lines
+    assert sum("of copy" in line for _, line in lines) == 4 and "host time" in lines[-1][1]
+
+
+COLLECT = """
+import sys
+blocked = "accelerate av diffusers ftfy jsonargparse openai peft pyarrow safetensors sklearn transformers".split()
+sys.modules.update(dict.fromkeys(blocked))
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", *sys.argv[1:]]))
+"""
+
+
+def test_the_files_of_make_gpu_need_torch_and_triton_alone():
+    (names,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("GPU_TESTS")]
+    files = [f"tests/test_{name}" for name in names.rstrip(")").split(",")[1].split()]
+    assert "tests/test_gpu.py" in files and all((ROOT / file).exists() for file in files)
+    done = subprocess.run([sys.executable, "-c", COLLECT, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "error" not in done.stdout.lower(), done.stdout[-2000:]
 
 
 def test_times_table(device, capsys):

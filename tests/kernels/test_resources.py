@@ -47,15 +47,37 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
     source = hashlib.sha256((ROOT / "kernels" / "triton_patch_dpo.py").read_bytes()).hexdigest()[:16]
     assert {row["source"] for row in rows} == {source}, "run python -m benchmarks.resources and commit its results"
     assert {row["target"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
-    assert {row["dtype"] for row in rows} == {"bf16", "fp32"}
+    assert {row["dtype"] for row in rows} == {"bf16", "bf16+fp32", "fp32"}
     each = Counter((row["latent"], row["grid"], row["kernel"]) for row in rows)
-    assert each["cogvideox", "13x60x90", "backward"] == 7 * 2 and each["hunyuanvideo", "13x4x6", "forward"] == 2 * 7 * 2
+    assert each["cogvideox", "13x60x90", "backward"] == 7 * 3
+    assert each["hunyuanvideo", "13x4x6", "forward"] == 2 * 7 * 3
+    tables = [row for row in rows if row["kernel"] == "table"]
+    assert {row["pairs"] for row in tables} == {"1", "2", "4", "8", "16"} and {True, False} == {
+        "SUPERVISED" in row["variant"] for row in tables
+    }
     for row in rows:
-        assert int(row["spills"]) == 0 and int(row["stack_bytes"]) == 0
-        if row["kernel"] != "table":
-            assert int(row["registers"]) <= (80 if row["target"].startswith("sm_") else 160)
-            assert int(row["shared_bytes"]) <= 16384
-            assert int(row["load_bits"]) >= min(128, 8 * int(row["align_bytes"]), 8 * int(row["thread_bytes"]))
+        nvidia = row["target"].startswith("sm_")
+        # one program that waits for memory may keep a few values in local memory; what runs over latents may not
+        assert int(row["spills"]) <= (24 if row["kernel"] == "table" else 0), row
+        if row["kernel"] not in ("forward", "backward"):
+            continue
+        assert int(row["stack_bytes"]) == 0 and int(row["shared_bytes"]) <= 16384
+        assert int(row["registers"]) <= ((128 if row["kernel"] == "forward" else 80) if nvidia else 256)
+        assert int(row["load_bits"]) >= min(128, 8 * int(row["align_bytes"]), 8 * int(row["thread_bytes"]))
+
+
+def test_resources_committed_say_that_loops_are_cheap_and_the_machine_is_full():
+    """On an H100, for one pair: what an earlier version paid is the bound (160 and 109 instructions a line)."""
+    rows = [row for row in csv.DictReader(COMMITTED.open()) if row["target"] == "sm_90" and row["dtype"] == "bf16"]
+    models = {"cogvideox", "wan", "wan-720p", "hunyuanvideo"}
+    rows = [row for row in rows if row["latent"] in models and row["grid"] == "4x3x3"]
+    for row in rows:
+        if row["kernel"] in ("forward", "backward"):
+            assert float(row["programs_a_multiprocessor"]) >= 4, row
+            assert int(row["bytes_in_flight"]) >= 17_000, row
+            assert int(row["batch"]) >= 8
+            assert int(row["line_instructions"]) <= (120 if row["kernel"] == "forward" else 90)
+            assert int(row["before_loads"]) <= (320 if row["kernel"] == "forward" else 600)
 
 
 LAUNCHES = """
@@ -68,58 +90,72 @@ from halo_fast.kernels import triton_patch_dpo as kernels
 shape, grid = (2, 16, 13, 60, 90), (4, 3, 3)
 policy, reference, target = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
 
-def moved(args):
-    tensors = {id(x): x for x in args if isinstance(x, torch.Tensor)}
-    return sum(x.numel() * x.element_size() for x in tensors.values())
+def moved(named, *names):
+    return sum(named[name].numel() * named[name].element_size() for name in names)
 
 with compile_only(TARGETS["sm_90"]) as launches:
     table = kernels.patch_log_ratio(policy, reference, target, grid)
-    (_, _, args, _), = launches
-    # parts and arrivals are the launcher's own workspace, which stays in the cache
-    workspace = sum(x.numel() * x.element_size() for x in args[4:6])
-    assert moved(args) - workspace == kernels.forward_bytes(shape, grid, 2), (moved(args), workspace)
-    assert workspace < 0.02 * kernels.forward_bytes(shape, grid, 2), workspace
+    (first, _, _, named), (second, _, _, summed) = launches
+    assert (first, second) == ("forward", "sum") and summed["out"] is table and summed["parts"] is named["out"]
+    inputs = moved(named, "policy", "reference", "target")
+    assert inputs + moved(summed, "out") == kernels.forward_bytes(shape, grid, 2, 2, 2)
+    # parts are written once and read once, and stay in the cache
+    assert 2 * moved(named, "out") < 0.02 * inputs
     launches.clear()
-    kernels.patch_error(policy, target, grid)
-    (_, _, args, _), = launches
-    workspace = sum(x.numel() * x.element_size() for x in args[4:6])
-    assert moved(args) - workspace == kernels.forward_bytes(shape, grid, 2, inputs=2)
+    wide = target.float()
+    error = kernels.patch_error(policy, wide, grid)
+    (_, _, _, named), (_, _, _, summed) = launches
+    assert moved(named, "policy", "target") + moved(summed, "out") == kernels.forward_bytes(shape, grid, 2, 4)
+    assert named["target"] is wide, "read as it is, not cast"
     launches.clear()
-    kernels.gran_dpo_backward(torch.ones(()), table, policy, target)
-    (_, _, args, _), = launches
-    assert moved(args) == kernels.backward_bytes(shape, grid, 2)
+    kernels.gran_dpo_backward(torch.ones(()), table, policy, wide)
+    (_, _, _, named), = launches
+    bytes = moved(named, "factor", "grad", "prediction", "target", "gradient")
+    assert bytes == kernels.backward_bytes(shape, grid, 2, 4)
     launches.clear()
     numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     videos = table[:, 0, 0, 0].contiguous()
-    kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", numbers)
-    assert len(launches) == 1
+    for beta in (500.0, 501.5):
+        new = (0.0, 1.0, 1.0, beta, *numbers[4:])
+        kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", new)
+    (_, one, _, _), (_, other, _, _) = launches
+    assert one is other, "a new beta compiles nothing"
+    launches.clear()
+    # a large table takes several programs: its sums, its results, the parts of the loss
+    fine = torch.empty(2, 13, 60, 90)
+    kernels.gran_dpo_table(fine, fine, videos, None, None, None, shape[1:], "sigmoid", numbers)
+    assert [name for name, *_ in launches] == ["table", "table", "sum"]
+    assert launches[0][3]["grid"][1] > 4
     launches.clear()
     # the public call: two launches forward, one backward, and nothing that torch would launch beside them; only a CPU
-    # sums the rewards to see whether they are finite, and sets the slabs' counters to zero anew
+    # sums the rewards to see whether they are finite
     backends.select = lambda device, dtype: kernels
     one = torch.ones(())
     policy.requires_grad_()
-    with torch.profiler.profile() as profile:
-        loss = gran_dpo(policy, target, reference, table, videos).loss
-        forward = len(launches)
-        torch.autograd.grad(loss, policy, one)
-    assert (forward, len(launches)) == (2, 3), [name for name, *_ in launches]
-    ran = {event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")}
-    ran -= {"sum", "item", "_local_scalar_dense", "fill_", "zeros", "zero_"}
-    assert not {name for name in ran if not name.startswith(("empty", "new_empty", "as_strided", "detach", "to"))}, ran
+    for cached in (None, torch.rand(2, *grid)):
+        launches.clear()
+        with torch.profiler.profile() as profile:
+            given = None if cached is not None else reference
+            loss = gran_dpo(policy, wide, given, table, videos, reference_error=cached).loss
+            forward = len(launches)
+            torch.autograd.grad(loss, policy, one)
+        assert (forward, len(launches)) == (2, 3), [name for name, *_ in launches]
+        ran = {event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")}
+        ran -= {"sum", "item", "_local_scalar_dense", "fill_"}
+        harmless = ("empty", "new_empty", "as_strided", "detach", "to")
+        assert all(name.startswith(harmless) for name in ran), ran
     policy.requires_grad_(False)
     launches.clear()
     strided = policy.transpose(1, 2).contiguous().transpose(1, 2)
     assert kernels.patch_error_backward(table, strided, target).stride() == strided.stride()
-    (name, compiled, _, options), = launches
+    (_, _, _, named), = launches
     # both layouts are read in place, and as wide
-    assert options["FLAT"] and options["ALIGN"] == 8
-    # the last program of a slab sees the others' parts: their stores are released before, and acquired after
+    assert named["FLAT"] and named["ALIGN"] == 8
     launches.clear()
-    kernels.patch_log_ratio(policy, reference, target, grid)
-    ptx = launches[0][1].asm["ptx"]
-    assert "atom.global.gpu.acq_rel" in ptx and ptx.index("bar.sync") < ptx.index("atom.global.gpu.acq_rel")
-    assert "red.global" not in ptx and "atom.global.gpu.acq_rel.add.f" not in ptx
+    tokens = policy.contiguous(memory_format=torch.channels_last_3d)
+    kernels.patch_log_ratio(tokens, tokens, tokens, grid)
+    assert launches[0][3]["LANES"] == 16 and launches[0][3]["ALIGN"] == 8
+    assert "atom" not in launches[0][1].asm["ptx"]
 print("ok")
 """
 
@@ -129,14 +165,69 @@ def test_resources_of_one_call_are_two_launches_forward_one_backward_and_the_byt
     assert done.returncode == 0 and done.stdout.strip().endswith("ok"), done.stderr[-3000:]
 
 
+PLANS = """
+import torch, triton
+from benchmarks.resources import TARGETS, _CompileOnly
+from halo_fast.kernels import triton_patch_dpo as kernels
+
+ran = []
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        return lambda *args: ran.append(("plan", grid, args))
+
+compiled = Compiled(None)
+triton.runtime.driver.set_active(_CompileOnly(TARGETS["sm_90"]))
+def launch(kernel, grid):
+    return lambda *args, **options: ran.append(("first", grid, args)) or compiled
+triton.KernelInterface.__getitem__ = launch
+policy, reference, target = (torch.empty(2, 16, 13, 60, 90, dtype=torch.bfloat16) for _ in range(3))
+for _ in range(2):
+    kernels.patch_log_ratio(policy, reference, target, (4, 3, 3))
+assert [how for how, *_ in ran] == ["first", "first", "plan", "plan"]
+# the same launch, but for the tensors
+for first, second in zip(ran[:2], ran[2:], strict=True):
+    assert first[1] == second[1] and len(first[2]) == len(second[2])
+    assert all(one == other for one, other in zip(first[2], second[2]) if not isinstance(one, torch.Tensor))
+# another stride, dtype or alignment of a view is another plan
+for views in (
+    (policy.transpose(3, 4).contiguous().transpose(3, 4), reference, target),
+    (policy, reference, target.float()),
+    (policy, reference, torch.empty(target.numel() + 1, dtype=target.dtype)[1:].view(target.shape)),
+):
+    ran.clear()
+    kernels.patch_log_ratio(*views, (4, 3, 3))
+    assert ran[0][0] == "first"
+print("ok")
+"""
+
+
+def test_resources_of_a_second_call_come_from_its_plan():
+    done = compiled("-c", PLANS)
+    assert done.returncode == 0 and done.stdout.strip().endswith("ok"), done.stderr[-3000:]
+
+
 def test_resources_of_launches_do_not_depend_on_the_device():
     """Sums are cut by shape alone, so their bits travel from one GPU to the next."""
     from halo_fast.kernels import triton_patch_dpo as kernels
 
     names = kernels.launch_config.__code__.co_varnames[: kernels.launch_config.__code__.co_argcount]
-    assert names == ("positions", "lines", "align_bytes", "itemsize")
+    assert names == ("positions", "lines", "slabs", "lanes", "align_bytes", "itemsize", "least")
     for positions in (1, 90, 1980, 14400):
         for lines in (1, 64, 528):
-            for dtype in (torch.bfloat16, torch.float64):
-                config = kernels.launch_config(positions, lines, 16, dtype.itemsize)
-                assert config.block >= min(positions, 128) and config.block & (config.block - 1) == 0
+            for lanes in (1, 16, 128):
+                config = kernels.launch_config(positions, lines, 8, lanes, 16, 4, 4)
+                assert config.block * lanes <= kernels.TILE and config.block & (config.block - 1) == 0
+                programs = 8 * -(-positions // config.block) * -(-lines // config.lines)
+                assert config.lines == 4 or programs * config.block * lanes >= kernels.PROGRAMS * kernels.TILE // 2
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 90, 104, 160, 1023])
+def test_resources_saved_by_multiplying_divide_exactly(divisor):
+    """floor(x / d) by the high half of 4 x (2^30 // d + 1), for every x that the kernels' rule admits."""
+    from halo_fast.kernels import triton_patch_dpo as kernels
+
+    last = min(2**30 // divisor, 2**28)
+    x = torch.cat([torch.arange(min(last, 2**20)), torch.arange(last - min(last, 2**20), last)])
+    assert torch.equal((4 * x * kernels._magic(divisor)) >> 32, x // divisor)

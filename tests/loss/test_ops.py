@@ -14,7 +14,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_fast import PRESETS, AutoBeta, GranDPO, gran_dpo, gran_dpo_coefficients, patch_log_ratio, patch_weighted_mse
+from halo_fast import (
+    PRESETS,
+    AutoBeta,
+    GranDPO,
+    gran_dpo,
+    gran_dpo_coefficients,
+    patch_error,
+    patch_log_ratio,
+    patch_weighted_mse,
+)
 from halo_fast.loss import ops
 
 SHAPE, GRID = (3, 4, 5, 6), (2, 2, 3)
@@ -181,6 +190,51 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         cast = gran_dpo(policy, target, ref, *labels).loss
     assert torch.equal(plain, cast)
+
+
+def test_inference_mode_gives_the_value():
+    policy, target, ref, *labels = batch()
+    plain = gran_dpo(policy, target, ref, *labels)
+    with torch.inference_mode():
+        out = gran_dpo(policy, target, ref, *labels)
+        assert torch.equal(out.loss, plain.loss) and not out.loss.requires_grad
+        assert torch.equal(patch_log_ratio(policy, target, ref, GRID), plain.log_ratio)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the latents that operators read and write, views apart."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.bytes = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        returned = output if isinstance(output, tuple) else (output,)
+        inputs = [x for x in args if isinstance(x, torch.Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in inputs}
+        outputs = [x for x in returned if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known]
+        if outputs:
+            self.bytes += sum(x.numel() * x.element_size() for x in inputs + outputs if x.numel() >= self.elements)
+        return output
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_under_autocast_moves_no_more_than_its_bytes(cached):
+    """The prediction in bf16 beside a float32 target, as a model under autocast gives: no cast, no copy."""
+    noisy, ref, target = cases.latents((4, 4, 8, 8), 4, torch.float32)
+    labels = cases.rewards(GRID, 4)
+    model = nn.Conv3d(4, 4, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction, reference = model(noisy), model(ref).detach()
+    leaf = prediction.detach().requires_grad_()
+    options = {"reference_error": patch_error(reference, target, GRID)} if cached else {}
+    with Traffic(leaf.numel()) as traffic:
+        loss = gran_dpo(leaf, target, None if cached else reference, *labels, **options).loss
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    assert leaf.dtype == gradient.dtype == torch.bfloat16
+    forward = 2 + 4 if cached else 2 + 2 + 4
+    assert traffic.bytes <= 1.05 * leaf.numel() * (forward + 2 + 4 + 2)
 
 
 def test_shapes_are_known_without_data():
