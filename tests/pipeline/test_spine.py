@@ -21,7 +21,7 @@ STAGES = {
     "score": "pending.json",
     "pairs": "pending.json",
     "cache": "pending.json",
-    "train": "checkpoints/*/state.json",
+    "train": "checkpoints/step_*.safetensors",
     "evaluate": "videos/base/*.mp4",
     "report": "pending.json",
 }
