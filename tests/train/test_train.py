@@ -273,7 +273,7 @@ def test_resumed_at_any_step_equals_undisturbed(pipeline, pairs, tmp_path):
         with pytest.raises(Stop):
             fit(pipeline, pairs, CONFIG, folder=folder, progress=stop_before(step))
         # what a kill in the middle of a checkpoint leaves: a temporary file
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints/.step_000099.safetensors.1.tmp").write_bytes(b"cut off")
         resumed = fit(pipeline, pairs, CONFIG, folder=folder, progress=quiet)
         assert resumed.log == whole.log

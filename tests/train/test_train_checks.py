@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.loss.objectives import AutoBeta, GranDPO
 from halo_fast.train import fit
-from halo_fast.train.draws import make_batch
+from halo_fast.train.draws import Batch, make_batch
 from halo_fast.train.job import prepared_job
 from halo_fast.train.launch import check_launch
 from halo_fast.train.observers import diagnostics
@@ -172,10 +171,8 @@ def test_rounding_passes_and_a_share_of_a_switch_does_not(precision):
     effect = 0.1 * torch.randn(base.shape, generator=generator)
     noise = torch.randn(base.shape, generator=generator)
     weight = torch.zeros(1)
-    batch = SimpleNamespace(
-        target=torch.zeros_like(base), patch_rewards=torch.tensor([1.0, 5.0]).view(2, 1, 1, 1),
-        video_rewards=torch.tensor([1.0, 5.0]),
-    )  # fmt: skip
+    rewards = torch.tensor([1.0, 5.0])
+    batch = Batch(base, torch.zeros_like(base), rewards, {}, rewards.view(2, 1, 1, 1), rewards)
 
     def check(off=0.0, start=0.0):
         """A model of one weight whose reference_switch-off and untouched outputs are so far from the base."""
