@@ -105,7 +105,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: flo
     itself = torch.eye(blocks.prefix, dtype=torch.bool, device=query.device)
     before = [x[:, :, : blocks.prefix] for x in (query, key, value)]
     after = [x[:, :, blocks.prefix :] for x in (query, key, value)]
-    prefix, _ = partial_attention(*before, ordered & known | itself, scale)
+    prefix, _ = partial_attention(before[0], before[1], before[2], ordered & known | itself, scale)
     shared = partial_attention(after[0], before[1], before[2], known, scale)
     return torch.cat((prefix, merge(shared, _own_blocks(after, blocks.lengths, scale))), dim=2)
 
