@@ -61,7 +61,7 @@ DTYPES = {
 }
 
 # Registers a thread may use, by vendor and kernel. NVIDIA: 128 keep four programs of 128 threads on a multiprocessor
-# with its 65,536 registers. With twelve 16-byte loads a thread these have 98 KB under way; an H100 needs some 17
+# with its 65,536 registers. With six 16-byte loads a thread these have 49 KB under way; an H100 needs some 17
 # (3.0 TB/s times 0.75 us over 132). AMD: 256 keep two waves on a SIMD, whose file is larger.
 REGISTERS = {
     "cuda": {"forward": 128, "backward": 80, "sum": 128, "table": 255},

@@ -93,6 +93,31 @@ def test_both_schedules_train_alike(pipeline, pairs):
         assert row == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
+def test_the_loss_of_a_real_step_under_autocast_moves_no_more_than_its_bytes(pairs, monkeypatch):
+    """The prediction in bf16, the target and cached errors in float32: read as they are, nothing cast or copied."""
+    from test_ops import Traffic
+
+    from halo_fast.train import schedules
+
+    own, seen = schedules.gran_dpo, []
+
+    def counted(**arguments):
+        leaf, target = arguments["prediction"].detach().requires_grad_(), arguments["target"]
+        with Traffic(leaf.numel()) as traffic:
+            torch.autograd.grad(own(**arguments | {"prediction": leaf}).loss, leaf)
+        # forward and backward read both, backward writes the gradient
+        ideal = 3 * leaf.numel() * leaf.element_size() + 2 * target.numel() * target.element_size()
+        seen.append((leaf.dtype, target.dtype, traffic.bytes / ideal))
+        return own(**arguments)
+
+    monkeypatch.setattr(schedules, "gran_dpo", counted)
+    config = dataclasses.replace(
+        CONFIG, mixed_precision="bf16", reference_draws=1, max_train_steps=1, schedule="batched"
+    )
+    fit(tiny_wan(), pairs, config, progress=quiet)
+    assert seen and all(one[:2] == (torch.bfloat16, torch.float32) and 1 <= one[2] <= 1.05 for one in seen), seen
+
+
 WAYS = {
     "plain": {},
     "full": {"gradient_checkpointing": "full"},
