@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import LATENTS
-from halo_fast import GranDPO, backends, gran_dpo, patch_error, reference, using_backend
+from halo_fast import GranDPO, gran_dpo, patch_error, using_backend
+from halo_fast.loss import backends, reference
 
 GRID = (4, 3, 3)
 
