@@ -103,7 +103,8 @@ class Diagnostics(Observer):
             return {}
         joined = PairFigures.join(self._figures)
         values = {field.name: getattr(joined, field.name) for field in fields(joined)}
-        return {name: value for name, value in values.items() if value is not None}
+        # No row reads the loss, and the mean of a mean would not have the same bits as the mean of all.
+        return {name: value for name, value in values.items() if value is not None and name != "loss"}
 
     def restore(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         self.rows = read_rows(folder / _FILE, step)  # type: ignore[assignment]
@@ -111,7 +112,7 @@ class Diagnostics(Observer):
             device = self._job.accelerator.device
             absent: dict[str, Any] = {field.name: None for field in fields(PairFigures)}
             found = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-            self._figures = [PairFigures(**absent | found)]
+            self._figures = [PairFigures(**absent | found | {"loss": torch.zeros((), device=device)})]
 
 
 def heldout_mask(prompts: Sequence[str], share: float) -> list[bool]:
