@@ -15,7 +15,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
 
 # Needs torch and triton alone: these files import nothing of what training does.
-GPU_TESTS := $(addprefix tests/test_,gpu.py parity.py kernels.py ops.py)
+GPU_TESTS := $(addprefix tests/,kernels/test_gpu.py kernels/test_parity.py kernels/test_kernels.py loss/test_ops.py)
 
 gpu: $(READY)
 	$(BIN)/pytest $(GPU_TESTS) -s

@@ -61,7 +61,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
             _check_bounds(value, hint.__metadata__, place)
     elif origin in (Union, UnionType):
         others = [argument for argument in arguments if argument is not NoneType]
-        # of several types beside None one cannot say which is meant
+        # a union of several types beside None is not checked further
         if len(others) == 1 and not (value is None and NoneType in arguments):
             _check(value, others[0], place)
     elif origin is Literal and value not in arguments:

@@ -1,4 +1,4 @@
-"""The law of the house. The pipeline may import anything; nothing imports the pipeline. Only the demo names the demo.
+"""Two import rules. The pipeline may import anything; nothing imports the pipeline. Only the demo names the demo.
 
 The graph is by file. Imports inside functions and for type checkers count like any others.
 """

@@ -1,5 +1,6 @@
 """Preference pairs: two candidates of one prompt, with the rewards of both for the video and for every patch."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 from halo_fast.data.tables import ClipRow, PairRow, ScoreRow
 from halo_fast.errors import UserError
 
-__all__ = ["Pair", "PairsConfig", "pair_candidates", "pair_statistics"]
+__all__ = ["Pair", "PairsConfig", "heldout_mask", "pair_candidates", "pair_statistics"]
 
 
 @dataclass(frozen=True)
@@ -157,3 +158,16 @@ def _pair_row(a: _Candidate, b: _Candidate, patch_delta: float, grid: Sequence[i
         video_margin=a.video_reward - b.video_reward,
         patch_tie_share=sum(_ties(margin, patch_delta) for margin in margins) / len(margins),
     )
+
+
+def heldout_mask(prompts: Sequence[str], share: float) -> list[bool]:
+    """Which pairs are kept out of training: those whose prompt's hash falls into the lowest `share` of all hashes.
+
+    All pairs of a prompt fall on one side, and a prompt stays on its side when others come or go.
+
+    Args:
+        prompts: of each pair.
+        share: from 0 to 1.
+    """
+    hashes = {prompt: int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") for prompt in set(prompts)}
+    return [hashes[prompt] < share * 2**64 for prompt in prompts]

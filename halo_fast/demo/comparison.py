@@ -1,4 +1,4 @@
-"""What `halo compare` is to know of the demo: its two bases, and what their figures are worth."""
+"""The demo in `halo compare`: its two bases, and what their figures are worth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that others may know of the demo: names and what they stand for; see `halo_fast.registry`."""
+"""The names under which the demo registers, and what they stand for; see `halo_fast.registry`."""
 
 __all__ = ["TABLES"]
 

@@ -91,7 +91,7 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
 @functools.cache
 def _default(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The device's default, or the reference with a warning; looked for once, a loss is shorter than the search."""
+    """The device's default, or the reference with a warning. Cached: the search takes longer than a loss."""
     name = _DEFAULTS.get(device.type, "reference")
     if reason := unavailable(name, device, dtype):
         _log.warning(f"backend {name!r} is not used on {device.type} ({reason}); the slower reference runs instead")

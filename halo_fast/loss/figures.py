@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["SATURATED", "PairFigures"]
 
-# A logit beyond this has a gradient factor below 5e-5: its pair has nothing left to teach.
+# A logit beyond this has a gradient factor below 5e-5: its gradient is negligible.
 SATURATED = 10
 
 
@@ -21,7 +21,7 @@ SATURATED = 10
 class PairFigures:
     """The figures of B pairs, on the device and without a graph; nothing here waits for the device.
 
-    ``GranDPOOutput.figures`` makes one, ``join`` strings several together. Unpaired objectives have N samples in place
+    ``GranDPOOutput.figures`` makes one, ``join`` concatenates several. Unpaired objectives have N samples in place
     of B pairs, and S = N in place of S = 2B samples.
 
     Args:
@@ -86,10 +86,10 @@ class PairFigures:
         sums = gather(torch.stack([(loss * count).sum(), count.sum()])[None]).sum(0)
         joined: dict[str, Any] = {}
         for name in ("active", "video_logits", "patch_logits", "video", "patch", "scale", "t"):
-            joined[name] = _strung([getattr(part, name) for part in parts], gather)
+            joined[name] = _concatenated([getattr(part, name) for part in parts], gather)
         for name in ("error", "log_ratio"):
             tables = [getattr(part, name) for part in parts]
-            joined[name] = (_strung_pairs if parts[0].paired else _strung)(tables, gather)
+            joined[name] = (_concatenated_pairs if parts[0].paired else _concatenated)(tables, gather)
         return replace(parts[0], loss=sums[0] / sums[1].clamp(min=1), **joined)
 
     def metrics(self) -> dict[str, Tensor]:
@@ -214,14 +214,14 @@ def _saturated(logits: Tensor) -> Tensor:
     return (logits.abs() > SATURATED).to(logits.dtype)
 
 
-def _strung(tables: Sequence[Tensor | None], gather: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _concatenated(tables: Sequence[Tensor | None], gather: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Rows of all batches and processes one after another; None if there are none."""
     present = [table for table in tables if table is not None]
     return gather(torch.cat(present)) if present else None
 
 
-def _strung_pairs(tables: Sequence[Tensor | None], gather: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """As ``_strung`` for tables of samples [2B, ...]: all samples a of the result, then their partners b."""
+def _concatenated_pairs(tables: Sequence[Tensor | None], gather: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """As ``_concatenated`` for tables of samples [2B, ...]: all samples a of the result, then their partners b."""
     pairs = [None if table is None else table.unflatten(0, (2, -1)).transpose(0, 1) for table in tables]
-    strung = _strung(pairs, gather)
-    return None if strung is None else strung.transpose(0, 1).flatten(0, 1)
+    joined = _concatenated(pairs, gather)
+    return None if joined is None else joined.transpose(0, 1).flatten(0, 1)

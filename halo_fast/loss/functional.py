@@ -37,7 +37,7 @@ __all__ = [
 def patch_log_ratio(
     prediction: Tensor, target: Tensor, reference: Tensor, grid: Sequence[int], layout: str = "BCFHW"
 ) -> Tensor:
-    """Patch-wise log-probability ratio of policy and reference, up to beta kappa / 2: -d_p, in its factored form.
+    """Patch-wise log-probability ratio -d_p of policy and reference, without the factor beta kappa / 2; factored.
 
     -d_p = E_p(o_ref) - E_p(o) = -(1/Z_p) sum over patch and channels of (o - o_ref)(o + o_ref - 2 tau), exactly 0 where
     the two agree. The isotropic Gaussian step KL is a sum over positions, so it splits by patch.
@@ -66,8 +66,8 @@ def patch_log_ratio(
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout: str = "BCFHW") -> Tensor:
     """Mean squared error of each patch: E_p = (1/Z_p) sum over patch and channels of (o - tau)^2.
 
-    Arguments, dtypes, differentiability and errors are those of ``patch_log_ratio``. Of the reference this is what to
-    cache as ``reference_error``.
+    Arguments, dtypes, differentiability and errors are those of ``patch_log_ratio``. Cache this value of the
+    reference's prediction as `reference_error`.
 
     Returns:
         [N, f, h, w], float32 (float64 for float64).
@@ -209,7 +209,7 @@ def _anchored(objective: Objective, policy: Tensor, inputs: Inputs, out: GranDPO
 
 
 def _checked_coefficients(objective: Objective, coefficients: Tensor, inputs: Inputs) -> Tensor:
-    """The coefficients as the kernels read them, of the right shape; an objective may be anybody's."""
+    """The coefficients in the kernels' dtype and layout. Their shape is checked because users may write objectives."""
     shape = (inputs.prediction.shape[0], *inputs.grid)
     if tuple(coefficients.shape) != shape:
         raise ValueError(

@@ -99,7 +99,7 @@ def gran_dpo_table(
     link_name: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The H1 loss and its coefficients: see ``reference.gran_dpo_table``."""
+    """The Gran-DPO loss and its coefficients: see ``reference.gran_dpo_table``."""
     backend = backends.select(log_ratio.device, log_ratio.dtype)
     table: Table = backend.gran_dpo_table(
         log_ratio, patch_rewards, video_rewards, logit_scale, error, loser_scale, tuple(latent_shape), link_name,
@@ -198,8 +198,8 @@ def _gran_dpo_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor 
     return gradient, *[None] * 9
 
 
-def _watched(latent: Tensor) -> bool:
-    """Whether something looks at operators: a tracer, a dispatch mode, a tensor without data or of another class."""
+def _needs_operator(latent: Tensor) -> bool:
+    """Whether the registered operator must be called: compile, dispatch mode, meta tensor or tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or type(latent) not in (Tensor, torch.nn.Parameter)
@@ -208,21 +208,25 @@ def _watched(latent: Tensor) -> bool:
     )
 
 
-class _Direct(torch.autograd.Function):
-    """The graph of ``gran_dpo_operator`` without the dispatcher, whose way takes longer than a small latent's sums."""
+class _EagerGranDPO(torch.autograd.Function):
+    """``gran_dpo_operator`` without the dispatcher.
+
+    For small latents the dispatcher costs more than the computation.
+    """
 
     @staticmethod
     def forward(ctx: Any, policy: Tensor, arguments: tuple[Any, ...], others: list[Tensor]) -> Tensor:
         loss, coefficients, *rest = _gran_dpo(policy, *arguments)
-        others += coefficients, *rest  # in a list they are no outputs, of which autograd would take care
+        # Appended to a list, so that autograd does not track them as outputs.
+        others += coefficients, *rest
         ctx.save_for_backward(coefficients, policy, arguments[1])
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, policy, target = ctx.saved_tensors
-        # The operator refuses a second derivative; without it one would be taken for 0.
-        run = gran_dpo_backward if torch.is_grad_enabled() or _watched(policy) else _gradient
+        # Outside the operator a second derivative would silently be 0.
+        run = gran_dpo_backward if torch.is_grad_enabled() or _needs_operator(policy) else _gradient
         return run(grad, coefficients, policy, target), None, None
 
 
@@ -238,7 +242,7 @@ def gran_dpo(
     link_name: str,
     numbers: Sequence[float],
 ) -> GranDPOTensors:
-    """The H1 loss in one operator: (loss, coefficients, video_logits, patch_logits, active, log_ratio, error).
+    """The Gran-DPO loss in one operator: (loss, coefficients, video_logits, patch_logits, active, log_ratio, error).
 
     Either ``reference`` or its cached ``reference_error`` is given. ``error`` is the policy's where the cached one or
     an sft weight needs it, else empty. The loss is differentiable in ``policy``, and nothing else of it.
@@ -246,11 +250,11 @@ def gran_dpo(
     arguments = (
         reference, target, reference_error, patch_rewards, video_rewards, logit_scale, grid, link_name, numbers,
     )  # fmt: skip
-    if _watched(policy):
+    if _needs_operator(policy):
         output: GranDPOTensors = gran_dpo_operator(policy, *arguments)
         return output
     others: list[Tensor] = []
-    return _Direct.apply(policy, arguments, others), *others
+    return _EagerGranDPO.apply(policy, arguments, others), *others
 
 
 patch_log_ratio.register_autograd(_log_ratio_backward, setup_context=_save_log_ratio)

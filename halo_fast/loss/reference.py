@@ -6,8 +6,9 @@ Nothing here is differentiable by itself: ``ops`` attaches the gradients.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,12 @@ LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
 # (loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B])
 Table = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+# phi and phi' of logits
+Link = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 class TableNumbers(NamedTuple):
-    """The numbers of the H1 table, in the order in which every backend takes them; ``GranDPO`` says what they are."""
+    """The numbers of the Gran-DPO loss in the order in which every backend takes them; see ``GranDPO``."""
 
     label_smoothing: float
     video_weight: float
@@ -212,7 +216,7 @@ def gran_dpo_table(
     link_name: str,
     numbers: Sequence[float],
 ) -> Table:
-    """The H1 loss and its coefficients from the [2B, f, h, w] table of log-ratios.
+    """The Gran-DPO loss and its coefficients from the [2B, f, h, w] table of log-ratios.
 
     One pair: video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p
               + sft_weight E(video winner) + patch_sft_weight mean of E_p over the winning patches,
@@ -228,46 +232,63 @@ def gran_dpo_table(
     margin = a - b  # -D_p
     sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
     volume = sizes / sizes.sum()
-    pairs = margin.shape[0]
     to = TableNumbers(*numbers)
-    video_scale, patch_scale = margin.new_ones(2, pairs) if logit_scale is None else logit_scale
+    video_scale, patch_scale = margin.new_ones(2, margin.shape[0]) if logit_scale is None else logit_scale
     video_scale, patch_scale = 0.5 * to.video_beta * video_scale, 0.5 * to.patch_beta * patch_scale
-
-    video, patch = margin.new_zeros(pairs), torch.zeros_like(margin)
+    video, patch = margin.new_zeros(margin.shape[0]), torch.zeros_like(margin)
     if video_rewards is not None:
         video = signed_weights(video_rewards, to.video_gamma, to.video_delta)
     if patch_rewards is not None:
         patch = signed_weights(patch_rewards, to.patch_gamma, to.patch_delta)
+    phi = functools.partial(link, name=link_name, smoothing=to.label_smoothing)
 
-    video_logits = video_scale * video.sign() * (volume * margin).flatten(1).sum(1)
-    value, derivative = link(video_logits, link_name, to.label_smoothing)
-    pair_loss = to.video_weight * video.abs() * value
-    video_slope = -to.video_weight * video * derivative * video_scale
-    slope = video_slope[:, None, None, None] * volume
-
-    patch_logits = patch_scale[:, None, None, None] * patch.sign() * margin
-    value, derivative = link(patch_logits, link_name, to.label_smoothing)
-    total = patch.abs().flatten(1).sum(1)
-    share = to.patch_weight / torch.where(total > 0, total, 1.0)
-    pair_loss = pair_loss + share * (patch.abs() * value).flatten(1).sum(1)
-    slope = slope - (share * patch_scale)[:, None, None, None] * patch * derivative
-
-    # A group of weight 0 is no group: it must not bring its pair into the mean.
-    labelled = (patch != 0).flatten(1).sum(1)
-    active = (video != 0) & (to.video_weight != 0 or to.sft_weight != 0)
-    active = active | ((labelled > 0) & (to.patch_weight != 0 or to.patch_sft_weight != 0))
-    active = active.to(log_ratio.dtype)
-
-    supervision = None
+    video_logits, video_loss, video_slope = _video_term(margin, volume, video, video_scale, phi, to)
+    patch_logits, patch_loss, patch_slope = _patch_term(margin, patch, patch_scale, phi, to)
+    active, supervision = _active_pairs(video, patch, to), None
     if error is not None:
-        patch_share = (to.patch_sft_weight / labelled.clamp(min=1).to(patch.dtype))[:, None, None, None].expand_as(
-            patch
-        )
-        supervision = winner_share(patch, patch_share)
-        video_share = winner_share(video, torch.full_like(video, to.sft_weight))[:, None, None, None]
-        supervision = supervision + video_share * volume
-    loss, coefficients = reduce_pairs(pair_loss, slope, active, supervision, error, loser_scale)
+        supervision = _supervision(video, patch, volume, to)
+    loss, coefficients = reduce_pairs(
+        video_loss + patch_loss, video_slope + patch_slope, active, supervision, error, loser_scale
+    )
     return loss, coefficients, video_logits, patch_logits, active
+
+
+def _video_term(
+    margin: Tensor, volume: Tensor, video: Tensor, scale: Tensor, phi: Link, numbers: TableNumbers
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B] and loss [B] of the videos, and its slope dL/dD_p [B, f, h, w]; ``scale`` [B] is beta kappa / 2."""
+    logits = scale * video.sign() * (volume * margin).flatten(1).sum(1)
+    value, derivative = phi(logits)
+    slope = -numbers.video_weight * video * derivative * scale
+    return logits, numbers.video_weight * video.abs() * value, slope[:, None, None, None] * volume
+
+
+def _patch_term(
+    margin: Tensor, patch: Tensor, scale: Tensor, phi: Link, numbers: TableNumbers
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B, f, h, w] and loss [B] of the patches, and its slope dL/dD_p [B, f, h, w]."""
+    logits = scale[:, None, None, None] * patch.sign() * margin
+    value, derivative = phi(logits)
+    total = patch.abs().flatten(1).sum(1)
+    share = numbers.patch_weight / torch.where(total > 0, total, 1.0)
+    slope = -(share * scale)[:, None, None, None] * patch * derivative
+    return logits, share * (patch.abs() * value).flatten(1).sum(1), slope
+
+
+def _active_pairs(video: Tensor, patch: Tensor, numbers: TableNumbers) -> Tensor:
+    """1 for each pair that counts in the mean, else 0: [B]."""
+    # Labels whose weight is 0 do not make a pair active.
+    by_video = (video != 0) & (numbers.video_weight != 0 or numbers.sft_weight != 0)
+    by_patch = (patch != 0).flatten(1).any(1) & (numbers.patch_weight != 0 or numbers.patch_sft_weight != 0)
+    return (by_video | by_patch).to(patch.dtype)
+
+
+def _supervision(video: Tensor, patch: Tensor, volume: Tensor, numbers: TableNumbers) -> Tensor:
+    """Weights [2B, f, h, w] of the errors in the supervised terms."""
+    labelled = (patch != 0).flatten(1).sum(1).clamp(min=1).to(patch.dtype)
+    patch_share = (numbers.patch_sft_weight / labelled)[:, None, None, None].expand_as(patch)
+    video_share = winner_share(video, torch.full_like(video, numbers.sft_weight))[:, None, None, None]
+    return winner_share(patch, patch_share) + video_share * volume
 
 
 def composed_gran_dpo(
@@ -283,7 +304,7 @@ def composed_gran_dpo(
     link_name: str,
     numbers: TableNumbers,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The H1 loss put together from the single operations of ``kernels``: the table, log-ratios, and errors if needed.
+    """The Gran-DPO loss from the single operations of ``kernels``: the table, log-ratios, and errors if needed.
 
     Exactly one of ``reference`` and ``reference_error`` is given.
     """

@@ -18,7 +18,7 @@ _USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EN
 
 
 class Verb(NamedTuple):
-    """A command: who reads its arguments, what is called with them ("module:function") and what that does."""
+    """A command: the function that parses its arguments, its target "module:function" and one line of help."""
 
     read: Callable[[str, "Verb", list[str]], None]
     target: str
@@ -122,8 +122,8 @@ def _overview() -> str:
 def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
     """Run one stage, or all of them for `halo run`."""
     from halo_fast.pipeline.arguments import build_parser, parse_config
-    from halo_fast.pipeline.check import check_required, check_run
     from halo_fast.pipeline.config import to_yaml
+    from halo_fast.pipeline.preflight import check_required, check_run
     from halo_fast.pipeline.run import Run
 
     parser = build_parser(f"halo {name}", verb.help)

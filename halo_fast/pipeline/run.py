@@ -185,45 +185,45 @@ class Stage:
 
     def _prepare(self) -> None:
         """Find out whether the stage is done, and make its folder ready for work if it is not."""
-        known = self._known()
-        if known and (self.run.force or self._outdated(known)):
+        earlier = self._earlier_record()
+        if earlier and (self.run.force or self._outdated(earlier)):
             self._set_aside()
-            known = None
-        if known and (self.folder / _MANIFEST).exists():
-            self.done = self._intact(known["outputs"])
+            earlier = None
+        if earlier and (self.folder / _MANIFEST).exists():
+            self.done = self._intact(earlier["outputs"])
             if self.done:
                 logger.info("%s: finished before, kept (%s)", self.name, self.folder)
                 return
         for source in self._sources.values():
             self._check_outputs(source)
-        self._started = known["started"] if known else _now()
+        self._started = earlier["started"] if earlier else _now()
         write_json(self.folder / _PENDING, {**self._key, "started": self._started})
         (self.folder / _MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
 
-    def _known(self) -> dict[str, Any] | None:
+    def _earlier_record(self) -> dict[str, Any] | None:
         """The manifest, or the notes of unfinished work; None if the folder is empty."""
-        known = read_json(self.folder / _MANIFEST)
-        if known is None and self._written():
-            known = read_json(self.folder / _PENDING)
-            if known is None:
+        earlier = read_json(self.folder / _MANIFEST)
+        if earlier is None and self._written():
+            earlier = read_json(self.folder / _PENDING)
+            if earlier is None:
                 raise UserError(f"{self.folder}: holds files that no stage has written; choose another output_dir")
-        return known
+        return earlier
 
-    def _outdated(self, known: dict[str, Any]) -> bool:
+    def _outdated(self, earlier: dict[str, Any]) -> bool:
         """Whether an earlier stage has changed.
 
         Raises:
             UserError: the settings, or inputs from outside the run directory, differ.
         """
         cure = "pass --force to redo the stage, or choose another output_dir"
-        before, now = _flatten(known["settings"]), _flatten(self._key["settings"])
+        before, now = _flatten(earlier["settings"]), _flatten(self._key["settings"])
         for name in [*now, *before]:
             old, new = before.get(name, "unset"), now.get(name, "unset")
             if old != new:
                 raise UserError(f"{self.folder}: was made with {name} = {old}, now it is {new}; {cure}")
-        before, now = known["inputs"], self._key["inputs"]
+        before, now = earlier["inputs"], self._key["inputs"]
         changed = [name for name in [*now, *before] if before.get(name) != now.get(name)]
         for name in changed:
             if name not in self._sources:
@@ -236,7 +236,7 @@ class Stage:
         """Keep finished work until the new is finished, and drop unfinished work."""
         discarded = self.run.path / f".{self.name}.discarded"
         shutil.rmtree(discarded, ignore_errors=True)
-        # rename before deleting, so that a kill leaves nothing that passes for unfinished work
+        # Rename first: a kill during deletion must not leave a folder that looks unfinished.
         if self._old.exists():
             older = self._old if (self.folder / _MANIFEST).exists() else self.folder
             older.rename(discarded)

@@ -23,7 +23,7 @@ class TrainConfig:
         lr_warmup_steps: steps of linear warm-up.
         max_train_steps: optimiser steps.
         reference_draws: noises and times of each pair at which the reference's errors are computed once, before
-            training; null or 0: fresh ones at each visit, with the reference in the loop.
+            training; null or 0: fresh ones in every epoch, with the reference in the loop.
         train_batch_size: pairs in a batch of one process.
         gradient_accumulation_steps: batches of each process in a step.
         rank: of the LoRA matrices; 0 trains the weights themselves, in float32.

@@ -1,4 +1,7 @@
-"""Which pairs a step takes, and their noise and times: all out of counters, so a step depends on its number alone."""
+"""Which pairs a step takes, their noise and their times: functions of the step's number and the seed alone.
+
+A draw is (index of the pair, number): the number-th noise and time of that pair.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser
 
-__all__ = ["Batch", "check_pairs", "draws", "generator", "make_batch"]
+__all__ = ["Batch", "check_pairs", "draws_of_step", "generator", "make_batch"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
 
 
-def draws(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
-    """Which pairs a step takes, and the draw of noise and time for each.
+def draws_of_step(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
+    """The draws of a step: which pairs it takes, and which noise and time of each.
 
-    Every epoch takes all pairs once, in an order of its own. A pair's k-th visit has draw k, or k modulo `limit`.
+    Every epoch takes all pairs once, in an order of its own. In epoch k each draw has the number k, or k modulo
+    `limit`.
 
     Args:
         step: from 0.
@@ -80,15 +84,15 @@ def draws(step: int, size: int, count: int, seed: int, limit: int | None) -> lis
         limit: draws of a pair; None for any number.
 
     Returns:
-        (index of the pair, its draw), `size` of them.
+        `size` draws (index of the pair, number).
     """
     places = range(step * size, (step + 1) * size)
     orders = {
         epoch: torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
         for epoch in {place // count for place in places}
     }
-    visits = [(orders[place // count][place % count], place // count) for place in places]
-    return [(index, visit % limit if limit else visit) for index, visit in visits]
+    numbered = [(orders[place // count][place % count], place // count) for place in places]
+    return [(index, number % limit if limit else number) for index, number in numbered]
 
 
 def generator(*counter: object) -> torch.Generator:
@@ -105,7 +109,7 @@ def _noise_and_time(shape: torch.Size, index: int, draw: int, seed: int, limit: 
     each = generator(seed, "pair", index, draw)
     noise, u = torch.randn(shape, generator=each), torch.rand(1, generator=each)
     if limit:
-        # Pairs begin in strata of their own, so the first visits of all pairs cover the times too.
+        # Each pair visits the strata in its own order. The first draws of all pairs then also cover all times.
         strata = torch.randperm(limit, generator=generator(seed, "strata", index))
         u = (strata[draw] + u) / limit
     return noise, u
@@ -126,7 +130,7 @@ def make_batch(
     Args:
         family: gives times, noise process and stacked conditions.
         pairs: all pairs.
-        draws: (index, draw) of the B pairs of the batch.
+        draws: (index of the pair, number) of the B pairs of the batch.
         seed: of noise and times.
         device: of the batch.
         limit: number of draws of a pair; None for any number.

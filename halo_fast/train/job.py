@@ -14,16 +14,16 @@ from halo_fast.errors import UserError
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
-from halo_fast.train.checks import build_auto_beta, check_trackers, checked_objective
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.launch import check_launch, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
+from halo_fast.train.reference_check import check_start
 from halo_fast.train.references import check_reference_errors, reference_errors
 from halo_fast.train.schedules import uses_reference
-from halo_fast.train.start import check_start
+from halo_fast.train.setting_checks import build_auto_beta, check_trackers, checked_objective
 
 __all__ = ["Job", "Progress", "prepared_job"]
 
@@ -70,7 +70,7 @@ class Job:
         return bool(self.accelerator.is_main_process)
 
     def batch(self, draws: Sequence[tuple[int, int]]) -> Batch:
-        """The training pairs of (index, draw), on the device."""
+        """The batch of some draws (index of the pair, number), on the device."""
         return make_batch(
             self.family, self.pairs, draws, self.config.seed, self.accelerator.device,
             limit=self.config.reference_draws or None, errors=self.reference_errors,
@@ -194,4 +194,5 @@ def _rounding(config: TrainConfig, dtype: torch.dtype) -> float:
 
 
 def _optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    # lr is set before each step by steps.learning_rate
     return torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)

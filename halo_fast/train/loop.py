@@ -63,8 +63,8 @@ def fit(
 ) -> Fit:
     """Train a LoRA, or the weights themselves, on preference pairs; the pipeline is left as it was.
 
-    Noise and time of a pair's draws come from a seed of their own, so a step depends on nothing but its number. The
-    model stays in eval mode throughout: dropout would make policy and reference differ by chance.
+    Each (pair, draw) seeds its own noise and time. A step's data depends only on its number and the seed. The model
+    stays in eval mode throughout: dropout would make policy and reference differ by chance.
 
     Args:
         pipeline: a diffusers pipeline, a `Family` or a `Denoiser`.
@@ -116,7 +116,7 @@ def _train(job: Job, folder: Path | None, observers: Sequence[Observer], progres
         for step in progress(steps, len(steps), "train") if job.is_main else steps:
             figures, norm = take_step(job, step)
             for observer in observers:
-                observer.saw(step, figures, norm)
+                observer.after_step(step, figures, norm)
             done = step + 1
             saving = folder is not None and done % config.checkpointing_steps == 0
             due = saving or any(observer.due(done) for observer in observers)
@@ -141,7 +141,10 @@ def _train(job: Job, folder: Path | None, observers: Sequence[Observer], progres
 
 
 def _stopping(job: Job, sigterm: bool, due: bool) -> bool:
-    """Whether to stop after this step: one process at once, several when they report, so that no step waits."""
+    """Whether to stop after this step.
+
+    A single process stops at once. Several stop at the next report, where they synchronise anyway.
+    """
     if job.accelerator.num_processes == 1:
         return sigterm
     return due and bool(any_process(torch.tensor([sigterm]), job.accelerator.device))

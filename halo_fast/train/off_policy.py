@@ -62,10 +62,10 @@ def measure_off_policy(job: Job, generate: GenerateConfig | None) -> OffPolicy:
     count = min(len(job.pairs), config.off_policy_pairs)
 
     def batches(pairs: Sequence[Pair], count: int) -> list[Batch]:
-        places = [(index, 0) for index in range(count)]
+        draws = [(index, 0) for index in range(count)]
         size = config.train_batch_size
         return [
-            make_batch(job.family, pairs, places[start : start + size], config.seed, job.accelerator.device)
+            make_batch(job.family, pairs, draws[start : start + size], config.seed, job.accelerator.device)
             for start in range(0, count, size)
         ]
 

@@ -32,16 +32,16 @@ def gather_shards(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def batches_of_process(visits: Sequence[Any], size: int, rank: int, world: int) -> list[Sequence[Any]]:
+def batches_of_process(draws: Sequence[Any], size: int, rank: int, world: int) -> list[Sequence[Any]]:
     """The batches of one process in a step.
 
     Args:
-        visits: the step's pairs, over all processes.
+        draws: the step's, over all processes.
         size: pairs of a batch; batches go to the processes in turn.
         rank: this process's number.
         world: number of processes.
     """
-    return [visits[start : start + size] for start in range(rank * size, len(visits), world * size)]
+    return [draws[start : start + size] for start in range(rank * size, len(draws), world * size)]
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

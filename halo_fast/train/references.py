@@ -1,4 +1,4 @@
-"""The reference's patch errors at fixed draws, computed once: all that training needs to know of the reference.
+"""The reference's patch errors at fixed draws, computed once before training.
 
 The reference enters the loss only through E_p(o_ref), one number a patch (docs/dropin.md). For K draws of noise and
 time of each pair these are computed before training, by the plain base model. They are kept as small files named by

@@ -36,7 +36,7 @@ def batched(
         backward: runs the backward pass of a 0-d tensor.
 
     Returns:
-        What the batch shows, without a graph.
+        The statistics of the batch, without a graph.
     """
     base = None
     if reference is not None:
@@ -63,7 +63,7 @@ def margin_first(
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Whether the reference's predictions change the loss: on pairs without a preference term they do not."""
+    """Whether the loss uses the reference. False for a pair objective whose preference and anchor weights are 0."""
     if isinstance(objective, PairObjective):
         return any((objective.video_weight, objective.patch_weight, objective.anchor_weight))
     return objective.needs_reference
@@ -91,7 +91,7 @@ def loss_arguments(
     if not objective.needs_reference:
         reference = error = None
     elif reference is None and error is None:
-        # The reference has no weight in this loss: the policy stands for it, which saves a forward pass.
+        # The preference weights are 0, so any reference gives the same loss. The detached policy saves a forward pass.
         reference = prediction.detach()
     return {
         "prediction": prediction,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halo_fast.loss.figures import PairFigures
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, draws
+from halo_fast.train.draws import Batch, draws_of_step
 from halo_fast.train.job import Job
 from halo_fast.train.parallel import average_gradients, batches_of_process, gather_shards
 from halo_fast.train.schedules import batched, margin_first, uses_reference
@@ -23,13 +23,13 @@ def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
         step: from 0; decides pairs, noise, times and learning rate.
 
     Returns:
-        What each of this process's batches showed, and the 0-d gradient norm before clipping.
+        The statistics of each of this process's batches, and the 0-d gradient norm before clipping.
     """
     config, world = job.config, job.accelerator.num_processes
     size = config.train_batch_size * config.gradient_accumulation_steps * world
-    visits = draws(step, size, len(job.pairs), config.seed, config.reference_draws or None)
+    draws = draws_of_step(step, size, len(job.pairs), config.seed, config.reference_draws or None)
     figures = []
-    for own in batches_of_process(visits, config.train_batch_size, job.accelerator.process_index, world):
+    for own in batches_of_process(draws, config.train_batch_size, job.accelerator.process_index, world):
         figures.append(run_batch(job, job.batch(own)))
     pairs = torch.stack([one.num_pairs for one in figures]).sum()
     average_gradients(list(job.parameters.values()), pairs, job.sharded)

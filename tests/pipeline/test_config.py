@@ -9,8 +9,8 @@ from recipe import demo_config
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.pipeline.arguments import load_config
-from halo_fast.pipeline.check import check_required
 from halo_fast.pipeline.config import Config, to_yaml
+from halo_fast.pipeline.preflight import check_required
 from halo_fast.pipeline.stages import STAGES
 
 yaml = pytest.importorskip("yaml")

@@ -39,7 +39,7 @@ loop.take_step = stopping
 config = tiny_config(Path({folder!r}), **{settings!r})
 train(config, Run(config))
 """
-# all that has a state: moments, an adjusted beta, a schedule of the learning rate, visits, diagnostics between two rows
+# all that has a state: moments, an adjusted beta, a schedule of the learning rate, draws, diagnostics between two rows
 SETTINGS = {
     "max_train_steps": 14, "train_batch_size": 1, "gradient_accumulation_steps": 2, "checkpointing_steps": 3,
     "checkpoints_total_limit": 2, "auto_beta": 0.3, "lr_scheduler": "cosine", "reference_draws": 3,

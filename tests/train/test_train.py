@@ -142,7 +142,7 @@ def test_noise_of_a_visit_does_not_depend_on_the_batch(pipeline, pairs):
         fit(spy, pairs, config, progress=quiet)
         seen.append(torch.cat([noisy[: len(noisy) // 2] for noisy, *_, grad in spy.calls if grad]))
     assert torch.equal(*seen)
-    # two epochs of six pairs: all noisy samples differ, so the second visit had noise of its own
+    # two epochs of six pairs: all noisy samples differ, so the second epoch had noise of its own
     assert len(seen[0].flatten(1).unique(dim=0)) == 12
 
 

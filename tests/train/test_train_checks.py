@@ -19,7 +19,7 @@ from halo_fast.train.draws import Batch, make_batch
 from halo_fast.train.job import prepared_job
 from halo_fast.train.launch import check_launch
 from halo_fast.train.observers import diagnostics
-from halo_fast.train.start import check_start
+from halo_fast.train.reference_check import check_start
 from halo_fast.train.steps import take_step
 
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def test_diagnostics_judge_by_the_beta_in_use(pairs, monkeypatch):
             diagnostics, "heldout_figures", lambda *given: used.append(given[-1].video_beta) or original(*given)
         )
         watching = diagnostics.Diagnostics(job, pairs)
-        watching.saw(0, figures, norm)
+        watching.after_step(0, figures, norm)
         watching.report(config.max_train_steps)
     assert used == [30.0] and {row["split"] for row in watching.rows} == {"train", "heldout"}
 

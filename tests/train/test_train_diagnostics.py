@@ -13,16 +13,17 @@ from tiny import tiny_clips, tiny_wan
 from training import CONFIG, make_pairs, objective_with, quiet, run_model, with_random_adapter
 
 from halo_fast.data.clips import read_clip
+from halo_fast.data.pairs import heldout_mask
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.loss.functional import gran_dpo
 from halo_fast.loss.objectives import GranDPO
 from halo_fast.train import adapters_off, fit
-from halo_fast.train.checks import check_trackers
 from halo_fast.train.draws import make_batch
-from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, heldout_mask, summarize
+from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, summarize
 from halo_fast.train.observers.previews import write_previews
 from halo_fast.train.observers.trackers import open_trackers
+from halo_fast.train.setting_checks import check_trackers
 
 CPU = torch.device("cpu")
 OBJECTIVE = GranDPO(video_beta=30.0, patch_beta=8.0, patch_delta=0.4, patch_gamma=0.0)
@@ -204,7 +205,7 @@ def test_trackers_that_are_unknown_or_missing_are_refused(monkeypatch):
     with pytest.raises(UserError, match="report_to: expected some of tensorboard, wandb, got 'mlflow'"):
         check_trackers(["mlflow"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("halo_fast.train.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("halo_fast.train.setting_checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
         check_trackers(["wandb"])
 
@@ -224,7 +225,7 @@ class Accelerator:
 
 
 def test_trackers_get_rows_under_their_step_and_are_closed_whatever_happens(monkeypatch, tmp_path):
-    monkeypatch.setattr("halo_fast.train.checks.find_spec", lambda name: types.ModuleType(name))
+    monkeypatch.setattr("halo_fast.train.setting_checks.find_spec", lambda name: types.ModuleType(name))
     config = dataclasses.replace(CONFIG, report_to=["wandb"], objective=objective_with(patch_beta=None))
     accelerator = Accelerator()
     log = types.SimpleNamespace(new_rows=[{"step": 3, "loss": 0.5, "rewards/margins": 0.1, "win_gap": math.nan}])

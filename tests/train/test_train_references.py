@@ -12,7 +12,7 @@ from halo_fast.families import family_of
 from halo_fast.families.wan import Wan
 from halo_fast.loss.functional import patch_error
 from halo_fast.train import adapters_off, fit, references
-from halo_fast.train.draws import draws, make_batch
+from halo_fast.train.draws import draws_of_step, make_batch
 from halo_fast.train.job import prepared_job
 
 DRAWS = 3
@@ -83,9 +83,9 @@ def test_times_of_a_pairs_draws_are_stratified_and_first_draws_cover_the_times(p
     assert len((u[0] * count).floor().unique()) >= 6
 
 
-def test_visits_beyond_the_last_draw_begin_again():
-    seen = [place for step in range(8) for place in draws(step, 3, 6, 0, DRAWS)]
-    unlimited = [place for step in range(8) for place in draws(step, 3, 6, 0, None)]
+def test_draws_beyond_the_last_begin_again():
+    seen = [draw for step in range(8) for draw in draws_of_step(step, 3, 6, 0, DRAWS)]
+    unlimited = [draw for step in range(8) for draw in draws_of_step(step, 3, 6, 0, None)]
     assert [(index, draw % DRAWS) for index, draw in unlimited] == seen
     assert {draw for _, draw in seen} == {0, 1, 2} and max(draw for _, draw in unlimited) == 3
 

@@ -202,7 +202,7 @@ def check_fields(objective: Any) -> None:
 
 
 def used_labels(video: float, patch: float) -> frozenset[str]:
-    """The kinds of labels with a weight other than 0; both if there is none, for then either will do."""
+    """The kinds of labels with a weight other than 0; both if all weights are 0."""
     used = {label for label, weight in (("video", video), ("patch", patch)) if weight}
     return frozenset(used) or LABELS
 

@@ -43,7 +43,7 @@ class GranDPO(PairObjective):
         anchor_weight: weight of the squared distance to the reference's predictions.
         loser_guard: "video" or "patch" scales the loser's gradient by clip((1 - loser_guard_mu) |g_w|^2 / <g_w, g_l>,
             0, 1) where <g_w, g_l> > 0, over the video or over each patch; None does not.
-        form: "H1", the loss above; kept because the signature is public.
+        form: always "H1"; other values raise. Kept for callers that pass it.
         loser_guard_mu: mu of the guard, between 0 and 1; at 1 a loser that opposes its winner has no gradient.
 
     Raises:

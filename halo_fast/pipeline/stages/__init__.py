@@ -6,7 +6,7 @@ __all__ = ["STAGES", "StageEntry"]
 
 
 class StageEntry(NamedTuple):
-    """What the command line has to know of a stage before it imports it.
+    """A stage's entry for the command line, read before the stage is imported.
 
     Args:
         target: "module:function", called with Config and Run.

@@ -72,7 +72,7 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
         # the teacher's name holds what its answers depend on; bounds on money and time may change while a run goes on
         settings = {name: getattr(config.annotate, name) for name in ("teacher", "options", "num_clips")}
-        settings |= {"judge": teacher.name, "pairwise": isinstance(teacher, Judge)}
+        settings |= {"teacher_name": teacher.name, "pairwise": isinstance(teacher, Judge)}
         settings |= {"grid": config.grid, "seed": config.seed}
         with run.stage("annotate", settings, {"clips": folder}) as stage:
             if stage.done:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 
 from halo_fast.data import CachedPairs, Pair
+from halo_fast.data.pairs import heldout_mask
 from halo_fast.errors import UserError
 from halo_fast.export.lora import LORA_FILE, metadata, save_network
 from halo_fast.families import Family, load, source
@@ -15,7 +16,6 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
-from halo_fast.train.observers.diagnostics import heldout_mask
 from halo_fast.train.steps import take_step
 
 __all__ = ["dry_run", "train"]

@@ -22,7 +22,7 @@ _FEWEST_ANSWERS, _FEWEST_QUESTIONS, _FEWEST_REFUSED = 6, 3, 10
 class Ledger:
     """Requests of one teacher, entered in a store before they are sent.
 
-    Unusable answers of earlier processes are not final: a question has `max_attempts` answers anew for each ledger.
+    Unusable answers of earlier processes are not final: each ledger allows a question `max_attempts` new answers.
 
     Args:
         store: of requests and answers.

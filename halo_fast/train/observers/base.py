@@ -1,4 +1,4 @@
-"""What watches a training: an observer notes what each step showed, and reports when it is due."""
+"""What watches a training: an observer keeps the statistics of each step, and reports when it is due."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ class Observer:
 
     name: ClassVar[str]
 
-    def saw(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
-        """Note what a step showed; must not wait for the device.
+    def after_step(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
+        """Keep the statistics of a step; must not wait for the device.
 
         Args:
             step: from 0.

@@ -16,7 +16,6 @@ train/diagnostics.csv has one row for each (step, split, label, group, bucket):
     saturation          share of |z| > 10
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -40,7 +39,7 @@ from halo_fast.train.observers.base import Observer
 from halo_fast.train.observers.log import read_rows
 from halo_fast.train.schedules import loss_arguments
 
-__all__ = ["Diagnostics", "heldout_errors", "heldout_figures", "heldout_mask", "summarize", "winner_warning"]
+__all__ = ["Diagnostics", "heldout_errors", "heldout_figures", "summarize", "winner_warning"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class Diagnostics(Observer):
             with job.reference_mode(), job.accelerator.autocast():
                 self._errors = heldout_errors(job.family, job.model, heldout, job.config, job.accelerator.device)
 
-    def saw(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
+    def after_step(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
         self._figures += figures
 
     def due(self, done: int) -> bool:
@@ -113,19 +112,6 @@ class Diagnostics(Observer):
             absent: dict[str, Any] = {field.name: None for field in fields(PairFigures)}
             found = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
             self._figures = [PairFigures(**absent | found | {"loss": torch.zeros((), device=device)})]
-
-
-def heldout_mask(prompts: Sequence[str], share: float) -> list[bool]:
-    """Which pairs are kept out of training: those whose prompt's hash falls into the lowest `share` of all hashes.
-
-    All pairs of a prompt fall on one side, and a prompt stays on its side when others come or go.
-
-    Args:
-        prompts: of each pair.
-        share: from 0 to 1.
-    """
-    hashes = {prompt: int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") for prompt in set(prompts)}
-    return [hashes[prompt] < share * 2**64 for prompt in prompts]
 
 
 @torch.no_grad()
@@ -186,9 +172,9 @@ def heldout_figures(
 def _batches(family: Denoiser, pairs: Sequence[Pair], config: TrainConfig, device: torch.device) -> Iterator[Batch]:
     # assembled each time: latents with noise take far more room than the counters they come from
     count = min(len(pairs), config.heldout_pairs)
-    places = [(index, draw) for draw in range(config.heldout_draws) for index in range(count)]
-    for start in range(0, len(places), config.train_batch_size):
-        chosen = places[start : start + config.train_batch_size]
+    draws = [(index, draw) for draw in range(config.heldout_draws) for index in range(count)]
+    for start in range(0, len(draws), config.train_batch_size):
+        chosen = draws[start : start + config.train_batch_size]
         yield make_batch(family, pairs, chosen, config.seed, device, limit=config.heldout_draws)
 
 

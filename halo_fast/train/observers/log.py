@@ -56,7 +56,7 @@ class Log(Observer):
         """Rows of the last report."""
         return self.rows[self.first_new :]
 
-    def saw(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
+    def after_step(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
         beta = {} if self._job.auto_beta is None else {"beta": self._job.auto_beta.beta}
         self._waiting.append(_Step(figures, norm, beta))
 

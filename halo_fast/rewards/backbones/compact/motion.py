@@ -9,7 +9,7 @@ from torch import Tensor, nn
 __all__ = ["Motion", "motion_correlation"]
 
 _SIDE = 16  # positions a side at which motion is followed
-_REACH = 4  # largest shift that is looked for: a quarter of the picture
+_REACH = 4  # largest shift that is searched: a quarter of the picture
 _CHANNELS = 6
 _SHIFTS = (2 * _REACH + 1) ** 2
 

@@ -50,12 +50,12 @@ def check_run(config: Config, run: Run) -> None:
             teacher or meter, or one that cannot read such clips.
     """
     check_required(config, STAGES)
-    # these load torch and more, for which nobody should wait who forgot a setting
+    # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.teachers import LabelStore
-    from halo_fast.train.checks import check_trackers, checked_objective
+    from halo_fast.train.setting_checks import check_trackers, checked_objective
 
     checked_objective(config.train)
     check_trackers(config.train.report_to)

@@ -1,4 +1,4 @@
-"""Proof at the start of a training that one model serves as policy and as reference."""
+"""The check at the start of a training that one model serves as policy and as reference."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,9 +34,9 @@ def check_start(
 ) -> None:
     """Raise unless policy and reference are the base, moved weights change the policy alone, and the loss starts right.
 
-    Equal means to the bit, or but for rounding: torch may choose other kernels by memory layout, flags or graph, which
-    add up in another order. A difference may be at most `rounding` times the prediction's norm, and at most 1% of what
-    moving the weights does, which is the tighter bound where `rounding` is coarse.
+    Two predictions count as equal if they differ by rounding alone: torch may choose kernels that add in another order.
+    The norm of a difference may be at most `rounding` times the prediction's norm. It may also be at most 1% of the
+    change that moved weights make; this is the tighter bound where `rounding` is coarse.
 
     Args:
         predict: of a batch, by the model as it is.
