@@ -1,4 +1,4 @@
-"""Names of models, prompts, teachers, meters and more; a name stands for "module:attribute" and is imported on demand.
+"""Names of models, prompts, teachers, meters and more, each for a "module:attribute" that is imported on demand.
 
 Whatever takes a registered name also takes a dotted name of your own: "package.module:Class". A plugin is a module with
 `TABLES`, {kind: {name: "module:attribute"}}.
@@ -25,8 +25,9 @@ def register(kind: str, names: Mapping[str, str]) -> None:
     """Add names of a kind.
 
     Args:
-        kind: "model", "prompts", "teacher", "meter", "reward backbone", "reward examples", "recipe", "comparison",
-            "command" or whatever else has names.
+        kind: "model", "family", "prompts", "teacher", "meter", "reward backbone", "reward examples",
+            "reward evaluation", "objective", "recipe", "comparison", "command", "command help" (the text of a command
+            in `halo --help`), or whatever else has names.
         names: name -> "module:attribute".
 
     Raises:

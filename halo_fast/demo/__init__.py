@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
     from diffusers import WanPipeline
 
-__all__ = ["BASES", "RECIPE", "WEIGHTS", "check_clips", "load_pipeline"]
+__all__ = ["BASES", "PRETRAIN_HELP", "RECIPE", "WEIGHTS", "check_clips", "load_pipeline"]
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 WEIGHTS = Path(__file__).parent / "weights"
 BASES = ("graded", "patchy")
+PRETRAIN_HELP = "train the demo's meters and both of its base models from nothing"
 
 
 def check_clips(

@@ -4,6 +4,7 @@ __all__ = ["TABLES"]
 
 TABLES: dict[str, dict[str, str]] = {
     "command": {"demo compare": "compare", "demo pretrain": "halo_fast.demo.pretrain:pretrain"},
+    "command help": {"demo pretrain": "halo_fast.demo:PRETRAIN_HELP"},
     "comparison": {"graded": "halo_fast.demo.comparison:GRADED", "patchy": "halo_fast.demo.comparison:PATCHY"},
     "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
     "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},

@@ -102,6 +102,13 @@ def _command(target: str) -> Verb:
     return VERBS[target] if target in VERBS else Verb(_call, target, "")
 
 
+def _command_help(name: str) -> str:
+    """The line of a registered command in `halo --help`: a registered text, or that of the verb it stands for."""
+    if name in registry.known("command help"):
+        return str(registry.resolve("command help", name))
+    return _command(registry.target("command", name)).help
+
+
 def _overview() -> str:
     """The text of `halo --help`: every verb with its line, registered commands and recipes."""
 
@@ -109,7 +116,7 @@ def _overview() -> str:
         return "\n".join(f"  {name:<16}{VERBS[name].help}" for name in names)
 
     others = lines(name for name in VERBS if name not in STAGES and name != "run")
-    commands = "\n".join(f"  {name}" for name in registry.known("command"))
+    commands = "\n".join(f"  {name:<16}{_command_help(name)}".rstrip() for name in registry.known("command"))
     return (
         f"usage: halo VERB {_SETTINGS} [--print-config] [--force]\n\n"
         f"stages of a run, prompts in, LoRA and report out:\n{lines(STAGES)}\n\n{lines(['run'])}\n\n"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import sys
+import types
 
 import cases
 import pytest
 import torch
 from torch.nn.functional import softplus
 
-from halo_fast import PRESETS, GranDPO, gran_dpo, gran_dpo_coefficients, patch_weighted_mse
+from halo_fast import PRESETS, GranDPO, gran_dpo, gran_dpo_coefficients, patch_weighted_mse, registry
 from halo_fast.loss.inputs import Inputs
 from halo_fast.loss.objectives import DiffusionKTO, MaPO, Objective, PooledDPO, Table, WeightedRegression, build
 
@@ -140,12 +142,38 @@ BAD = {
         "no field 'patch_beta'; mapo has video_beta",
     ),
     "wrong value": ({"preset": "halo", "video_beta": 0.0}, ValueError, "video_beta must be finite and above 0"),
-    "missing module": ("halo_fast.nowhere:Loss", ValueError, "'halo_fast.nowhere:Loss' cannot be imported"),
+    "missing module": ("halo_fast.nowhere:Loss", ValueError, "'halo_fast.nowhere:Loss', which cannot be imported"),
     "missing attribute": (f"{__name__}:Nothing", ValueError, "cannot be imported.*Nothing"),
     "no objective": (f"{__name__}:batch", TypeError, "objective must be an Objective.*tuple"),
     "a class": (GranDPO, TypeError, "objective must be a preset's name.*got the class GranDPO: call it"),
     "a number": (500.0, TypeError, "objective must be a preset's name.*got float"),
 }
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """A plugin that registers SOFTER; the registry is as it was afterwards."""
+    module = types.ModuleType("own_plugin")
+    module.TABLES = {"objective": {"softer": f"{__name__}:SOFTER", "squared": f"{__name__}:SquaredMargin"}}
+    monkeypatch.setitem(sys.modules, "own_plugin", module)
+    monkeypatch.setattr(registry, "_PLUGINS", ("own_plugin",))
+    monkeypatch.setattr(registry, "_tables", {})
+    registry._load_plugins.cache_clear()
+    yield
+    registry._load_plugins.cache_clear()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_plugins_objectives_have_names_like_presets():
+    assert build("softer") is SOFTER
+    assert build("squared") == SquaredMargin()
+    assert build({"preset": "softer", "scale": 7.0}) == SquaredMargin(scale=7.0)
+    assert build("halo") == GranDPO()
+    policy, target, ref, _, video_rewards = batch()
+    named, given = (gran_dpo(policy, target, ref, None, video_rewards, objective=one) for one in ("softer", SOFTER))
+    assert torch.equal(named.loss, given.loss)
+    with pytest.raises(ValueError, match="one of halo, .*patch_dpo, softer, squared, a GranDPO.*got 'soft'"):
+        build("soft")
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -11,7 +11,7 @@ from recipe import demo_config
 from halo_fast import registry
 from halo_fast.errors import UserError
 from halo_fast.files import write_bytes
-from halo_fast.pipeline import check, cli
+from halo_fast.pipeline import cli, preflight
 from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -84,7 +84,7 @@ def test_printed_config_reads_back(calls, tmp_path, capsys):
 
 def test_run_goes_through_all_stages_in_order(calls, monkeypatch):
     checked = []
-    monkeypatch.setattr(check, "check_run", lambda config, run: checked.append(config))
+    monkeypatch.setattr(preflight, "check_run", lambda config, run: checked.append(config))
     assert cli.main(["run", "--force"]) == 0
     assert checked == [calls[0][1]]
     assert [name.split(".")[-1] for name, _, _ in calls] == [
@@ -263,6 +263,14 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
     assert cli.main(["demo", "pretrain", "--steps", "5"]) == 0
     assert got == {"world": "graded", "steps": 5, "output_dir": None}
     assert "--stops" in refuse(capsys, "demo", "pretrain", "--stops", "5")
+
+
+def test_every_command_has_a_line_in_the_help(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in registry.known("command"):
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert len(line.removeprefix(f"  {name}").split()) > 3, line
 
 
 def test_command_and_module_answer_alike(tmp_path):

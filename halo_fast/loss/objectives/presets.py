@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from halo_fast import registry
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 from halo_fast.loss.objectives.base import Objective
 from halo_fast.loss.objectives.granular import GranDPO
 from halo_fast.loss.objectives.kto import DiffusionKTO
@@ -53,9 +53,10 @@ def build(spec: Spec) -> Objective:
     """The objective that a setting describes.
 
     Args:
-        spec: a preset's name (``PRESETS``); a mapping {"preset": NAME, field: value, ...}, the preset with fields
-            replaced; an objective; or your own as "package.module:attribute", an objective or what gives one when
-            called without arguments. "preset" takes a dotted name too.
+        spec: a preset's name (``PRESETS``); a name registered as kind "objective" (`halo_fast.registry`); your own as
+            "package.module:attribute"; a mapping {"preset": NAME, field: value, ...}, any of these names with fields
+            replaced; or an objective. A registered or dotted name stands for an objective, or for what gives one when
+            called without arguments.
 
     Raises:
         TypeError: spec is nothing of the kind.
@@ -78,24 +79,27 @@ def _checked(value: Any, expected: str) -> Objective:
 
 
 def _imported(name: str) -> Objective:
-    """The objective behind "package.module:attribute", called without arguments where it is not one itself."""
-    if ":" not in name:
-        raise ValueError(
-            f'objective must be one of {", ".join(PRESETS)}, a GranDPO, or your own as "package.module:attribute"; '
-            f"got {name!r}"
-        )
+    """The objective behind a registered or dotted name, called without arguments where it is not one itself."""
     try:
         found = registry.resolve("objective", name)
     except UserError as error:
-        raise ValueError(str(error)) from error
+        cause = f", which cannot be imported ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise ValueError(
+            f'objective must be one of {_known_names()}, a GranDPO, or your own as "package.module:attribute"; '
+            f"got {name!r}{cause}"
+        ) from error
     made = found() if isinstance(found, type) or not hasattr(found, "table") else found
     return _checked(made, f"an Objective, or {name!r} give one")
+
+
+def _known_names() -> str:
+    return ", ".join([*PRESETS, *registry.known("objective")])
 
 
 def _replaced(spec: Mapping[str, Any]) -> Objective:
     values = dict(spec)
     if "preset" not in values:
-        raise ValueError(f'objective must name its "preset", one of {", ".join(PRESETS)}; got {values}')
+        raise ValueError(f'objective must name its "preset", one of {_known_names()}; got {values}')
     objective: Any = build(values.pop("preset"))
     known = [field.name for field in fields(objective) if field.init] if is_dataclass(objective) else []
     for name in values:
