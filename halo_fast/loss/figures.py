@@ -1,4 +1,4 @@
-"""What a batch says about policy and reference, as small tensors: the one place where accuracy, margin and saturation
+"""The figures of a batch for policy and reference, as small tensors: the one place where accuracy, margin and saturation
 are computed. Formulas are written out in docs/dropin.md.
 """
 

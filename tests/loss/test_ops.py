@@ -71,7 +71,7 @@ def test_opcheck_of_the_whole_loss(supervised):
 
 @pytest.mark.parametrize("supervised", [0.0, 0.5])
 def test_the_direct_way_to_the_loss_is_the_operator(supervised):
-    """Same bits, and only where nothing looks at operators."""
+    """Same bits, and only where the registered operator is not needed."""
 
     class Look(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -70,7 +70,7 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     with LabelStore(run.path / "labels.sqlite") as store:
         factors = latent_factors(folder, rows[0]) or (1, 1, False)
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
-        # the teacher's name holds what its answers depend on; bounds on money and time may change while a run goes on
+        # The teacher's name covers what its answers depend on. Limits on money and time may change during a run.
         settings = {name: getattr(config.annotate, name) for name in ("teacher", "options", "num_clips")}
         settings |= {"teacher_name": teacher.name, "pairwise": isinstance(teacher, Judge)}
         settings |= {"grid": config.grid, "seed": config.seed}

@@ -145,7 +145,7 @@ def heldout_figures(
     config: TrainConfig,
     objective: Objective,
 ) -> PairFigures:
-    """What the policy shows on the held-out pairs: one forward pass over the same draws every time.
+    """The policy's figures on the held-out pairs: one forward pass over the same draws every time.
 
     Args:
         family: of the model.
