@@ -1,5 +1,6 @@
-"""The figures of a batch for policy and reference, as small tensors: the one place where accuracy, margin and saturation
-are computed. Formulas are written out in docs/dropin.md.
+"""The figures of a batch as small tensors: the one place where accuracy, margin and saturation are computed.
+
+Formulas are written out in docs/dropin.md.
 """
 
 from __future__ import annotations
