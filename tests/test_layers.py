@@ -155,3 +155,15 @@ sys.modules["fcntl"] = None
 import halo_fast.train, halo_fast.rewards, halo_fast.families, halo_fast.teachers
 assert "halo_fast.pipeline.run" not in sys.modules
 """)
+
+
+def test_no_test_file_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = {name for node in ast.walk(ast.parse(path.read_text())) for name in _modules(node)}
+        assert not {name for name in names if name.startswith("test_")}, path
+
+
+def _modules(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

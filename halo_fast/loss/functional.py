@@ -202,7 +202,10 @@ def _evaluate(objective: Objective, policy: Tensor, inputs: Inputs) -> tuple[Ten
 
 def _anchored(objective: Objective, policy: Tensor, inputs: Inputs, out: GranDPOOutput) -> GranDPOOutput:
     """The output with the pull to the reference's predictions, (||o_a - o_ref,a||^2 + ||o_b - o_ref,b||^2) / N."""
-    distance = ops.patch_error(policy, inputs.reference, (1, 1, 1)).flatten()
+    reference = inputs.reference
+    if reference is not None and inputs.dtype == torch.float64:
+        reference = reference.double()  # so that the distance is summed in float64 too
+    distance = ops.patch_error(policy, reference, (1, 1, 1)).flatten()
     share = out.active / out.active.sum().clamp(min=1)
     anchor = (distance * (share.repeat(2) if objective.paired else share)).sum()
     return replace(out, loss=out.loss + objective.anchor_weight * anchor)

@@ -218,8 +218,8 @@ sys.exit(pytest.main(["--collect-only", "-q", *sys.argv[1:]]))
 
 def test_the_files_of_make_gpu_need_torch_and_triton_alone():
     (names,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("GPU_TESTS")]
-    files = [f"tests/test_{name}" for name in names.rstrip(")").split(",")[1].split()]
-    assert "tests/test_gpu.py" in files and all((ROOT / file).exists() for file in files)
+    files = [f"tests/{name}" for name in names.rstrip(")").split(",")[1].split()]
+    assert "tests/kernels/test_gpu.py" in files and all((ROOT / file).exists() for file in files)
     done = subprocess.run([sys.executable, "-c", COLLECT, *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "error" not in done.stdout.lower(), done.stdout[-2000:]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_wan
 from torch import nn
+from traffic import Traffic
 from training import CONFIG, Plain, objective_with, quiet
 
 from halo_fast.data import Pair
@@ -95,7 +96,6 @@ def test_both_schedules_train_alike(pipeline, pairs):
 
 def test_the_loss_of_a_real_step_under_autocast_moves_no_more_than_its_bytes(pairs, monkeypatch):
     """The prediction in bf16, the target and cached errors in float32: read as they are, nothing cast or copied."""
-    from test_ops import Traffic
 
     from halo_fast.train import schedules
 
