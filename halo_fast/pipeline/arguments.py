@@ -43,16 +43,24 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """
     from jsonargparse import ArgumentError
 
-    file = arguments[1] if arguments[:1] == ["--config"] and arguments[1:] else ""
-    place = f"{file}: " if file else ""
     try:
-        if file:
-            # the file alone first, so that its mistakes carry its name
-            parser.parse_args(list(arguments[:2]))
-            place = ""
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError) as error:
+        place = f"{arguments[1]}: " if _is_of_file(parser, arguments, error) else ""
         raise UserError(f"{place}{_plain(str(error))}; `{parser.prog} --help` lists the settings") from None
+
+
+def _is_of_file(parser: ArgumentParser, arguments: Sequence[str], error: Exception) -> bool:
+    """Whether the file that the arguments begin with gives the same error alone; what is missing is no error of it."""
+    from jsonargparse import ArgumentError
+
+    if arguments[:1] != ["--config"] or not arguments[1:] or "arguments are required" in str(error):
+        return False
+    try:
+        parser.parse_args(list(arguments[:2]))
+    except (ArgumentError, ValueError) as alone:
+        return str(alone) == str(error)
+    return False
 
 
 def _plain(message: str) -> str:

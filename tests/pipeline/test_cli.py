@@ -265,6 +265,23 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
     assert "--stops" in refuse(capsys, "demo", "pretrain", "--stops", "5")
 
 
+def test_a_file_does_not_stand_for_the_arguments_of_the_function(capsys, monkeypatch, tmp_path):
+    got = {}
+
+    def label(config: Config, name: str, port: int = 0) -> None:
+        """Label."""
+        got.update(seed=config.seed, name=name)
+
+    monkeypatch.setattr(registry, "load", lambda target: label)
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 7\n")
+    assert cli.main(["label", str(file), "--name", "anna"]) == 0
+    assert got == {"seed": 7, "name": "anna"}
+    assert "error: the following arguments are required: name" in refuse(capsys, "label", str(file))
+    file.write_text("seed: x\n")
+    assert f"error: {file}: seed" in refuse(capsys, "label", str(file), "--name", "anna")
+
+
 def test_every_command_has_a_line_in_the_help(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
