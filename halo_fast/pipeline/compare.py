@@ -88,7 +88,7 @@ def compare(
         table: Markdown file that the results go to; without it output_dir/results.md.
     """
     names = regimes or tuple(registry.known("comparison"))
-    comparisons: list[Comparison] = [registry.resolve("comparison", name, "regimes") for name in names]
+    comparisons: list[Comparison] = [_comparison(name) for name in names]
     sections = []
     for name, comparison in zip(names, comparisons, strict=True):
         changes = {"output_dir": f"{output_dir}/{name}", "evaluate.num_prompts": num_prompts}
@@ -107,6 +107,14 @@ def compare(
     with replacing(table or f"{output_dir}/results.md") as temporary:
         temporary.write_text(text)
     print(text)
+
+
+def _comparison(name: str) -> Comparison:
+    found = registry.resolve("comparison", name, "regimes")
+    comparison: Comparison = registry.require(
+        found, ("recipe", "changes", "measures", "preface", "note"), name, "regimes"
+    )
+    return comparison
 
 
 def _introduction(

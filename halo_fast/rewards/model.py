@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.files import write_json, write_safetensors
-from halo_fast.registry import is_name, register, resolve
+from halo_fast.registry import create, is_name, register
 from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
 
 __all__ = ["RewardModel"]
@@ -25,6 +25,8 @@ register(
         "frames": "halo_fast.rewards.backbones.frames:FrameStages",
     },
 )
+# what training and scoring use of a backbone
+_BACKBONE = ("parameters", "negatives", "frozen_features", "fit_closed_form", "encode", "logits", "video_logits_for")
 _BACKBONE_FILES = "backbone"  # folder beside the weights, of backbones that keep files of their own
 
 
@@ -118,7 +120,8 @@ class RewardModel(nn.Module):
 def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
     name = config.backbone
     if is_name("reward backbone", name):
-        return resolve("reward backbone", name, "reward.backbone")(config)
+        backbone: nn.Module = create("reward backbone", name, "reward.backbone", config, requires=_BACKBONE)
+        return backbone
     from halo_fast.rewards.backbones.vlm import VisionLanguage
 
     return VisionLanguage(config, weights)
