@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +98,25 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Conf
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", str(recipe_file(arguments[0])), *arguments[1:]]
     settings = parse(parser, arguments)
+    file = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
+    _check_sections(settings, Config, file)
     try:
         settings = parser.instantiate(settings)
         return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_sections(settings: Namespace, kind: Any, place: str) -> None:
+    """Raise where a section of settings is something else; jsonargparse takes whatever stands there in a file."""
+    from jsonargparse import Namespace
+
+    for field in fields(kind):
+        section: Any = settings.get(field.name, Namespace())  # one without settings is left out
+        if is_dataclass(field.default_factory):
+            if not isinstance(section, Namespace):
+                raise UserError(f"{place}{field.name}: expected a section of settings, got {section!r}")
+            _check_sections(section, field.default_factory, f"{place}{field.name}.")
 
 
 def recipe_file(name: str | Path) -> Path:

@@ -166,6 +166,7 @@ def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatc
         (["train", "--seed", "1", "stray"], ["stray"]),
         (["train", "--seed", "-1"], ["seed", "0", "-1"]),
         (["train", "--report.num_clips", "0"], ["report.num_clips", "1", "0"]),
+        (["train", *MODEL, "--train.objective", "hallo"], ["train.objective must be one of halo, ", "'hallo'"]),
         (["train", "--train.lr_scheduler", "cosin"], ["train.lr_scheduler", "constant", "cosin"]),
     ],
 )
@@ -183,6 +184,9 @@ def test_mistakes_in_words(capsys, calls, arguments, words):
         ("train: {learning_rate: fast}", ["train.learning_rate", "fast"]),
         ("train: [", ["config.yaml", "line"]),
         ("just words", ["config.yaml"]),
+        ("train: [3]", ["config.yaml: train: expected a section", "[3]"]),
+        ("score: 3", ["config.yaml: score: expected a section", "3"]),
+        ("annotate: {openai: [3]}", ["config.yaml: annotate.openai: ", "[3]"]),
         ("generate: {num_frames: 2}", ["grid", "(2, 480, 832)"]),
     ],
 )
