@@ -114,7 +114,7 @@ def _check_number(value: Any, kind: type, metadata: Sequence[Any], place: str) -
     """Check a number by its type and the bounds beside it; it is finite unless a bound is infinite."""
     bounds = [(*_BOUNDS[type(part)], part) for part in metadata if type(part) in _BOUNDS]
     limits = [(words, inside, getattr(part, name)) for name, words, inside, part in bounds]
-    wanted = " and ".join(f"{words} {limit:g}" for words, _, limit in limits)
+    wanted = " and ".join(f"{words} {limit:g}" for words, _, limit in limits if math.isfinite(limit))
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{place}: expected {what}{', ' if wanted else ''}{wanted}; got {value!r}")

@@ -63,7 +63,7 @@ def test_what_the_fields_allow_passes(good):
         ({"flag": 1}, "inner.flag: expected true or false, got 1"),
         ({"rate": float("inf")}, "inner.rate: expected a finite number, more than 0; got inf"),
         ({"free": float("nan")}, "inner.free: expected a finite number; got nan"),
-        ({"norm": float("nan")}, "inner.norm: expected more than 0 and at most inf, got nan"),
+        ({"norm": float("nan")}, "inner.norm: expected more than 0, got nan"),
         ({"weights": {"a": float("inf")}}, "inner.weights.a: expected a finite number, at least 0; got inf"),
         ({"weights": None}, "inner.weights: expected names with values, got None"),
         ({"sizes": 3}, "inner.sizes: expected a list, got 3"),

@@ -113,10 +113,11 @@ def _check_sections(settings: Namespace, kind: Any, place: str) -> None:
 
     for field in fields(kind):
         section: Any = settings.get(field.name, Namespace())  # one without settings is left out
-        if is_dataclass(field.default_factory):
+        factory: Any = field.default_factory
+        if is_dataclass(factory):
             if not isinstance(section, Namespace):
                 raise UserError(f"{place}{field.name}: expected a section of settings, got {section!r}")
-            _check_sections(section, field.default_factory, f"{place}{field.name}.")
+            _check_sections(section, factory, f"{place}{field.name}.")
 
 
 def recipe_file(name: str | Path) -> Path:
