@@ -53,15 +53,19 @@ def check_run(config: Config, run: Run) -> None:
 
     Raises:
         UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, an unknown
-            teacher or meter, or one that cannot read such clips.
+            backbone, examples, teacher or meter, or one that cannot read such clips.
     """
     check_required(config, STAGES)
     # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+    from halo_fast.rewards.model import check_backbone
     from halo_fast.teachers import LabelStore
 
+    check_backbone(config.reward.backbone)
+    if config.reward.examples:
+        registry.resolve("reward examples", config.reward.examples, "reward.examples")
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
     evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if not (run.path / "annotate" / "manifest.json").exists():
