@@ -121,9 +121,17 @@ def _check_sections(settings: Namespace, kind: Any, place: str) -> None:
 
 
 def recipe_file(name: str | Path) -> Path:
-    """The YAML file that a name stands for: a registered recipe, or the file of that name."""
+    """The YAML file that a name stands for: a registered recipe, or the file of that name.
+
+    Raises:
+        UserError: neither a recipe nor a file.
+    """
     if str(name) in registry.known("recipe"):
         return Path(registry.resolve("recipe", str(name)))
+    if not Path(name).exists() or Path(name).is_dir():
+        names = ", ".join(registry.known("recipe"))
+        problem = "is a folder" if Path(name).is_dir() else "does not exist"
+        raise UserError(f"expected a YAML file or the name of a recipe ({names}), got {str(name)!r}, which {problem}")
     return Path(name)
 
 
