@@ -24,7 +24,7 @@ from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
 from halo_fast.errors import UserError
 
-__all__ = ["validate"]
+__all__ = ["validate", "validate_arguments"]
 
 # bound: its attribute, its words, whether a value is inside
 _BOUNDS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
@@ -55,6 +55,21 @@ def validate(settings: Any, place: str = "") -> None:
     hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         _check(getattr(settings, field.name), hints[field.name], f"{place}.{field.name}" if place else field.name)
+
+
+def validate_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check the arguments of a call as `validate` checks fields.
+
+    Args:
+        function: whose parameters are annotated.
+        arguments: by name.
+
+    Raises:
+        UserError: names the argument.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    for name, value in arguments.items():
+        _check(value, hints[name], name)
 
 
 def _check(value: Any, hint: Any, place: str) -> None:
