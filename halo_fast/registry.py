@@ -6,8 +6,10 @@ Whatever takes a registered name also takes a dotted name of your own: "package.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any
 
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["is_name", "known", "register", "resolve"]
+__all__ = ["create", "is_name", "known", "register", "require", "resolve", "user_errors"]
+
+logger = logging.getLogger(__name__)
 
 _PLUGINS = ("halo_fast.demo.plugin",)
 _tables: dict[str, dict[str, str]] = {}
@@ -80,11 +84,72 @@ def resolve(kind: str, name: str, setting: str | None = None) -> Any:
         raise UserError(expected)
     try:
         return load(place)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        if _is_ours(place) and not isinstance(error, (ImportError, AttributeError)):
+            raise
         missing = getattr(error, "name", None)
         if place != name and missing and missing.split(".")[0] != "halo_fast":
             raise  # a missing package of an extra: the command line says what to install
+        logger.debug("%s: import of %r failed", setting or kind, name, exc_info=True)
         raise UserError(f"{expected}, which cannot be imported ({first_line(error)})") from error
+
+
+def create(kind: str, name: str, setting: str | None, *arguments: Any, requires: Sequence[str] = ()) -> Any:
+    """What the callable behind a name makes of the arguments.
+
+    Args:
+        kind: as for `register`.
+        name: registered or dotted.
+        setting: under which a mistake is reported; by default the kind.
+        arguments: of the callable.
+        requires: attributes that the result needs.
+
+    Raises:
+        UserError: no such name, no callable, one of your own that fails, or a result without these attributes.
+    """
+    found, place = resolve(kind, name, setting), setting or kind
+    if not callable(found):
+        raise UserError(f"{place}: expected {name!r} to be a class or function, got {type(found).__name__}")
+    with user_errors(kind, name, place):
+        made = found(*arguments)
+    return require(made, requires, name, place)
+
+
+def require(value: Any, requires: Sequence[str], name: str, setting: str) -> Any:
+    """The value of a name, if it has the attributes; none that is there is read.
+
+    Raises:
+        UserError: names the attributes that it lacks.
+    """
+    missing = [one for one in requires if one not in dir(value) and not hasattr(value, one)]
+    if missing:
+        raise UserError(
+            f"{setting}: expected {name!r} to give an object with {', '.join(requires)}; "
+            f"got {type(value).__name__} without {', '.join(missing)}"
+        )
+    return value
+
+
+@contextmanager
+def user_errors(kind: str, name: str, setting: str) -> Iterator[None]:
+    """Report what code of the user's own raises in one line; errors of this package's keep their traceback.
+
+    Raises:
+        UserError: names the setting, the name and the error; the traceback is logged at level DEBUG.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(target(kind, name)):
+            raise
+        logger.debug("%s: %r failed", setting, name, exc_info=True)
+        raise UserError(f"{setting}: {name!r} failed ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _is_ours(place: str) -> bool:
+    return place.startswith("halo_fast.")
 
 
 @cache

@@ -1,5 +1,6 @@
 """Bounds and choices beside the fields of settings."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -23,6 +24,11 @@ class Inner:
     sizes: list[Annotated[int, Gt(0)]] = field(default_factory=list)
     weights: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
     grid: tuple[Annotated[int, Ge(1)], int] = (1, 0)
+    name: str = "x"
+    flag: bool = False
+    rate: Annotated[float, Gt(0)] = 1.0
+    free: float = 0.0
+    norm: Annotated[float, Interval(gt=0, le=math.inf)] = 1.0
     either: str | dict[str, float] = "name"
 
 
@@ -37,6 +43,7 @@ class Outer:
     [
         {}, {"count": 1}, {"limit": 0}, {"share": 0}, {"share": 1.0}, {"mode": "x"}, {"sizes": [1, 2]},
         {"weights": {"a": 0.0}}, {"grid": (1, -5)}, {"either": {"a": -1.0}},
+        {"norm": math.inf}, {"free": -3}, {"grid": [1, 2]},
     ],
 )  # fmt: skip
 def test_what_the_fields_allow_passes(good):
@@ -47,8 +54,20 @@ def test_what_the_fields_allow_passes(good):
     ("bad", "message"),
     [
         ({"count": 0}, "inner.count: expected at least 1, got 0"),
-        ({"count": "3"}, "inner.count: expected a number, at least 1; got '3'"),
-        ({"count": True}, "inner.count: expected a number, at least 1; got True"),
+        ({"count": "3"}, "inner.count: expected a whole number, at least 1; got '3'"),
+        ({"count": True}, "inner.count: expected a whole number, at least 1; got True"),
+        ({"count": 2.0}, "inner.count: expected a whole number, at least 1; got 2.0"),
+        ({"count": None}, "inner.count: expected a whole number, at least 1; got None"),
+        ({"kind": None}, "inner.kind: expected one of 'a', 'b', got None"),
+        ({"name": None}, "inner.name: expected a text, got None"),
+        ({"flag": 1}, "inner.flag: expected true or false, got 1"),
+        ({"rate": float("inf")}, "inner.rate: expected a finite number, more than 0; got inf"),
+        ({"free": float("nan")}, "inner.free: expected a finite number; got nan"),
+        ({"norm": float("nan")}, "inner.norm: expected more than 0, got nan"),
+        ({"weights": {"a": float("inf")}}, "inner.weights.a: expected a finite number, at least 0; got inf"),
+        ({"weights": None}, "inner.weights: expected names with values, got None"),
+        ({"sizes": 3}, "inner.sizes: expected a list, got 3"),
+        ({"grid": (1, 2, 3)}, "inner.grid: expected 2 values, got 3: (1, 2, 3)"),
         ({"limit": -1}, "inner.limit: expected at least 0, got -1"),
         ({"share": 1.5}, "inner.share: expected at least 0 and at most 1, got 1.5"),
         ({"share": float("nan")}, "inner.share: expected at least 0 and at most 1, got nan"),

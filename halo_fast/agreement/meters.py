@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from halo_fast.registry import register, resolve
+from halo_fast.registry import create, register
 from halo_fast.rewards import RewardModel
 
 __all__ = ["Meter", "MeterRequest", "RewardMeter", "load_meter"]
@@ -70,7 +70,9 @@ def load_meter(name: str, request: MeterRequest) -> Meter:
     Raises:
         UserError: no such meter, or one that cannot read such clips.
     """
-    return resolve("meter", name, "evaluate.meter")(request)
+    requires = ("clean", "sources", "notes", "__call__")
+    meter: Meter = create("meter", name, "evaluate.meter", request, requires=requires)
+    return meter
 
 
 class RewardMeter:

@@ -38,10 +38,7 @@ def read_prompts(prompts: str, count: int | None, seed: int = 0, setting: str = 
         UserError: a missing or unreadable file, an empty prompt, no prompts, no list of that name.
     """
     if registry.is_name("prompts", prompts):
-        try:
-            return registry.resolve("prompts", prompts, setting)(count, seed)
-        except ValueError as error:
-            raise UserError(f"{setting}: {error}; lower num_prompts") from error
+        return _registered_prompts(prompts, count, seed, setting)
     path = Path(prompts)
     if path.suffix.lower() in SUFFIXES and path.suffix.lower() not in (".json", ".jsonl") and path.is_file():
         found = _column(read_records(path), path, setting)
@@ -64,6 +61,20 @@ def shared_prompts(prompts: Sequence[str], others: Sequence[str]) -> list[str]:
     """
     known = {" ".join(prompt.casefold().split()) for prompt in prompts}
     return [prompt for prompt in others if " ".join(prompt.casefold().split()) in known]
+
+
+def _registered_prompts(name: str, count: int | None, seed: int, setting: str) -> list[str]:
+    """The prompts that a registered or dotted callable gives."""
+    give = registry.resolve("prompts", name, setting)
+    with registry.user_errors("prompts", name, setting):
+        try:
+            found = give(count, seed)
+        except ValueError as error:
+            raise UserError(f"{setting}: {error}; lower num_prompts") from error
+    if not isinstance(found, list | tuple) or not found or not all(isinstance(one, str) for one in found):
+        wrong = next((one for one in found if not isinstance(one, str)), found) if isinstance(found, list) else found
+        raise UserError(f"{setting}: expected {name!r} to give a list of prompts, got {wrong!r}")
+    return list(found)
 
 
 def _read_text(path: Path, setting: str) -> str:

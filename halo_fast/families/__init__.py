@@ -62,10 +62,8 @@ def family_of(pipeline: Any, network: str | None = None) -> Any:
     """
     if isinstance(pipeline, Denoiser):
         return pipeline
-    name = type(pipeline).__name__
-    if name not in registry.known("family"):
-        raise UserError(f"model: no family for {name}; expected one of {', '.join(registry.known('family'))}")
-    return registry.resolve("family", name)(pipeline, network)
+    _check_family(pipeline, "model")
+    return registry.resolve("family", type(pipeline).__name__)(pipeline, network)
 
 
 def source(name: str) -> Path | str:
@@ -90,6 +88,7 @@ def load(name: str, device: str | None = None, network: str | None = None) -> Fa
     """
     with _no_loading_bars():
         pipeline = _load_pipeline(name)
+        _check_family(pipeline, f"{_SETTING}: {name!r}")
         family = family_of(pipeline, network)
     if not isinstance(family, Family):
         raise UserError(f"{_SETTING}: expected a model that samples and encodes, got {type(family).__name__}")
@@ -102,11 +101,20 @@ def load(name: str, device: str | None = None, network: str | None = None) -> Fa
 _SETTING = "pretrained_model_name_or_path"
 
 
+def _check_family(pipeline: Any, place: str) -> None:
+    families, name = registry.known("family"), type(pipeline).__name__
+    if not isinstance(pipeline, Denoiser) and name not in families:
+        raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
+
+
 def _load_pipeline(name: str) -> Any:
     """The pipeline or model under a registered or dotted name, in a folder, or on the hub."""
     if registry.is_name("model", name):
         model = registry.resolve("model", name, _SETTING)
-        return model.load() if isinstance(model, RegisteredModel) else model()
+        if not isinstance(model, RegisteredModel):
+            return registry.create("model", name, _SETTING)
+        with registry.user_errors("model", name, _SETTING):
+            return model.load()
     from diffusers import DiffusionPipeline
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,24 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """
     from jsonargparse import ArgumentError
 
-    file = arguments[1] if arguments[:1] == ["--config"] and arguments[1:] else ""
-    place = f"{file}: " if file else ""
     try:
-        if file:
-            # the file alone first, so that its mistakes carry its name
-            parser.parse_args(list(arguments[:2]))
-            place = ""
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError) as error:
+        place = f"{arguments[1]}: " if _is_of_file(parser, arguments, error) else ""
         raise UserError(f"{place}{_plain(str(error))}; `{parser.prog} --help` lists the settings") from None
+
+
+def _is_of_file(parser: ArgumentParser, arguments: Sequence[str], error: Exception) -> bool:
+    """Whether the file that the arguments begin with gives the same error alone; what is missing is no error of it."""
+    from jsonargparse import ArgumentError
+
+    if arguments[:1] != ["--config"] or not arguments[1:] or "arguments are required" in str(error):
+        return False
+    try:
+        parser.parse_args(list(arguments[:2]))
+    except (ArgumentError, ValueError) as alone:
+        return str(alone) == str(error)
+    return False
 
 
 def _plain(message: str) -> str:
@@ -90,6 +98,8 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Conf
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", str(recipe_file(arguments[0])), *arguments[1:]]
     settings = parse(parser, arguments)
+    file = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
+    _check_sections(settings, Config, file)
     try:
         settings = parser.instantiate(settings)
         return Config(**{field.name: settings[field.name] for field in fields(Config)}), settings
@@ -97,10 +107,31 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Conf
         raise UserError(str(error)) from None
 
 
+def _check_sections(settings: Namespace, kind: Any, place: str) -> None:
+    """Raise where a section of settings is something else; jsonargparse takes whatever stands there in a file."""
+    from jsonargparse import Namespace
+
+    for field in fields(kind):
+        section: Any = settings.get(field.name, Namespace())  # one without settings is left out
+        factory: Any = field.default_factory
+        if is_dataclass(factory):
+            if not isinstance(section, Namespace):
+                raise UserError(f"{place}{field.name}: expected a section of settings, got {section!r}")
+            _check_sections(section, factory, f"{place}{field.name}.")
+
+
 def recipe_file(name: str | Path) -> Path:
-    """The YAML file that a name stands for: a registered recipe, or the file of that name."""
+    """The YAML file that a name stands for: a registered recipe, or the file of that name.
+
+    Raises:
+        UserError: neither a recipe nor a file.
+    """
     if str(name) in registry.known("recipe"):
         return Path(registry.resolve("recipe", str(name)))
+    if not Path(name).exists() or Path(name).is_dir():
+        names = ", ".join(registry.known("recipe"))
+        problem = "is a folder" if Path(name).is_dir() else "does not exist"
+        raise UserError(f"expected a YAML file or the name of a recipe ({names}), got {str(name)!r}, which {problem}")
     return Path(name)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from annotated_types import Ge
 
 from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
@@ -26,6 +27,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+from halo_fast.settings import validate_arguments
 from halo_fast.train import fit
 
 __all__ = ["ARMS", "Comparison", "compare"]
@@ -70,10 +72,10 @@ class Comparison(Protocol):
 def compare(
     output_dir: str = "runs/compare",
     regimes: tuple[str, ...] | None = None,
-    num_seeds: int = 3,
-    num_prompts: int = 96,
-    max_train_steps: int | None = None,
-    bootstrap: int = 2000,
+    num_seeds: Annotated[int, Ge(1)] = 3,
+    num_prompts: Annotated[int, Ge(1)] = 96,
+    max_train_steps: Annotated[int, Ge(1)] | None = None,
+    bootstrap: Annotated[int, Ge(1)] = 2000,
     table: str | None = None,
 ) -> None:
     """Align models by every arm and write the table of results; a killed comparison continues.
@@ -86,9 +88,13 @@ def compare(
         max_train_steps: optimiser steps of every arm; null for the recipe's.
         bootstrap: resamples of seeds and prompts behind each interval.
         table: Markdown file that the results go to; without it output_dir/results.md.
+
+    Raises:
+        UserError: an argument out of its bounds, or an unknown comparison.
     """
+    validate_arguments(compare, locals())
     names = regimes or tuple(registry.known("comparison"))
-    comparisons: list[Comparison] = [registry.resolve("comparison", name, "regimes") for name in names]
+    comparisons: list[Comparison] = [_comparison(name) for name in names]
     sections = []
     for name, comparison in zip(names, comparisons, strict=True):
         changes = {"output_dir": f"{output_dir}/{name}", "evaluate.num_prompts": num_prompts}
@@ -107,6 +113,14 @@ def compare(
     with replacing(table or f"{output_dir}/results.md") as temporary:
         temporary.write_text(text)
     print(text)
+
+
+def _comparison(name: str) -> Comparison:
+    found = registry.resolve("comparison", name, "regimes")
+    comparison: Comparison = registry.require(
+        found, ("recipe", "changes", "measures", "preface", "note"), name, "regimes"
+    )
+    return comparison
 
 
 def _introduction(

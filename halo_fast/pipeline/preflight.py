@@ -24,11 +24,12 @@ _GIVE = {
 
 
 def check_required(config: Config, stages: Iterable[str]) -> None:
-    """Raise unless every setting is given that these stages need and that has no default.
+    """Raise unless every setting is given that these stages need and that has no default, and the objective exists.
 
     Raises:
         UserError: names the setting, what to give and the registered names.
     """
+    stages = list(stages)
     for setting in dict.fromkeys(name for stage in stages for name in STAGES[stage].required):
         if not reduce(getattr, setting.split("."), config):
             from halo_fast import teachers  # noqa: F401  registers its names
@@ -36,6 +37,11 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
             kind, what = _GIVE[setting]
             names = ", ".join(registry.known(kind))
             raise UserError(f"{setting}: required; give {what}, or one of {names}")
+    if "train" in stages:
+        from halo_fast.train.setting_checks import check_trackers, checked_objective
+
+        checked_objective(config.train)
+        check_trackers(config.train.report_to)
 
 
 def check_run(config: Config, run: Run) -> None:
@@ -47,18 +53,19 @@ def check_run(config: Config, run: Run) -> None:
 
     Raises:
         UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, an unknown
-            teacher or meter, or one that cannot read such clips.
+            backbone, examples, teacher or meter, or one that cannot read such clips.
     """
     check_required(config, STAGES)
     # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+    from halo_fast.rewards.model import check_backbone
     from halo_fast.teachers import LabelStore
-    from halo_fast.train.setting_checks import check_trackers, checked_objective
 
-    checked_objective(config.train)
-    check_trackers(config.train.report_to)
+    check_backbone(config.reward.backbone)
+    if config.reward.examples:
+        registry.resolve("reward examples", config.reward.examples, "reward.examples")
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
     evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if not (run.path / "annotate" / "manifest.json").exists():

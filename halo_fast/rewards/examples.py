@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from halo_fast.registry import resolve
+from halo_fast.errors import UserError
+from halo_fast.registry import create
 from halo_fast.rewards.clips import LabelledClips
 
 __all__ = ["add_examples"]
@@ -32,7 +33,12 @@ def add_examples(data: LabelledClips, name: str, count: int, seed: int) -> Label
         UserError: no such examples.
         ValueError: clips or patches of another shape than the data's.
     """
-    videos, prompts, quality = resolve("reward examples", name, "reward.examples")(count, seed)
+    found = create("reward examples", name, "reward.examples", count, seed)
+    if not isinstance(found, tuple | list) or len(found) != 3 or not torch.is_tensor(found[0]):
+        raise UserError(
+            f"reward.examples: expected {name!r} to give videos, prompts and quality, got {type(found).__name__}"
+        )
+    videos, prompts, quality = found
     _check(data, videos, quality[:, None], name)
     video_scores = torch.full((len(videos), len(data.video_dimensions)), math.nan)
     if _DIMENSION in data.video_dimensions:

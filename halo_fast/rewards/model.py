@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.files import write_json, write_safetensors
-from halo_fast.registry import is_name, register, resolve
+from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
 
-__all__ = ["RewardModel"]
+__all__ = ["RewardModel", "check_backbone"]
 
 register(
     "reward backbone",
@@ -25,6 +25,8 @@ register(
         "frames": "halo_fast.rewards.backbones.frames:FrameStages",
     },
 )
+# what training and scoring use of a backbone
+_BACKBONE = ("parameters", "negatives", "frozen_features", "fit_closed_form", "encode", "logits", "video_logits_for")
 _BACKBONE_FILES = "backbone"  # folder beside the weights, of backbones that keep files of their own
 
 
@@ -115,10 +117,23 @@ class RewardModel(nn.Module):
         return model.eval().requires_grad_(False)
 
 
+def check_backbone(name: str) -> None:
+    """Raise for a backbone that cannot be; no weights are loaded and no hub is reached.
+
+    Raises:
+        UserError: neither a registered nor an importable name, nor a folder, nor of the form of a hub name.
+    """
+    # whatever is none of these is resolved as well: its error lists the known names
+    if is_name("reward backbone", name) or not ("/" in name or Path(name).is_dir()):
+        resolve("reward backbone", name, "reward.backbone")
+
+
 def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
     name = config.backbone
+    check_backbone(name)
     if is_name("reward backbone", name):
-        return resolve("reward backbone", name, "reward.backbone")(config)
+        backbone: nn.Module = create("reward backbone", name, "reward.backbone", config, requires=_BACKBONE)
+        return backbone
     from halo_fast.rewards.backbones.vlm import VisionLanguage
 
     return VisionLanguage(config, weights)

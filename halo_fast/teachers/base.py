@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.errors import UserError
-from halo_fast.registry import known, register, resolve
+from halo_fast.registry import create, known, register
 from halo_fast.settings import validate
 from halo_fast.teachers.rubric import Label
 from halo_fast.teachers.store import LabelStore
@@ -116,7 +116,7 @@ def build_teacher(request: TeacherRequest, setting: str = "teacher") -> Teacher:
     if not name:
         names = ", ".join(map(repr, known("teacher")))
         raise UserError(f'{setting}: expected one of {names}, or your own as "package.module:attribute"; set it')
-    teacher: Teacher = resolve("teacher", name, setting)(request)
+    teacher: Teacher = create("teacher", name, setting, request, requires=("name", "grid", "labels"))
     return teacher
 
 

@@ -31,15 +31,19 @@ class Person:
 
 def load_person(request: TeacherRequest) -> Person:
     """The person that a request names as "human:NAME"; UserError where the name is missing or is no name."""
-    return Person(person_name(request.name.partition(":")[2]), request.grid)
+    return Person(person_name(request.name.partition(":")[2], "annotate.teacher"), request.grid)
 
 
-def person_name(name: str) -> str:
+def person_name(name: str, setting: str = "name") -> str:
     """The teacher's name of a person.
+
+    Args:
+        name: of the person alone.
+        setting: under which a mistake is reported.
 
     Raises:
         UserError: anything but letters, digits, "." "_" and "-".
     """
     if not re.fullmatch(r"[\w.-]{1,64}", name):
-        raise UserError(f'name: expected letters, digits, . _ or - (as in "human:anna"), got {name!r}')
+        raise UserError(f'{setting}: expected letters, digits, . _ or - (as in "human:anna"), got {name!r}')
     return f"human:{name}"

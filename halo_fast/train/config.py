@@ -1,5 +1,6 @@
 """Settings of training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ class TrainConfig:
         lora_alpha: LoRA scale times rank.
         target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
             At rank 0 the layers that are trained; null for all.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; .inf clips nothing.
         schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto":
             the first unless its activations do not fit.
         gradient_checkpointing: recompute activations in the backward pass: "none", "full", or "selective", which keeps
@@ -71,7 +72,7 @@ class TrainConfig:
     rank: CountOrZero = 32
     lora_alpha: Count = 32
     target_modules: list[str] | None = None
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    max_grad_norm: Annotated[float, Interval(gt=0, le=math.inf)] = 1.0
     schedule: Literal["auto", "batched", "margin_first"] = "auto"
     gradient_checkpointing: Literal["none", "full", "selective"] = "selective"
     offload_activations: bool = False

@@ -25,7 +25,8 @@ def checked_objective(config: TrainConfig) -> Objective:
     try:
         objective = build(config.objective)
     except (TypeError, ValueError) as error:
-        raise UserError(f"train.objective: {error}") from error
+        text = str(error)
+        raise UserError(f"train.{text}" if text.startswith("objective") else f"train.objective: {text}") from error
     if objective.anchor_weight and config.reference_draws:
         raise UserError(
             "train.objective.anchor_weight: needs the reference in the loop; set train.reference_draws to null"

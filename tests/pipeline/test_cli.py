@@ -129,7 +129,12 @@ def test_run_asks_for_every_missing_setting_before_it_starts(capsys, calls):
         (["--train.objective.video_bet", "3"], ["train.objective", "video_bet", "video_beta"]),
         (["--train.report_to", "[mlflow]"], ["train.report_to", "mlflow", "wandb"]),
         (["--prompts", "nowhere.txt"], ["prompts", "nowhere.txt"]),
+        (["--train.objective", "nowhere:Loss"], ["error: train.objective must be one of halo, ", "nowhere:Loss"]),
+        (["--annotate.teacher", "human:"], ["error: annotate.teacher: expected letters", "human:anna"]),
         (["--annotate.teacher", "robot"], ["annotate.teacher", "robot", "openai"]),
+        (["--reward.backbone", "spine"], ["reward.backbone", "spine", "compact", "frames"]),
+        (["--reward.backbone", "nowhere:Spine"], ["reward.backbone", "nowhere:Spine", "compact", "frames"]),
+        (["--reward.examples", "nothing"], ["reward.examples", "nothing", "demo"]),
         (["--evaluate.meter", "ruler"], ["evaluate.meter", "ruler", "reward"]),
         (["--grid", "[3,4,3]"], ["grid", "(3, 4, 4)", "(3, 4, 3)"]),
     ],
@@ -163,9 +168,11 @@ def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatc
         (["train", "--grid", "[2,2]"], ["grid", "3 elements"]),
         (["train", "--grid", "[3,4,900]"], ["grid", "(81, 480, 832)", "(3, 4, 900)", "fewer patches"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "not exist"]),
+        (["run", "norecipe"], ["expected a YAML file or the name of a recipe (demo", "'norecipe'"]),
         (["train", "--seed", "1", "stray"], ["stray"]),
         (["train", "--seed", "-1"], ["seed", "0", "-1"]),
         (["train", "--report.num_clips", "0"], ["report.num_clips", "1", "0"]),
+        (["train", *MODEL, "--train.objective", "hallo"], ["train.objective must be one of halo, ", "'hallo'"]),
         (["train", "--train.lr_scheduler", "cosin"], ["train.lr_scheduler", "constant", "cosin"]),
     ],
 )
@@ -183,6 +190,9 @@ def test_mistakes_in_words(capsys, calls, arguments, words):
         ("train: {learning_rate: fast}", ["train.learning_rate", "fast"]),
         ("train: [", ["config.yaml", "line"]),
         ("just words", ["config.yaml"]),
+        ("train: [3]", ["config.yaml: train: expected a section", "[3]"]),
+        ("score: 3", ["config.yaml: score: expected a section", "3"]),
+        ("annotate: {openai: [3]}", ["config.yaml: annotate.openai: ", "[3]"]),
         ("generate: {num_frames: 2}", ["grid", "(2, 480, 832)"]),
     ],
 )
@@ -263,6 +273,23 @@ def test_demo_takes_the_arguments_of_its_function(capsys, monkeypatch):
     assert cli.main(["demo", "pretrain", "--steps", "5"]) == 0
     assert got == {"world": "graded", "steps": 5, "output_dir": None}
     assert "--stops" in refuse(capsys, "demo", "pretrain", "--stops", "5")
+
+
+def test_a_file_does_not_stand_for_the_arguments_of_the_function(capsys, monkeypatch, tmp_path):
+    got = {}
+
+    def label(config: Config, name: str, port: int = 0) -> None:
+        """Label."""
+        got.update(seed=config.seed, name=name)
+
+    monkeypatch.setattr(registry, "load", lambda target: label)
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 7\n")
+    assert cli.main(["label", str(file), "--name", "anna"]) == 0
+    assert got == {"seed": 7, "name": "anna"}
+    assert "error: the following arguments are required: name" in refuse(capsys, "label", str(file))
+    file.write_text("seed: x\n")
+    assert f"error: {file}: seed" in refuse(capsys, "label", str(file), "--name", "anna")
 
 
 def test_every_command_has_a_line_in_the_help(capsys):

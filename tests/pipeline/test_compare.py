@@ -8,9 +8,11 @@ import pytest
 from recipe import demo_config
 
 from halo_fast import registry
+from halo_fast.errors import UserError
 from halo_fast.files import write_parquet
 from halo_fast.loss.objectives import PRESETS, build
 from halo_fast.pipeline import compare
+from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.compare_tables import arm_slug, build_section, read_arm, render
 
 RNG = np.random.default_rng(0)
@@ -95,6 +97,16 @@ def test_arms_are_presets_and_their_parts_with_the_weights_of_the_recipe():
     # the two that bear a preset's name differ from one another as the presets do
     assert PRESETS["halo"].patch_sft_weight == 0.0 and PRESETS["halo_sft"].patch_sft_weight == 0.5
     assert objectives["HALO + patch SFT"] == build(config.train.objective)
+
+
+@pytest.mark.parametrize("name", ["num_seeds", "num_prompts", "max_train_steps", "bootstrap"])
+def test_numbers_out_of_bounds_are_refused_before_any_work(name, tmp_path, capsys):
+    assert main(["compare", "--output_dir", str(tmp_path / "runs"), f"--{name}", "0"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("halo: error: ") and name in line and "1" in line and line.count("\n") == 1
+    with pytest.raises(UserError, match=f"^{name}: expected at least 1, got 0"):
+        compare.compare(str(tmp_path / "runs"), **{name: 0})
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", registry.known("comparison"))

@@ -1,6 +1,8 @@
 """Settings: defaults, bounds, YAML, and the recipes that ship with the project."""
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from recipe import demo_config
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.pipeline.arguments import load_config
-from halo_fast.pipeline.config import Config, to_yaml
+from halo_fast.pipeline.config import Config, PairsConfig, TrainConfig, to_yaml
 from halo_fast.pipeline.preflight import check_required
 from halo_fast.pipeline.stages import STAGES
 
@@ -106,3 +108,27 @@ def test_recipes_load_and_fit_their_models(file):
 def test_every_promised_recipe_is_there():
     names = ("wan2.1-1.3b", "wan2.1-14b", "cogvideox-2b", "cogvideox-5b", "ltx-video", "hunyuanvideo")
     assert {file.stem for file in RECIPES} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"grid": (1, 2)}, "grid"),
+        ({"grid": None}, "grid"),
+        ({"grid": (1.5, 2, 2)}, "grid[0]"),
+        ({"seed": None}, "seed"),
+        ({"prompts": None}, "prompts"),
+        ({"train": None}, "train"),
+        ({"pairs": PairsConfig(dimensions={"visual_quality": -1.0})}, "pairs.dimensions.visual_quality"),
+        ({"pairs": PairsConfig(dimensions={"visual_quality": math.nan})}, "pairs.dimensions.visual_quality"),
+        ({"train": TrainConfig(learning_rate=math.inf)}, "train.learning_rate"),
+        ({"generate": GenerateConfig(num_frames=None)}, "generate.num_frames"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(changes, setting):
+    with pytest.raises(UserError, match=f"^{re.escape(setting)}: expected"):
+        Config(**changes)
+
+
+def test_max_grad_norm_may_be_infinite():
+    assert Config(train=TrainConfig(max_grad_norm=math.inf)).train.max_grad_norm == math.inf

@@ -66,7 +66,7 @@ def test_a_teacher_of_ones_own_labels_by_its_dotted_name_on_the_command_line(tmp
             "own_teacher:darkness",
             "annotate.teacher: expected one of .*got 'own_teacher:darkness', which cannot be imported",
         ),
-        ("human:../x", "name: expected letters"),
+        ("human:../x", "annotate.teacher: expected letters"),
     ],
 )
 def test_names_that_lead_nowhere_are_reported_with_those_that_do(store, name, complaint):

@@ -216,7 +216,7 @@ def test_mistakes_are_named(tmp_path):
         ):
             annotate(run.config, run)
     run.config.annotate.teacher = "human:"
-    with pytest.raises(UserError, match=r'name: expected letters.*as in "human:anna"'):
+    with pytest.raises(UserError, match=r'annotate.teacher: expected letters.*as in "human:anna"'):
         annotate(run.config, run)
     run.config.grid = (1, 1, 1)
     with pytest.raises(UserError, match="grid: teacher 'planted' scores"):

@@ -49,6 +49,9 @@ PRESETS: dict[str, Objective] = {
 }
 
 
+_PARTS = ("table", "preferences", "paired", "needs_reference", "labels", "anchor_weight", "video_beta", "shared_logit")
+
+
 def build(spec: Spec) -> Objective:
     """The objective that a setting describes.
 
@@ -72,8 +75,12 @@ def build(spec: Spec) -> Objective:
 def _checked(value: Any, expected: str) -> Objective:
     if isinstance(value, type):
         raise TypeError(f"objective must be {expected}; got the class {value.__name__}: call it")
-    if not callable(getattr(value, "table", None)):
-        raise TypeError(f"objective must be {expected}; got {type(value).__name__}")
+    missing = [part for part in _PARTS if not hasattr(value, part)]
+    if missing:
+        raise TypeError(
+            f"objective must be {expected}; got {type(value).__name__} without {', '.join(missing)}: "
+            "subclass halo_fast.Objective"
+        )
     objective: Objective = value
     return objective
 
@@ -88,8 +95,12 @@ def _imported(name: str) -> Objective:
             f'objective must be one of {_known_names()}, a GranDPO, or your own as "package.module:attribute"; '
             f"got {name!r}{cause}"
         ) from error
-    made = found() if isinstance(found, type) or not hasattr(found, "table") else found
-    return _checked(made, f"an Objective, or {name!r} give one")
+    if isinstance(found, type) or not hasattr(found, "table"):
+        try:
+            found = registry.create("objective", name, "objective")
+        except UserError as error:
+            raise ValueError(str(error)) from error
+    return _checked(found, f"an Objective, or {name!r} a function that gives one")
 
 
 def _known_names() -> str:
