@@ -79,7 +79,7 @@ def _checked(value: Any, expected: str) -> Objective:
     if missing:
         raise TypeError(
             f"objective must be {expected}; got {type(value).__name__} without {', '.join(missing)}: "
-            "subclass halo_fast.Objective"
+            "subclass halo_fast.loss.objectives.Objective"
         )
     objective: Objective = value
     return objective
@@ -100,7 +100,7 @@ def _imported(name: str) -> Objective:
             found = registry.create("objective", name, "objective")
         except UserError as error:
             raise ValueError(str(error)) from error
-    return _checked(found, f"an Objective, or {name!r} a function that gives one")
+    return _checked(found, f"an Objective or give one, unlike {name!r}")
 
 
 def _known_names() -> str:
