@@ -10,7 +10,6 @@ TRITON_INTERPRET unset.
 
 import argparse
 import csv
-import hashlib
 import itertools
 import math
 import re
@@ -28,7 +27,7 @@ import triton
 from halo_fast.kernels import triton_patch_dpo as kernels
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import LATENTS
+from benchmarks import LATENTS, code_hash
 from halo_fast.loss.reference import TableNumbers
 
 RESULTS = Path(__file__).parent / "results"
@@ -358,11 +357,6 @@ def matrix(targets: list[str], latents: list[str], dtypes: list[str]) -> list[di
     return rows
 
 
-def source_hash() -> str:
-    """Of the kernels' source, so that a test can tell whether the committed matrix is of these kernels."""
-    return hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()[:16]
-
-
 def predictions(latents: list[str]) -> list[dict[str, Any]]:
     """Bytes moved, and the time of three launches at a share of a copy's rate: predicted, never measured."""
     rows = []
@@ -415,7 +409,7 @@ def main() -> int:
     )
     _print(model)
     if not choice.check:
-        stamp = {"source": source_hash(), "triton": triton.__version__}
+        stamp = {"source": code_hash(Path(kernels.__file__)), "triton": triton.__version__}
         path = RESULTS / "resources.csv"
         before = list(csv.DictReader(path.open())) if path.exists() else []
         # targets that were compiled earlier from the same source stay, so that the matrix can be made target by target

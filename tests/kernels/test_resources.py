@@ -1,7 +1,6 @@
 """What compilers make of the Triton kernels for GPUs that are not here, and the model of the bytes they move."""
 
 import csv
-import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import code_hash
 
 pytest.importorskip("triton", reason="needs triton and its bundled compilers")
 
@@ -44,7 +45,7 @@ def test_resources_stay_in_budget_when_compiled_now():
 
 def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
     rows = list(csv.DictReader(COMMITTED.open()))
-    source = hashlib.sha256((ROOT / "kernels" / "triton_patch_dpo.py").read_bytes()).hexdigest()[:16]
+    source = code_hash(ROOT / "kernels" / "triton_patch_dpo.py")
     assert {row["source"] for row in rows} == {source}, "run python -m benchmarks.resources and commit its results"
     assert {row["target"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
     assert {row["dtype"] for row in rows} == {"bf16", "bf16+fp32", "fp32"}
