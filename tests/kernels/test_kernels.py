@@ -149,9 +149,10 @@ def test_kernels_repeat_the_same_bits(backend, dtype):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def live_tensors() -> int:
+def live_tensors() -> set[int]:
+    """By address: what earlier tests left may vanish at any time, so a count would say nothing."""
     gc.collect()
-    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
 
 
 def test_kernels_keep_no_tensor_between_calls(backend):
@@ -161,7 +162,7 @@ def test_kernels_keep_no_tensor_between_calls(backend):
     for samples in (2, 4):
         everything(kernels, *inputs(backend, (6, 7, 20, 30), samples), (2, 3, 2))
         everything(kernels, *inputs(backend, (2, 3, 50, 45), samples), (3, 50, 45))
-    assert live_tensors() == before
+    assert not live_tensors() - before
     assert "atomic" not in (ROOT / "kernels" / "triton_patch_dpo.py").read_text().replace("no atomics", "")
 
 
