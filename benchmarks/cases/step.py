@@ -36,7 +36,7 @@ from halo_fast.families import Family, family_of
 from halo_fast.loss.objectives import PRESETS, convert_beta, local_dpo_rewards
 from halo_fast.train import adapters_off
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, draws, make_batch
+from halo_fast.train.draws import Batch, draws_of_step, make_batch
 from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.memory import checkpointing as recomputing
 from halo_fast.train.model import compile_blocks
@@ -126,7 +126,7 @@ class Bench:
 
     def places(self) -> list[tuple[int, int]]:
         self.step += 1
-        return draws(self.step, 1, len(self.job.pairs), 0, DRAWS)
+        return draws_of_step(self.step, 1, len(self.job.pairs), 0, DRAWS)
 
     def cached(self) -> Batch:
         """A batch as trainers with latent and text caches have it."""
