@@ -128,9 +128,9 @@ def test_a_dotted_name_takes_fields_too(cached):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "halo_fst"}, "train.objective: objective must be one of halo, halo_sft"),
-        ({"objective": {"video_beta": 3.0}}, 'train.objective: objective must name its "preset"'),
-        ({"objective": {"preset": "mapo", "patch_beta": 3.0}}, "train.objective: objective has no field 'patch_beta'"),
+        ({"objective": "halo_fst"}, "train.objective must be one of halo, halo_sft"),
+        ({"objective": {"video_beta": 3.0}}, 'train.objective must name its "preset"'),
+        ({"objective": {"preset": "mapo", "patch_beta": 3.0}}, "train.objective has no field 'patch_beta'"),
         ({"objective": "mapo", "auto_beta": 0.3}, "train.auto_beta: .* needs pairs, a reference and"),
         (
             {"objective": {"preset": "halo", "anchor_weight": 1.0}, "reference_draws": 2},

@@ -39,6 +39,7 @@ async def answer_directly(
     """
     requests = _Requests(client, ledger, seed)
     tasks: set[asyncio.Task[tuple[int, list[Answer]]]] = set()
+    done: set[asyncio.Task[tuple[int, list[Answer]]]] = set()
     waiting = enumerate(jobs)
     try:
         while True:
@@ -51,7 +52,8 @@ async def answer_directly(
                 yield task.result()
     except Exception as error:
         requests.stop(error)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Several can fail together: one error is raised, and asyncio would log the others if nobody took them.
+        await asyncio.gather(*tasks, *done, return_exceptions=True)
         raise
 
 
