@@ -152,6 +152,7 @@ class PipelineFamily(Family):
         num_inference_steps: int,
         guidance_scale: float,
     ) -> Tensor:
+        """Latents sampled from the given noise by the diffusers pipeline itself; see `Family.sample`."""
         device = self.transformer.device
         frames, height, width = video_size
         arguments = {

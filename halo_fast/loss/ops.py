@@ -134,6 +134,7 @@ def _gran_dpo(
     link_name: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``gran_dpo`` by the selected backend's own fused function, or composed of its single operations."""
     backend = backends.select(policy.device, policy.dtype)
     run = getattr(backend, "gran_dpo", None) or partial(composed_gran_dpo, backend)
     *outputs, error = run(
