@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow gpu bench lint format clean
+.PHONY: demo test test-slow docs gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/halo run demo
@@ -13,6 +13,11 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
+
+# The site in build/site, strictly, and notebooks of the tutorials in build/notebooks.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m tools.pages --notebooks build/notebooks
 
 # Needs torch and triton alone: these files import nothing of what training does.
 GPU_TESTS := $(addprefix tests/,kernels/test_gpu.py kernels/test_parity.py kernels/test_kernels.py loss/test_ops.py)
@@ -48,5 +53,5 @@ clean:
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.cpp) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
 	$(BIN)/python -m pip show --quiet triton || $(BIN)/python -m pip install --quiet triton==3.9.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,reward,teacher,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,reward,teacher,docs,dev]"
 	touch $@

@@ -44,7 +44,7 @@ def cache_reference(family: Any, data: list, draws: int, grid: tuple, file: Path
 
 def main(
     pairs: Path,
-    model: str,
+    model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     file: Path = Path("reference.safetensors"),
     draws: int = 4,
     steps: int = 500,
