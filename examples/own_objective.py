@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from halo_fast import gran_dpo
-from halo_fast.loss.inputs import Inputs
-from halo_fast.loss.objectives import Objective, Table
+from halo_fast.loss.objectives import Inputs, Objective, Table
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Objectives: what is done with the [N, f, h, w] tables of patch errors. A file each; small plain PyTorch."""
 
+from halo_fast.loss.inputs import Inputs
 from halo_fast.loss.objectives.base import Objective, PairObjective, Preferences, Table
 from halo_fast.loss.objectives.beta import AutoBeta, convert_beta, timestep_weight
 from halo_fast.loss.objectives.granular import GranDPO
@@ -15,6 +16,7 @@ __all__ = [
     "AutoBeta",
     "DiffusionKTO",
     "GranDPO",
+    "Inputs",
     "MaPO",
     "Objective",
     "PairObjective",
