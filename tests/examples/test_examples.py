@@ -252,9 +252,13 @@ def test_multi_gpu_with_two_processes(tmp_path, sharded):
     build_pairs(config, run)
     build_cache(config, run)
     (tmp_path / "mine.yaml").write_text(to_yaml(config))
+    program = tmp_path / "bin" / "accelerate"  # as pip installs it, for this very Python
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n')
+    program.chmod(0o755)
     environment = os.environ | {
         "GPUS": "2", "FSDP": sharded, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "PORT": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT": "0", "PATH": f"{program.parent}:{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
         [EXAMPLES / "multi_gpu.sh", tmp_path / "mine.yaml"], env=environment, capture_output=True, text=True
