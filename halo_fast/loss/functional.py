@@ -117,8 +117,11 @@ def gran_dpo(
 
     With E_p = mean over patch p of (o - tau)^2, d_p = E_p(o) - E_p(o_ref), D_p = d_p(a) - d_p(b), D their mean over the
     video, s = sign(r_a - r_b) and z = -(beta kappa / 2) s D for the video and for each patch, one pair's loss is
-        video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p     (see ``GranDPO``)
-    and the result its mean over the pairs that have at least one group that is not a tie (0 if there is none).
+
+        video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p
+
+    (see ``GranDPO``), and the result its mean over the pairs that have at least one group that is not a tie (0 if there
+    is none).
 
     Args:
         prediction: [2B, C, F, H, W], samples a first and then their partners b, which share prompt, timestep and noise.
