@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from halo_fast.teachers import LabelStore, TeacherRequest, build_teacher
+from halo_fast.teachers import Judge, LabelStore, TeacherRequest, build_teacher
 from halo_fast.teachers.labelling import judge_pairs, open_clip
 
 
@@ -41,7 +41,9 @@ def main(
     options |= {"input_price": 0.0, "output_price": 0.0}  # your own server costs nothing
     with LabelStore(candidates.with_suffix(".sqlite")) as store:
         judge = build_teacher(TeacherRequest("openai", (1, 1, 1), store, options))
-        clips = [[open_clip(candidates.parent / row[side], row["prompt"]) for side in "ab"] for row in rows]
+        assert isinstance(judge, Judge)
+        a, b = ([open_clip(candidates.parent / row[side], row["prompt"]) for row in rows] for side in "ab")
+        clips = list(zip(a, b, strict=True))
         verdicts = [found.get(dimension, found["status"]) for found in judge_pairs(clips, judge, store)]
     print(dict(Counter(verdicts)))
     pairs = []

@@ -41,7 +41,9 @@ def one_at_a_time(model: Model, noisy: Tensor, t: Tensor, target: Tensor, refere
     return out.loss
 
 
-def main(pairs: Path, model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", rank: int = 32, dtype: str = "bfloat16") -> dict[str, float]:
+def main(
+    pairs: Path, model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", rank: int = 32, dtype: str = "bfloat16"
+) -> dict[str, float]:
     """Take the first pair both ways and compare losses, gradients and peak memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)

@@ -24,7 +24,8 @@ class PatchIPO(Objective):
     def table(self, inputs: Inputs) -> Table:
         log_ratio = inputs.log_ratio()  # E_p(reference) - E_p(policy), [2B, f, h, w]
         a, b = log_ratio.chunk(2)
-        _, sign = self.preferences(inputs)  # [B, f, h, w]: 1 where a wins, -1 where b does, 0 for a tie
+        sign = self.preferences(inputs).patch  # [B, f, h, w]: 1 where a wins, -1 where b does, 0 for a tie
+        assert sign is not None  # because `labels` asks for patch rewards
         z = self.scale * sign * (a - b)
         labelled = (sign != 0).to(z.dtype)
         active = labelled.flatten(1).any(1).to(z.dtype)

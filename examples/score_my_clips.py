@@ -40,7 +40,9 @@ def main(clips: Path, reward: Path, grid: tuple[int, int, int] = (7, 4, 6)) -> l
         video, prompt = read_clip(file), file.with_suffix(".txt").read_text().strip()
         video_scores, patch_scores = model.by_dimension(model(video[None], [prompt], grid))
         quality = patch_scores["quality"].view(grid)
-        patches = PatchGrid(grid, *video.shape[:3], config.spatial_factor, config.temporal_factor, config.causal)
+        frames, height, width, _ = video.shape
+        factors = config.spatial_factor, config.temporal_factor, config.causal
+        patches = PatchGrid(grid, frames, height, width, *factors)
         draw_map(video, quality, patches).save(file.with_suffix(".png"))
         row = {"clip": file.name} | {name: round(value.item(), 3) for name, value in video_scores.items()}
         rows.append(row | {"worst_patch": round(quality.min().item(), 3)})

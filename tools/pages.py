@@ -124,9 +124,9 @@ def main(arguments: list[str]) -> None:
         return
     for name in arguments:
         page = Path(name).resolve()
-        with tempfile.TemporaryDirectory() as folder:
-            page.write_text(run_page(page.read_text(), Path(folder)))
-            for picture in Path(folder).glob("*.png"):
+        with tempfile.TemporaryDirectory() as scratch:
+            page.write_text(run_page(page.read_text(), Path(scratch)))
+            for picture in Path(scratch).glob("*.png"):
                 (ROOT / PICTURES / picture.name).write_bytes(picture.read_bytes())
 
 
