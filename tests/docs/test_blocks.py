@@ -309,6 +309,18 @@ def test_notebooks_hold_the_pages():
         assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
 
 
+def test_files_that_pages_name_exist():
+    named = r"(?<![\w./-])((?:halo_fast|tests|docs|benchmarks|examples|tools|kernels|recipes)/[\w./-]*\w)"
+    made = "benchmarks/results/bench", "examples/NAME"  # by `make bench`; any of them
+    missing = [
+        f"{page.relative_to(ROOT)}: {found}"
+        for page in [*PAGES, *TUTORIALS]
+        for found in re.findall(named, page.read_text())
+        if not (ROOT / found).exists() and not found.startswith(made)
+    ]
+    assert missing == []
+
+
 def test_counts(capsys):
     """What the pages hold; a collector that finds nothing would pass everything."""
     counts = {kind: len(found) for kind, found in FOUND.items()}

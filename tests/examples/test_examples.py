@@ -272,4 +272,5 @@ def test_every_example_has_a_test():
     names = {file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".sh")}
     text = Path(__file__).read_text()
     assert {name for name in names if name.split(".")[0] not in text} == set()
+    assert {name for name in names if f"({name})" not in (EXAMPLES / "README.md").read_text()} == set()
     assert shutil.which("bash") and subprocess.run(["bash", "-n", EXAMPLES / "multi_gpu.sh"]).returncode == 0
