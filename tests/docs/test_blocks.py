@@ -187,7 +187,7 @@ def check_halo(words: list[str], monkeypatch) -> None:
 def check_pip(words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words[1:]:
-        found = re.fullmatch(r"halo_fast\[([\w,]+)\]", word)
+        found = re.fullmatch(r"\.\[([\w,]+)\]", word)
         assert found is None or set(found[1].split(",")) <= set(extras), word
         if word.startswith("-Ccmake.define."):
             assert word.removeprefix("-Ccmake.define.").split("=")[0] in (ROOT / "CMakeLists.txt").read_text()
@@ -319,6 +319,10 @@ def test_files_that_pages_name_exist():
         if not (ROOT / found).exists() and not found.startswith(made)
     ]
     assert missing == []
+
+
+def test_pictures_are_light():
+    assert {picture.name for picture in ROOT.glob("docs/pictures/*") if picture.stat().st_size > 300_000} == set()
 
 
 def test_counts(capsys):
