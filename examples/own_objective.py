@@ -52,11 +52,11 @@ def main(steps: int = 30, learning_rate: float = 0.05) -> list[float]:
         losses.append(out.loss.item())
         if step % 10 == 0:
             print(f"step {step}: loss {losses[-1]:.4f}, accuracy {out.metrics()['patch/accuracies']:.2f}")
-    print('in training: halo train my.yaml --train.objective "{preset: own_objective:PatchIPO, scale: 20}"')
+    print(
+        'in training: PYTHONPATH=examples halo train my.yaml --train.objective "{preset: own_objective:PatchIPO, scale: 20}"'
+    )
     return losses
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(main)
+    main()

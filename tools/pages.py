@@ -1,6 +1,6 @@
 """Pages whose code blocks are programs: run them, write what they print below them, make notebooks of the same text.
 
-python -m tools.pages docs/tutorial.md ...            run the pages' blocks in an empty folder and put in their outputs
+python -m tools.pages docs/tutorial.md ...            run the pages' blocks in an empty folder; put in outputs, pictures
 python -m tools.pages --notebooks build/notebooks     a notebook of every page that has outputs
 
 A fenced block of bash or python is run; a fenced block of text right after it is its output.
@@ -22,7 +22,6 @@ __all__ = ["Block", "blocks", "notebook", "run_block", "run_page"]
 
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
-PICTURES = "docs/pictures"
 
 
 class Block(NamedTuple):
@@ -127,7 +126,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             page.write_text(run_page(page.read_text(), Path(scratch)))
             for picture in Path(scratch).glob("*.png"):
-                (ROOT / PICTURES / picture.name).write_bytes(picture.read_bytes())
+                (page.parent / "pictures" / picture.name).write_bytes(picture.read_bytes())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Python blocks run, in the order of their page. Commands of `halo` go through its real command line, up to the function
 that would do the work; `halo doctor` and --print-config run. Settings in YAML are parsed as settings. Of other programs
-the real parser, the file or the target is asked. Tutorials run as a whole, by the clock in a slow test.
+the real parser, the file or the target is asked. Tutorials run as a whole; those of minutes in a slow test.
 """
 
 import functools
@@ -298,6 +298,22 @@ def test_the_short_tutorial_prints_what_it_says(tmp_path):
         assert [float(value) for value in number.findall(one)] == pytest.approx(
             [float(value) for value in number.findall(other)], rel=0.01, abs=0.01
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["tutorial", "tutorial-pairs"])
+def test_the_long_tutorials_run(page, tmp_path):
+    """In a process of its own: its number of threads is not that of the tests."""
+    shutil.copy(ROOT / "docs" / f"{page}.md", tmp_path)
+    (tmp_path / "pictures").mkdir()
+    command = [sys.executable, "-m", "tools.pages", tmp_path / f"{page}.md"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / f"{page}.md").read_text()
+    outputs = [block.body for block in pages.blocks(text) if block.language == "text"]
+    assert len(outputs) > 4 and all(output.strip() for output in outputs)
+    pictures = re.findall(r"\(pictures/(.*?)\)", text)
+    assert pictures and all((tmp_path / "pictures" / picture).exists() for picture in pictures)
 
 
 def test_notebooks_hold_the_pages():
