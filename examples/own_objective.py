@@ -52,9 +52,7 @@ def main(steps: int = 30, learning_rate: float = 0.05) -> list[float]:
         losses.append(out.loss.item())
         if step % 10 == 0:
             print(f"step {step}: loss {losses[-1]:.4f}, accuracy {out.metrics()['patch/accuracies']:.2f}")
-    print(
-        'in training: PYTHONPATH=examples halo train my.yaml --train.objective "{preset: own_objective:PatchIPO, scale: 20}"'
-    )
+    print("in training, from this folder: halo train my.yaml --train.objective.preset own_objective:PatchIPO")
     return losses
 
 

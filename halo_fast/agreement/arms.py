@@ -84,11 +84,7 @@ def compare_arms(
     metrics |= _per_kind(arms)
     if "fidelity_correct" in arms[0]:
         metrics |= _fidelity_and_motion(arms, resamples, seed)
-    return {
-        name: value
-        for name, value in metrics.items()
-        if not (isinstance(value, float | list) and np.isnan(value).any())
-    }
+    return _defined(metrics)
 
 
 def compare_rewards(
@@ -104,7 +100,7 @@ def compare_rewards(
     Returns:
         reward_base and reward_aligned, the mean of every column; with a meter, patch_spearman and
         patch_spearman_aligned: the rank correlation of patch quality and -severity. Aligned clips are nearly all sound,
-        so the latter is mostly noise.
+        so the latter is mostly noise. One that has no ranks, because the meter reads the same everywhere, is left out.
     """
     arms = {"base": base, "aligned": aligned}
     metrics: dict[str, Any] = {
@@ -117,7 +113,13 @@ def compare_rewards(
         metrics["patch_spearman"], metrics["patch_spearman_aligned"] = (
             spearman(arm["patch_quality"], -np.asarray(arm[severity])) for arm in arms.values()
         )
-    return metrics
+    return _defined(metrics)
+
+
+def _defined(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures without those that are NaN or hold one."""
+    undefined = {name for name, value in metrics.items() if isinstance(value, float | list) and np.isnan(value).any()}
+    return {name: value for name, value in metrics.items() if name not in undefined}
 
 
 def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:

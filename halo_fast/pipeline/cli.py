@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted.
     """
     _log_to_stderr()
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, where modules of one's own are; last, so that they hide nothing
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:

@@ -300,6 +300,19 @@ def test_every_command_has_a_line_in_the_help(capsys):
         assert len(line.removeprefix(f"  {name}").split()) > 3, line
 
 
+def test_modules_in_the_current_folder_are_found_and_hide_nothing(tmp_path):
+    (tmp_path / "my_losses.py").write_text("from halo_fast import GranDPO\nmine = GranDPO(video_beta=7.0)\n")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('this is not torch')\n")
+    words = ["halo", "train", "--train.objective", "my_losses:mine", "--pretrained_model_name_or_path", "demo:graded"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.remove(''); sys.argv = {words}; "
+         "from halo_fast.pipeline.cli import main; raise SystemExit(main())"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    # the objective was taken: the next thing that is missing is named
+    assert done.returncode == 2 and "run `halo pairs`" in done.stderr, done.stderr
+
+
 def test_command_and_module_answer_alike(tmp_path):
     for command in ([str(Path(sys.executable).with_name("halo"))], [sys.executable, "-m", "halo_fast"]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path)

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 
-from halo_fast.agreement.arms import compare_arms, rates_by_kind, severity_mitigated
+from halo_fast.agreement.arms import compare_arms, compare_rewards, rates_by_kind, severity_mitigated
 from halo_fast.agreement.figures import bootstrap_interval, spearman
 from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
@@ -134,6 +134,15 @@ def test_a_figure_that_is_not_defined_is_left_out():
     metrics = compare_arms(*single, 0.0, resamples=50, seed=0)
     assert metrics["mitigated"] == pytest.approx(0.5) and metrics["motion_ratio"] == 1
     assert not [name for name in metrics if name.endswith("interval")]
+
+
+def test_a_rank_correlation_with_a_meter_that_reads_the_same_everywhere_is_left_out():
+    quality = np.arange(8.0).reshape(2, 4)
+    base = {"patch_quality": quality, "severity": -quality / 8}
+    aligned = {"patch_quality": quality, "severity": np.zeros((2, 4))}  # a flawless model, by that meter
+    metrics = compare_rewards(base, aligned, "severity")
+    assert metrics["patch_spearman"] == 1 and "patch_spearman_aligned" not in metrics
+    assert metrics["reward_base"]["patch_quality"] == 3.5
 
 
 def aligned_run(folder: Path, scale: float = 2.0) -> Run:
