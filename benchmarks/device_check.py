@@ -78,8 +78,7 @@ def check_compiled(shape: tuple[int, ...], device: str) -> Iterator[tuple[str, f
     """torch.compile around the loss, three calls in each mode: a state that is kept between calls would show."""
     data = inputs(shape, GRID, device)
     loss, gradient = step(data)
-    modes = ("default", "reduce-overhead", "max-autotune") if device != "cpu" else ("default",)
-    for mode in modes:
+    for mode in ("default", "reduce-overhead", "max-autotune"):
         torch.compiler.reset()
 
         @torch.compile(fullgraph=True, mode=mode)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.resources        # the whole matrix: prints it and writes benchmarks/results/resources*.csv
     python -m benchmarks.resources --targets sm_90 --latents cogvideox --check     # a part of it, writes nothing
+    python -m benchmarks.resources --beside f062473    # real models beside the kernels of another revision: a table
 
 The library's own launchers run on CPU tensors under a driver that only compiles, so every kernel is compiled with
 exactly the specialisation a user would get. Needs the triton package with its bundled ptxas and cuobjdump, and
@@ -10,6 +11,7 @@ TRITON_INTERPRET unset.
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import math
 import re
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,6 +51,10 @@ TARGETS = {
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# What is set beside another revision's kernels: real models in bf16 on an H100.
+MODELS = ("cogvideox", "wan", "wan-720p", "hunyuanvideo", "ltx")
+MODEL_PAIRS, MODEL_GRID, MODEL_TARGET = (1, 4), (4, 3, 3), "sm_90"
+MODELS_CSV = RESULTS / "resources_models.csv"
 # Multiprocessors (compute units) of A100, RTX 4090, H100, B200, RTX 5090, MI250X (one die) and MI300X.
 MULTIPROCESSORS = dict(zip(TARGETS, (108, 128, 132, 148, 170, 110, 304), strict=True))
 # Dtypes of the prediction (and its reference) and of the target.
@@ -63,7 +70,7 @@ DTYPES = {
 # with its 65,536 registers. With six 16-byte loads a thread these have 49 KB under way; an H100 needs some 17
 # (3.0 TB/s times 0.75 us over 132). AMD: 256 keep two waves on a SIMD, whose file is larger.
 REGISTERS = {
-    "cuda": {"forward": 128, "backward": 80, "sum": 128, "table": 255},
+    "cuda": {"forward": 128, "backward": 128, "sum": 128, "table": 255},
     "hip": {"forward": 256, "backward": 256, "sum": 256, "table": 256},
 }
 # A small table is one program that waits for memory, not for issue slots: what it keeps over its loops in local memory
@@ -84,6 +91,9 @@ COPY = {"A100": 1.75e12, "H100": 3.0e12, "H200": 4.3e12, "B200": 6.8e12, "RTX 40
 START_US, SHARE_OF_COPY = 2.5, 0.9
 
 
+PREDICTED_PAIRS = (1, 4, 8)
+
+
 class _CompileOnly:
     """What Triton asks of a driver before it compiles."""
 
@@ -101,16 +111,18 @@ class _CompileOnly:
 
 
 @contextmanager
-def compile_only(target: GPUTarget) -> Iterator[list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]]:
+def compile_only(
+    target: GPUTarget, module: ModuleType = kernels
+) -> Iterator[list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]]:
     """Inside, launches compile for `target` and are recorded as (kernel name, compiled kernel, arguments, options)."""
     launches: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
     before = triton.KernelInterface.__getitem__
-    jitted = [fn for fn in vars(kernels).values() if isinstance(fn, triton.JITFunction)]
+    jitted = [fn for fn in vars(module).values() if isinstance(fn, triton.JITFunction)]
 
     def launch(kernel: Any, grid: Any) -> Any:
         def record(*args: Any, **options: Any) -> None:
             name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
-            named = dict(zip(kernel.arg_names, args, strict=True)) | options | {"grid": grid}
+            named = dict(zip(kernel.arg_names, args, strict=False)) | options | {"grid": grid}
             launches.append((name, kernel.warmup(*args, grid=grid, **options), args, named))
 
         return record
@@ -162,12 +174,12 @@ def _nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _loop_costs(code: list[tuple[str, str]], load: str, branch: str) -> dict[str, int | str]:
+def _loop_costs(code: list[tuple[str, str]], load: str, branch: str, lines: int | None) -> dict[str, int | str]:
     """What the loop over latents costs, from (label or address, instruction) pairs.
 
     Instructions before the first of the widest loads, instructions a line, and how many loads are issued before the
-    first of their values is used. The loop is the one with most loads; the compiler's loop for what is left over after
-    unrolling has the loads of one line.
+    first of their values is used. The loop is the one with most loads. It has `lines` lines, or by default as many as
+    it has more loads than the compiler's loop of one line for what is left over after unrolling.
     """
     place: dict[str, int] = {}
     for index, (label, _) in enumerate(code):
@@ -181,7 +193,7 @@ def _loop_costs(code: list[tuple[str, str]], load: str, branch: str) -> dict[str
     if not loops:
         return {"before_loads": "", "line_instructions": "", "batch": ""}
     most, first, last = max(loops, key=lambda loop: (loop[0], loop[1] - loop[2]))
-    lines = most // min(count for count, *_ in loops)
+    lines = lines or most // min(count for count, *_ in loops)
     pending: set[str] = set()
     batch = 0
     for _, text in code[first:last]:
@@ -199,7 +211,7 @@ def _registers(text: str) -> list[str]:
     return [one or other for one, other in re.findall(r"\b(R\d+)\b|\b(v(?:\d+|\[\d+))", text)]
 
 
-def _inspect_cubin(cubin: bytes) -> dict[str, int | str]:
+def _inspect_cubin(cubin: bytes, lines: int | None) -> dict[str, int | str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -231,10 +243,10 @@ def _inspect_cubin(cubin: bytes) -> dict[str, int | str]:
         "load_bits": width,
         "store_bits": widest("STG"),
         "instructions": len(instructions),
-    } | _loop_costs(code, load, r"^BRA\S*\s.*?0x0*([0-9a-f]+)")
+    } | _loop_costs(code, load, r"^BRA\S*\s.*?0x0*([0-9a-f]+)", lines)
 
 
-def _inspect_amdgcn(text: str) -> dict[str, int | str]:
+def _inspect_amdgcn(text: str, lines: int | None) -> dict[str, int | str]:
     def field(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
@@ -260,13 +272,23 @@ def _inspect_amdgcn(text: str) -> dict[str, int | str]:
         "load_bits": width,
         "store_bits": widest("store"),
         "instructions": sum(not line.startswith("s_") for _, line in code),
-    } | _loop_costs(code, rf"^(global|buffer|flat)_load_{suffix}", r"^s_c?branch\w*\s+(\.LBB\w+)")
+    } | _loop_costs(code, rf"^(global|buffer|flat)_load_{suffix}", r"^s_c?branch\w*\s+(\.LBB\w+)", lines)
 
 
-def inspect(kernel: Any) -> dict[str, Any]:
-    """Registers, stack, spills, widest load and store in bits, shared memory, instructions and its loop's costs."""
-    found = _inspect_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _inspect_amdgcn(kernel.asm["amdgcn"])
+def inspect(kernel: Any, lines: int | None = None) -> dict[str, Any]:
+    """Registers, stack, spills, widest load and store in bits, shared memory, instructions and its loop's costs.
+
+    `lines` is how many lines of latents a pass of its loop reads, where the source says so and not the compiler.
+    """
+    if "cubin" in kernel.asm:
+        found = _inspect_cubin(kernel.asm["cubin"], lines)
+    else:
+        found = _inspect_amdgcn(kernel.asm["amdgcn"], lines)
     return found | {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+
+
+def _lines(name: str, module: ModuleType) -> int | None:
+    return module.BATCH.value if name == "backward" and hasattr(module, "BATCH") else None
 
 
 def overruns(row: dict[str, Any]) -> list[str]:
@@ -300,12 +322,12 @@ def _describe(target: str, dtype: str, name: str, options: dict[str, Any]) -> di
         sizes = [f"{size} {options[size]}" for size in ("LINK", "PAIRS", "PATCHES", "ROWS", "PARTS") if size in options]
         return row | {"variant": " ".join([*sizes, *flags]), "align_bytes": "", "thread_bytes": ""}
     flags = [flag for flag in ("POSITIONS", "WIDE", "HAS_REFERENCE") if options.get(flag)]
-    sizes = [f"{size} {options[size]}" for size in ("BLOCK", "LANES", "ALIGN")]
+    sizes = [f"{size} {options[size]}" for size in ("BLOCK", "LANES", "ALIGN") if size in options]
     itemsize, threads = min(one.itemsize for one in DTYPES[dtype]), TARGETS[target].warp_size * options["num_warps"]
     return row | {
         "variant": " ".join([*sizes, *flags]),
         "align_bytes": options["ALIGN"] * itemsize,
-        "thread_bytes": max(1, options["BLOCK"] * options["LANES"] // threads) * itemsize,
+        "thread_bytes": max(1, options["BLOCK"] * options.get("LANES", 1) // threads) * itemsize,
     }
 
 
@@ -347,9 +369,9 @@ def matrix(targets: list[str], latents: list[str], dtypes: list[str]) -> list[di
                     for name, kernel, _, options in launches
                 ]
                 launches.clear()
-        unique = {id(kernel): kernel for _, kernel in found}
+        unique = {id(kernel): (kernel, _lines(row["kernel"], kernels)) for row, kernel in found}
         with ThreadPoolExecutor() as pool:
-            inspected = dict(zip(unique, pool.map(inspect, unique.values()), strict=True))
+            inspected = dict(zip(unique, pool.map(lambda one: inspect(*one), unique.values()), strict=True))
         for row, kernel in found:
             row |= inspected[id(kernel)]
             rows.append(row | {"bytes_in_flight": _in_flight(row)})
@@ -357,22 +379,93 @@ def matrix(targets: list[str], latents: list[str], dtypes: list[str]) -> list[di
     return rows
 
 
+def kernels_of(revision: str, folder: Path) -> ModuleType:
+    """The Triton kernels of a git revision, loaded from a copy in `folder`."""
+    command = ["git", "show", f"{revision}:kernels/triton_patch_dpo.py"]
+    source = subprocess.run(command, check=True, capture_output=True, text=True, cwd=RESULTS).stdout
+    path = folder / "kernels_before.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def models(module: ModuleType = kernels) -> list[dict[str, Any]]:
+    """The kernels that run over latents, of this or another revision, for real models."""
+    found: list[tuple[dict[str, Any], Any]] = []
+    with compile_only(TARGETS[MODEL_TARGET], module) as launches:
+        for latent, pairs in itertools.product(MODELS, MODEL_PAIRS):
+            shape = 2 * pairs, *SHAPES[latent]
+            policy, reference, target = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
+            table = module.patch_log_ratio(policy, reference, target, MODEL_GRID)
+            module.gran_dpo_backward(table[0, 0, 0, 0], table, policy, target)
+            found += [
+                ({"latent": latent, "pairs": pairs} | _describe(MODEL_TARGET, "bf16", name, options), kernel)
+                for name, kernel, _, options in launches
+                if name in ("forward", "backward")
+            ]
+            launches.clear()
+    rows: list[dict[str, Any]] = []
+    for row, kernel in found:
+        row = {"target": MODEL_TARGET} | row | inspect(kernel, _lines(row["kernel"], module))
+        rows.append(row | {"bytes_in_flight": _in_flight(row)})
+    return rows
+
+
+def beside(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """The Markdown table of two revisions' kernels for the same models."""
+    columns = {
+        "programs a multiprocessor": "programs_a_multiprocessor",
+        "bytes in flight": "bytes_in_flight",
+        "instructions before the first wide load": "before_loads",
+        "a line": "line_instructions",
+        "loads in one batch": "batch",
+        "registers": "registers",
+    }
+    lines = [f"| latent, pairs, kernel | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for old, new in zip(before, now, strict=True):
+        assert all(str(old[key]) == str(new[key]) for key in ("latent", "pairs", "kernel"))
+        pairs = f"{old['pairs']} pair{'s' if int(old['pairs']) > 1 else ''}"
+        cells = [f"{old[key]} → {new[key]}" for key in columns.values()]
+        lines.append(f"| {old['latent']}, {pairs}, {old['kernel']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _compare(revision: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        before, now = models(kernels_of(revision, Path(folder))), models()
+    stamp = {"triton": triton.__version__}
+    source = code_hash(Path(kernels.__file__))
+    rows = [{"revision": revision, "source": ""} | row | stamp for row in before]
+    _write(MODELS_CSV, rows + [{"revision": "", "source": source} | row | stamp for row in now])
+    print("\n".join(beside(before, now)))
+
+
+def predicted_us(moved: int, launches: int, rate: float) -> float:
+    """Microseconds of launches that move so many bytes, at a share of the rate of a copy."""
+    return launches * START_US + 1e6 * moved / (SHARE_OF_COPY * rate)
+
+
 def predictions(latents: list[str]) -> list[dict[str, Any]]:
-    """Bytes moved, and the time of three launches at a share of a copy's rate: predicted, never measured."""
+    """Bytes moved and the time of a whole call by size: predicted, never measured.
+
+    The call is three launches: forward, table, backward. `H100_of_copy` is its rate beside that of one `torch.clone` of
+    as many bytes, its start included.
+    """
     rows = []
-    for latent in latents:
-        for name in ("bf16", "bf16+fp32", "fp32"):
-            shape, (own, other) = (2, *SHAPES[latent]), (one.itemsize for one in DTYPES[name])
-            for grid in ((1, 1, 1), (4, 3, 3)):
-                forward = kernels.forward_bytes(shape, grid, own, own, other)
-                backward = kernels.backward_bytes(shape, grid, own, other)
-                row: dict[str, Any] = {"latent": latent, "dtype": name, "grid": "x".join(map(str, grid))}
-                row |= {"forward_bytes": forward, "backward_bytes": backward}
-                row |= {
-                    f"{gpu}_predicted_us": round(3 * START_US + 1e6 * (forward + backward) / (SHARE_OF_COPY * rate), 1)
-                    for gpu, rate in COPY.items()
-                }
-                rows.append(row)
+    for latent, name, pairs in itertools.product(latents, ("bf16", "bf16+fp32", "fp32"), PREDICTED_PAIRS):
+        shape, (own, other) = (2 * pairs, *SHAPES[latent]), (one.itemsize for one in DTYPES[name])
+        forward = kernels.forward_bytes(shape, MODEL_GRID, own, own, other)
+        backward = kernels.backward_bytes(shape, MODEL_GRID, own, other)
+        row: dict[str, Any] = {"latent": latent, "dtype": name, "pairs": pairs}
+        row |= {"forward_bytes": forward, "backward_bytes": backward}
+        row |= {
+            f"{gpu}_predicted_us": round(predicted_us(forward + backward, 3, rate), 1) for gpu, rate in COPY.items()
+        }
+        copy = START_US + 1e6 * (forward + backward) / COPY["H100"]
+        rows.append(row | {"H100_of_copy": round(copy / predicted_us(forward + backward, 3, COPY["H100"]), 2)})
     return rows
 
 
@@ -396,7 +489,11 @@ def main() -> int:
     parser.add_argument("--latents", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "bf16+fp32", "fp32"])
     parser.add_argument("--check", action="store_true", help="print and judge, but leave the committed CSV alone")
+    parser.add_argument("--beside", metavar="REVISION", help="compare with that revision's kernels, and no more")
     choice = parser.parse_args()
+    if choice.beside:
+        _compare(choice.beside)
+        return 0
     rows = matrix(choice.targets, choice.latents, choice.dtypes)
     # one line for each different kernel; the CSV has every launch
     short = {tuple(row[key] for key in ("target", "kernel", "dtype", "variant")): row for row in rows}

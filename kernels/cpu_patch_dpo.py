@@ -24,10 +24,12 @@ _STATUS = {
 
 
 def _accumulate_dtype(*views: Tensor) -> torch.dtype:
-    return torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
+    """In which sums are taken: float64 if a view is float64, else float32."""
+    return torch.float64 if torch.float64 in [view.dtype for view in views] else torch.float32
 
 
 def _bind(path: str) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
     library = ctypes.CDLL(path)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     library.halo_patch_forward.argtypes = [pointer, integer, *[pointer] * 5]
@@ -39,6 +41,7 @@ def _bind(path: str) -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    """The built library; ImportError if there is none."""
     # find_spec is right for wheels, sdists and editable installs, where the library does not lie beside this file.
     spec = importlib.util.find_spec(f"{__package__}._cpu")
     if spec is None or spec.origin is None:
@@ -83,22 +86,26 @@ def _sizes(shape: Sequence[int], grid: Sequence[int], *latents: Tensor) -> ctype
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _dtypes(*latents: Tensor) -> ctypes.Array[ctypes.c_int]:
-    return (ctypes.c_int * len(latents))(*(_DTYPES[latent.dtype] for latent in latents))
+@functools.cache
+def _dtypes(*dtypes: torch.dtype) -> ctypes.Array[ctypes.c_int]:
+    """The dtypes by their numbers in the library, which only reads them."""
+    return (ctypes.c_int * len(dtypes))(*(_DTYPES[dtype] for dtype in dtypes))
 
 
 def _check(status: int) -> None:
+    """Raise what a status other than 0 means."""
     if status:
         raise _STATUS[status]
 
 
 def _forward(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Sequence[int]) -> Tensor:
+    """The log-ratios of the patches or, without a reference, their errors, [N, f, h, w]."""
     views = policy, policy if reference is None else reference, target
     out = policy.new_empty((policy.shape[0], *grid), dtype=_accumulate_dtype(*views))
     if out.numel() == 0:
         return out
     status = _library().halo_patch_forward(
-        _dtypes(*views),
+        _dtypes(*[view.dtype for view in views]),
         torch.get_num_threads(),
         _sizes(policy.shape, grid, *views),
         policy.data_ptr(),
@@ -134,7 +141,7 @@ def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, t
     grad = grad.to(dtype).contiguous()
     factor = None if factor is None else factor.to(dtype)
     status = _library().halo_patch_backward(
-        _dtypes(prediction, target),
+        _dtypes(prediction.dtype, target.dtype),
         torch.get_num_threads(),
         _sizes(prediction.shape, grad.shape[1:], prediction, target, gradient),
         None if factor is None else factor.data_ptr(),

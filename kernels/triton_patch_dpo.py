@@ -28,6 +28,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 528
 # Elements of a full tile: eight for each of 128 threads.
 TILE = 1024
+# Lines that the backward kernel reads together.
+BATCH = tl.constexpr(4)
 
 
 class LaunchConfig(NamedTuple):
@@ -60,6 +62,7 @@ def launch_config(
 
 
 def _padded(size: int, block: int) -> int:
+    """The next multiple of a block."""
     return math.ceil(size / block) * block
 
 
@@ -98,12 +101,14 @@ _STRIDES = [f"{view}_{side}" for view in _VIEWS for side in "ncfhw"]
 
 
 def _jit(function):
+    """A kernel that is compiled once for all sizes and strides."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in names if name in (*_SIZES, *_STRIDES)])
 
 
 @triton.jit
 def _length(index, side, parts):
+    """How many of a side's positions its part `index` of `parts` has."""
     return (index + 1) * side // parts - index * side // parts
 
 
@@ -296,6 +301,24 @@ def _sum_kernel(
     tl.store(out + row, _add_parts(parts, row, live, count, patch_stride, part_stride, ROWS, PARTS, ACCUMULATE), live)
 
 
+@triton.jit
+def _advance(at, frame, frames, step_c, step_f):
+    """The place and frame of the next line: a counter in place of a division."""
+    wrap = frame + 1 == frames
+    return at + tl.where(wrap, step_c - (frames - 1) * step_f, step_f), tl.where(wrap, 0, frame + 1)
+
+
+@triton.jit
+def _read_batch(view, at, frame, frames, step_c, step_f, lines_left, unit, end, ALIGN: tl.constexpr):
+    """The next BATCH lines of a view as a tuple, with the place and frame after them; nothing is read beyond `end`."""
+    lines = ()
+    for i in tl.static_range(BATCH):
+        wanted = unit < tl.where(lines_left > i, end, 0)
+        lines = lines + (tl.load(view + at * ALIGN, mask=wanted, other=0.0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+        at, frame = _advance(at, frame, frames, step_c, step_f)
+    return lines, at, frame
+
+
 @_jit
 def _backward_kernel(
     factor,  # 0-d, or None for 1
@@ -352,24 +375,14 @@ def _backward_kernel(
     frames = _length(kf, F, grid_f)
 
     UNIT: tl.constexpr = ALIGN if LANES == 1 else 1
-    live = (chunk * (BLOCK // UNIT) + tl.arange(0, BLOCK) // UNIT) * UNIT < H * W
+    end = H * W
+    unit = (chunk * (BLOCK // UNIT) + tl.arange(0, BLOCK) // UNIT) * UNIT
     position = chunk * BLOCK + tl.arange(0, BLOCK)
-    size = (C * frames).to(ACCUMULATE)
     if POSITIONS:
-        row, column, patch = position * 0, position, position
+        row, column = position * 0, position
     else:
         row = _divide(position, W, W_magic, WIDE)
         column = position - row * W
-        kh = _divide((row + 1) * grid_h - 1, H, H_magic, WIDE)
-        kw = _divide((column + 1) * grid_w - 1, W, W_magic, WIDE)
-        patch = kh * grid_w + kw
-        height = _divide((kh + 1) * H, grid_h, grid_h_magic, WIDE) - _divide(kh * H, grid_h, grid_h_magic, WIDE)
-        width = _divide((kw + 1) * W, grid_w, grid_w_magic, WIDE) - _divide(kw * W, grid_w, grid_w_magic, WIDE)
-        size = size * (height * width).to(ACCUMULATE)
-    scale = tl.load(grad + slab.to(tl.int64) * grid_h * grid_w + patch, mask=live, other=0.0)
-    if factor is not None:
-        scale = tl.load(factor) * scale
-    scale = 2.0 * scale / size
     if FLAT:
         prediction += position
         target += position
@@ -378,40 +391,69 @@ def _backward_kernel(
         prediction += _place(row, column, prediction_h, prediction_w, ALIGN, LANES)
         target += _place(row, column, target_h, target_w, ALIGN, LANES)
         gradient += _place(row, column, gradient_h, gradient_w, ALIGN, LANES)
+    inside = unit < end
     if LANES > 1:
-        scale = scale[:, None]
-        live = live[:, None]
+        unit = unit[:, None]
 
     first_line = split * share
+    lines = min(C // LANES * frames - first_line, share)
     channel = first_line // frames
     frame = first_line - channel * frames
     c, f = channel.to(tl.int64), (first_frame + frame).to(tl.int64)
     at_prediction = n * prediction_n + c * prediction_c + f * prediction_f
     at_target = n * target_n + c * target_c + f * target_f
     at_gradient = n * gradient_n + c * gradient_c + f * gradient_f
-    for _ in tl.range(first_line, min(C // LANES * frames, first_line + share), loop_unroll_factor=4):
-        o = tl.load(prediction + at_prediction * ALIGN, mask=live, other=0.0, eviction_policy="evict_first")
-        tau = tl.load(target + at_target * ALIGN, mask=live, other=0.0, eviction_policy="evict_first")
-        value = (o.to(ACCUMULATE) - tau.to(ACCUMULATE)) * scale
-        if gradient.dtype.element_ty != tl.float64:
-            value = value.to(tl.float32)
-        tl.store(gradient + at_gradient * ALIGN, value.to(gradient.dtype.element_ty), mask=live)
-        frame += 1
-        wrap = frame == frames
-        frame = tl.where(wrap, 0, frame)
-        at_prediction += tl.where(wrap, prediction_c - (frames - 1) * prediction_f, prediction_f)
-        at_target += tl.where(wrap, target_c - (frames - 1) * target_f, target_f)
-        at_gradient += tl.where(wrap, gradient_c - (frames - 1) * gradient_f, gradient_f)
+    # The compiler moves no load over a store, so a batch of lines is read before any of it is written, and the first
+    # one before the scale of each position is computed.
+    o, at_prediction, _ = _read_batch(
+        prediction, at_prediction, frame, frames, prediction_c, prediction_f, lines, unit, end, ALIGN
+    )
+    tau, at_target, ahead = _read_batch(target, at_target, frame, frames, target_c, target_f, lines, unit, end, ALIGN)
+
+    size = (C * frames).to(ACCUMULATE)
+    if POSITIONS:
+        patch = position
+    else:
+        kh = _divide((row + 1) * grid_h - 1, H, H_magic, WIDE)
+        kw = _divide((column + 1) * grid_w - 1, W, W_magic, WIDE)
+        patch = kh * grid_w + kw
+        height = _divide((kh + 1) * H, grid_h, grid_h_magic, WIDE) - _divide(kh * H, grid_h, grid_h_magic, WIDE)
+        width = _divide((kw + 1) * W, grid_w, grid_w_magic, WIDE) - _divide(kw * W, grid_w, grid_w_magic, WIDE)
+        size = size * (height * width).to(ACCUMULATE)
+    scale = tl.load(grad + slab.to(tl.int64) * grid_h * grid_w + patch, mask=inside, other=0.0)
+    if factor is not None:
+        scale = tl.load(factor) * scale
+    scale = 2.0 * scale / size
+    if LANES > 1:
+        scale = scale[:, None]
+
+    for done in range(0, lines, BATCH):
+        for i in tl.static_range(BATCH):
+            value = (o[i].to(ACCUMULATE) - tau[i].to(ACCUMULATE)) * scale
+            if gradient.dtype.element_ty != tl.float64:
+                value = value.to(tl.float32)
+            value = value.to(gradient.dtype.element_ty)
+            tl.store(gradient + at_gradient * ALIGN, value, mask=unit < tl.where(lines - done > i, end, 0))
+            at_gradient, frame = _advance(at_gradient, frame, frames, gradient_c, gradient_f)
+        left = lines - done - BATCH
+        o, at_prediction, _ = _read_batch(
+            prediction, at_prediction, ahead, frames, prediction_c, prediction_f, left, unit, end, ALIGN
+        )
+        tau, at_target, ahead = _read_batch(
+            target, at_target, ahead, frames, target_c, target_f, left, unit, end, ALIGN
+        )
 
 
 @triton.jit
 def _sigmoid(z):
+    """1 / (1 + exp(-z)), without overflow."""
     e = tl.exp(-tl.abs(z))
     return tl.where(z >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def _softplus(z):
+    """log(1 + exp(z)), without overflow and to full relative precision."""
     # log1p(e) by log(1 + e) e / ((1 + e) - 1): the rounding of 1 + e cancels.
     e = tl.exp(-tl.abs(z))
     u = 1.0 + e
@@ -421,6 +463,7 @@ def _softplus(z):
 
 @triton.jit
 def _link(z, E, LINK: tl.constexpr):
+    """phi(z) and its derivative, with E the label smoothing."""
     if LINK == "conservative":
         value = (1 - E) * _softplus(-z) + E * _softplus(z)
         slope = -(1 - E) * _sigmoid(-z) + E * _sigmoid(z)
@@ -445,6 +488,7 @@ def _link(z, E, LINK: tl.constexpr):
 
 @triton.jit
 def _signed_weight(a, b, gamma, delta):
+    """sign(a - b) |a - b|^gamma, 0 where the gap is at most delta."""
     # A comparison with NaN is false, so an unlabelled entry is a tie.
     margin = a - b
     size = tl.abs(margin)
@@ -456,6 +500,7 @@ def _signed_weight(a, b, gamma, delta):
 
 @triton.jit
 def _sign(x):
+    """-1, 0 or 1."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
@@ -475,6 +520,7 @@ def _patch_tile(log_ratio, patch_rewards, pair, p, live, B, P, gamma, delta):
 
 @triton.jit
 def _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE: tl.constexpr):
+    """Share of patch p in the latent."""
     rows = p // grid_w
     kf = rows // grid_h
     kh, kw = rows - kf * grid_h, p - rows * grid_w
@@ -492,6 +538,7 @@ def _pair_sums(sums, pair, quantity, B, chunks, PAIRS: tl.constexpr, CHUNKS: tl.
 
 @triton.jit
 def _video_weights(video_rewards, pair, B, like, gamma, delta):
+    """Signed weights of the videos [PAIRS], 0 without video rewards."""
     weight = tl.zeros_like(like)
     if video_rewards is not None:
         r_a = tl.load(video_rewards + pair, mask=pair < B, other=0.0)
@@ -689,6 +736,7 @@ def _table_kernel(
 
 
 def _accumulate(*dtypes: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """The dtype of sums over these dtypes, for torch and for Triton."""
     return (torch.float64, tl.float64) if torch.float64 in dtypes else (torch.float32, tl.float32)
 
 
@@ -735,12 +783,15 @@ def _aligned(tensor: Tensor | None) -> bool | None:
 
 
 class _View(NamedTuple):
+    """What a plan depends on of a tensor."""
+
     stride: tuple[int, ...]
     dtype: torch.dtype
     aligned: bool | None
 
 
 def _views(*tensors: Tensor) -> tuple[_View, ...]:
+    """The tensors without their data."""
     return tuple(_View(tensor.stride(), tensor.dtype, _aligned(tensor)) for tensor in tensors)
 
 
@@ -779,6 +830,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(shape: Sequence[int], grid: Sequence[int], views: Sequence[_View]) -> _Layout:
+    """The layout that all views share; loads are as wide as the least aligned one allows."""
     channels, height, width = shape[1], *shape[3:]
     strides = [view.stride for view in views]
     itemsize = min(view.dtype.itemsize for view in views)
@@ -800,6 +852,7 @@ def _layout(shape: Sequence[int], grid: Sequence[int], views: Sequence[_View]) -
 
 
 def _magic(divisor: int) -> int:
+    """The factor whose product's high half divides; see `_divide`."""
     return 2**30 // divisor + 1
 
 
@@ -818,6 +871,7 @@ _WHOLE = _Parts(1, 1, 1)
 def _forward_plan(
     shape: tuple[int, ...], grid: tuple[int, ...], views: tuple[_View, ...], device: torch.device
 ) -> tuple[_Plan, _Parts]:
+    """The forward launch for (policy, reference, target) or, of errors, (prediction, target); where its parts lie."""
     samples, channels, frames = shape[:3]
     layout = _layout(shape, grid, views)
     dtype, accumulate = _accumulate(*(view.dtype for view in views))
@@ -857,6 +911,7 @@ def _parts(policy: Tensor, reference: Tensor | None, target: Tensor, grid: Seque
 
 @_plans
 def _sum_plan(rows: int, parts: _Parts, dtype: torch.dtype, device: torch.device) -> _Plan:
+    """The launch that adds the parts of `rows` patches."""
     together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.number))
     block = TILE // together
     rest = (rows, *parts, block, together, _accumulate(dtype)[1])
@@ -895,6 +950,7 @@ def _backward_plan(
     tables: tuple[bool | None, ...],
     device: torch.device,
 ) -> _Plan:
+    """The backward launch for (prediction, target, gradient); `tables` is the alignment of factor and coefficients."""
     samples, channels, frames = shape[:3]
     layout = _layout(shape, grid, views)
     dtype, accumulate = _accumulate(*(view.dtype for view in views))
@@ -928,6 +984,8 @@ def gran_dpo_backward(factor: Tensor | None, grad: Tensor, prediction: Tensor, t
 
 
 class _TablePlan(NamedTuple):
+    """The launches of a table, the shape of the sums between them, and how many parts the loss has."""
+
     launches: tuple[_Plan, ...]
     sums: tuple[int, ...]
     loss_parts: int
@@ -948,6 +1006,7 @@ def _table_plan(
     dtype: torch.dtype,
     device: torch.device,
 ) -> _TablePlan:
+    """One launch for a small table, two of several programs for a large one; `tables` is the inputs' alignment."""
     if link_name not in LINKS:
         raise ValueError(f"link must be one of {', '.join(LINKS)}; got {link_name!r}")
     samples, *grid = shape

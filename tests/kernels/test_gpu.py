@@ -174,11 +174,14 @@ def test_no_races_and_no_wild_accesses(device, tool):
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_compiled_in_every_mode(device):
-    """In "reduce-overhead" and "max-autotune" too, whose graphs own all memory that is allocated while they warm up."""
+@pytest.mark.gpu
+def test_compiled_in_every_mode():
+    """In "reduce-overhead" and "max-autotune" too, whose graphs own all memory that is allocated while they warm up.
+
+    On the CPU the three modes run in test_device_check_runs_small_on_the_cpu.
+    """
     check = pytest.importorskip("benchmarks.device_check", reason="needs the repository's root on the path")
-    shape = cases.LATENTS["cogvideox"] if device == "cuda" else (4, 4, 6, 8)
-    assert all(found <= 1e-5 for _, found in check.check_compiled(shape, device))
+    assert all(found <= 1e-5 for _, found in check.check_compiled(cases.LATENTS["cogvideox"], "cuda"))
 
 
 @pytest.mark.gpu
@@ -205,6 +208,7 @@ def test_device_check_runs_small_on_the_cpu():
     lines = list(check.report((8, 4, 4, 6), "cpu", quick=False))
     assert not any(fault for fault, _ in lines), lines
     assert sum("of copy" in line for _, line in lines) == 4 and "host time" in lines[-1][1]
+    assert sum("torch.compile, " in line for _, line in lines) == 3
 
 
 COLLECT = """

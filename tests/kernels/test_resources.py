@@ -68,22 +68,31 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
         if row["kernel"] not in ("forward", "backward"):
             continue
         assert int(row["shared_bytes"]) <= 16384
-        assert int(row["registers"]) <= ((132 if row["kernel"] == "forward" else 80) if nvidia else 256)
+        assert int(row["registers"]) <= ((132 if row["kernel"] == "forward" else 128) if nvidia else 256)
         assert int(row["load_bits"]) >= min(128, 8 * int(row["align_bytes"]), 8 * int(row["thread_bytes"]))
 
 
 def test_resources_committed_say_that_loops_are_cheap_and_the_machine_is_full():
-    """On an H100, for one pair: what an earlier version paid is the bound (160 and 109 instructions a line)."""
-    rows = [row for row in csv.DictReader(COMMITTED.open()) if row["target"] == "sm_90" and row["dtype"] == "bf16"]
-    models = {"cogvideox", "wan", "wan-720p", "hunyuanvideo"}
-    rows = [row for row in rows if row["latent"] in models and row["grid"] == "4x3x3"]
-    for row in rows:
-        if row["kernel"] in ("forward", "backward"):
-            assert float(row["programs_a_multiprocessor"]) >= 4, row
-            assert int(row["bytes_in_flight"]) >= 17_000, row
-            assert int(row["batch"]) >= (4 if row["kernel"] == "forward" else 2)
-            assert int(row["line_instructions"]) <= (120 if row["kernel"] == "forward" else 90)
-            assert int(row["before_loads"]) <= (320 if row["kernel"] == "forward" else 600)
+    """On an H100 at real sizes; the same table, beside an earlier revision, stands in the kernels' page."""
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "resources_models.csv").open()))
+    before, now = ([row for row in rows if bool(row["revision"]) == old] for old in (True, False))
+    source = code_hash(ROOT / "kernels" / "triton_patch_dpo.py")
+    assert {row["source"] for row in now} == {source}, "run python -m benchmarks.resources --beside f062473"
+    cases = [(row["latent"], row["pairs"], row["kernel"]) for row in now]
+    models = ("cogvideox", "wan", "wan-720p", "hunyuanvideo", "ltx")
+    assert set(cases) == {(one, pairs, name) for one in models for pairs in "14" for name in ("forward", "backward")}
+    for row in now:
+        assert float(row["programs_a_multiprocessor"]) >= 4 and int(row["spills"]) == 0, row
+        assert int(row["bytes_in_flight"]) >= 50_000, row
+        assert int(row["batch"]) >= (6 if row["kernel"] == "forward" else 8)
+        assert int(row["line_instructions"]) <= (120 if row["kernel"] == "forward" else 90)
+        assert int(row["before_loads"]) <= (320 if row["kernel"] == "forward" else 460)
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for old, new in zip(before, now, strict=True):
+        name = f"| {new['latent']}, {new['pairs']} pair{'s' * (new['pairs'] != '1')}, {new['kernel']} |"
+        (line,) = [line for line in page.splitlines() if line.startswith(name)]
+        for column in ("programs_a_multiprocessor", "bytes_in_flight", "before_loads", "line_instructions", "batch"):
+            assert f" {old[column]} → {new[column]} |" in line
 
 
 LAUNCHES = """
