@@ -2,9 +2,9 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,41 @@ from halo_fast.files import replacing
 if TYPE_CHECKING:
     import av
 
-__all__ = ["latent_factors", "read_clip", "read_frames", "read_picture", "write_clip"]
+__all__ = [
+    "Frame",
+    "latent_factors",
+    "natural_order",
+    "read_clip",
+    "read_frames",
+    "read_picture",
+    "sample_frames",
+    "stream_clip",
+    "stream_frames",
+    "visible_files",
+    "write_clip",
+]
 
 # transfer functions of high dynamic range, by their number in ITU-T H.273
 _HDR = {16: "PQ", 18: "HLG"}
+_STILL = 0.04  # seconds that a frame is shown whose file does not say it
 # what systems leave in folders beside the pictures
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+
+
+class Frame(NamedTuple):
+    """A frame and when it is shown.
+
+    Args:
+        number: in the file, 0 the first.
+        start: seconds since the clip's beginning.
+        end: likewise.
+        picture: uint8 [H, W, 3].
+    """
+
+    number: int
+    start: float
+    end: float
+    picture: Tensor
 
 
 def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
@@ -64,22 +93,43 @@ def read_clip(path: Path | str) -> Tensor:
         uint8 [F, H, W, 3].
 
     Raises:
-        UserError: the file is missing, damaged or cut short, holds no video, changes its size, or has a high dynamic
-            range.
+        UserError: as for `stream_clip`, or the size changes.
+    """
+    return _stack([frame.picture for frame in stream_clip(path)], f"clip {path}")
+
+
+def stream_clip(path: Path | str) -> Iterator[Frame]:
+    """The frames of a video file one by one, with the times at which a player shows them; see `read_clip`.
+
+    Args:
+        path: of any format that FFmpeg reads.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short, holds no video, or has a high dynamic range.
     """
     import av
 
     try:
         with av.open(str(path)) as container:
-            stream = _video_stream(container)
-            frames, end = _decode(container, stream)
-            _check_whole(container, stream, end, Path(path))
+            yield from _timed(_decode(container, _video_stream(container), Path(path)))
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error
-    if not frames:
-        raise UserError(f"clip {path}: expected a readable video, got one without frames; make it again or remove it")
-    return _stack(frames, f"clip {path}")
+
+
+def sample_frames(frames: Iterator[Frame], fps: float) -> Iterator[Frame]:
+    """The frames that are shown at the times 0, 1 / fps, 2 / fps, ... of a clip, of whatever rate it is.
+
+    Args:
+        frames: of the clip, such as those of `stream_clip`.
+        fps: frames a second.
+    """
+    count = 0
+    for frame in frames:
+        # a thousandth of a frame is rounding
+        while count / fps < frame.end - 1e-3 / fps:
+            yield Frame(frame.number, count / fps, (count + 1) / fps, frame.picture)
+            count += 1
 
 
 def read_frames(folder: Path) -> Tensor:
@@ -94,10 +144,30 @@ def read_frames(folder: Path) -> Tensor:
     Raises:
         UserError: no pictures, a file that is none, or pictures of several sizes.
     """
-    files = [file for file in folder.iterdir() if file.name[0] != "." and file.name.casefold() not in _SYSTEM_FILES]
+    return _stack([frame.picture for frame in stream_frames(folder, 1)], str(folder))
+
+
+def stream_frames(folder: Path, fps: float) -> Iterator[Frame]:
+    """The frames of a clip in a folder of pictures, one by one; see `read_frames`.
+
+    Args:
+        folder: of pictures; hidden files are ignored.
+        fps: frames a second at which they are shown.
+
+    Raises:
+        UserError: no pictures, or a file that is none.
+    """
+    files = visible_files(folder)
     if not files:
         raise UserError(f"{folder}: expected a folder of frames, got an empty one")
-    return _stack([read_picture(file, str(file)) for file in sorted(files, key=_natural_order)], str(folder))
+    for number, file in enumerate(files):
+        yield Frame(number, number / fps, (number + 1) / fps, read_picture(file, str(file)))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files and folders in a folder in the natural order of their names, without those that systems leave."""
+    files = [file for file in folder.iterdir() if file.name[0] != "." and file.name.casefold() not in _SYSTEM_FILES]
+    return sorted(files, key=natural_order)
 
 
 def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
@@ -166,10 +236,18 @@ def _video_stream(container: "av.container.InputContainer") -> Any:
     return moving[0]
 
 
-def _decode(container: "av.container.InputContainer", stream: Any) -> tuple[list[Tensor], float]:
-    """The frames of a stream, each [H, W, 3], and the time in seconds at which the container's last packet ends."""
+class _Decoded(NamedTuple):
+    """A frame as the decoder gives it; its time is None where the file has none."""
+
+    time: float | None
+    lasts: float
+    picture: Tensor
+
+
+def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -> Iterator[_Decoded]:
+    """The frames of a stream; ValueError at the end if there are none, or if the file is cut short."""
     aspect = float(stream.codec_context.sample_aspect_ratio or 1)
-    frames, end = [], 0.0
+    count, end = 0, 0.0
     for packet in container.demux(stream, *container.streams.audio):
         if packet.is_corrupt:
             raise ValueError("a damaged or cut one")
@@ -185,8 +263,28 @@ def _decode(container: "av.container.InputContainer", stream: Any) -> tuple[list
                 raise ValueError(
                     f"one of high dynamic range ({_HDR[frame.color_trc]}), which needs tone mapping to SDR"
                 )
-            frames.append(_as_displayed(frame, aspect))
-    return frames, end
+            count += 1
+            lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+            yield _Decoded(frame.time, lasts or _frame_time(stream) or _STILL, _as_displayed(frame, aspect))
+    _check_whole(container, stream, end, path)
+    if not count:
+        raise ValueError("one without frames")
+
+
+def _timed(frames: Iterator[_Decoded]) -> Iterator[Frame]:
+    """Frames with their times since the first one; each is shown until the next one is."""
+    shown: _Decoded | None = None
+    number, zero, start = 0, 0.0, 0.0
+    for frame in frames:
+        time = start + (shown.lasts if shown else 0.0) if frame.time is None else frame.time - zero
+        if shown is None:
+            zero, time = frame.time or 0.0, 0.0
+        else:
+            yield Frame(number, start, max(time, start), shown.picture)
+            number += 1
+        shown, start = frame, max(time, start)
+    if shown is not None:
+        yield Frame(number, start, start + shown.lasts, shown.picture)
 
 
 def _as_displayed(frame: "av.VideoFrame", aspect: float) -> Tensor:
@@ -238,7 +336,7 @@ def _stack(frames: Sequence[Tensor], name: str) -> Tensor:
     return torch.stack(list(frames))
 
 
-def _natural_order(file: Path) -> list[tuple[int, str]]:
+def natural_order(file: Path) -> list[tuple[int, str]]:
     """A key that sorts numbers in names by value."""
     parts = re.split(r"(\d+)", file.name)
     return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -15,7 +15,16 @@ from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
 
-__all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
+__all__ = [
+    "Denoiser",
+    "Family",
+    "RegisteredModel",
+    "family_of",
+    "load",
+    "load_skeleton",
+    "shift_times",
+    "source",
+]
 
 Model = TypeVar("Model", bound=Denoiser)
 
@@ -98,6 +107,36 @@ def load(name: str, device: str | None = None, network: str | None = None) -> Fa
     return family
 
 
+def load_skeleton(name: str) -> Family:
+    """A model without weights, for questions about sizes of clips; registered models are loaded as they are.
+
+    Args:
+        name: as for `load`.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    if registry.is_name("model", name):
+        return load(name, device="cpu")
+    import diffusers
+    import transformers
+
+    with _no_loading_bars(), _named(name):
+        parts: dict[str, Any] = {}
+        for part, value in diffusers.DiffusionPipeline.load_config(name).items():
+            kind = value[1] if isinstance(value, list) and len(value) == 2 else None
+            network: Any = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
+            bases = getattr(network, "__mro__", ())
+            if transformers.PreTrainedModel in bases:
+                parts[part] = None
+            elif diffusers.ModelMixin in bases:
+                with torch.device("meta"):
+                    parts[part] = network.from_config(network.load_config(name, subfolder=part))
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **parts)
+    _check_family(pipeline, f"{_SETTING}: {name!r}")
+    return family_of(pipeline)
+
+
 _SETTING = "pretrained_model_name_or_path"
 
 
@@ -117,8 +156,15 @@ def _load_pipeline(name: str) -> Any:
             return model.load()
     from diffusers import DiffusionPipeline
 
-    try:
+    with _named(name):
         return DiffusionPipeline.from_pretrained(name)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Report under the setting's name that nothing can be loaded."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
         raise UserError(

@@ -17,6 +17,7 @@ from halo_fast.data.importers import Ratings, read_human
 from halo_fast.data.tables import ClipRow, LabelRow, ScoreRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_json
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import RewardModel
@@ -90,8 +91,8 @@ def agreement(config: Config, resamples: int = 300) -> None:
         UserError: no candidates, fewer than two who scored, scores of the reward model that are NaN.
     """
     run = Run(config)
-    folder = run.require("generate/clips.parquet").parent
-    clips = read_rows(folder / "clips.parquet", ClipRow)
+    found = run_clips(run)
+    folder, clips = found.folder, found.rows
     scorers = _teachers_scores(config, run, folder, clips) | _model_scores(run, clips)
     if len(scorers) < 2:
         raise UserError(
