@@ -87,7 +87,7 @@ def pair_candidates(
             raise UserError(f"pairs: no scores of clip {clip.clip_id}; score all clips again")
         score = by_clip[clip.clip_id]
         reward = _video_reward(score, settings)
-        candidates[clip.prompt_id].append(_Candidate(clip, reward, score.patches["quality"]))
+        candidates[clip.prompt_id].append(_Candidate(clip, reward, _patch_scores(score, math.prod(grid))))
     rows = [
         _pair_row(*_best_and_worst(group), settings.patch_delta, grid)
         for group in candidates.values()
@@ -99,6 +99,11 @@ def pair_candidates(
     if not kept and required:
         raise UserError(f"pairs: all {len(rows)} pairs tie in the video and in every patch; lower patch_delta")
     return kept, len(rows) - len(kept)
+
+
+def _patch_scores(score: ScoreRow, count: int) -> list[float]:
+    """The scores of the patches; NaN from a reward model that scores whole videos only."""
+    return score.patches.get("quality", [math.nan] * count)
 
 
 def complete_pairs(
@@ -114,7 +119,7 @@ def complete_pairs(
     Returns:
         the pairs, and how many were left out.
     """
-    by_clip = {score.clip_id: score.patches["quality"] for score in scores}
+    by_clip = {score.clip_id: score.patches["quality"] for score in scores if score.patches}
     rows = []
     for pair in pairs:
         a, b = pair.patch_rewards_a, pair.patch_rewards_b

@@ -164,13 +164,15 @@ def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
     if not folders and tables and any(path.glob("*.npz")):
         return _from_human(path)
     # the list of clips comes first, tables that speak of them afterwards
-    listed = [file for file in tables if file.stem == "metadata"]
-    if listed or (len(tables) == 1 and not folders and not any(map(_is_clip, files))):
-        found = _read_table((listed or tables)[0], scores)
+    listed = [file for file in tables if file.stem == "metadata"][:1]
+    if not listed and len(tables) == 1 and not folders and not any(map(_is_clip, files)):
+        listed = tables
+    if listed:
+        found = _read_table(listed[0], scores)
     else:
         found = read_source(folders[0], scores) if folders else _captioned_files(_clips_below(path))
     for table in tables:
-        if table not in (listed or tables)[:1] or (folders and not listed):
+        if table not in listed:
             found.extend(_read_table(table, scores, beside=True))
     return found
 

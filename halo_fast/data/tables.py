@@ -22,7 +22,7 @@ __all__ = ["CacheRow", "ClipRow", "LabelRow", "PairRow", "ScoreRow", "read_rows"
 Row = TypeVar("Row")
 
 # arrow types of the annotations that rows use
-_TYPES = {"str": "string", "int": "int64", "float": "float64"}
+_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
 
 
 def _columns(prefix: str, kind: str) -> Any:

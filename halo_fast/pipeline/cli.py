@@ -212,6 +212,9 @@ VERBS = {name: Verb(_run_stages, stage.target, stage.help) for name, stage in ST
         _call_with_config, "halo_fast.pipeline.agreement:agreement", "compare teachers, people and the reward model"
     ),
     "compare": Verb(_call, "halo_fast.pipeline.compare:compare", "align by every method and tabulate the results"),
-    "export": Verb(_call, "halo_fast.pipeline.export:export_run", "write a run's LoRA for diffusers or ComfyUI"),
+    "inspect": Verb(_call, "halo_fast.pipeline.inspect:inspect_run", "summarise the clips, labels and pairs of a run"),
+    "export": Verb(
+        _call, "halo_fast.pipeline.export:export_run", "write a run's LoRA, or its data, for other programs"
+    ),
     "doctor": Verb(_doctor, "halo_fast.loss.backends:report", "versions and compute backends of this machine"),
 }

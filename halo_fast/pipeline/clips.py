@@ -1,5 +1,6 @@
 """The clips of a run: those it generated, those it imported, or both in one table; and the stages that they need."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,14 +9,17 @@ from typing import NamedTuple
 
 from halo_fast import registry
 from halo_fast.data.clips import latent_factors
-from halo_fast.data.tables import ClipRow, read_rows
+from halo_fast.data.imports import ImportedRow
+from halo_fast.data.labels import join_labels
+from halo_fast.data.tables import ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError
+from halo_fast.export.datasets import RunData
 from halo_fast.files import read_json
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import StageEntry
 
-__all__ = ["FACTORS_FILE", "RunClips", "clip_stages", "run_all", "run_clips", "run_stages"]
+__all__ = ["FACTORS_FILE", "RunClips", "clip_stages", "read_run_data", "run_all", "run_clips", "run_stages"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,3 +125,31 @@ def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
             registry.load(stages[name].target)(config, run)
         else:
             logger.info("%s: left out, because the import has pairs without labels and there is no teacher", name)
+
+
+def read_run_data(run: Path) -> RunData:
+    """Clips, labels and pairs of a run directory, whatever config it was made with.
+
+    Raises:
+        UserError: no clips.
+    """
+    folders = {name: run / name for name in ("import", "generate") if (run / name / "manifest.json").exists()}
+    if not folders:
+        raise UserError(f"{run}: expected a run directory with clips; run `halo import` or `halo generate` first")
+    manifests = {name: read_json(folder / "manifest.json") or {} for name, folder in folders.items()}
+    imported = read_rows(run / "import" / "clips.parquet", ImportedRow) if "import" in folders else []
+    last = manifests[list(folders)[-1]]
+    form = last["settings"].get("generate", last["settings"])
+    labels = [table for name in ("import", "annotate") if (table := run / name / "labels.parquet").exists()]
+    pairs = next((table for name in ("pairs", "import") if (table := run / name / "pairs.parquet").exists()), None)
+    clips = _joined(folders)
+    model = str(manifests.get("generate", {}).get("inputs", {}).get("pretrained_model_name_or_path", ""))
+    made = [clip.clip_id for clip in clips if clip.video.startswith("generate/")]
+    return RunData(
+        clips, run, read_rows(pairs, PairRow) if pairs else [], join_labels(labels),
+        (form["num_frames"], form["height"], form["width"], form["fps"]),
+        {row.clip_id: row.generator for row in imported} | dict.fromkeys(made, model),
+        {row.clip_id: row.changes for row in imported},
+        dict.fromkeys(made, json.dumps(form)),
+        (read_json(run / "pairs" / "manifest.json") or {"settings": {}})["settings"].get("video_delta", 0.0),
+    )  # fmt: skip

@@ -1,11 +1,11 @@
 """The stage that has a teacher score the clips of a run."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from halo_fast.data.labels import has_scores
 from halo_fast.data.tables import ClipRow, LabelRow, read_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.pipeline.clips import RunClips, run_clips
@@ -93,9 +93,7 @@ def _unlabelled(clips: RunClips) -> list[ClipRow]:
     tables = [folder / "labels.parquet" for folder in clips.inputs.values()]
     rows = [row for table in tables if table.exists() for row in read_rows(table, LabelRow)]
     complete = {
-        row.clip_id
-        for row in rows
-        if not all(map(math.isnan, row.video.values())) and not all(map(math.isnan, row.patches["quality"]))
+        row.clip_id for row in rows if has_scores(list(row.video.values())) and has_scores(row.patches["quality"])
     }
     missing = [row for row in clips.rows if row.clip_id not in complete]
     if not missing:

@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from halo_fast.data.clips import read_clip
-from halo_fast.data.tables import LabelRow, read_rows
+from halo_fast.data.labels import has_scores, join_labels
 from halo_fast.errors import UserError
 from halo_fast.files import write_csv
 from halo_fast.pipeline.clips import RunClips, run_clips
@@ -41,7 +40,7 @@ def train_reward(config: Config, run: Run) -> None:
     with run.stage("reward", settings, labels | clips.inputs) as stage:
         if stage.done:
             return
-        model_config, data = read_labels(list(labels.values()), clips)
+        model_config, data = read_labels(list(labels.values()), clips, patches=reward.patch_steps > 0)
         try:
             if reward.examples:
                 data = add_examples(data, reward.examples, reward.num_examples, config.seed)
@@ -70,19 +69,22 @@ def _tables(config: Config, run: Run) -> dict[str, Path]:
     return tables
 
 
-def read_labels(tables: Sequence[Path], clips: RunClips) -> tuple[RewardModelConfig, LabelledClips]:
+def read_labels(
+    tables: Sequence[Path], clips: RunClips, patches: bool = True
+) -> tuple[RewardModelConfig, LabelledClips]:
     """The labelled clips in memory (F * H * W * 3 bytes each), and the model's config that fits them.
 
     Args:
         tables: labels.parquet of one or several; rows whose status is not "ok" are left out. Of a clip in several the
             scores of the first count, and those of the next where it has none.
         clips: of the run.
+        patches: whether a label of a patch is needed; without any the model scores whole videos only.
 
     Raises:
         UserError: no usable label, a clip that is missing or unreadable, clips of several sizes.
     """
     place = tables[-1]
-    rows = _joined_labels(tables)
+    rows = join_labels(tables)
     if not rows:
         raise UserError(f"{place}: no clip has a label; annotate more clips or use another teacher")
     known = {clip.clip_id: clip for clip in clips.rows}
@@ -97,10 +99,15 @@ def read_labels(tables: Sequence[Path], clips: RunClips) -> tuple[RewardModelCon
     # a dimension without any score would be made up by the model
     video_dimensions = _scored([row.video for row in rows])
     patch_dimensions = _scored([row.patches for row in rows])
-    if not patch_dimensions:
-        raise UserError(f"{place}: no patch has a score; have patches scored too")
+    if patches and not patch_dimensions:
+        raise UserError(
+            f"{place}: no patch has a score; have patches scored too, or set reward.patch_steps to 0 for a reward of "
+            "whole videos"
+        )
     missing = [math.nan] * math.prod(rows[0].grid)
-    patch_scores = torch.tensor([[row.patches.get(name, missing) for name in patch_dimensions] for row in rows])
+    patch_scores = torch.tensor(
+        [[row.patches.get(name, missing) for name in patch_dimensions] for row in rows], dtype=torch.float32
+    )
     data = LabelledClips(
         torch.stack(videos),
         [clip.prompt for clip in found],
@@ -112,29 +119,7 @@ def read_labels(tables: Sequence[Path], clips: RunClips) -> tuple[RewardModelCon
     return RewardModelConfig(video_dimensions, patch_dimensions, *(clips.factors() or ())), data
 
 
-def _joined_labels(tables: Sequence[Path]) -> list[LabelRow]:
-    """The usable labels of all tables, one for each clip."""
-    joined: dict[str, LabelRow] = {}
-    for row in (row for table in tables for row in read_rows(table, LabelRow) if row.status == "ok"):
-        first = joined.setdefault(row.clip_id, row)
-        if first is not row:
-            joined[row.clip_id] = replace(
-                first, video=_filled(first.video, row.video), patches=_filled(first.patches, row.patches)
-            )
-    return list(joined.values())
-
-
-def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of two labels; the second's where the first has none."""
-    return dict(first) | {name: scores for name, scores in second.items() if not _has(first.get(name, math.nan))}
-
-
-def _has(scores: float | Sequence[float]) -> bool:
-    """Whether there is any score."""
-    return not bool(np.isnan(scores).all())
-
-
 def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The dimensions in which any clip has a score."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return tuple(name for name in names if any(name in row and _has(row[name]) for row in rows))
+    return tuple(name for name in names if any(name in row and has_scores(row[name]) for row in rows))
