@@ -83,11 +83,12 @@ def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def read_clip(path: Path | str) -> Tensor:
-    """All frames of a video file as a player shows them: the first real video stream, turned, with square pixels.
+def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
+    """The frames of a video file as a player shows them: the first real video stream, turned, with square pixels.
 
     Args:
         path: of any format that FFmpeg reads.
+        fps: frames a second at which the clip is sampled; None for all its frames.
 
     Returns:
         uint8 [F, H, W, 3].
@@ -95,7 +96,8 @@ def read_clip(path: Path | str) -> Tensor:
     Raises:
         UserError: as for `stream_clip`, or the size changes.
     """
-    return _stack([frame.picture for frame in stream_clip(path)], f"clip {path}")
+    frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
+    return _stack([frame.picture for frame in frames], f"clip {path}")
 
 
 def stream_clip(path: Path | str) -> Iterator[Frame]:

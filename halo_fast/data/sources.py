@@ -58,6 +58,7 @@ _DESCRIBE = {
     "prompt_id", "clip_id", "n_frames", "pair_id", "first_frame", "last_frame", "x0", "y0", "x1", "y1",
     "patch_row", "patch_column", "changes", "source", "latents",
 }  # fmt: skip
+_EXPORTED = {"labeller", "grid", "frame_edges", "row_edges", "column_edges"}
 _PUBLISHED = (
     ("path_a", "path_b", "prompt"), ("pos_video_path", "neg_video_path"), ("jpg_0", "jpg_1", "label_0"),
     ("chosen", "rejected"), ("filename", "artifact_score"), ("id", "text prompt", "visual quality"),
@@ -171,6 +172,8 @@ def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
         found = _read_table(listed[0], scores)
     else:
         found = read_source(folders[0], scores) if folders else _captioned_files(_clips_below(path))
+        if not (found.clips or found.left_out or tables):
+            raise UserError(f"{path}: holds neither videos nor a table; expected {_KNOWN}")
     for table in tables:
         if table not in listed:
             found.extend(_read_table(table, scores, beside=True))
@@ -195,8 +198,6 @@ def _clips_below(folder: Path) -> list[Path]:
             found.append(file)
         elif file.is_dir():
             found += _clips_below(file)
-    if not found and not any(file.is_dir() for file in visible_files(folder)):
-        raise UserError(f"{folder}: holds neither videos nor a table; expected {_KNOWN}")
     return found
 
 
@@ -247,6 +248,10 @@ def _read_table(path: Path, scores: Sequence[str] | None, beside: bool = False) 
     found = Source()
     if columns >= {"video", "prompt"}:
         _add_clips(found, path, rows)
+    if columns >= _EXPORTED:
+        # our own export of labels
+        _add_exported(found, path, rows)
+        return found
     _add_scores(found, path, rows, _score_columns(path, rows, scores))
     _add_masks(found, path, rows)
     if not (found.clips or found.scores or found.damage or found.left_out):
@@ -284,6 +289,34 @@ def _add_clips(found: Source, path: Path, rows: Sequence[Row]) -> None:
                 fps=_positive(row, "fps", place),
             )
         )  # fmt: skip
+
+
+def _add_exported(found: Source, path: Path, rows: Sequence[Row]) -> None:
+    """The labels of a table that `halo export --format huggingface` wrote."""
+    for number, row in enumerate(rows, 1):
+        if is_empty(row["labeller"]):
+            continue
+        place = f"{path}: row {number}"
+        ref = _row_ref(path, row, place)
+        names = [name for name in row if name.startswith("video_")]
+        scores = {name.removeprefix("video_"): rescaled_score(row[name], 1, 5, name, place) for name in names}
+        found.scores.append(ClipScores(ref, scores, place))
+        edges = [row[f"{name}_edges"] for name in ("frame", "row", "column")]
+        try:
+            patches = np.array(row.get("patch_quality"), float).reshape([len(line) - 1 for line in edges])
+            sizes = [np.diff(line).astype(int) for line in edges]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{place}: expected a score for each patch between the edges ({error})") from error
+        found.damage.append(ClipDamage(ref, _damage_between(patches, sizes), place))
+
+
+def _damage_between(scores: NDArray[np.float64], sizes: Sequence[NDArray[np.int64]]) -> DamageOf:
+    """Damage of patches [f, h, w] of the given sizes along time, height and width."""
+    for axis, lengths in enumerate(sizes):
+        if axis:
+            scores = scores.repeat(lengths, axis=axis)
+    ends = np.cumsum(sizes[0])
+    return lambda source: lambda frame: (5 - scores[min(int((ends <= frame).sum()), len(scores) - 1)]) / 4
 
 
 def _score_columns(path: Path, rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow, write_rows
 from halo_fast.errors import UserError
 from halo_fast.files import progress, replacing, write_bytes, write_csv, write_json
+from halo_fast.patches import PatchGrid
 
 __all__ = ["DATASET_FORMATS", "DatasetClip", "DatasetPair", "RunData", "write_dataset"]
 
@@ -38,6 +39,9 @@ class DatasetClip:
         settings: of the generator, as JSON; empty if unknown.
         changes: what an import did to it.
         grid: patches along time, height and width; empty without labels.
+        frame_edges: frames at which patches begin and end along time, grid[0] + 1 numbers; empty without labels.
+        row_edges: rows of pixels, likewise.
+        column_edges: columns of pixels, likewise.
         labeller: who scored it; empty for nobody.
         video: score of each video dimension, from 1 to 5.
         patches: scores of all patches for each patch dimension, frame by frame, row by row.
@@ -57,6 +61,9 @@ class DatasetClip:
     changes: str
     labeller: str
     grid: list[int] = field(metadata={"type": "list<int32>"})
+    frame_edges: list[int] = field(metadata={"type": "list<int32>"})
+    row_edges: list[int] = field(metadata={"type": "list<int32>"})
+    column_edges: list[int] = field(metadata={"type": "list<int32>"})
     video: Mapping[str, float] = field(default_factory=dict, metadata={"prefix": "video_", "type": "float64"})
     patches: Mapping[str, list[float]] = field(
         default_factory=dict, metadata={"prefix": "patch_", "type": "list<float64>"}
@@ -112,6 +119,8 @@ class RunData:
         changes: what an import did to each clip_id.
         settings: of the generator by clip_id, as JSON.
         tie: margins of the video reward up to this are ties.
+        factors: pixels to a side and frames of one latent position, and whether the autoencoder is causal: patches
+            divide the latents.
     """
 
     clips: Sequence[ClipRow]
@@ -123,6 +132,7 @@ class RunData:
     changes: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     tie: float = 0.0
+    factors: tuple[int, int, bool] = (1, 1, False)
 
 
 def write_dataset(data: RunData, format: str, folder: Path) -> Path:
@@ -198,7 +208,7 @@ def _huggingface(data: RunData, pairs: Sequence[DatasetPair], folder: Path) -> N
     rows = [_clip(clip, labels.get(clip.clip_id), video, patches, data) for clip in data.clips]
     write_rows(folder / "metadata.parquet", rows, DatasetClip)
     if pairs:
-        write_rows(folder / "pairs" / "pairs.parquet", list(pairs), DatasetPair)
+        write_rows(folder / "pairs.parquet", list(pairs), DatasetPair)
     write_bytes(folder / "README.md", _CARD.encode())
 
 
@@ -211,10 +221,18 @@ def _clip(
     return DatasetClip(
         _file(clip), name, clip.prompt, clip.prompt_id, *data.format, data.generators.get(name, ""), clip.seed,
         data.settings.get(name, ""), data.changes.get(name, ""), label.teacher if label else "",
-        list(label.grid) if label else [],
+        list(label.grid) if label else [], *_edges(label, data),
         {one: label.video.get(one, math.nan) if label else math.nan for one in video},
         {one: list(label.patches.get(one, missing)) if label else [] for one in patches},
     )  # fmt: skip
+
+
+def _edges(label: LabelRow | None, data: RunData) -> tuple[list[int], list[int], list[int]]:
+    """Frames, rows and columns at which the patches of a label begin and end."""
+    if label is None:
+        return [], [], []
+    patches = PatchGrid((label.grid[0], label.grid[1], label.grid[2]), *data.format[:3], *data.factors)
+    return patches.pixel_edges(0), patches.pixel_edges(1), patches.pixel_edges(2)
 
 
 _CARD = """---
@@ -223,7 +241,7 @@ configs:
   data_files: metadata.parquet
   default: true
 - config_name: pairs
-  data_files: pairs/pairs.parquet
+  data_files: pairs.parquet
 ---
 
 Clips with prompts, scores from 1 to 5 of the video and of its patches, and preference pairs, written by halo_fast.

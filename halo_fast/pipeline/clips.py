@@ -152,4 +152,5 @@ def read_run_data(run: Path) -> RunData:
         {row.clip_id: row.changes for row in imported},
         dict.fromkeys(made, json.dumps(form)),
         (read_json(run / "pairs" / "manifest.json") or {"settings": {}})["settings"].get("video_delta", 0.0),
+        RunClips(clips, run, folders).factors() or (1, 1, False),
     )  # fmt: skip

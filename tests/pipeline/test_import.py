@@ -75,6 +75,7 @@ def clips(folder: Path, count: int = 4, **changes) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data in {SHARED} or $HALO_DATA")
 def test_fetv_from_the_import_to_the_report(tmp_path, model, capsys):
     fetv, run = SHARED / "fetv", tmp_path / "run"
@@ -87,7 +88,7 @@ def test_fetv_from_the_import_to_the_report(tmp_path, model, capsys):
     rows = read_rows(run / "import" / "clips.parquet", ImportedRow)
     listed = list(csv.DictReader((fetv / "videos" / "metadata.csv").open()))
     assert [(Path(row.source).name, row.prompt, row.generator) for row in rows] == [
-        (one["file_name"], one["prompt"], one["generator"]) for one in listed
+        (one["file_name"], " ".join(one["prompt"].split()), one["generator"]) for one in listed
     ]
     assert all("10 frames a second sampled at 8" in row.changes for row in rows)
     _check_fetv_labels(fetv, run)
@@ -222,6 +223,7 @@ def changes() -> list[str]:
         (["clips", "--grid=[3,5,2]"], "grid must have 1 to 4 patches along 4 latent rows; got 5"),
         (["clips", "--imports.size=refuse"], "all 2 clips are left out; the first is clips/0.mp4: 40 x 56 pixels"),
         (["clips", "--imports.fps=fast"], "imports.fps"),
+        (["clips", "--output_dir=clips/deep/run"], "output_dir: clips/deep/run lies inside the source clips"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, model, capsys, monkeypatch, words, complaint):

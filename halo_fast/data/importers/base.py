@@ -63,11 +63,12 @@ class Preference:
     mask: Path | None = None
 
 
-def load_frames(clip: Tensor | Path | bytes) -> Tensor:
+def load_frames(clip: Tensor | Path | bytes, fps: float | None = None) -> Tensor:
     """Frames uint8 [F, H, W, 3] of a clip.
 
     Args:
         clip: frames, a video file, an encoded picture, or a folder of pictures in the natural order of their names.
+        fps: frames a second at which a video is sampled; None for all its frames. Clips without times are not sampled.
 
     Raises:
         UserError: a file that is missing or cannot be decoded.
@@ -76,7 +77,9 @@ def load_frames(clip: Tensor | Path | bytes) -> Tensor:
         return clip
     if isinstance(clip, bytes):
         return read_picture(io.BytesIO(clip), "a picture in the table")[None]
-    return read_frames(clip) if clip.is_dir() else read_clip(clip)
+    if clip.is_dir():
+        return read_frames(clip)
+    return read_clip(clip, fps)
 
 
 def rescaled_score(value: Any, low: float, high: float, column: str, place: str) -> float:

@@ -51,12 +51,13 @@ def _local_dpo(path: Path, number: int, row: Row) -> Preference:
 
 
 def _chosen_rejected(prompt: str) -> Callable[[Path, int, Row], Preference]:
-    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json)."""
+    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json); tie if there are."""
 
     def read(path: Path, number: int, row: Row) -> Preference:
         place = f"{path}: row {number}"
         first, second = (path.parent / required_text(row, side, place) for side in ("chosen", "rejected"))
-        return Preference(number, required_text(row, prompt, place), first, second, {"overall": 1.0})
+        preferred = 0.5 if str(row.get("tie")).casefold() in ("true", "1") else 1.0
+        return Preference(number, required_text(row, prompt, place), first, second, {"overall": preferred})
 
     return read
 

@@ -39,6 +39,9 @@ def import_clips(config: Config, run: Run) -> None:
     settings, form = config.imports, config.generate
     if not settings.sources:
         raise UserError("imports.sources: required; give a folder or table of clips: `halo import SOURCE`")
+    inside = [name for name in settings.sources if run.path.resolve().is_relative_to(Path(name).resolve())]
+    if inside:
+        raise UserError(f"output_dir: {run.path} lies inside the source {inside[0]}; choose another")
     wanted = VideoFormat(form.num_frames, form.height, form.width, form.fps)
     keys = {"imports": asdict(settings), "grid": config.grid}
     keys |= {"generate": {name: getattr(form, name) for name in ("num_frames", "height", "width", "fps")}}

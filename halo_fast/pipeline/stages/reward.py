@@ -47,8 +47,9 @@ def train_reward(config: Config, run: Run) -> None:
         except ValueError as error:
             raise UserError(str(error)) from error
         model_config = replace(
-            model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank
-        )
+            model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank,
+            fps=config.generate.fps,
+        )  # fmt: skip
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]
         if checkpoint.exists() or not all(path.exists() for path in outputs):
