@@ -34,6 +34,8 @@ __all__ = [
 
 # transfer functions of high dynamic range, by their number in ITU-T H.273
 _HDR = {16: "PQ", 18: "HLG"}
+_LARGEST = 2**25  # pixels of a picture, which is that of 8K
+_LONGEST = 600.0  # seconds that one frame may be shown
 _STILL = 0.04  # seconds that a frame is shown whose file does not say it
 # what systems leave in folders beside the pictures
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
@@ -128,8 +130,8 @@ def sample_frames(frames: Iterator[Frame], fps: float) -> Iterator[Frame]:
     """
     count = 0
     for frame in frames:
-        # a thousandth of a frame is rounding
-        while count / fps < frame.end - 1e-3 / fps:
+        # the first frame is shown however short it is; a thousandth of a frame is rounding
+        while not count or count / fps < frame.end - 1e-3 / fps:
             yield Frame(frame.number, count / fps, (count + 1) / fps, frame.picture)
             count += 1
 
@@ -189,6 +191,7 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
 
     try:
         with Image.open(file) as opened:
+            _check_size(*opened.size)
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):
                 # Pillow would clip 16 bits at 255
@@ -265,12 +268,19 @@ def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -
                 raise ValueError(
                     f"one of high dynamic range ({_HDR[frame.color_trc]}), which needs tone mapping to SDR"
                 )
+            _check_size(frame.width * aspect, frame.height)
             count += 1
             lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
             yield _Decoded(frame.time, lasts or _frame_time(stream) or _STILL, _as_displayed(frame, aspect))
     _check_whole(container, stream, end, path)
     if not count:
         raise ValueError("one without frames")
+
+
+def _check_size(width: float, height: float) -> None:
+    """ValueError for a picture of more pixels than anybody films, which damaged files claim to have."""
+    if not 1 <= width * height <= _LARGEST:
+        raise ValueError(f"pictures of {height:g} x {width:g} pixels, more than {_LARGEST}")
 
 
 def _timed(frames: Iterator[_Decoded]) -> Iterator[Frame]:
@@ -282,11 +292,13 @@ def _timed(frames: Iterator[_Decoded]) -> Iterator[Frame]:
         if shown is None:
             zero, time = frame.time or 0.0, 0.0
         else:
+            if time - start > _LONGEST:
+                raise ValueError(f"one whose frame {number + 1} is shown for {time - start:.3g} seconds")
             yield Frame(number, start, max(time, start), shown.picture)
             number += 1
         shown, start = frame, max(time, start)
     if shown is not None:
-        yield Frame(number, start, start + shown.lasts, shown.picture)
+        yield Frame(number, start, start + min(shown.lasts, _LONGEST), shown.picture)
 
 
 def _as_displayed(frame: "av.VideoFrame", aspect: float) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from halo_fast.data.clips import natural_order, read_clip, read_frames, read_picture, visible_files
 from halo_fast.data.fitting import VideoFormat
 from halo_fast.data.importers import Preference, Ratings, read_human
-from halo_fast.data.importers.base import rescaled_score
+from halo_fast.data.importers.base import load_array, rescaled_score
 from halo_fast.data.importers.ratings import FETV_COLUMNS, fetv_scores
-from halo_fast.data.records import SUFFIXES, Row, is_empty, read_records, required_text
+from halo_fast.data.records import SUFFIXES, Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
 __all__ = [
@@ -58,6 +58,7 @@ _DESCRIBE = {
     "prompt_id", "clip_id", "n_frames", "pair_id", "first_frame", "last_frame", "x0", "y0", "x1", "y1",
     "patch_row", "patch_column", "changes", "source", "latents",
 }  # fmt: skip
+_LONGEST_SIDE = 16384  # frames or pixels
 _EXPORTED = {"labeller", "grid", "frame_edges", "row_edges", "column_edges"}
 _PUBLISHED = (
     ("path_a", "path_b", "prompt"), ("pos_video_path", "neg_video_path"), ("jpg_0", "jpg_1", "label_0"),
@@ -151,7 +152,7 @@ def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
     Raises:
         UserError: no known layout, or a row that cannot be meant, with its number.
     """
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: does not exist; expected {_KNOWN}")
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
@@ -275,7 +276,7 @@ def _add_clips(found: Source, path: Path, rows: Sequence[Row]) -> None:
         place = f"{path}: row {number}"
         file = path.parent / required_text(row, "video", place)
         prompt = " ".join(required_text(row, "prompt", place).split())
-        if not file.exists():
+        if not exists(file):
             found.left_out.append(LeftOutRow(place, f"{file} does not exist"))
             continue
         # one row for each rater is one clip
@@ -294,20 +295,21 @@ def _add_clips(found: Source, path: Path, rows: Sequence[Row]) -> None:
 def _add_exported(found: Source, path: Path, rows: Sequence[Row]) -> None:
     """The labels of a table that `halo export --format huggingface` wrote."""
     for number, row in enumerate(rows, 1):
-        if is_empty(row["labeller"]):
+        if is_empty(row.get("labeller")):
             continue
         place = f"{path}: row {number}"
         ref = _row_ref(path, row, place)
         names = [name for name in row if name.startswith("video_")]
         scores = {name.removeprefix("video_"): rescaled_score(row[name], 1, 5, name, place) for name in names}
         found.scores.append(ClipScores(ref, scores, place))
-        edges = [row[f"{name}_edges"] for name in ("frame", "row", "column")]
         try:
-            patches = np.array(row.get("patch_quality"), float).reshape([len(line) - 1 for line in edges])
-            sizes = [np.diff(line).astype(int) for line in edges]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{place}: expected a score for each patch between the edges ({error})") from error
-        found.damage.append(ClipDamage(ref, _damage_between(patches, sizes), place))
+            sizes = [np.diff(row[f"{name}_edges"]).astype(np.int64) for name in ("frame", "row", "column")]
+            scores_of_patches = np.array(row["patch_quality"], float).reshape([len(line) for line in sizes])
+            if not all((line > 0).all() and 0 < line.sum() <= _LONGEST_SIDE for line in sizes):
+                raise ValueError("edges that do not rise")
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{place}: expected edges and a score for each patch between them ({error})") from error
+        found.damage.append(ClipDamage(ref, _damage_between(scores_of_patches, sizes), place))
 
 
 def _damage_between(scores: NDArray[np.float64], sizes: Sequence[NDArray[np.int64]]) -> DamageOf:
@@ -405,11 +407,11 @@ def _fetv_table(path: Path, rows: Sequence[Row]) -> Source:
         scores=[
             ClipScores(
                 _row_ref(path, row, f"{path}: row {number}"),
-                {name: values[number - 1, rater] for name, values in found.items()},
+                {name: values[number - 1, rater] for name, values in found.items() if rater < values.shape[1]},
                 f"{path}: row {number}",
             )
             for number, row in enumerate(rows, 1)
-            for rater in range(next(iter(found.values())).shape[1])
+            for rater in range(max(values.shape[1] for values in found.values()))
         ]
     )
 
@@ -533,7 +535,7 @@ def _add_masks(found: Source, path: Path, rows: Sequence[Row]) -> None:
             continue
         place = f"{path}: row {number}"
         file = path.parent / required_text(row, "mask", place)
-        if not file.exists():
+        if not exists(file):
             raise UserError(f"{place}: the mask {file} does not exist; put it there or leave it out of the row")
         found.damage.append(ClipDamage(_row_ref(path, row, place), damage_of_file(file), place))
 
@@ -566,14 +568,10 @@ def _read_maps(file: Path) -> NDArray[np.floating]:
 
 
 def _read_array(file: Path) -> NDArray[np.floating]:
-    try:
-        maps = np.load(file, allow_pickle=False)
-        maps = maps.astype(np.float32)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise UserError(f"{file}: expected an array of numbers ({error})") from error
+    maps = load_array(file).astype(np.float32)
     maps = maps[None] if maps.ndim == 2 else maps
     # NaN is unlabelled
-    if maps.ndim != 3 or not maps.size or not (np.nanmin(maps) >= 0 and np.nanmax(maps) <= 1):
+    if maps.ndim != 3 or not maps.size or not (np.isnan(maps) | ((maps >= 0) & (maps <= 1))).all():
         raise UserError(f"{file}: expected [H, W] or [F, H, W] in [0, 1], got {list(maps.shape)}")
     return maps
 

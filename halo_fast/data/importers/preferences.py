@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halo_fast.data.importers.base import Preference
-from halo_fast.data.records import Row, is_empty, read_records, required_text
+from halo_fast.data.records import Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
 __all__ = ["FOLDERS", "TABLES", "check_preference"]
@@ -19,9 +19,9 @@ def check_preference(path: Path, preference: Preference) -> Preference:
     """
     place = f"{path}: row {preference.row}"
     for clip in (preference.first, preference.second):
-        if isinstance(clip, Path) and not clip.exists():
+        if isinstance(clip, Path) and not exists(clip):
             raise UserError(f"{place}: {clip} does not exist; put the clip there or leave the row out")
-    if preference.mask is not None and not preference.mask.exists():
+    if preference.mask is not None and not exists(preference.mask):
         raise UserError(f"{place}: the mask {preference.mask} does not exist; put it there or leave it out of the row")
     return preference
 

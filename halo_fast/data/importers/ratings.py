@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from halo_fast.data.importers.base import Ratings, read_array, read_scores, rescaled_score
-from halo_fast.data.records import Row, is_empty, read_records, required_text
+from halo_fast.data.records import Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
 __all__ = ["FETV_COLUMNS", "FOLDERS", "TABLES", "fetv_scores"]
@@ -73,7 +73,7 @@ def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
         # frames lie in a folder named after the clip, as the published archives have them
         found = [path.parent / folder / str(row["id"]) for folder in ("images", "frames", ".")]
         found += [path.parent / folder / f"{row['id']}.mp4" for folder in ("videos", ".")]
-        existing = [file for file in found if file.exists()]
+        existing = [file for file in found if exists(file)]
         if not existing:
             raise UserError(f"{path}: row {number}: no frames of {row['id']!r}; expected {found[0]} or {found[-1]}")
         clips.append(existing[0])
@@ -134,7 +134,7 @@ def _clip_file(path: Path, number: int, row: Row) -> Path:
     """The clip of a row, under one name however it is written."""
     place = f"{path}: row {number}"
     file = path.parent / required_text(row, "video", place)
-    if not file.exists():
+    if not exists(file):
         raise UserError(f"{place}: {file} does not exist; put the clip there or leave the row out")
     return file.resolve()
 
