@@ -251,7 +251,12 @@ class _Decoded(NamedTuple):
 
 def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -> Iterator[_Decoded]:
     """The frames of a stream; ValueError at the end if there are none, or if the file is cut short."""
-    aspect = float(stream.codec_context.sample_aspect_ratio or 1)
+    context = stream.codec_context
+    aspect = float(context.sample_aspect_ratio or 1)
+    if context.width and context.height:
+        _check_size(context.width, context.height)
+    # before the decoder makes room for a larger one
+    context.options = {"max_pixels": str(_LARGEST)}
     count, end = 0, 0.0
     for packet in container.demux(stream, *container.streams.audio):
         if packet.is_corrupt:

@@ -164,9 +164,12 @@ def _resized(picture: Tensor, wanted: VideoFormat, policy: FitPolicy) -> Tensor:
     else:
         scaled = size
     if scaled != (height, width):
-        pixels = picture.permute(2, 0, 1)[None].float()
-        pixels = F.interpolate(pixels, scaled, mode="bicubic", antialias=True, align_corners=False)
-        picture = pixels.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
+        # channel by channel: a picture of 8K takes a gigabyte as floats
+        channels = [
+            F.interpolate(one[None, None].float(), scaled, mode="bicubic", antialias=True, align_corners=False)[0, 0]
+            for one in picture.unbind(-1)
+        ]
+        picture = torch.stack(channels, dim=-1).round().clamp(0, 255).to(torch.uint8)
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     return picture[top : top + size[0], left : left + size[1]].contiguous()
 

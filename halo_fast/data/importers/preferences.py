@@ -37,7 +37,7 @@ def _video_align(path: Path, number: int, row: Row) -> Preference:
 
 def _choice(value: Any, column: str, place: str) -> float:
     known = {"A": 1.0, "B": 0.0, "same": 0.5}
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise UserError(f"{place}: expected A, B or same in {column!r}, got {value!r}")
     return known[value]
 
