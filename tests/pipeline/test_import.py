@@ -169,7 +169,7 @@ def test_latents_are_those_of_the_fitted_clip(tmp_path, model):
     torch.testing.assert_close(load_file(run / "cache" / files[row.clip_id])["latents"], family.encode(video[None])[0])
 
 
-def test_imported_and_generated_clips_are_one_table(tmp_path, model):
+def test_imported_and_generated_clips_are_one_table(tmp_path, model, capsys):
     source = clips(tmp_path / "clips", 2)
     table(source / "scores.csv", [{"video": f"{k}.mp4", "beauty": k + 1} for k in range(2)])
     table(source / "boxes.csv", [{"video": "0.mp4", "x0": 0, "y0": 0, "x1": 20, "y1": 20}])
@@ -182,6 +182,8 @@ def test_imported_and_generated_clips_are_one_table(tmp_path, model):
     (pair,) = read_rows(run / "pairs" / "pairs.parquet", PairRow)
     assert pair.prompt == "a cube number 0" and {pair.clip_a, pair.clip_b} <= set(scored)
     assert len(list((run / "cache" / "latents").iterdir())) == 2
+    assert main(["agreement", file, "--resamples=5"]) == 0
+    assert "reward model against imported labels" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_listed_with_its_reason(tmp_path, capsys):
