@@ -122,27 +122,38 @@ def load_skeleton(name: str) -> Family:
     import transformers
 
     with _no_loading_bars(), _named(name):
+        config = diffusers.DiffusionPipeline.load_config(name)
+        _check_known(config["_class_name"], f"{_SETTING}: {name!r}")
         parts: dict[str, Any] = {}
-        for part, value in diffusers.DiffusionPipeline.load_config(name).items():
+        for part, value in config.items():
+            if part.startswith("_"):
+                continue
             kind = value[1] if isinstance(value, list) and len(value) == 2 else None
-            network: Any = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
-            bases = getattr(network, "__mro__", ())
-            if transformers.PreTrainedModel in bases:
-                parts[part] = None
-            elif diffusers.ModelMixin in bases:
+            found: Any = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
+            bases = getattr(found, "__mro__", ())
+            if diffusers.ModelMixin in bases:
                 with torch.device("meta"):
-                    parts[part] = network.from_config(network.load_config(name, subfolder=part))
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **parts)
-    _check_family(pipeline, f"{_SETTING}: {name!r}")
-    return family_of(pipeline)
+                    parts[part] = found.from_config(found.load_config(name, subfolder=part))
+            elif isinstance(value, list):
+                # text encoders are left out; tokenizers and schedulers are small
+                wanted = found is not None and transformers.PreTrainedModel not in bases
+                parts[part] = found.from_pretrained(name, subfolder=part) if wanted else None
+            else:
+                parts[part] = value
+        return family_of(getattr(diffusers, config["_class_name"])(**parts))
 
 
 _SETTING = "pretrained_model_name_or_path"
 
 
 def _check_family(pipeline: Any, place: str) -> None:
-    families, name = registry.known("family"), type(pipeline).__name__
-    if not isinstance(pipeline, Denoiser) and name not in families:
+    if not isinstance(pipeline, Denoiser):
+        _check_known(type(pipeline).__name__, place)
+
+
+def _check_known(name: str, place: str) -> None:
+    families = registry.known("family")
+    if name not in families:
         raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
 
 
