@@ -83,8 +83,8 @@ def agreement(config: Config, resamples: int = 300) -> None:
     """Print how teachers, people and the reward model of a run agree with each other on the clips that both scored.
 
     Of two, the more trusted one is the truth: people before imported labels, these before teachers, and teachers before
-    the reward model. The reward model is judged on clips whose labels did not train it, where there are such, among
-    them those of reward.held_out_share, which calibrated it; else its title says so.
+    the reward model. The reward model is judged on clips whose labels did not train it, where there are such; else its
+    title says so. Of an import these are the clips of reward.held_out_share, which calibrated it.
 
     Args:
         config: of the run; its labels.sqlite and, if there, score/scores.parquet are read.
@@ -117,9 +117,11 @@ def agreement(config: Config, resamples: int = 300) -> None:
 
 
 def _trained_on(config: Config, run: Run, clips: Sequence[ClipRow]) -> set[str]:
-    """The clips whose labels trained the reward model; those that only calibrated it are none."""
+    """The clips whose labels trained the reward model; of an import those that only calibrated it are none."""
     tables = [table for stage in ("import", "annotate") if (table := run.path / stage / "labels.parquet").exists()]
     labelled = {row.clip_id for row in join_labels(tables)}
+    if not config.imports.sources:
+        return labelled
     prompts = {clip.clip_id: clip.prompt for clip in clips if clip.clip_id in labelled}
     heldout = heldout_prompts(prompts.values(), config.reward.held_out_share, config.seed)
     return {name for name, prompt in prompts.items() if prompt not in heldout}
