@@ -90,5 +90,7 @@ class RewardMeter:
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Severity [N, f, h, w]."""
-        return {"severity": (5 - self._load()(videos, prompts, self._grid).patches[:, 0]) / 4}
+        """Severity [N, f, h, w]; a model that scores whole videos only gives each patch that of its video."""
+        rewards = self._load()(videos, prompts, self._grid)
+        video = rewards.video.mean(dim=1).view(-1, 1, 1, 1).expand(-1, *self._grid)
+        return {"severity": (5 - (rewards.patches[:, 0] if rewards.patches.shape[1] else video)) / 4}

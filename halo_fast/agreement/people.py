@@ -1,7 +1,10 @@
 """Reward models against people's labels: ratings of clips, marks in pictures, preferences between two clips."""
 
+import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +36,12 @@ from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardMo
 
 __all__ = ["cross_validate", "marks_table", "preferences_table", "rater_mean", "ratings_tables"]
 
+logger = logging.getLogger(__name__)
+
 _RATING_FOLDS, _MARK_FOLDS = 5, 8
 _SIDE, _FRAMES = 32, 9  # of rated clips in training: eighty clips cannot teach fine structure
 _MARK_GRID, _MARK_FACTOR = (14, 14), 16
+_RATE = 8.0  # frames a second at which clips are sampled, where the model does not say it
 _ANY = "a picture"  # the prompt where none is known
 _MARKED = 0.5  # from half of a map's range a pixel counts as marked: smooth heat maps are nowhere quite 0
 _NEAREST = {"motion_quality": ("temporal_consistency", "dynamic_degree")}  # the rubric splits what VideoAlign calls MQ
@@ -52,14 +58,14 @@ def ratings_tables(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> di
         seed: of folds, training and bootstrap.
         resamples: draws of the bootstrap over prompts.
     """
-    clips = [load_frames(clip) for clip in ratings.clips]
+    videos, statistics = zip(*map(_small, progress(ratings.clips, len(ratings), "clips")), strict=True)
     names = list(ratings.scores)
     labels = np.stack([rater_mean(ratings.scores[name]) for name in names], axis=1)
     folds = folds_by_name(ratings.prompts, _RATING_FOLDS, seed)
     predictions = {
-        "compact model": _predict_ratings(clips, ratings.prompts, labels, names, folds, seed),
+        "compact model": _predict_ratings(torch.stack(videos), ratings.prompts, labels, names, folds, seed),
         "prompt only": predict_ridge(prompt_features(ratings.prompts), labels, folds),
-        "frame statistics": predict_ridge(np.stack([frame_statistics(clip) for clip in clips]), labels, folds),
+        "frame statistics": predict_ridge(np.stack(statistics), labels, folds),
     }
     if ratings.generators is not None:
         predictions["generator only"] = group_means(labels, ratings.generators)
@@ -77,6 +83,12 @@ def ratings_tables(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> di
     return tables
 
 
+def _small(clip: Tensor | Path) -> tuple[Tensor, NDArray[np.float64]]:
+    """A clip at the size of training, and its statistics; nothing keeps it at its full size."""
+    frames = load_frames(clip, _RATE)
+    return _resize(frames, _SIDE, _FRAMES), frame_statistics(frames)
+
+
 def _ceiling(ratings: Ratings, name: str, resamples: int, seed: int) -> dict[str, Figure]:
     """How far the raters of a dimension agree, and what is left of that without prompts and generators."""
     raters = ratings.scores[name]
@@ -88,7 +100,7 @@ def _ceiling(ratings: Ratings, name: str, resamples: int, seed: int) -> dict[str
 
 
 def _predict_ratings(
-    clips: Sequence[Tensor],
+    videos: Tensor,
     prompts: Sequence[str],
     labels: NDArray[np.float64],
     names: Sequence[str],
@@ -96,8 +108,7 @@ def _predict_ratings(
     seed: int,
 ) -> NDArray[np.float64]:
     """Video scores [N, D] of compact models that never saw the clip's prompt."""
-    videos = torch.stack([_resize(clip, _SIDE, _FRAMES) for clip in clips])
-    patches = torch.full((len(clips), 1, 1, 1, 1), torch.nan)
+    patches = torch.full((len(videos), 1, 1, 1, 1), torch.nan)
     data = LabelledClips(videos, list(prompts), torch.from_numpy(labels).float(), patches, tuple(names))
     config = RewardConfig(video_steps=60, patch_steps=0)
     return cross_validate(RewardModelConfig(tuple(names)), data, config, folds, seed, "folds")[0]
@@ -148,35 +159,46 @@ def marks_table(ratings: Ratings, seed: int = 0) -> Table:
     Raises:
         UserError: pictures of several sizes.
     """
-    frames = [load_frames(clip)[0] for clip in ratings.clips]
-    sizes = sorted({tuple(frame.shape[:2]) for frame in frames})
-    if len(sizes) > 1:
-        raise UserError(
-            f"{ratings.source}: expected pictures of one size, got {sizes[0]}, {sizes[1]}; scale them alike"
-        )
-    pictures = torch.stack(frames)
+    stills, statistics = _stills(ratings)
     marked = [(mark >= _MARKED).astype(np.float32) for mark in ratings.marks or []]
-    shares = pool_marks(marked, *_MARK_GRID).reshape(len(pictures), -1)
-    names = [str(index) for index in range(len(pictures))]
+    shares = pool_marks(marked, *_MARK_GRID).reshape(len(stills), -1)
+    names = [str(index) for index in range(len(stills))]
     folds = folds_by_name(names, _MARK_FOLDS, seed)
-    statistics = patch_statistics(pictures[:, None], (1, *_MARK_GRID))
     flat = predict_ridge(
         statistics.reshape(-1, statistics.shape[-1]), shares.ravel(), np.repeat(folds, shares.shape[1])
     )
     damage = {
-        "frames model": _predict_marks(pictures, torch.from_numpy(shares), folds, seed),
+        "frames model": _predict_marks(stills, torch.from_numpy(shares), folds, seed),
         "place only": np.stack([shares[folds != fold].mean(axis=0) for fold in folds]),
         "frame statistics": flat.reshape(shares.shape),
     }
     return {row: patch_agreement(-values, shares, names, 0.0, seed=seed) for row, values in damage.items()}
 
 
-def _predict_marks(pictures: Tensor, shares: Tensor, folds: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """Damage [N, P] that reward models with the backbone "frames" find in pictures that did not train them."""
-    # one position of the latent for each patch, and nothing lost: the frame network reads 224 pixels a side
+def _stills(ratings: Ratings) -> tuple[Tensor, NDArray[np.float64]]:
+    """Of each picture a still uint8 [N, 1, y, x, 3] with one latent position a patch, and statistics [N, P, 14].
+
+    Raises:
+        UserError: pictures of several sizes.
+    """
+    # the frame network reads 224 pixels a side, so nothing is lost; one picture at a time is in memory
     size = [_MARK_FACTOR * side for side in _MARK_GRID]
-    stills = F.interpolate(pictures.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
-    videos = stills.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[:, None].contiguous()
+    sizes: set[tuple[int, ...]] = set()
+    stills, statistics = [], []
+    for clip in ratings.clips:
+        frame = load_frames(clip)[0]
+        sizes.add(tuple(frame.shape[:2]))
+        if len(sizes) > 1:
+            first, second = sorted(sizes)
+            raise UserError(f"{ratings.source}: expected pictures of one size, got {first}, {second}; scale them alike")
+        statistics.append(patch_statistics(frame[None, None], (1, *_MARK_GRID)))
+        still = F.interpolate(frame.permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)
+        stills.append(still.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.stack(stills).contiguous(), np.concatenate(statistics)
+
+
+def _predict_marks(videos: Tensor, shares: Tensor, folds: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Damage [N, P] that reward models with the backbone "frames" find in pictures that did not train them."""
     targets = 5 - 4 * shares.view(-1, 1, 1, *_MARK_GRID)
     data = LabelledClips(videos, [_ANY] * len(videos), targets.mean(dim=(2, 3, 4)), targets, ("visual_quality",))
     model_config = RewardModelConfig(("visual_quality",), spatial_factor=_MARK_FACTOR, backbone="frames")
@@ -191,6 +213,8 @@ def preferences_table(pairs: Sequence[Preference], model: RewardModel, resamples
     """Pair accuracy of a model on people's preferences, with ties and without, beside "less motion".
 
     A dimension that the model lacks is judged by the one nearest in meaning, else by the mean of all; the row says so.
+    Clips are sampled at the rate of those that trained the model, or at 8 frames a second. What the model's latents
+    cannot hold is cut off: frames at the end, pixels right and below. How often is logged.
 
     Args:
         pairs: two clips each, and which one people preferred in each dimension.
@@ -198,12 +222,15 @@ def preferences_table(pairs: Sequence[Preference], model: RewardModel, resamples
         resamples: draws of the bootstrap over prompts.
     """
     prompts = [pair.prompt for pair in pairs]
-    gaps, motion = [], []
+    gaps, motion, cut = [], [], 0
+    rate = model.config.fps or _RATE
     for pair in progress(pairs, len(pairs), "pairs"):
-        clips = [_crop(load_frames(clip)) for clip in (pair.first, pair.second)]
-        rewards = [model(clip[None], [pair.prompt], (1, 1, 1)).video[0] for clip in clips]
-        gaps.append(rewards[0] - rewards[1])
-        motion.append(float(np.subtract(*(frame_statistics(clip)[-1] for clip in clips))))
+        sides = [_score(clip, pair.prompt, model, rate) for clip in (pair.first, pair.second)]
+        gaps.append(sides[0].reward - sides[1].reward)
+        motion.append(sides[0].motion - sides[1].motion)
+        cut += sum(side.cut for side in sides)
+    if cut:
+        logger.info("preferences: %d of %d clips were cut to a size that the model's latents hold", cut, 2 * len(pairs))
     scores, columns = torch.stack(gaps).numpy(), model.config.video_dimensions
     table: Table = {}
     for name in dict.fromkeys(name for pair in pairs for name in pair.preferred):
@@ -214,6 +241,22 @@ def preferences_table(pairs: Sequence[Preference], model: RewardModel, resamples
         table[f"{name}: {judge}"] = pair_agreement(score, labels, prompts, resamples)
         table[f"{name}: less motion"] = pair_agreement(-np.array(motion), labels, prompts, resamples)
     return table
+
+
+class _Side(NamedTuple):
+    """A clip's scores [D], its mean change from frame to frame, and whether a part of it was cut off."""
+
+    reward: Tensor
+    motion: float
+    cut: bool
+
+
+def _score(clip: Path | bytes, prompt: str, model: RewardModel, rate: float) -> _Side:
+    """Score one clip; nothing keeps its frames."""
+    whole = load_frames(clip, rate)
+    part = _cut(whole, model.config)
+    reward = model(part[None], [prompt], (1, 1, 1)).video[0]
+    return _Side(reward, float(frame_statistics(part)[-1]), part.shape != whole.shape)
 
 
 def rater_mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -229,7 +272,18 @@ def _resize(clip: Tensor, side: int, frames: int) -> Tensor:
     return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _crop(clip: Tensor) -> Tensor:
-    """A clip uint8 [F, H, W, 3] with sides cropped to multiples of 8."""
-    height, width = (length - length % 8 for length in clip.shape[1:3])
-    return clip[:, :height, :width].contiguous()
+def _cut(clip: Tensor, config: RewardModelConfig) -> Tensor:
+    """The largest part of a clip uint8 [F, H, W, 3], from its beginning, that the model's latents hold.
+
+    Raises:
+        UserError: the clip is too small for one latent position.
+    """
+    step, alone, side = config.temporal_factor, int(config.causal), math.lcm(8, config.spatial_factor)
+    frames = (len(clip) - alone) // step * step + alone
+    height, width = (length - length % side for length in clip.shape[1:3])
+    if min(frames, height, width) < 1:
+        raise UserError(
+            f"a clip of {len(clip)} x {clip.shape[1]} x {clip.shape[2]}: expected at least "
+            f"{alone or step} x {side} x {side} for this model; leave its row out"
+        )
+    return clip[:frames, :height, :width].contiguous()

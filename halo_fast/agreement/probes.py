@@ -118,9 +118,13 @@ def planted_damage(
         part = videos[box]
         moved = part[..., [1, 2, 0]].roll((part.shape[1] // 2, part.shape[2] // 2), dims=(1, 2)).float()
         damaged[box] = (moved + (85 if moved.mean() < 128 else -85)).clamp(0, 255).to(torch.uint8)
-    before, after = (_rewards(model, clips, prompts, grid).patches[:, 0].flatten(1) for clips in (videos, damaged))
-    hit = (before - after).argmax(dim=1) == chosen
-    figure = _share(hit, torch.zeros(len(videos)), prompts)
+    measured = torch.zeros(len(videos))
+    if model.config.patch_dimensions:
+        before, after = (_rewards(model, clips, prompts, grid).patches[:, 0].flatten(1) for clips in (videos, damaged))
+        hit = (before - after).argmax(dim=1) == chosen
+    else:
+        hit, measured = measured > 0, measured * torch.nan
+    figure = _share(hit, measured, prompts)
     return Probe("planted damage", figure, 0.9, True, "clips whose damaged patch falls most")
 
 
@@ -144,8 +148,10 @@ def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid:
     """Twelve levels of 255 brighter, scores barely move: by at most 0.25 of a point on average, patches and video."""
     brighter = (videos.int() + _BRIGHTER).clamp(max=255).to(torch.uint8)
     before, after = (_rewards(model, clips, prompts, grid) for clips in (videos, brighter))
-    patches = (before.patches - after.patches).abs().flatten(1).mean(dim=1)
-    moved = torch.stack(((before.video - after.video).abs().mean(dim=1), patches)).mean(dim=0)
+    changes = [(before.video - after.video).abs().mean(dim=1)]
+    if model.config.patch_dimensions:
+        changes.append((before.patches - after.patches).abs().flatten(1).mean(dim=1))
+    moved = torch.stack(changes).mean(dim=0)
     return Probe("brightness", mean_over(moved.numpy(), prompts), 0.25, False, "mean change of a score, in points")
 
 

@@ -2,9 +2,9 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,43 @@ from halo_fast.files import replacing
 if TYPE_CHECKING:
     import av
 
-__all__ = ["latent_factors", "read_clip", "read_frames", "read_picture", "write_clip"]
+__all__ = [
+    "Frame",
+    "latent_factors",
+    "natural_order",
+    "read_clip",
+    "read_frames",
+    "read_picture",
+    "sample_frames",
+    "stream_clip",
+    "stream_frames",
+    "visible_files",
+    "write_clip",
+]
 
 # transfer functions of high dynamic range, by their number in ITU-T H.273
 _HDR = {16: "PQ", 18: "HLG"}
+_LARGEST = 2**25  # pixels of a picture, which is that of 8K
+_LONGEST = 600.0  # seconds that one frame may be shown
+_STILL = 0.04  # seconds that a frame is shown whose file does not say it
 # what systems leave in folders beside the pictures
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+
+
+class Frame(NamedTuple):
+    """A frame and when it is shown.
+
+    Args:
+        number: in the file, 0 the first.
+        start: seconds since the clip's beginning.
+        end: likewise.
+        picture: uint8 [H, W, 3].
+    """
+
+    number: int
+    start: float
+    end: float
+    picture: Tensor
 
 
 def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
@@ -54,32 +85,55 @@ def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def read_clip(path: Path | str) -> Tensor:
-    """All frames of a video file as a player shows them: the first real video stream, turned, with square pixels.
+def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
+    """The frames of a video file as a player shows them: the first real video stream, turned, with square pixels.
 
     Args:
         path: of any format that FFmpeg reads.
+        fps: frames a second at which the clip is sampled; None for all its frames.
 
     Returns:
         uint8 [F, H, W, 3].
 
     Raises:
-        UserError: the file is missing, damaged or cut short, holds no video, changes its size, or has a high dynamic
-            range.
+        UserError: as for `stream_clip`, or the size changes.
+    """
+    frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
+    return _stack([frame.picture for frame in frames], f"clip {path}")
+
+
+def stream_clip(path: Path | str) -> Iterator[Frame]:
+    """The frames of a video file one by one, with the times at which a player shows them; see `read_clip`.
+
+    Args:
+        path: of any format that FFmpeg reads.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short, holds no video, or has a high dynamic range.
     """
     import av
 
     try:
         with av.open(str(path)) as container:
-            stream = _video_stream(container)
-            frames, end = _decode(container, stream)
-            _check_whole(container, stream, end, Path(path))
+            yield from _timed(_decode(container, _video_stream(container), Path(path)))
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error
-    if not frames:
-        raise UserError(f"clip {path}: expected a readable video, got one without frames; make it again or remove it")
-    return _stack(frames, f"clip {path}")
+
+
+def sample_frames(frames: Iterator[Frame], fps: float) -> Iterator[Frame]:
+    """The frames that are shown at the times 0, 1 / fps, 2 / fps, ... of a clip, of whatever rate it is.
+
+    Args:
+        frames: of the clip, such as those of `stream_clip`.
+        fps: frames a second.
+    """
+    count = 0
+    for frame in frames:
+        # the first frame is shown however short it is; a thousandth of a frame is rounding
+        while not count or count / fps < frame.end - 1e-3 / fps:
+            yield Frame(frame.number, count / fps, (count + 1) / fps, frame.picture)
+            count += 1
 
 
 def read_frames(folder: Path) -> Tensor:
@@ -94,10 +148,30 @@ def read_frames(folder: Path) -> Tensor:
     Raises:
         UserError: no pictures, a file that is none, or pictures of several sizes.
     """
-    files = [file for file in folder.iterdir() if file.name[0] != "." and file.name.casefold() not in _SYSTEM_FILES]
+    return _stack([frame.picture for frame in stream_frames(folder, 1)], str(folder))
+
+
+def stream_frames(folder: Path, fps: float) -> Iterator[Frame]:
+    """The frames of a clip in a folder of pictures, one by one; see `read_frames`.
+
+    Args:
+        folder: of pictures; hidden files are ignored.
+        fps: frames a second at which they are shown.
+
+    Raises:
+        UserError: no pictures, or a file that is none.
+    """
+    files = visible_files(folder)
     if not files:
         raise UserError(f"{folder}: expected a folder of frames, got an empty one")
-    return _stack([read_picture(file, str(file)) for file in sorted(files, key=_natural_order)], str(folder))
+    for number, file in enumerate(files):
+        yield Frame(number, number / fps, (number + 1) / fps, read_picture(file, str(file)))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files and folders in a folder in the natural order of their names, without those that systems leave."""
+    files = [file for file in folder.iterdir() if file.name[0] != "." and file.name.casefold() not in _SYSTEM_FILES]
+    return sorted(files, key=natural_order)
 
 
 def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
@@ -117,6 +191,7 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
 
     try:
         with Image.open(file) as opened:
+            _check_size(*opened.size)
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):
                 # Pillow would clip 16 bits at 255
@@ -166,10 +241,23 @@ def _video_stream(container: "av.container.InputContainer") -> Any:
     return moving[0]
 
 
-def _decode(container: "av.container.InputContainer", stream: Any) -> tuple[list[Tensor], float]:
-    """The frames of a stream, each [H, W, 3], and the time in seconds at which the container's last packet ends."""
-    aspect = float(stream.codec_context.sample_aspect_ratio or 1)
-    frames, end = [], 0.0
+class _Decoded(NamedTuple):
+    """A frame as the decoder gives it; its time is None where the file has none."""
+
+    time: float | None
+    lasts: float
+    picture: Tensor
+
+
+def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -> Iterator[_Decoded]:
+    """The frames of a stream; ValueError at the end if there are none, or if the file is cut short."""
+    context = stream.codec_context
+    aspect = float(context.sample_aspect_ratio or 1)
+    if context.width and context.height:
+        _check_size(context.width, context.height)
+    # before the decoder makes room for a larger one
+    context.options = {"max_pixels": str(_LARGEST)}
+    count, end = 0, 0.0
     for packet in container.demux(stream, *container.streams.audio):
         if packet.is_corrupt:
             raise ValueError("a damaged or cut one")
@@ -185,8 +273,37 @@ def _decode(container: "av.container.InputContainer", stream: Any) -> tuple[list
                 raise ValueError(
                     f"one of high dynamic range ({_HDR[frame.color_trc]}), which needs tone mapping to SDR"
                 )
-            frames.append(_as_displayed(frame, aspect))
-    return frames, end
+            _check_size(frame.width * aspect, frame.height)
+            count += 1
+            lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+            yield _Decoded(frame.time, lasts or _frame_time(stream) or _STILL, _as_displayed(frame, aspect))
+    _check_whole(container, stream, end, path)
+    if not count:
+        raise ValueError("one without frames")
+
+
+def _check_size(width: float, height: float) -> None:
+    """ValueError for a picture of more pixels than anybody films, which damaged files claim to have."""
+    if not 1 <= width * height <= _LARGEST:
+        raise ValueError(f"pictures of {height:g} x {width:g} pixels, more than {_LARGEST}")
+
+
+def _timed(frames: Iterator[_Decoded]) -> Iterator[Frame]:
+    """Frames with their times since the first one; each is shown until the next one is."""
+    shown: _Decoded | None = None
+    number, zero, start = 0, 0.0, 0.0
+    for frame in frames:
+        time = start + (shown.lasts if shown else 0.0) if frame.time is None else frame.time - zero
+        if shown is None:
+            zero, time = frame.time or 0.0, 0.0
+        else:
+            if time - start > _LONGEST:
+                raise ValueError(f"one whose frame {number + 1} is shown for {time - start:.3g} seconds")
+            yield Frame(number, start, max(time, start), shown.picture)
+            number += 1
+        shown, start = frame, max(time, start)
+    if shown is not None:
+        yield Frame(number, start, start + min(shown.lasts, _LONGEST), shown.picture)
 
 
 def _as_displayed(frame: "av.VideoFrame", aspect: float) -> Tensor:
@@ -238,7 +355,7 @@ def _stack(frames: Sequence[Tensor], name: str) -> Tensor:
     return torch.stack(list(frames))
 
 
-def _natural_order(file: Path) -> list[tuple[int, str]]:
+def natural_order(file: Path) -> list[tuple[int, str]]:
     """A key that sorts numbers in names by value."""
     parts = re.split(r"(\d+)", file.name)
     return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

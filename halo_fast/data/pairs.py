@@ -1,9 +1,10 @@
 """Preference pairs: two candidates of one prompt, with the rewards of both for the video and for every patch."""
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 from annotated_types import Ge
@@ -12,7 +13,7 @@ from torch import Tensor
 from halo_fast.data.tables import ClipRow, PairRow, ScoreRow
 from halo_fast.errors import UserError
 
-__all__ = ["Pair", "PairsConfig", "heldout_mask", "pair_candidates", "pair_statistics"]
+__all__ = ["Pair", "PairsConfig", "complete_pairs", "heldout_mask", "pair_candidates", "pair_statistics"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class _Candidate(NamedTuple):
 
 
 def pair_candidates(
-    clips: Sequence[ClipRow], scores: Sequence[ScoreRow], settings: PairsConfig, grid: Sequence[int]
+    clips: Sequence[ClipRow],
+    scores: Sequence[ScoreRow],
+    settings: PairsConfig,
+    grid: Sequence[int],
+    required: bool = True,
 ) -> tuple[list[PairRow], int]:
     """Pair the candidates of every prompt: both of two, else the best and the worst by video reward.
 
@@ -67,6 +72,7 @@ def pair_candidates(
         scores: of every candidate.
         settings: ties and weights.
         grid: patches along time, height and width.
+        required: whether no pair at all is a mistake.
 
     Returns:
         the pairs, and how many were left out.
@@ -81,18 +87,53 @@ def pair_candidates(
             raise UserError(f"pairs: no scores of clip {clip.clip_id}; score all clips again")
         score = by_clip[clip.clip_id]
         reward = _video_reward(score, settings)
-        candidates[clip.prompt_id].append(_Candidate(clip, reward, score.patches["quality"]))
+        candidates[clip.prompt_id].append(_Candidate(clip, reward, _patch_scores(score, math.prod(grid))))
     rows = [
         _pair_row(*_best_and_worst(group), settings.patch_delta, grid)
         for group in candidates.values()
         if len(group) > 1
     ]
-    if not rows:
+    if not rows and required:
         raise UserError("generate.num_videos_per_prompt: pairs need at least 2 candidates of a prompt, got 1")
-    kept = [row for row in rows if row.patch_tie_share < 1 or not _ties(row.video_margin, settings.video_delta)]
-    if not kept:
+    kept = _decided(rows, settings)
+    if not kept and required:
         raise UserError(f"pairs: all {len(rows)} pairs tie in the video and in every patch; lower patch_delta")
     return kept, len(rows) - len(kept)
+
+
+def _patch_scores(score: ScoreRow, count: int) -> list[float]:
+    """The scores of the patches; NaN from a reward model that scores whole videos only."""
+    return score.patches.get("quality", [math.nan] * count)
+
+
+def complete_pairs(
+    pairs: Sequence[PairRow], scores: Sequence[ScoreRow], settings: PairsConfig
+) -> tuple[list[PairRow], int]:
+    """Given pairs, whose unlabelled patches get the scores of their clips; a pair of nothing but ties is left out.
+
+    Args:
+        pairs: whose videos are labelled; NaN patches are unlabelled.
+        scores: of clips; a clip may have none.
+        settings: which differences are ties.
+
+    Returns:
+        the pairs, and how many were left out.
+    """
+    by_clip = {score.clip_id: score.patches["quality"] for score in scores if score.patches}
+    rows = []
+    for pair in pairs:
+        a, b = pair.patch_rewards_a, pair.patch_rewards_b
+        if all(map(math.isnan, (*a, *b))) and pair.clip_a in by_clip and pair.clip_b in by_clip:
+            a, b = by_clip[pair.clip_a], by_clip[pair.clip_b]
+        ties = sum(_ties(x - y, settings.patch_delta) for x, y in zip(a, b, strict=True)) / len(a)
+        rows.append(replace(pair, patch_rewards_a=a, patch_rewards_b=b, patch_tie_share=ties))
+    kept = _decided(rows, settings)
+    return kept, len(rows) - len(kept)
+
+
+def _decided(rows: Sequence[PairRow], settings: PairsConfig) -> list[PairRow]:
+    """The pairs in which not everything ties."""
+    return [row for row in rows if row.patch_tie_share < 1 or not _ties(row.video_margin, settings.video_delta)]
 
 
 def pair_statistics(pairs: Sequence[PairRow], settings: PairsConfig) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["SUFFIXES", "Row", "is_empty", "parse_csv", "parse_json", "read_records", "required_text"]
+__all__ = ["SUFFIXES", "Row", "exists", "is_empty", "parse_csv", "parse_json", "read_records", "required_text"]
 
 Row = Mapping[str, Any]
 
@@ -101,6 +101,14 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def exists(file: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def required_text(row: Row, column: str, place: str) -> str:
     """The text in a column; of a list of texts the first.
 
@@ -115,9 +123,17 @@ def required_text(row: Row, column: str, place: str) -> str:
     value = row.get(column)
     if isinstance(value, list):
         value = value[0] if value else None
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not _is_text(value):
         raise UserError(f"{place}: expected text in {column!r}, got {value!r}; write it there or leave the row out")
     return value.strip()
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be written to a file: no NUL, no half of a surrogate pair."""
+    try:
+        return "\0" not in value and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _lines(text: str, delimiter: str) -> Iterator[list[str]]:

@@ -22,7 +22,7 @@ __all__ = ["CacheRow", "ClipRow", "LabelRow", "PairRow", "ScoreRow", "read_rows"
 Row = TypeVar("Row")
 
 # arrow types of the annotations that rows use
-_TYPES = {"str": "string", "int": "int64", "float": "float64"}
+_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
 
 
 def _columns(prefix: str, kind: str) -> Any:
@@ -39,7 +39,7 @@ class ClipRow:
         prompt_id: number of its prompt.
         prompt: the prompt.
         candidate: its number among the clips of the prompt.
-        seed: of its noise.
+        seed: of its noise; None for an imported clip of which it is not known.
         video: file of its frames, relative to the table's folder.
         latents: file of its latents, likewise; None where there is none.
     """
@@ -48,7 +48,7 @@ class ClipRow:
     prompt_id: int
     prompt: str
     candidate: int
-    seed: int
+    seed: int | None
     video: str
     latents: str | None
 
@@ -188,8 +188,9 @@ def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[F
 def _arrow_type(one: Field[Any]) -> pyarrow.DataType:
     import pyarrow
 
-    # annotations are texts here: "str", "str | None", "int", ...
-    name = one.metadata.get("type") or _TYPES[str(one.type).removesuffix(" | None")]
+    # an annotation is a class, or a text where annotations are postponed: "str", "str | None", "int", ...
+    kind = one.type.__name__ if isinstance(one.type, type) else str(one.type)
+    name = one.metadata.get("type") or _TYPES[kind.removesuffix(" | None")]
     if name.startswith("list<"):
         return pyarrow.list_(pyarrow.type_for_alias(name[5:-1]))
     return pyarrow.type_for_alias(name)

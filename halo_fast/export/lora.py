@@ -3,21 +3,22 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from halo_fast.families import Denoiser, Family
 from halo_fast.files import versions, write_json
-from halo_fast.train.adapters import ADAPTER
-from halo_fast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from halo_fast.train.config import TrainConfig
 
 __all__ = ["LORA_FILE", "METADATA_FILE", "export_lora", "load_trained", "metadata", "save_network"]
 
 LORA_FILE, METADATA_FILE = "pytorch_lora_weights.safetensors", "halo_fast.json"
 
 
-def export_lora(family: Denoiser, parameters: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+def export_lora(family: Denoiser, parameters: Mapping[str, Tensor], config: "TrainConfig") -> dict[str, Tensor]:
     """The LoRA under diffusers' names, on the CPU; alpha / rank is multiplied into B, so that no loader needs it.
 
     Args:
@@ -25,6 +26,9 @@ def export_lora(family: Denoiser, parameters: Mapping[str, Tensor], config: Trai
         parameters: of the adapter, under peft's names.
         config: gives rank and alpha.
     """
+    # training imports this module
+    from halo_fast.train.adapters import ADAPTER
+
     scale = config.lora_alpha / config.rank
     return {
         f"{family.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": (
@@ -34,7 +38,7 @@ def export_lora(family: Denoiser, parameters: Mapping[str, Tensor], config: Trai
     }
 
 
-def metadata(family: Denoiser, base_model: str, config: TrainConfig, steps: int) -> dict[str, str]:
+def metadata(family: Denoiser, base_model: str, config: "TrainConfig", steps: int) -> dict[str, str]:
     """What a trained file says about itself, for `write_safetensors`: text alone, equal for equal trainings.
 
     Args:

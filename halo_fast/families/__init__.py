@@ -15,7 +15,16 @@ from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
 
-__all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
+__all__ = [
+    "Denoiser",
+    "Family",
+    "RegisteredModel",
+    "family_of",
+    "load",
+    "load_skeleton",
+    "shift_times",
+    "source",
+]
 
 Model = TypeVar("Model", bound=Denoiser)
 
@@ -98,12 +107,53 @@ def load(name: str, device: str | None = None, network: str | None = None) -> Fa
     return family
 
 
+def load_skeleton(name: str) -> Family:
+    """A model without weights, for questions about sizes of clips; registered models are loaded as they are.
+
+    Args:
+        name: as for `load`.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    if registry.is_name("model", name):
+        return load(name, device="cpu")
+    import diffusers
+    import transformers
+
+    with _no_loading_bars(), _named(name):
+        config = diffusers.DiffusionPipeline.load_config(name)
+        _check_known(config["_class_name"], f"{_SETTING}: {name!r}")
+        parts: dict[str, Any] = {}
+        for part, value in config.items():
+            if part.startswith("_"):
+                continue
+            kind = value[1] if isinstance(value, list) and len(value) == 2 else None
+            found: Any = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
+            bases = getattr(found, "__mro__", ())
+            if diffusers.ModelMixin in bases:
+                with torch.device("meta"):
+                    parts[part] = found.from_config(found.load_config(name, subfolder=part))
+            elif isinstance(value, list):
+                # text encoders are left out; tokenizers and schedulers are small
+                wanted = found is not None and transformers.PreTrainedModel not in bases
+                parts[part] = found.from_pretrained(name, subfolder=part) if wanted else None
+            else:
+                parts[part] = value
+        return family_of(getattr(diffusers, config["_class_name"])(**parts))
+
+
 _SETTING = "pretrained_model_name_or_path"
 
 
 def _check_family(pipeline: Any, place: str) -> None:
-    families, name = registry.known("family"), type(pipeline).__name__
-    if not isinstance(pipeline, Denoiser) and name not in families:
+    if not isinstance(pipeline, Denoiser):
+        _check_known(type(pipeline).__name__, place)
+
+
+def _check_known(name: str, place: str) -> None:
+    families = registry.known("family")
+    if name not in families:
         raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
 
 
@@ -117,8 +167,15 @@ def _load_pipeline(name: str) -> Any:
             return model.load()
     from diffusers import DiffusionPipeline
 
-    try:
+    with _named(name):
         return DiffusionPipeline.from_pretrained(name)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Report under the setting's name that nothing can be loaded."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
         raise UserError(

@@ -120,7 +120,7 @@ class Family(Denoiser):
 
     @abstractmethod
     def encode(self, videos: Tensor) -> Tensor:
-        """Latents of videos, uint8 [N, F, H, W, 3]."""
+        """Latents of videos, uint8 [N, F, H, W, 3]; UserError for a size of which the model would drop a part."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -51,9 +51,12 @@ class PipelineFamily(Family):
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         time, space = self.compression
         if (num_frames - 1) % self.frame_step or height % self.side or width % self.side:
+            frames, side = (num_frames - 1) // self.frame_step * self.frame_step + 1, self.side
+            fit = frames, max(height // side, 1) * side, max(width // side, 1) * side
             raise UserError(
                 f"generate: this model makes {self.frame_step}k+1 frames with sides divisible by {self.side}, "
-                f"got num_frames {num_frames}, height {height}, width {width}"
+                f"got num_frames {num_frames}, height {height}, width {width}; "
+                f"the next that fit are {fit[0]}, {fit[1]} and {fit[2]}"
             )
         frames = (num_frames - 1) // time + 1
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
@@ -107,6 +110,8 @@ class PipelineFamily(Family):
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
+        # autoencoders drop frames and pixels that do not fit
+        self.latent_shape(videos.shape[1], videos.shape[2], videos.shape[3])
         vae = self.pipeline.vae
         pixels = videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
         latents = torch.cat([self.encode_clip(clip) for clip in pixels.split(1)]).float()

@@ -14,18 +14,21 @@ from halo_fast.agreement.probes import Probe
 from halo_fast.agreement.scorers import Scores, compare_scorers
 from halo_fast.agreement.tables import Table, format_figure, format_table, table_as_json
 from halo_fast.data.importers import Ratings, read_human
+from halo_fast.data.labels import join_labels
 from halo_fast.data.tables import ClipRow, LabelRow, ScoreRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_json
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import RewardModel
+from halo_fast.rewards.clips import heldout_prompts
 from halo_fast.teachers.rubric import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS
 from halo_fast.teachers.store import LabelStore, label_key
 
 __all__ = ["agreement", "reward_eval"]
 
-_REWARD = "reward model"
+_REWARD, _IMPORTED = "reward model", "imported labels"
 
 
 def reward_eval(data: str = "", model: str = "", json: str = "", seed: int = 0) -> None:
@@ -79,8 +82,9 @@ def _probe_line(probe: Probe) -> str:
 def agreement(config: Config, resamples: int = 300) -> None:
     """Print how teachers, people and the reward model of a run agree with each other on the clips that both scored.
 
-    Of two, the more trusted one is the truth: people before teachers, teachers before the reward model. The reward
-    model is judged on clips whose labels did not train it, where there are such; else its title says so.
+    Of two, the more trusted one is the truth: people before imported labels, these before teachers, and teachers before
+    the reward model. The reward model is judged on clips whose labels did not train it, where there are such; else its
+    title says so. Of an import these are the clips of reward.held_out_share, which calibrated it.
 
     Args:
         config: of the run; its labels.sqlite and, if there, score/scores.parquet are read.
@@ -90,21 +94,19 @@ def agreement(config: Config, resamples: int = 300) -> None:
         UserError: no candidates, fewer than two who scored, scores of the reward model that are NaN.
     """
     run = Run(config)
-    folder = run.require("generate/clips.parquet").parent
-    clips = read_rows(folder / "clips.parquet", ClipRow)
-    scorers = _teachers_scores(config, run, folder, clips) | _model_scores(run, clips)
+    found = run_clips(run)
+    folder, clips = found.folder, found.rows
+    imported = _imported_scores(config, run, clips)
+    scorers = _teachers_scores(config, run, folder, clips) | imported | _model_scores(run, clips)
     if len(scorers) < 2:
         raise UserError(
             f"{run.path}: expected scores of at least two of teachers, people and reward model, got"
             f" {', '.join(scorers) or 'none'}; run `halo annotate`, `halo label` or `halo score`"
         )
-    labels = run.path / "annotate" / "labels.parquet"
-    trained_on = (
-        {row.clip_id for row in read_rows(labels, LabelRow) if row.status == "ok"} if labels.exists() else set()
-    )
+    trained_on = _trained_on(config, run, clips)
     unseen = np.array([clip.clip_id not in trained_on for clip in clips])
     prompts = [clip.prompt for clip in clips]
-    trusted = sorted(scorers, key=lambda name: (name != _REWARD, name.startswith("human:"), name))
+    trusted = sorted(scorers, key=lambda name: (name != _REWARD, name == _IMPORTED, name.startswith("human:"), name))
     for first, second in combinations(trusted, 2):
         table, title = {}, f"{first} against {second}"
         if first == _REWARD and trained_on:
@@ -112,6 +114,32 @@ def agreement(config: Config, resamples: int = 300) -> None:
             title += ", clips that it did not train on" if table else ", on its training clips"
         table = table or compare_scorers(scorers[first], scorers[second], prompts, np.ones_like(unseen), resamples)
         print(f"\n{title}\n{format_table(table) if table else '  no clip that both scored'}")
+
+
+def _trained_on(config: Config, run: Run, clips: Sequence[ClipRow]) -> set[str]:
+    """The clips whose labels trained the reward model; of an import those that only calibrated it are none."""
+    tables = [table for stage in ("import", "annotate") if (table := run.path / stage / "labels.parquet").exists()]
+    labelled = {row.clip_id for row in join_labels(tables)}
+    if not config.imports.sources:
+        return labelled
+    prompts = {clip.clip_id: clip.prompt for clip in clips if clip.clip_id in labelled}
+    heldout = heldout_prompts(prompts.values(), config.reward.held_out_share, config.seed)
+    return {name for name, prompt in prompts.items() if prompt not in heldout}
+
+
+def _imported_scores(config: Config, run: Run, clips: Sequence[ClipRow]) -> dict[str, Scores]:
+    """The imported labels, if the run has any; NaN is not scored."""
+    table = run.path / "import" / "labels.parquet"
+    if not (config.imports.sources and table.exists()):
+        return {}
+    rows = {row.clip_id: row for row in join_labels([run.require("import/labels.parquet")])}
+    names = {name for row in rows.values() for name in row.video}
+    empty = LabelRow("", "", "ok", "", list(config.grid), dict.fromkeys(names, math.nan))
+    ordered = [rows.get(clip.clip_id, empty) for clip in clips]
+    missing = [math.nan] * math.prod(config.grid)
+    scores: dict[str, NDArray[np.float64]] = {name: np.array([row.video[name] for row in ordered]) for name in names}
+    patches = [row.patches.get("quality", missing) for row in ordered]
+    return {_IMPORTED: scores | {"quality": np.array(patches, dtype=float)}}
 
 
 def _teachers_scores(config: Config, run: Run, folder: Path, clips: Sequence[ClipRow]) -> dict[str, Scores]:

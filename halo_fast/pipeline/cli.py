@@ -1,6 +1,7 @@
 """The command line: `halo VERB [CONFIG.yaml or RECIPE] [--section.setting value ...]`."""
 
 import errno
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from halo_fast.pipeline.stages import STAGES
 
 __all__ = ["main"]
 
+_SOURCES = "[SOURCE ...] "
 _SETTINGS = "[CONFIG.yaml or RECIPE] [--section.setting value ...]"
 _USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -131,30 +133,38 @@ def _overview() -> str:
 def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
     """Run one stage, or all of them for `halo run`."""
     from halo_fast.pipeline.arguments import build_parser, parse_config
+    from halo_fast.pipeline.clips import run_all
     from halo_fast.pipeline.config import to_yaml
     from halo_fast.pipeline.preflight import check_required, check_run
     from halo_fast.pipeline.run import Run
 
     parser = build_parser(f"halo {name}", verb.help)
-    parser.usage = f"halo {name} {_SETTINGS} [--print-config] [--force]"
+    parser.usage = f"halo {name} {_SOURCES if name == 'import' else ''}{_SETTINGS} [--print-config] [--force]"
     parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
     if name == "train":
         parser.add_argument("--dry-run", action="store_true", help="Print plan, memory and time of a step and stop.")
-    config, settings = parse_config(parser, arguments)
+    config, settings = parse_config(parser, _sources_as_setting(arguments) if name == "import" else arguments)
     if settings.print_config:
         print(to_yaml(config), end="")
         return
     run = Run(config, force=settings.force)
     if name == "run":
         check_run(config, run)
-        targets = [stage.target for stage in STAGES.values()]
-    else:
-        check_required(config, [name])
-        dry = name == "train" and settings.dry_run
-        targets = [verb.target.replace(":train", ":dry_run") if dry else verb.target]
-    for target in targets:
-        registry.load(target)(config, run)
+        run_all(config, run, STAGES)
+        return
+    check_required(config, [name])
+    dry = name == "train" and settings.dry_run
+    registry.load(verb.target.replace(":train", ":dry_run") if dry else verb.target)(config, run)
+
+
+def _sources_as_setting(arguments: list[str]) -> list[str]:
+    """`SOURCE ... [CONFIG]` as a config and the setting imports.sources."""
+    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    words, rest = arguments[:count], arguments[count:]
+    is_config = bool(words) and (words[-1].endswith((".yaml", ".yml")) or words[-1] in registry.known("recipe"))
+    config, sources = (words[-1:], words[:-1]) if is_config else ([], words)
+    return [*config, *([f"--imports.sources={json.dumps(sources)}"] if sources else []), *rest]
 
 
 def _call_with_config(name: str, verb: Verb, arguments: list[str]) -> None:
@@ -204,6 +214,9 @@ VERBS = {name: Verb(_run_stages, stage.target, stage.help) for name, stage in ST
         _call_with_config, "halo_fast.pipeline.agreement:agreement", "compare teachers, people and the reward model"
     ),
     "compare": Verb(_call, "halo_fast.pipeline.compare:compare", "align by every method and tabulate the results"),
-    "export": Verb(_call, "halo_fast.pipeline.export:export_run", "write a run's LoRA for diffusers or ComfyUI"),
+    "inspect": Verb(_call, "halo_fast.pipeline.inspect:inspect_run", "summarise the clips, labels and pairs of a run"),
+    "export": Verb(
+        _call, "halo_fast.pipeline.export:export_run", "write a run's LoRA, or its data, for other programs"
+    ),
     "doctor": Verb(_doctor, "halo_fast.loss.backends:report", "versions and compute backends of this machine"),
 }

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
+from halo_fast.data.imports import ImportConfig
 from halo_fast.data.pairs import PairsConfig
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GenerateConfig",
+    "ImportConfig",
     "OpenAIConfig",
     "PairsConfig",
     "ReportConfig",
@@ -99,11 +101,12 @@ class Config:
         output_dir: the run directory, one folder a stage.
         pretrained_model_name_or_path: a diffusers folder, a hub name, a registered model, or your own as
             "package.module:attribute". Required.
-        prompts: a text file with one prompt a line, or a registered list. Required.
+        prompts: a text file with one prompt a line, or a registered list. Required by generate.
         evaluation_prompts: likewise, for evaluate; none of them should be among the prompts. Required.
         grid: patches of a clip along time, height and width.
         seed: every random number of a run follows from it.
-        generate: candidates of the base model.
+        imports: clips, pairs and labels of your own.
+        generate: candidates of the base model, and the format of all clips.
         annotate: labels of the teacher.
         reward: reward model.
         score: rewards of the candidates.
@@ -120,6 +123,7 @@ class Config:
     evaluation_prompts: str = ""
     grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
     seed: Annotated[int, Ge(0)] = 0
+    imports: ImportConfig = field(default_factory=ImportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -1,4 +1,4 @@
-"""`halo export`: what a run has trained, in a format of other programs."""
+"""`halo export`: what a run has trained, or its clips and pairs, in a format of other programs."""
 
 import json
 import shutil
@@ -6,24 +6,27 @@ from pathlib import Path
 
 from halo_fast.errors import UserError
 from halo_fast.export.comfyui import comfyui
+from halo_fast.export.datasets import DATASET_FORMATS, write_dataset
 from halo_fast.export.lora import LORA_FILE, METADATA_FILE
 from halo_fast.files import write_safetensors
+from halo_fast.pipeline.clips import read_run_data
 
 __all__ = ["export_run"]
 
-FORMATS = ("diffusers", "comfyui")
+FORMATS = ("diffusers", "comfyui", *DATASET_FORMATS)
 
 
 def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
-    """Write the LoRA of a run directory, or the network trained at rank 0, in a format of other programs.
+    """Write the LoRA of a run directory, the network trained at rank 0, or the data in a format of other programs.
 
     Args:
-        run: the run directory; its `train` must have finished.
-        format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui".
-        output: folder of the file; None for export/<format> in the run directory.
+        run: the run directory; its `train` must have finished, or for data its clips and pairs.
+        format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui"; for clips, labels and pairs "huggingface",
+            "trl", "diffsynth" or "videodpo".
+        output: folder of what is written; None for export/<format> in the run directory.
 
     Returns:
-        The file written, or the network's folder.
+        The file written, or the folder of the network or data set.
 
     Raises:
         UserError: an unknown format, a run in which nothing was trained, or a model whose names in ComfyUI are not
@@ -32,6 +35,8 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(output) if output is not None else Path(run) / "export" / format
+    if format in DATASET_FORMATS:
+        return write_dataset(read_run_data(Path(run)), format, folder)
     network = Path(run) / "train" / "model"
     if (network / METADATA_FILE).is_file():
         if format != "diffusers":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from halo_fast import registry
 from halo_fast.errors import UserError
+from halo_fast.pipeline.clips import run_stages
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
@@ -30,7 +31,11 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
         UserError: names the setting, what to give and the registered names.
     """
     stages = list(stages)
-    for setting in dict.fromkeys(name for stage in stages for name in STAGES[stage].required):
+    required = dict.fromkeys(name for stage in stages for name in STAGES[stage].required)
+    if config.imports.sources:
+        # generate takes the prompts of the imported clips
+        required.pop("prompts", None)
+    for setting in required:
         if not reduce(getattr, setting.split("."), config):
             from halo_fast import teachers  # noqa: F401  registers its names
 
@@ -55,7 +60,8 @@ def check_run(config: Config, run: Run) -> None:
         UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, an unknown
             backbone, examples, teacher or meter, or one that cannot read such clips.
     """
-    check_required(config, STAGES)
+    stages = run_stages(config, list(STAGES))
+    check_required(config, stages)
     # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
@@ -66,8 +72,9 @@ def check_run(config: Config, run: Run) -> None:
     check_backbone(config.reward.backbone)
     if config.reward.examples:
         registry.resolve("reward examples", config.reward.examples, "reward.examples")
-    prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
+    own = "generate" in stages and config.prompts
+    prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed) if own else []
     evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
-    if not (run.path / "annotate" / "manifest.json").exists():
+    if "annotate" in stages and not (run.path / "annotate" / "manifest.json").exists():
         with LabelStore(Path(":memory:")) as store:
             load_teacher(config, store, prompts=prompts)

@@ -92,6 +92,7 @@ class RewardModelConfig:
         pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
         backbone: as in RewardConfig.
         lora_rank: rank of the LoRA matrices in a vision-language model; 0 trains its whole language model.
+        fps: frames a second of the clips that it was trained on; None if unknown.
         video_calibration: (slope, offset) of each video dimension's logit; empty for none.
         patch_calibration: likewise of each patch dimension's.
 
@@ -108,6 +109,7 @@ class RewardModelConfig:
     pretrained: bool = True
     backbone: str = "compact"
     lora_rank: int = 0
+    fps: float | None = None
     video_calibration: Calibration = ()
     patch_calibration: Calibration = ()
 

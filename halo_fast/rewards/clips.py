@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "mirror_clips", "split_heldout"]
+__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "split_heldout"]
 
 PROMPT_DIMENSION = "text_alignment"
 """The video dimension that says how well a clip shows its prompt."""
@@ -64,11 +64,16 @@ class LabelledClips:
 
 def split_heldout(data: LabelledClips, share: float, seed: int) -> tuple[LabelledClips, LabelledClips]:
     """The clips that train, and those of a random share of the prompts, which are held out."""
-    prompts = sorted(set(data.prompts))
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = {prompts[index] for index in order[: round(share * len(prompts))]}
+    chosen = heldout_prompts(data.prompts, share, seed)
     heldout = torch.tensor([prompt in chosen for prompt in data.prompts], dtype=torch.bool)
     return data.select((~heldout).nonzero()[:, 0]), data.select(heldout.nonzero()[:, 0])
+
+
+def heldout_prompts(prompts: Iterable[str], share: float, seed: int) -> set[str]:
+    """A random share of the distinct prompts, which `split_heldout` holds out."""
+    distinct = sorted(set(prompts))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {distinct[index] for index in order[: round(share * len(distinct))]}
 
 
 class Mirror(NamedTuple):

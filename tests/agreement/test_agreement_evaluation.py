@@ -1,5 +1,6 @@
 """What `halo reward eval` is made of: folds that never share a prompt, preferences, marks, windows, baselines."""
 
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -100,3 +101,53 @@ def test_agreement_page_says_what_the_commands_print():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
         numbers = {word.strip("|: .;") for word in row.split() if word[0].isdigit() and "." in word}
         assert numbers and all(number in bound for number in numbers), (row, bound)
+
+
+class Lengths(Brightness):
+    """Refuses what latents of 4k+1 frames and 8 x 8 pixels cannot hold, and notes what it gets."""
+
+    config = RewardModelConfig(("visual_quality",), fps=4)
+
+    def forward(self, videos, prompts, grid):
+        self.config.patches(grid, tuple(videos.shape[1:4]))
+        self.seen = [*getattr(self, "seen", []), tuple(videos.shape[1:4])]
+        return super().forward(videos, prompts, grid)
+
+
+def test_agreement_on_clips_of_any_length_rate_and_size(tmp_path, caplog):
+    sizes = [(15, 60, 52, 8), (32, 48, 40, 24), (1, 17, 19, 4), (10, 16, 16, 4)]
+    for index, (frames, height, width, fps) in enumerate(sizes):
+        video = torch.full((frames, height, width, 3), 20 * index, dtype=torch.uint8)
+        # lossless H.264 in yuv444p has odd sides too
+        write_clip(tmp_path / f"{index}.mp4", video, fps)
+    pairs = [
+        Preference(k, f"p{k}", tmp_path / f"{first}.mp4", tmp_path / f"{second}.mp4", {"visual_quality": 1.0})
+        for k, (first, second) in enumerate([(1, 0), (3, 2)], 1)
+    ]
+    model = Lengths()
+    with caplog.at_level("INFO"):
+        table = preferences_table(pairs, model, 5)
+    # sampled at the model's four frames a second, then cut to 4k+1
+    assert model.seen == [(5, 48, 40), (5, 56, 48), (9, 16, 16), (1, 16, 16)]
+    assert "4 of 4 clips were cut" in caplog.text
+    assert table["visual_quality: model"]["without_ties"].value == 1
+
+
+def test_agreement_keeps_one_clip_in_memory(tmp_path, monkeypatch):
+    loaded, load = [], people.load_frames
+
+    def watched(*arguments):
+        assert not any(clip() is not None for clip in loaded), "an earlier clip is still in memory"
+        frames = load(*arguments)
+        loaded.append(weakref.ref(frames))
+        return frames
+
+    monkeypatch.setattr(people, "load_frames", watched)
+    monkeypatch.setattr(people, "_predict_ratings", lambda videos, prompts, labels, *_: labels)
+    for index in range(5):
+        video = torch.full((12, 32, 48, 3), 40 * index, dtype=torch.uint8)
+        write_clip(tmp_path / f"{index}.mp4", video, 24)
+    files = [tmp_path / f"{index}.mp4" for index in range(5)]
+    scores = {"visual_quality": np.arange(1.0, 6)[:, None]}
+    tables = people.ratings_tables(Ratings("table", files, [f"p{k}" for k in range(5)], scores), 0, 5)
+    assert len(loaded) == 5 and "compact model" in next(iter(tables.values()))

@@ -19,6 +19,7 @@ from halo_fast.data.clips import read_clip
 from halo_fast.demo import world
 from halo_fast.demo.meters import DefectMeter
 from halo_fast.errors import UserError
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import reward as reward_stage
@@ -182,7 +183,7 @@ def test_examples_join_the_demos_labels(monkeypatch, tmp_path):
     train_reward(config, run)
     (data,) = trained
     assert set(splits) == {"train"}
-    _, own = read_labels(run.path / "annotate" / "labels.parquet", run.path / "generate")
+    _, own = read_labels([run.path / "annotate" / "labels.parquet"], run_clips(run))
     assert len(data) == len(data.videos) == len(data.video_scores) == len(data.patch_scores) == 4 + 100
     for name in ("videos", "video_scores", "patch_scores"):
         assert torch.equal(getattr(data, name)[:4], getattr(own, name))
@@ -228,14 +229,14 @@ def test_what_nobody_scored_is_not_learned(tmp_path):
     rows = [row | {"video_text_alignment": math.nan} for row in table.to_pylist()]
     rows[0]["video_visual_quality"] = math.nan
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), labels)
-    config, data = read_labels(labels, run.path / "generate")
+    config, data = read_labels([labels], run_clips(run))
     assert "text_alignment" not in config.video_dimensions and "visual_quality" in config.video_dimensions
     assert data.video_scores.shape == (6, len(config.video_dimensions))
     for row in rows:
         row["patch_quality"] = [math.nan] * len(row["patch_quality"])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), labels)
     with pytest.raises(UserError, match="no patch has a score"):
-        read_labels(labels, run.path / "generate")
+        read_labels([labels], run_clips(run))
 
 
 def test_training_killed_in_either_phase_ends_in_the_same_weights(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from halo_fast.data.importers import marks, preferences, ratings
 from halo_fast.data.importers.base import Preference, Ratings, load_frames
 from halo_fast.data.importers.marks import pool_marks
-from halo_fast.data.records import SUFFIXES, Row, read_records
+from halo_fast.data.records import SUFFIXES, Row, exists, read_records
 from halo_fast.errors import UserError
 
 __all__ = ["Preference", "Ratings", "load_frames", "pool_marks", "read_human", "read_preferences", "read_ratings"]
@@ -44,7 +44,7 @@ def read_human(path: Path | str) -> Ratings | list[Preference]:
         UserError: neither, naming the known layouts; a bad row, naming its number.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: does not exist; expected {_KNOWN}")
     if path.is_dir():
         for names, read_folder in _FOLDERS.items():

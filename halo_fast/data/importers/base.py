@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from halo_fast.data.clips import read_clip, read_frames, read_picture
 from halo_fast.data.records import Row, is_empty
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 
-__all__ = ["Preference", "Ratings", "load_frames", "read_array", "read_scores", "rescaled_score"]
+__all__ = ["Preference", "Ratings", "load_array", "load_frames", "read_array", "read_scores", "rescaled_score"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,12 @@ class Preference:
     mask: Path | None = None
 
 
-def load_frames(clip: Tensor | Path | bytes) -> Tensor:
+def load_frames(clip: Tensor | Path | bytes, fps: float | None = None) -> Tensor:
     """Frames uint8 [F, H, W, 3] of a clip.
 
     Args:
         clip: frames, a video file, an encoded picture, or a folder of pictures in the natural order of their names.
+        fps: frames a second at which a video is sampled; None for all its frames. Clips without times are not sampled.
 
     Raises:
         UserError: a file that is missing or cannot be decoded.
@@ -76,7 +76,9 @@ def load_frames(clip: Tensor | Path | bytes) -> Tensor:
         return clip
     if isinstance(clip, bytes):
         return read_picture(io.BytesIO(clip), "a picture in the table")[None]
-    return read_frames(clip) if clip.is_dir() else read_clip(clip)
+    if clip.is_dir():
+        return read_frames(clip)
+    return read_clip(clip, fps)
 
 
 def rescaled_score(value: Any, low: float, high: float, column: str, place: str) -> float:
@@ -134,6 +136,26 @@ def read_scores(
     }
 
 
+def load_array(file: Path, name: str = "") -> NDArray[Any]:
+    """The array in an npy file, or that of the given name in an npz file.
+
+    Raises:
+        UserError: a file that is damaged or holds no such array of numbers.
+    """
+    what = f"an array {name!r}" if name else "an array of numbers"
+    try:
+        if not name:
+            array = np.load(file, allow_pickle=False)
+        else:
+            with np.load(file, allow_pickle=False) as arrays:
+                array = arrays[name]
+    except Exception as error:  # numpy and zipfile raise errors of many kinds on damaged files
+        raise UserError(f"{file}: expected {what} ({first_line(error)}); make it again") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise UserError(f"{file}: expected {what}, got {getattr(array, 'dtype', type(array).__name__)}")
+    return array
+
+
 def read_array(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     """The array `name` of the one npz file in a folder.
 
@@ -143,11 +165,7 @@ def read_array(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     files = sorted(folder.glob("*.npz"))
     if len(files) != 1:
         raise UserError(f"{folder}: expected one npz file with {name!r}, got {len(files)}")
-    try:
-        with np.load(files[0], allow_pickle=False) as arrays:
-            array = arrays[name]
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
-        raise UserError(f"{files[0]}: expected an array {name!r} ({error})") from error
+    array = load_array(files[0], name)
     if array.dtype != np.uint8 or array.ndim != dimensions:
         raise UserError(
             f"{files[0]}: expected {name!r} as uint8 of {dimensions} dimensions, got {array.dtype} {array.shape}"

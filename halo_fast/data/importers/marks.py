@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from halo_fast.data.importers.base import Ratings, load_frames, read_array, read_scores
-from halo_fast.data.records import Row, read_records, required_text
+from halo_fast.data.importers.base import Ratings, load_array, load_frames, read_array, read_scores
+from halo_fast.data.records import Row, exists, read_records, required_text
 from halo_fast.errors import UserError
 
 __all__ = ["FOLDERS", "TABLES", "pool_marks"]
@@ -61,7 +61,7 @@ def _rich_hf(path: Path, rows: Sequence[Row]) -> Ratings:
         clip = path.parent / required_text(row, "filename", f"{path}: row {number}")
         heat = path.parent / "artifact_map" / f"{clip.stem}.npy"
         for file in (clip, heat):
-            if not file.exists():
+            if not exists(file):
                 raise UserError(f"{path}: row {number}: {file} does not exist; put it there or leave the row out")
         clips.append(load_frames(clip.read_bytes()))
         marks.append(_heat_map(heat))
@@ -69,10 +69,7 @@ def _rich_hf(path: Path, rows: Sequence[Row]) -> Ratings:
 
 
 def _heat_map(file: Path) -> NDArray[np.float32]:
-    try:
-        heat = np.load(file, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: expected an array of numbers ({error})") from error
+    heat = load_array(file).astype(np.float32)
     # written so that NaN, which compares false, is refused
     if heat.ndim != 2 or not heat.size or not (heat.min() >= 0 and heat.max() <= 1):
         top = f"{heat.max():g}" if heat.size else "nothing"

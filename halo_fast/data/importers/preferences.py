@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halo_fast.data.importers.base import Preference
-from halo_fast.data.records import Row, is_empty, read_records, required_text
+from halo_fast.data.records import Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
 __all__ = ["FOLDERS", "TABLES", "check_preference"]
@@ -19,9 +19,9 @@ def check_preference(path: Path, preference: Preference) -> Preference:
     """
     place = f"{path}: row {preference.row}"
     for clip in (preference.first, preference.second):
-        if isinstance(clip, Path) and not clip.exists():
+        if isinstance(clip, Path) and not exists(clip):
             raise UserError(f"{place}: {clip} does not exist; put the clip there or leave the row out")
-    if preference.mask is not None and not preference.mask.exists():
+    if preference.mask is not None and not exists(preference.mask):
         raise UserError(f"{place}: the mask {preference.mask} does not exist; put it there or leave it out of the row")
     return preference
 
@@ -37,7 +37,7 @@ def _video_align(path: Path, number: int, row: Row) -> Preference:
 
 def _choice(value: Any, column: str, place: str) -> float:
     known = {"A": 1.0, "B": 0.0, "same": 0.5}
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise UserError(f"{place}: expected A, B or same in {column!r}, got {value!r}")
     return known[value]
 
@@ -51,12 +51,13 @@ def _local_dpo(path: Path, number: int, row: Row) -> Preference:
 
 
 def _chosen_rejected(prompt: str) -> Callable[[Path, int, Row], Preference]:
-    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json)."""
+    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json); tie if there are."""
 
     def read(path: Path, number: int, row: Row) -> Preference:
         place = f"{path}: row {number}"
         first, second = (path.parent / required_text(row, side, place) for side in ("chosen", "rejected"))
-        return Preference(number, required_text(row, prompt, place), first, second, {"overall": 1.0})
+        preferred = 0.5 if str(row.get("tie")).casefold() in ("true", "1") else 1.0
+        return Preference(number, required_text(row, prompt, place), first, second, {"overall": preferred})
 
     return read
 

@@ -10,12 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from halo_fast.data.importers.base import Ratings, read_array, read_scores, rescaled_score
-from halo_fast.data.records import Row, is_empty, read_records, required_text
+from halo_fast.data.records import Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
-__all__ = ["FOLDERS", "TABLES"]
+__all__ = ["FETV_COLUMNS", "FOLDERS", "TABLES", "fetv_scores"]
 
 logger = logging.getLogger(__name__)
+
+_FETV = {"static_quality": "static", "temporal_quality": "temporal", "text_alignment": "align"}
+FETV_COLUMNS = tuple(f"{short}_h0" for short in _FETV.values())
+"""Columns by which FETV's table of ratings is known."""
 
 # columns of a plain table that are numbers but no scores
 _NO_SCORES = {
@@ -28,14 +32,9 @@ def _fetv(folder: Path) -> Ratings:
     """Folder with clips.csv, row by row three raters' scores, and an npz of the clips (FETV)."""
     path = folder / "clips.csv"
     rows = read_records(path)
-    dimensions = {"static_quality": "static", "temporal_quality": "temporal", "text_alignment": "align"}
-    columns = {
-        name: sorted(column for column in (rows[0] if rows else ()) if column.startswith(f"{short}_h"))
-        for name, short in dimensions.items()
-    }
     missing = [name for name in ("prompt", "model") if rows and name not in rows[0]]
-    if missing or not all(columns.values()):
-        raise UserError(f"{path}: expected columns prompt, model, static_h0, temporal_h0, align_h0, ... as FETV has")
+    if missing or (rows and not rows[0].keys() >= set(FETV_COLUMNS)):
+        raise UserError(f"{path}: expected columns prompt, model, {', '.join(FETV_COLUMNS)}, ... as FETV has")
     videos = read_array(folder, "video", 5)
     if len(videos) != len(rows):
         raise UserError(f"{path}: expected a row for each of {len(videos)} clips, got {len(rows)}")
@@ -43,9 +42,18 @@ def _fetv(folder: Path) -> Ratings:
         "FETV",
         list(torch.from_numpy(videos)),
         [row["prompt"] for row in rows],
-        read_scores(path, rows, columns, 1, 5),
+        fetv_scores(path, rows),
         [row["model"] for row in rows],
     )
+
+
+def fetv_scores(path: Path, rows: Sequence[Row]) -> dict[str, NDArray[np.float64]]:
+    """The scores in FETV's table, three dimensions by several raters; see `Ratings.scores`."""
+    columns = {
+        name: sorted(column for column in (rows[0] if rows else ()) if column.startswith(f"{short}_h"))
+        for name, short in _FETV.items()
+    }
+    return read_scores(path, rows, columns, 1, 5)
 
 
 def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
@@ -65,7 +73,7 @@ def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
         # frames lie in a folder named after the clip, as the published archives have them
         found = [path.parent / folder / str(row["id"]) for folder in ("images", "frames", ".")]
         found += [path.parent / folder / f"{row['id']}.mp4" for folder in ("videos", ".")]
-        existing = [file for file in found if file.exists()]
+        existing = [file for file in found if exists(file)]
         if not existing:
             raise UserError(f"{path}: row {number}: no frames of {row['id']!r}; expected {found[0]} or {found[-1]}")
         clips.append(existing[0])
@@ -126,7 +134,7 @@ def _clip_file(path: Path, number: int, row: Row) -> Path:
     """The clip of a row, under one name however it is written."""
     place = f"{path}: row {number}"
     file = path.parent / required_text(row, "video", place)
-    if not file.exists():
+    if not exists(file):
         raise UserError(f"{place}: {file} does not exist; put the clip there or leave the row out")
     return file.resolve()
 

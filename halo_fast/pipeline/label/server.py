@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from halo_fast.data.clips import latent_factors
-from halo_fast.data.tables import ClipRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.patches import PatchGrid
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.teachers import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label, LabelStore, label_key
@@ -69,10 +68,11 @@ class LabelServer(ThreadingHTTPServer):
     def __init__(self, config: Config, name: str, port: int = 0) -> None:
         self.teacher = person_name(name)
         run = Run(config)
-        self._folder = run.require("generate/clips.parquet").parent
+        found = run_clips(run)
+        self._folder, rows = found.folder, found.rows
+        self._factors = found.factors() or (1, 1, False)
         self._store = run.path / "labels.sqlite"
         self._grid, self._fps = (config.grid[0], config.grid[1], config.grid[2]), config.generate.fps
-        rows = read_rows(self._folder / "clips.parquet", ClipRow)
         self._rows = [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, config.seed)]
         self._clips = [open_clip(self._folder / row.video, row.prompt) for row in self._rows]
         self.count = len(self._clips)
@@ -171,8 +171,7 @@ class LabelServer(ThreadingHTTPServer):
 
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
-        factors = latent_factors(self._folder, self._rows[index]) or (1, 1, False)
-        return PatchGrid(self._grid, frames, height, width, *factors)
+        return PatchGrid(self._grid, frames, height, width, *self._factors)
 
 
 def _nullable(score: float) -> float | None:

@@ -25,6 +25,7 @@ _MODEL, _PROMPTS, _HELDOUT, _TEACHER = (
 
 # in the order of a run
 STAGES = {
+    "import": StageEntry(f"{__name__}.imports:import_clips", "read clips, pairs and labels of your own"),
     "generate": StageEntry(f"{__name__}.generate:generate", "sample candidates of every prompt", (_MODEL, _PROMPTS)),
     "annotate": StageEntry(f"{__name__}.annotate:annotate", "have a teacher score videos and patches", (_TEACHER,)),
     "reward": StageEntry(f"{__name__}.reward:train_reward", "train the reward model on the teacher's scores"),

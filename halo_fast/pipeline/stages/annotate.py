@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from halo_fast.data.clips import latent_factors
-from halo_fast.data.tables import ClipRow, read_rows, write_rows
+from halo_fast.data.labels import has_scores
+from halo_fast.data.tables import ClipRow, LabelRow, read_rows, write_rows
 from halo_fast.errors import UserError
+from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.teachers import Clip, Judge, LabelStore, Teacher, TeacherRequest, build_teacher
@@ -51,9 +52,9 @@ def load_teacher(
 def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     """Have a teacher score clips and their patches; a stage.
 
-    Reads generate/clips.parquet, writes annotate/labels.parquet, and annotate/judgements.parquet if the teacher
-    compares clips. Answers are kept in labels.sqlite of the run directory as they come: a killed stage goes on without
-    asking again, and so does --force.
+    Reads the clips of generate and import. Writes annotate/labels.parquet, and annotate/judgements.parquet if the
+    teacher compares clips. Answers are kept in labels.sqlite of the run directory as they come: a killed stage goes on
+    without asking again, and so does --force. Nothing is asked about clips with imported scores of video and patches.
 
     Args:
         config: annotate holds the teacher's name and how many clips it scores; they are drawn by config.seed.
@@ -64,17 +65,17 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
         UserError: unknown teacher, another grid than the teacher's, an unreadable clip, no usable label at all; of a
             teacher that is paid also that the budget is used up or its server refuses.
     """
-    folder = run.require("generate/clips.parquet").parent
-    rows = read_rows(folder / "clips.parquet", ClipRow)
+    clips_of_run = run_clips(run)
+    folder, rows = clips_of_run.folder, _unlabelled(clips_of_run)
     rows = [rows[index] for index in sorted(draw_clips(len(rows), config.annotate.num_clips, config.seed))]
     with LabelStore(run.path / "labels.sqlite") as store:
-        factors = latent_factors(folder, rows[0]) or (1, 1, False)
+        factors = clips_of_run.factors() or (1, 1, False)
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
         # The teacher's name covers what its answers depend on. Limits on money and time may change during a run.
         settings = {name: getattr(config.annotate, name) for name in ("teacher", "options", "num_clips")}
         settings |= {"teacher_name": teacher.name, "pairwise": isinstance(teacher, Judge)}
         settings |= {"grid": config.grid, "seed": config.seed}
-        with run.stage("annotate", settings, {"clips": folder}) as stage:
+        with run.stage("annotate", settings, clips_of_run.inputs) as stage:
             if stage.done:
                 return
             if tuple(teacher.grid) != tuple(config.grid):
@@ -85,6 +86,19 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
             counts = _write_tables(stage.folder, rows, clips, teacher, store)
             dollars = store.spent()
             stage.finish(counts | ({"dollars": dollars} if dollars else {}))
+
+
+def _unlabelled(clips: RunClips) -> list[ClipRow]:
+    """The clips without imported scores of video and patches; UserError if there are none."""
+    tables = [folder / "labels.parquet" for folder in clips.inputs.values()]
+    rows = [row for table in tables if table.exists() for row in read_rows(table, LabelRow)]
+    complete = {
+        row.clip_id for row in rows if has_scores(list(row.video.values())) and has_scores(row.patches["quality"])
+    }
+    missing = [row for row in clips.rows if row.clip_id not in complete]
+    if not missing:
+        raise UserError("annotate: all clips have imported scores of video and patches; leave annotate.teacher empty")
+    return missing
 
 
 def _write_tables(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.prompts import prompt_source, read_prompts, shared_prompts
-from halo_fast.data.tables import ClipRow, write_rows
+from halo_fast.data.tables import ClipRow, read_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
@@ -14,7 +14,7 @@ from halo_fast.files import progress, write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
 
-__all__ = ["generate"]
+__all__ = ["generate", "warn_of_leakage"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,11 @@ def generate(config: Config, run: Run) -> None:
         UserError: prompts, model, clip size or grid that do not fit.
     """
     settings = config.generate
-    prompts = read_prompts(config.prompts, settings.num_prompts, config.seed)
-    _warn_of_leakage(prompts, config)
+    prompts = _prompts(config, run)
+    warn_of_leakage(prompts, config)
     model = config.pretrained_model_name_or_path
-    inputs = {"prompts": prompt_source(config.prompts), "pretrained_model_name_or_path": source(model)}
+    own = prompt_source(config.prompts) if config.prompts else run.require("import")
+    inputs = {"prompts": own, "pretrained_model_name_or_path": source(model)}
     with run.stage("generate", asdict(settings) | {"seed": config.seed}, inputs) as stage:
         if stage.done:
             return
@@ -46,7 +47,15 @@ def generate(config: Config, run: Run) -> None:
         stage.finish({"prompts": len(prompts), "clips": len(clips)})
 
 
-def _warn_of_leakage(prompts: Sequence[str], config: Config) -> None:
+def _prompts(config: Config, run: Run) -> list[str]:
+    """The prompts of config.prompts; beside an import, if that is not set, those of the imported clips."""
+    if config.prompts or not config.imports.sources:
+        return read_prompts(config.prompts, config.generate.num_prompts, config.seed)
+    rows = read_rows(run.require("import/clips.parquet"), ClipRow)
+    return list(dict.fromkeys(row.prompt for row in rows))[: config.generate.num_prompts]
+
+
+def warn_of_leakage(prompts: Sequence[str], config: Config) -> None:
     """Say how many evaluation prompts are also trained on, before anything is generated."""
     if not config.evaluation_prompts:
         return
@@ -95,7 +104,7 @@ def _generate_batch(family: Family, clips: Sequence[ClipRow], config: Config, st
     if all((stage.folder / str(file)).exists() for clip in clips for file in (clip.video, clip.latents)):
         return
     latents, videos = sample_clips(
-        family, [clip.prompt for clip in clips], [clip.seed for clip in clips], config.generate
+        family, [clip.prompt for clip in clips], [int(clip.seed or 0) for clip in clips], config.generate
     )
     layout = None if family.layout == "BCFHW" else {"layout": family.layout}
     for clip, latent, video in zip(clips, latents, videos, strict=True):

@@ -1,15 +1,18 @@
 """The stage that trains the reward model."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
-from halo_fast.data.clips import latent_factors, read_clip
-from halo_fast.data.tables import ClipRow, LabelRow, read_rows
+from halo_fast.data.clips import read_clip
+from halo_fast.data.labels import has_scores, join_labels
 from halo_fast.errors import UserError
 from halo_fast.files import write_csv
+from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
@@ -19,7 +22,9 @@ __all__ = ["read_labels", "train_reward"]
 
 
 def train_reward(config: Config, run: Run) -> None:
-    """Train the reward model on annotate/labels.parquet; a stage. Writes model.safetensors, config.json, history.csv.
+    """Train the reward model on imported labels and those of annotate; a stage.
+
+    Writes model.safetensors, config.json and history.csv.
 
     Args:
         config: reward holds the settings.
@@ -28,22 +33,23 @@ def train_reward(config: Config, run: Run) -> None:
     Raises:
         UserError: no annotated clips, or one that cannot be read.
     """
-    labels = run.require("annotate/labels.parquet")
-    clips = run.require("generate/clips.parquet").parent
+    clips = run_clips(run)
+    labels = _tables(config, run)
     reward = config.reward
     settings = asdict(reward) | {"seed": config.seed}
-    with run.stage("reward", settings, {"labels": labels, "clips": clips}) as stage:
+    with run.stage("reward", settings, labels | clips.inputs) as stage:
         if stage.done:
             return
-        model_config, data = read_labels(labels, clips)
+        model_config, data = read_labels(list(labels.values()), clips, patches=reward.patch_steps > 0)
         try:
             if reward.examples:
                 data = add_examples(data, reward.examples, reward.num_examples, config.seed)
         except ValueError as error:
             raise UserError(str(error)) from error
         model_config = replace(
-            model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank
-        )
+            model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank,
+            fps=config.generate.fps,
+        )  # fmt: skip
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]
         if checkpoint.exists() or not all(path.exists() for path in outputs):
@@ -54,42 +60,67 @@ def train_reward(config: Config, run: Run) -> None:
         stage.finish({"clips": len(data), "steps": reward.video_steps + reward.patch_steps})
 
 
-def read_labels(labels: Path, clips: Path) -> tuple[RewardModelConfig, LabelledClips]:
-    """The annotated clips in memory (F * H * W * 3 bytes each), and the model's config that fits them.
+def _tables(config: Config, run: Run) -> dict[str, Path]:
+    """The tables of labels that a run has: people's that were imported, and the teacher's."""
+    tables = {}
+    if config.imports.sources and (run.path / "import" / "labels.parquet").exists():
+        tables["imported labels"] = run.require("import/labels.parquet")
+    if config.annotate.teacher or not tables:
+        tables["labels"] = run.require("annotate/labels.parquet")
+    return tables
+
+
+def read_labels(
+    tables: Sequence[Path], clips: RunClips, patches: bool = True
+) -> tuple[RewardModelConfig, LabelledClips]:
+    """The labelled clips in memory (F * H * W * 3 bytes each), and the model's config that fits them.
 
     Args:
-        labels: a labels.parquet; rows whose status is not "ok" are left out.
-        clips: folder of the stage generate.
+        tables: labels.parquet of one or several; rows whose status is not "ok" are left out. Of a clip in several the
+            scores of the first count, and those of the next where it has none.
+        clips: of the run.
+        patches: whether a label of a patch is needed; without any the model scores whole videos only.
 
     Raises:
         UserError: no usable label, a clip that is missing or unreadable, clips of several sizes.
     """
-    rows = [row for row in read_rows(labels, LabelRow) if row.status == "ok"]
+    place = tables[-1]
+    rows = join_labels(tables)
     if not rows:
-        raise UserError(f"{labels}: no clip has a label; annotate more clips or use another teacher")
-    known = {clip.clip_id: clip for clip in read_rows(clips / "clips.parquet", ClipRow)}
+        raise UserError(f"{place}: no clip has a label; annotate more clips or use another teacher")
+    known = {clip.clip_id: clip for clip in clips.rows}
     strays = [row.clip_id for row in rows if row.clip_id not in known]
     if strays:
-        raise UserError(f"{labels}: clip {strays[0]} is not in {clips}; run `halo annotate --force`")
+        raise UserError(f"{place}: clip {strays[0]} is not in {clips.folder}; run `halo annotate --force`")
     found = [known[row.clip_id] for row in rows]
-    videos = [read_clip(clips / clip.video) for clip in found]
+    videos = [read_clip(clips.folder / clip.video) for clip in found]
     sizes = {tuple(video.shape) for video in videos}
     if len(sizes) > 1:
-        raise UserError(f"{clips}: expected clips of one size, got {sorted(sizes)}; make them alike")
+        raise UserError(f"{clips.folder}: expected clips of one size, got {sorted(sizes)}; make them alike")
     # a dimension without any score would be made up by the model
-    video_dimensions = tuple(name for name in rows[0].video if not np.isnan([row.video[name] for row in rows]).all())
-    patch_dimensions = tuple(
-        name for name in rows[0].patches if not np.isnan([row.patches[name] for row in rows]).all()
+    video_dimensions = _scored([row.video for row in rows])
+    patch_dimensions = _scored([row.patches for row in rows])
+    if patches and not patch_dimensions:
+        raise UserError(
+            f"{place}: no patch has a score; have patches scored too, or set reward.patch_steps to 0 for a reward of "
+            "whole videos"
+        )
+    missing = [math.nan] * math.prod(rows[0].grid)
+    patch_scores = torch.tensor(
+        [[row.patches.get(name, missing) for name in patch_dimensions] for row in rows], dtype=torch.float32
     )
-    if not patch_dimensions:
-        raise UserError(f"{labels}: no patch has a score; have patches scored too")
-    patch_scores = torch.tensor([[row.patches[name] for name in patch_dimensions] for row in rows])
     data = LabelledClips(
         torch.stack(videos),
         [clip.prompt for clip in found],
-        torch.tensor([[row.video[name] for name in video_dimensions] for row in rows]),
+        torch.tensor([[row.video.get(name, math.nan) for name in video_dimensions] for row in rows]),
         patch_scores.reshape(len(rows), len(patch_dimensions), *rows[0].grid),
         video_dimensions,
         patch_dimensions,
     )
-    return RewardModelConfig(video_dimensions, patch_dimensions, *(latent_factors(clips, found[0]) or ())), data
+    return RewardModelConfig(video_dimensions, patch_dimensions, *(clips.factors() or ())), data
+
+
+def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The dimensions in which any clip has a score."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return tuple(name for name in names if any(name in row and has_scores(row[name]) for row in rows))

@@ -5,8 +5,9 @@ from dataclasses import asdict
 import torch
 
 from halo_fast.data.clips import read_clip
-from halo_fast.data.tables import ClipRow, ScoreRow, read_rows, write_rows
+from halo_fast.data.tables import ScoreRow, write_rows
 from halo_fast.files import progress
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import RewardModel
@@ -16,7 +17,7 @@ __all__ = ["score"]
 
 @torch.no_grad()
 def score(config: Config, run: Run) -> None:
-    """Score all clips of generate, video and patches in one pass; a stage. Writes score/scores.parquet.
+    """Score all clips of the run, video and patches in one pass; a stage. Writes score/scores.parquet.
 
     Args:
         config: score holds the batch size.
@@ -26,13 +27,13 @@ def score(config: Config, run: Run) -> None:
         UserError: a clip that is missing or unreadable.
     """
     model_folder = run.require("reward/model.safetensors").parent
-    folder = run.require("generate/clips.parquet").parent
+    clips_of_run = run_clips(run)
+    folder, clips, size = clips_of_run.folder, clips_of_run.rows, config.score.batch_size
     settings = asdict(config.score) | {"grid": config.grid}
-    with run.stage("score", settings, {"model": model_folder, "clips": folder}) as stage:
+    with run.stage("score", settings, {"model": model_folder, **clips_of_run.inputs}) as stage:
         if stage.done:
             return
         model = RewardModel.load(model_folder)
-        clips, size = read_rows(folder / "clips.parquet", ClipRow), config.score.batch_size
         batches = [clips[start : start + size] for start in range(0, len(clips), size)]
         rows: list[ScoreRow] = []
         for batch in progress(batches, len(batches), "score"):

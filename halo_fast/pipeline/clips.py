@@ -1,0 +1,156 @@
+"""The clips of a run: those it generated, those it imported, or both in one table; and the stages that they need."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from halo_fast import registry
+from halo_fast.data.clips import latent_factors
+from halo_fast.data.imports import ImportedRow
+from halo_fast.data.labels import join_labels
+from halo_fast.data.tables import ClipRow, PairRow, read_rows
+from halo_fast.errors import UserError
+from halo_fast.export.datasets import RunData
+from halo_fast.files import read_json
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages import StageEntry
+
+__all__ = ["FACTORS_FILE", "RunClips", "clip_stages", "read_run_data", "run_all", "run_clips", "run_stages"]
+
+logger = logging.getLogger(__name__)
+
+FACTORS_FILE = "latents.json"  # of an import: by how much the model compresses clips
+
+
+class RunClips(NamedTuple):
+    """The clips that the stages after generate and import read.
+
+    Args:
+        rows: of all clips.
+        folder: to which the rows' files are relative.
+        inputs: folders of the stages that made them, for `Run.stage`.
+    """
+
+    rows: list[ClipRow]
+    folder: Path
+    inputs: dict[str, Path]
+
+    def factors(self) -> tuple[int, int, bool] | None:
+        """Pixels to a side and frames of one latent position, and whether the autoencoder is causal, if known."""
+        for folder in self.inputs.values():
+            known = read_json(folder / FACTORS_FILE)
+            if known:
+                return known["spatial_factor"], known["temporal_factor"], known["causal"]
+        return latent_factors(self.folder, self.rows[0])
+
+
+def clip_stages(config: Config) -> list[str]:
+    """The stages whose clips a run works on: import where there are sources, else generate; or both."""
+    if not config.imports.sources:
+        return ["generate"]
+    return ["import", "generate"] if config.imports.generate else ["import"]
+
+
+def run_clips(run: Run) -> RunClips:
+    """The clips of a run; those of two stages are one table, in which equal prompts have one number.
+
+    Raises:
+        UserError: a stage that makes clips is unfinished or was made with another config.
+    """
+    folders = {name: run.require(f"{name}/clips.parquet").parent for name in clip_stages(run.config)}
+    if len(folders) == 1:
+        (folder,) = folders.values()
+        return RunClips(read_rows(folder / "clips.parquet", ClipRow), folder, {"clips": folder})
+    return RunClips(_joined(folders), run.path, {f"clips of {name}": folder for name, folder in folders.items()})
+
+
+def _joined(folders: dict[str, Path]) -> list[ClipRow]:
+    """The clips of several stages, with files relative to the run directory."""
+    prompts: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    joined = []
+    for name, folder in folders.items():
+        for row in read_rows(folder / "clips.parquet", ClipRow):
+            number = prompts.setdefault(row.prompt, len(prompts))
+            candidate = counts[row.prompt] = counts.get(row.prompt, -1) + 1
+            latents = row.latents and f"{name}/{row.latents}"
+            joined.append(
+                replace(row, prompt_id=number, candidate=candidate, video=f"{name}/{row.video}", latents=latents)
+            )
+    return joined
+
+
+def run_stages(config: Config, stages: Sequence[str], run: Run | None = None) -> list[str]:
+    """The stages, in order, that `halo run` goes through with a config.
+
+    Without sources all but import. With sources generate only if imports.generate, and annotate only with a teacher.
+    Imported pairs without any label need no reward: then the run ends with train.
+
+    Args:
+        config: of the run.
+        stages: all there are.
+        run: whose finished import is looked at; None where nothing is known of it.
+
+    Raises:
+        UserError: an import that gives neither labels nor pairs, and no teacher.
+    """
+    needed = [name for name in stages if name not in ("import", "generate") or name in clip_stages(config)]
+    if not config.imports.sources or config.annotate.teacher:
+        return needed
+    needed.remove("annotate")
+    if run is None or (run.path / "import" / "labels.parquet").exists():
+        return needed
+    if not (run.path / "import" / "pairs.parquet").exists():
+        raise UserError(
+            "annotate.teacher: the import gives neither labels nor pairs; name a teacher, or import scores too"
+        )
+    return [name for name in needed if name not in ("reward", "score", "evaluate", "report")]
+
+
+def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
+    """Go through all stages that a run needs, one after another.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        stages: all there are, in order.
+    """
+    planned = run_stages(config, list(stages))
+    for name in planned:
+        if name == "import" or name in run_stages(config, list(stages), run):
+            registry.load(stages[name].target)(config, run)
+        else:
+            logger.info("%s: left out, because the import has pairs without labels and there is no teacher", name)
+
+
+def read_run_data(run: Path) -> RunData:
+    """Clips, labels and pairs of a run directory, whatever config it was made with.
+
+    Raises:
+        UserError: no clips.
+    """
+    folders = {name: run / name for name in ("import", "generate") if (run / name / "manifest.json").exists()}
+    if not folders:
+        raise UserError(f"{run}: expected a run directory with clips; run `halo import` or `halo generate` first")
+    manifests = {name: read_json(folder / "manifest.json") or {} for name, folder in folders.items()}
+    imported = read_rows(run / "import" / "clips.parquet", ImportedRow) if "import" in folders else []
+    last = manifests[list(folders)[-1]]
+    form = last["settings"].get("generate", last["settings"])
+    labels = [table for name in ("import", "annotate") if (table := run / name / "labels.parquet").exists()]
+    pairs = next((table for name in ("pairs", "import") if (table := run / name / "pairs.parquet").exists()), None)
+    clips = _joined(folders)
+    model = str(manifests.get("generate", {}).get("inputs", {}).get("pretrained_model_name_or_path", ""))
+    made = [clip.clip_id for clip in clips if clip.video.startswith("generate/")]
+    return RunData(
+        clips, run, read_rows(pairs, PairRow) if pairs else [], join_labels(labels),
+        (form["num_frames"], form["height"], form["width"], form["fps"]),
+        {row.clip_id: row.generator for row in imported} | dict.fromkeys(made, model),
+        {row.clip_id: row.changes for row in imported},
+        dict.fromkeys(made, json.dumps(form)),
+        (read_json(run / "pairs" / "manifest.json") or {"settings": {}})["settings"].get("video_delta", 0.0),
+        RunClips(clips, run, folders).factors() or (1, 1, False),
+    )  # fmt: skip

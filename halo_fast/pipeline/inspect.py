@@ -1,0 +1,58 @@
+"""`halo inspect`: a summary of a run's clips, labels and pairs, in the terminal and as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from halo_fast.data.imports import ImportedRow
+from halo_fast.data.sources import LeftOutRow
+from halo_fast.data.summary import Section, summarise
+from halo_fast.data.tables import read_rows
+from halo_fast.files import write_bytes
+from halo_fast.pipeline.clips import read_run_data
+
+__all__ = ["inspect_run"]
+
+_WIDEST = 72  # characters of a cell in the terminal
+
+
+def inspect_run(run: Path, page: Path | None = None) -> str:
+    """Summarise the clips, labels and pairs of a run directory, and write the same as a page.
+
+    Args:
+        run: the run directory.
+        page: file of the page; None for inspect.html in the run directory.
+
+    Returns:
+        The tables as text.
+
+    Raises:
+        UserError: no clips.
+    """
+    run = Path(run)
+    data = read_run_data(run)
+    table, dropped = run / "import" / "clips.parquet", run / "import" / "left_out.parquet"
+    imported = read_rows(table, ImportedRow) if table.exists() else []
+    left_out = read_rows(dropped, LeftOutRow) if dropped.exists() else []
+    sections = summarise(data.clips, data.labels, data.pairs, imported, left_out)
+    file = Path(page) if page is not None else run / "inspect.html"
+    write_bytes(file, _page(run.resolve().name, sections).encode())
+    return "\n\n".join([*map(_text, sections), f"page: {file}"])
+
+
+def _text(section: Section) -> str:
+    """A section as aligned columns."""
+    rows = [section.columns, *section.rows] if any(section.columns) else section.rows
+    cells = [[cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 3]}..." for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([section.title, *(f"  {line}" for line in lines)])
+
+
+def _page(title: str, sections: Sequence[Section]) -> str:
+    """The HTML of a summary; whatever comes from the user's files is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("inspect.html.j2").render(title=title, sections=sections)
