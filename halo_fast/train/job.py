@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
-from halo_fast.errors import UserError
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
-from halo_fast.train.launch import check_launch, uses_fsdp
+from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
@@ -113,8 +112,8 @@ def prepared_job(
     objective = checked_objective(config)
     check_trackers(config.report_to)
     check_launch(config, family.transformer)
-    accelerator = _accelerator(config, folder)
     with ExitStack() as stack:
+        accelerator = stack.enter_context(own_accelerator(config, folder))
         model: nn.Module = stack.enter_context(prepared_model(family.transformer, config, accelerator.device))
 
         def predict(batch: Batch) -> Tensor:
@@ -144,24 +143,6 @@ def prepared_job(
             family, model, reference_mode, parameters, _optimizer(parameters, config), accelerator, config, objective,
             pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
         )  # fmt: skip
-
-
-def _accelerator(config: TrainConfig, folder: Path | None) -> Any:
-    """accelerate's Accelerator; UserError if the precision is not available."""
-    from accelerate import Accelerator
-
-    try:
-        return Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to or None,
-            # tensorboard wants a folder at once, though a dry run writes nothing there
-            project_dir=folder or Path(),
-        )
-    except ValueError as error:
-        raise UserError(
-            f"train.mixed_precision: {config.mixed_precision} is not available here ({error}); set no"
-        ) from error
 
 
 def _reference_errors(
