@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from halo_fast.errors import UserError
 
-__all__ = ["Denoiser", "Family", "shift_times"]
+__all__ = ["Denoiser", "Family", "shift_times", "unwrapped"]
 
 
 class Denoiser(ABC):
@@ -40,8 +42,8 @@ class Denoiser(ABC):
 
     @property
     def transformer(self) -> nn.Module:
-        """The network that is trained."""
-        return getattr(self.pipeline, self.network)
+        """The network that is trained, without the wrappers of torch.compile and data parallelism."""
+        return unwrapped(getattr(self.pipeline, self.network))
 
     @property
     def shift(self) -> float:
@@ -149,6 +151,21 @@ class Family(Denoiser):
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Load a trained LoRA into the network, as diffusers does."""
         self.pipeline.load_lora_weights(dict(lora))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DistributedDataParallel's and DataParallel's wrappers, if there are any."""
+    while inner := _inside(module):
+        module = inner
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of a whole network holds; None for any other module."""
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return module.module
+    # torch.compile's wrapper, recognised without importing the compiler
+    return module._modules.get("_orig_mod")
 
 
 def shift_times(u: Tensor, shift: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser
 from halo_fast.train.config import TrainConfig
+from halo_fast.train.model_checks import check_layer_names
 
 __all__ = ["ADAPTER", "ReferenceMode", "adapters_off", "reference_switch", "repeated_blocks", "trained_parameters"]
 
@@ -67,6 +68,7 @@ def trained_parameters(family: Denoiser, config: TrainConfig) -> Iterator[dict[s
         model.requires_grad_(False)
         if config.rank:
             _inject_lora(model, targets, config)
+            check_layer_names(model, _adapted_layers(model))
         else:
             _require_gradients(model, targets)
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -93,6 +95,12 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
             raise UserError(
                 f"train.target_modules: no layer of {type(model).__name__} has a name ending with {target!r}"
             )
+
+
+def _adapted_layers(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _inject_lora(model: nn.Module, targets: list[str], config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
+from halo_fast.train.model_checks import check_network
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.reference_check import check_start
@@ -108,6 +109,7 @@ def prepared_job(
         UserError: a setting without a meaning, pairs that do not fit, or a model that cannot be its own reference.
     """
     family = family_of(pipeline, config.network)
+    check_network(family.transformer)
     check_pairs(family, pairs)
     objective = checked_objective(config)
     check_trackers(config.report_to)

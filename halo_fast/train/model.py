@@ -29,7 +29,10 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
     home = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
         model.to(device).eval().requires_grad_(False)
         if config.attention_backend:
             _set_attention(model, config.attention_backend)
@@ -43,6 +46,8 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
     finally:
         for block in repeated_blocks(model):
             block._compiled_call_impl = None
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
         if config.gradient_checkpointing != "none" and hasattr(model, "disable_gradient_checkpointing"):
             model.disable_gradient_checkpointing()
         if config.attention_backend and hasattr(model, "reset_attention_backend"):
