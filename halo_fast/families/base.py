@@ -89,6 +89,24 @@ class Denoiser(ABC):
         frames, height, width = shape[-4 if self.layout == "BFCHW" else -3], *shape[-2:]
         return frames, height, width
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        """Most latent frames, rows and columns that the network takes; None for no limit."""
+        return None, None, None
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise if latents of `size` frames, height and width are larger than the network takes.
+
+        Raises:
+            UserError: naming the side and its limit.
+        """
+        for name, length, limit in zip(("frames", "rows", "columns"), size, self.largest, strict=True):
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"model: {type(self.transformer).__name__} takes at most {limit} latent {name}, got {length}; "
+                    f"make clips {'shorter' if name == 'frames' else 'smaller'}"
+                )
+
     def set_guidance(self, scale: float) -> None:
         """Set the guidance scale of the clips, for networks that take it as an input; others ignore it."""
         return None

@@ -31,6 +31,12 @@ class CogVideoX(VariancePreserving):
         # CogVideoX 1.5 has two latent frames in a token; the pipeline adds a missing one in front
         return -frames % (self.transformer.config.patch_size_t or 1)
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        config = self.transformer.config
+        # the rotary embeddings of CogVideoX 1.5 are a part of those of its largest picture
+        return (None, config.sample_height, config.sample_width) if config.patch_size_t else (None, None, None)
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         frames, *rest = super().latent_shape(num_frames, height, width)
         return frames + self._padding(frames), *rest

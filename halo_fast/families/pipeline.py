@@ -57,6 +57,7 @@ class PipelineFamily(Family):
             )
         frames = (num_frames - 1) // time + 1
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
+        self.check_size((frames, height // space, width // space))
         return *first, height // space, width // space
 
     @property

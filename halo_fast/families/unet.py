@@ -63,5 +63,10 @@ class TextToVideoSD(VariancePreserving):
 class AnimateDiff(TextToVideoSD):
     """diffusers.AnimateDiffPipeline: Stable Diffusion 1.5 with a motion adapter, which is trained with it."""
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        # the motion modules have a place in time for each frame
+        return int(self.transformer.config.motion_max_seq_length), None, None
+
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
         return conditions["prompt_embeds"].repeat_interleave(noisy.shape[2], dim=0)

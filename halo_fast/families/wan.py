@@ -33,6 +33,12 @@ class Wan(PipelineFamily):
     def side(self) -> int:
         return max(self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1], 16)
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        config = self.transformer.config
+        frames, height, width = (config.rope_max_seq_len * side for side in config.patch_size)
+        return frames, height, width
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         # the model attends to the zeros of the padding, so `stack` restores what is trimmed
         embeds, _ = self.pipeline.encode_prompt(

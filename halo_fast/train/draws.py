@@ -54,7 +54,7 @@ class Batch:
 
 
 def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
-    """Check that there are pairs and that the patch grid fits the latents.
+    """Check that there are pairs, that the model takes latents of their size and that the patch grid fits them.
 
     Only the first pair is read; `make_batch` checks each pair it takes.
 
@@ -65,6 +65,7 @@ def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
     pair = pairs[0]
     size = family.latent_size(pair.latents.shape)
+    family.check_size(size)
     grid = tuple(pair.patch_rewards.shape[1:])
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
+from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
-from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
+from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
@@ -123,14 +124,16 @@ def prepared_job(
             with accelerator.autocast(), torch.no_grad():
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
-        errors = None
-        if config.reference_draws and uses_reference(objective):
-            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
         limit = config.reference_draws or None
-        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
-        base = predict(first)
+        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
+        base = _first_prediction(lambda: predict(first), first)
+        errors = None
+        if limit and uses_reference(objective):
+            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
         check_reference_errors(first, base, family.layout)
         parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
+        check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
         sharded = accelerator.num_processes > 1 and uses_fsdp()
         plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
@@ -145,6 +148,21 @@ def prepared_job(
             family, model, reference_mode, parameters, _optimizer(parameters, config), accelerator, config, objective,
             pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
         )  # fmt: skip
+
+
+def _first_prediction(predict: Callable[[], Tensor], batch: Batch) -> Tensor:
+    """The base's prediction; one line if the network does not take a batch of these shapes."""
+    try:
+        return predict()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = {"latents": batch.noisy, **batch.conditions}
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+        raise UserError(
+            f"pairs: the network does not take the first pair, {shapes} ({first_line(error)}); were its latents and "
+            "prompts cached with this model?"
+        ) from error
 
 
 def _reference_errors(

@@ -38,6 +38,11 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
             _set_attention(model, config.attention_backend)
         if config.gradient_checkpointing != "none":
             _require_method(model, "enable_gradient_checkpointing", "gradient_checkpointing", "none")
+            if not getattr(model, "_supports_gradient_checkpointing", True):
+                raise UserError(
+                    f"train.gradient_checkpointing: {type(model).__name__} does not support it, got "
+                    f"{config.gradient_checkpointing}; set none"
+                )
             model.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
         if config.compile:
             compile_blocks(model)
@@ -48,7 +53,7 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
             block._compiled_call_impl = None
         for module, implementation in compiled:
             module._compiled_call_impl = implementation
-        if config.gradient_checkpointing != "none" and hasattr(model, "disable_gradient_checkpointing"):
+        if getattr(model, "is_gradient_checkpointing", False):
             model.disable_gradient_checkpointing()
         if config.attention_backend and hasattr(model, "reset_attention_backend"):
             model.reset_attention_backend()
