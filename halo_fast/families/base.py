@@ -107,8 +107,13 @@ class Denoiser(ABC):
                     f"make clips {'shorter' if name == 'frames' else 'smaller'}"
                 )
 
-    def set_guidance(self, scale: float) -> None:
-        """Set the guidance scale of the clips, for networks that take it as an input; others ignore it."""
+    def set_conditions(self, guidance_scale: float, frame_rate: float) -> None:
+        """Set how clips are sampled, for networks that take it as an input in training too; others ignore it.
+
+        Args:
+            guidance_scale: of classifier-free guidance.
+            frame_rate: frames a second.
+        """
         return None
 
 
@@ -137,6 +142,10 @@ class Family(Denoiser):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which a text encoder would see only the beginning; none where there is no limit."""
+        return []
 
     @abstractmethod
     def encode(self, videos: Tensor) -> Tensor:

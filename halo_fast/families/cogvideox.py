@@ -49,12 +49,16 @@ class CogVideoX(VariancePreserving):
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents[:, self._padding(latents.shape[1] - 1) :])
 
+    @property
+    def text_limit(self) -> int:
+        return int(self.transformer.config.max_text_seq_length)
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         # the model attends to the embeddings of padding, which are not zero, so nothing can be trimmed
         embeds, _ = self.pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.transformer.config.max_text_seq_length,
+            max_sequence_length=self.text_limit,
             device=self.text_device,
         )
         return {"prompt_embeds": embeds}

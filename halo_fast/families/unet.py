@@ -24,6 +24,10 @@ class TextToVideoSD(VariancePreserving):
     def side(self) -> int:
         return math.lcm(self.pipeline.vae_scale_factor, 8)
 
+    @property
+    def text_limit(self) -> int:
+        return int(self.pipeline.tokenizer.model_max_length)
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(prompt, self.text_device, 1, False)
         return {"prompt_embeds": embeds}

@@ -47,6 +47,12 @@ class Wan(PipelineFamily):
         )  # fmt: skip
         return {"prompt_embeds": embeds}
 
+    def token_counts(self, prompt: str) -> list[tuple[int, int]]:
+        # the pipeline mends broken characters and spaces first
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return super().token_counts(prompt_clean(prompt))
+
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         self.pipeline.load_lora_weights(dict(lora), load_into_transformer_2=self.network == "transformer_2")
 

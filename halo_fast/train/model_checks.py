@@ -80,6 +80,6 @@ def check_layer_names(model: Any, names: list[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(
-                f"train.target_modules: {name} is no layer of a plain {type(model).__name__}, so no pipeline could load "
-                "its LoRA; undo what changed the model after loading, or leave this layer out"
+                f"train.target_modules: {name} is no layer of a plain {type(model).__name__}, so no pipeline could "
+                "load its LoRA; undo what changed the model, or leave this layer out"
             )

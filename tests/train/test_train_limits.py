@@ -27,7 +27,7 @@ def pairs_of(family, size):
 @pytest.mark.parametrize(
     ("build", "size", "settings", "message"),
     [
-        (tiny_animatediff, (20, 4, 4), {}, "UNetMotionModel takes at most 16 latent frames, got 20; make clips shorter"),
+        (tiny_animatediff, (20, 4, 4), {}, "takes at most 16 latent frames, got 20; make clips shorter"),
         (tiny_wan, (33, 4, 4), {}, "WanTransformer3DModel takes at most 32 latent frames, got 33"),
         (tiny_wan, (2, 4, 68), {}, "WanTransformer3DModel takes at most 64 latent columns, got 68; make clips smaller"),
         (lambda: tiny_cogvideox(patch_size_t=2), (2, 8, 4), {}, "takes at most 4 latent rows, got 8"),
@@ -65,6 +65,8 @@ def test_a_clip_longer_than_the_network_takes_is_refused_before_it_is_generated(
 
 def test_conditions_of_another_model_are_named_with_their_shapes():
     family = family_of(tiny_wan())
-    other = [dataclasses.replace(p, conditions={"prompt_embeds": torch.randn(3, 7)}) for p in pairs_of(family, (3, 4, 4))]
+    other = [
+        dataclasses.replace(p, conditions={"prompt_embeds": torch.randn(3, 7)}) for p in pairs_of(family, (3, 4, 4))
+    ]
     with pytest.raises(UserError, match=r"does not take the first pair, .* prompt_embeds \[2, 12, 7\] .*cached with"):
         fit(family, other, SHORT, progress=quiet)

@@ -108,8 +108,10 @@ def test_adapted_layers_are_those_of_the_diffusers_class(name):
     tiny = TINY[name]
     family = family_of(tiny.build(), tiny.network)
     layers = [
-        layer for layer, _ in family.transformer.named_modules() if layer.endswith(tuple(f".{end}" for end in family.lora_targets))
-    ]  # fmt: skip
+        layer
+        for layer, _ in family.transformer.named_modules()
+        if layer.endswith(tuple(f".{end}" for end in family.lora_targets))
+    ]
     assert layers
     check_layer_names(family.transformer, layers)
 

@@ -87,5 +87,5 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
     if all(heldout):
         raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
     family = load(config.pretrained_model_name_or_path, device="cpu", network=config.train.network)
-    family.set_guidance(config.generate.guidance_scale)
+    family.set_conditions(config.generate.guidance_scale, config.generate.fps)
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)
