@@ -14,13 +14,14 @@ __all__ = ["export_run"]
 FORMATS = ("diffusers", "comfyui")
 
 
-def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
+def export_run(run: Path, format: str = "diffusers", output: Path | None = None, network: str | None = None) -> Path:
     """Write the LoRA of a run directory, or the network trained at rank 0, in a format of other programs.
 
     Args:
         run: the run directory; its `train` must have finished.
         format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui".
-        output: folder of the file; None for export/<format> in the run directory.
+        output: folder of the file; None for export/<format> in the run directory, or export/<network>/<format>.
+        network: which training, for models of which several networks are trained; None for the first network's.
 
     Returns:
         The file written, or the network's folder.
@@ -31,14 +32,15 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
     """
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    folder = Path(output) if output is not None else Path(run) / "export" / format
-    network = Path(run) / "train" / "model"
-    if (network / METADATA_FILE).is_file():
+    training = Path(run) / (f"train_{network}" if network else "train")
+    folder = Path(output) if output is not None else Path(run) / "export" / (network or "") / format
+    model = training / "model"
+    if (model / METADATA_FILE).is_file():
         if format != "diffusers":
             raise UserError(f"format: this run trained the whole network, which {format} has no LoRA of; use diffusers")
-        metadata = json.loads((network / METADATA_FILE).read_text())
-        return Path(shutil.copytree(network, folder / metadata["network"], dirs_exist_ok=True))
-    lora = Path(run) / "train" / "lora" / LORA_FILE
+        metadata = json.loads((model / METADATA_FILE).read_text())
+        return Path(shutil.copytree(model, folder / metadata["network"], dirs_exist_ok=True))
+    lora = training / "lora" / LORA_FILE
     if not lora.is_file():
         raise UserError(f"{lora}: not there; run `halo train` with --output_dir {run} first")
     return _export_lora(lora, format, folder)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,13 @@ from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
-__all__ = ["dry_run", "train"]
+__all__ = ["dry_run", "train", "training_folder", "trainings"]
 
 
 def train(config: Config, run: Run) -> None:
     """Train on a run directory's pairs: the LoRA goes to train/lora, at rank 0 the network to train/model; a stage.
+
+    A network that is not the model's first, such as transformer_2, goes to train_transformer_2 instead of train.
 
     Raises:
         UserError: whatever `fit` finds wrong.
@@ -39,7 +42,7 @@ def train(config: Config, run: Run) -> None:
     }
     # On a CPU accelerate needs cpu=True before it initialises the process group.
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    stage = run.stage("train", asdict(config.train) | {"precision": config.precision}, inputs)
+    stage = run.stage(training_folder(config), asdict(config.train) | {"precision": config.precision}, inputs)
     with ExitStack() as stack:
         if main:
             stack.enter_context(stage)
@@ -59,6 +62,17 @@ def train(config: Config, run: Run) -> None:
             else:
                 save_network(stage.folder / "model", family, result.weights, about)
             stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+
+
+def training_folder(config: Config) -> str:
+    """Name of the stage that trains the config's network: each network has a place of its own, on the same pairs."""
+    network = config.train.network
+    return "train" if network in (None, "transformer", "unet") else f"train_{network}"
+
+
+def trainings(run: Run) -> list[Path]:
+    """The folders of all finished trainings in a run directory."""
+    return sorted(path.parent for path in run.path.glob("train*/manifest.json"))
 
 
 def dry_run(config: Config, run: Run) -> None:
