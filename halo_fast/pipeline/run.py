@@ -61,7 +61,9 @@ class Run:
         manifest = read_json(self.path / name / _MANIFEST)
         if manifest is None or not found.exists():
             raise UserError(f"{found}: not there or unfinished; run `halo {name}` with this config first")
-        before, now = _flatten(manifest["settings"]), self._settings(name, manifest["settings"])
+        # The training of another network, such as Wan 2.2's other expert, has settings of its own.
+        other = name.startswith("train") and manifest["settings"].get("network") != self.config.train.network
+        before, now = _flatten({} if other else manifest["settings"]), self._settings(name, manifest["settings"])
         for setting, value in before.items():
             if now.get(setting, value) != value:
                 raise UserError(

@@ -133,7 +133,8 @@ def prepared_job(
             first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
         check_reference_errors(first, base, family.layout)
         parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
-        check_adapted(lambda: predict(first), model, config)
+        if config.target_modules:
+            check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
         sharded = accelerator.num_processes > 1 and uses_fsdp()
         plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
