@@ -78,6 +78,7 @@ def test_evaluate_and_report_see_both(configs):
     with run.stage("reward", {}, {}) as stage:
         torch.manual_seed(0)
         RewardModel(RewardModelConfig(("visual_quality", "text_alignment"), width=8)).save(stage.folder)
+        (stage.folder / "history.csv").write_text("phase,step,loss\nvideo,1,0.5\n")
         stage.finish({})
     evaluate(config, run)
     inputs = json.loads((run.path / "evaluate/manifest.json").read_text())["inputs"]
