@@ -13,7 +13,7 @@ from halo_fast.files import versions, write_json
 if TYPE_CHECKING:
     from halo_fast.train.config import TrainConfig
 
-__all__ = ["LORA_FILE", "METADATA_FILE", "export_lora", "load_trained", "metadata", "save_network"]
+__all__ = ["LORA_FILE", "METADATA_FILE", "export_lora", "load_trained", "metadata", "save_network", "trained_network"]
 
 LORA_FILE, METADATA_FILE = "pytorch_lora_weights.safetensors", "halo_fast.json"
 
@@ -80,6 +80,20 @@ def save_network(folder: Path, family: Denoiser, weights: Mapping[str, Tensor], 
     empty.load_state_dict(weights, assign=True)
     empty.save_pretrained(folder)
     write_json(folder / METADATA_FILE, dict(metadata))
+
+
+def trained_network(folder: Path) -> str:
+    """The part of the pipeline that was trained.
+
+    Args:
+        folder: with pytorch_lora_weights.safetensors, or a network that `save_network` wrote.
+    """
+    from safetensors import safe_open
+
+    if not (folder / LORA_FILE).exists():
+        return str(json.loads((folder / METADATA_FILE).read_text())["network"])
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
+        return str(file.metadata()["network"])
 
 
 def load_trained(family: Family, folder: Path) -> None:

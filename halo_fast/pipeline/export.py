@@ -16,14 +16,15 @@ __all__ = ["export_run"]
 FORMATS = ("diffusers", "comfyui", *DATASET_FORMATS)
 
 
-def export_run(run: Path, format: str = "diffusers", output: Path | None = None) -> Path:
+def export_run(run: Path, format: str = "diffusers", output: Path | None = None, network: str | None = None) -> Path:
     """Write the LoRA of a run directory, the network trained at rank 0, or the data in a format of other programs.
 
     Args:
         run: the run directory; its `train` must have finished, or for data its clips and pairs.
         format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui"; for clips, labels and pairs "huggingface",
             "trl", "diffsynth" or "videodpo".
-        output: folder of what is written; None for export/<format> in the run directory.
+        output: folder of what is written; None for export/<format> in the run directory, or export/<network>/<format>.
+        network: which training, for models of which several networks are trained; None for the first network's.
 
     Returns:
         The file written, or the folder of the network or data set.
@@ -34,16 +35,17 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None)
     """
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    folder = Path(output) if output is not None else Path(run) / "export" / format
+    folder = Path(output) if output is not None else Path(run) / "export" / (network or "") / format
     if format in DATASET_FORMATS:
         return write_dataset(read_run_data(Path(run)), format, folder)
-    network = Path(run) / "train" / "model"
-    if (network / METADATA_FILE).is_file():
+    training = Path(run) / (f"train_{network}" if network else "train")
+    model = training / "model"
+    if (model / METADATA_FILE).is_file():
         if format != "diffusers":
             raise UserError(f"format: this run trained the whole network, which {format} has no LoRA of; use diffusers")
-        metadata = json.loads((network / METADATA_FILE).read_text())
-        return Path(shutil.copytree(network, folder / metadata["network"], dirs_exist_ok=True))
-    lora = Path(run) / "train" / "lora" / LORA_FILE
+        metadata = json.loads((model / METADATA_FILE).read_text())
+        return Path(shutil.copytree(model, folder / metadata["network"], dirs_exist_ok=True))
+    lora = training / "lora" / LORA_FILE
     if not lora.is_file():
         raise UserError(f"{lora}: not there; run `halo train` with --output_dir {run} first")
     return _export_lora(lora, format, folder)

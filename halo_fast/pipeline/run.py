@@ -61,12 +61,14 @@ class Run:
         manifest = read_json(self.path / name / _MANIFEST)
         if manifest is None or not found.exists():
             raise UserError(f"{found}: not there or unfinished; run `halo {name}` with this config first")
-        before, now = _flatten(manifest["settings"]), self._settings(name, manifest["settings"])
+        # The training of another network, such as Wan 2.2's other expert, has settings of its own.
+        other = name.startswith("train") and manifest["settings"].get("network") != self.config.train.network
+        before, now = _flatten({} if other else manifest["settings"]), self._settings(name, manifest["settings"])
         for setting, value in before.items():
             if now.get(setting, value) != value:
                 raise UserError(
                     f"{self.path / name}: was made with {setting} = {value}, now it is {now[setting]}; give the "
-                    f"setting it was made with, or redo it with `halo {name} --force`"
+                    f"setting it was made with, or redo it with `halo {name.partition('_')[0]} --force`"
                 )
         for label, source in manifest.get("sources", {}).items():
             if _hash_input(label, self.require(source)) != manifest["inputs"][label]:
@@ -75,7 +77,8 @@ class Run:
 
     def _settings(self, name: str, keys: Iterable[str]) -> dict[str, object]:
         """The values in this config of the settings that stage `name` keeps under `keys`."""
-        section = getattr(self.config, name, None)
+        # the stage train_transformer_2 has the settings of train
+        section = getattr(self.config, name, None) or getattr(self.config, name.partition("_")[0], None)
         owners = {key: owner for key in keys for owner in (self.config, section) if hasattr(owner, key)}
         return _flatten({key: _as_json(getattr(owner, key)) for key, owner in owners.items()})
 

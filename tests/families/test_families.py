@@ -9,7 +9,7 @@ import torch
 from tiny import CHANNELS, tiny_clips, tiny_wan
 
 from halo_fast.errors import UserError
-from halo_fast.families import Denoiser, Family, RegisteredModel, family_of, load, load_skeleton, source
+from halo_fast.families import Denoiser, Family, RegisteredModel, family_of, load, source
 from halo_fast.families.sampling import sample_clips
 from halo_fast.families.wan import Wan
 from halo_fast.registry import known, resolve
@@ -150,16 +150,16 @@ def test_encoding_drops_no_frames_and_no_pixels(family, size):
         family.encode(torch.zeros(1, *size, 3, dtype=torch.uint8))
 
 
-def test_a_skeleton_knows_sizes_without_weights(tmp_path):
+def test_sizes_are_known_without_weights(tmp_path):
     tiny_wan().save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
-    skeleton = load_skeleton(str(tmp_path))
+    skeleton = load(str(tmp_path), weights=())
     assert skeleton.latent_shape(9, 48, 32) == (CHANNELS, 3, 6, 4)
     with pytest.raises(UserError, match="got num_frames 10"):
         skeleton.latent_shape(10, 48, 32)
     with pytest.raises(UserError, match="no diffusers pipeline at 'nowhere'"):
-        load_skeleton("nowhere")
+        load("nowhere", weights=())
 
 
 def test_a_clip_depends_on_its_batch_only_through_rounding(family):

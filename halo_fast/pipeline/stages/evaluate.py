@@ -16,11 +16,12 @@ from halo_fast.agreement.meters import Meter, MeterRequest, load_meter
 from halo_fast.agreement.probes import probe_all
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.prompts import prompt_source, read_prompts
-from halo_fast.families import load, source
+from halo_fast.families import family_of, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.files import progress, write_bytes, write_json, write_parquet
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.train import training_folder, trainings
 from halo_fast.rewards import RewardModel
 
 __all__ = ["evaluate", "evaluation_meter", "evaluation_prompts"]
@@ -60,14 +61,17 @@ def evaluate(config: Config, run: Run) -> None:
         UserError: an earlier stage is missing, no such meter, clips that it does not read, an unreadable file.
     """
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
-    trained = run.require("train/lora" if config.train.rank else "train/model")
+    own = training_folder(config)
+    trained = {own: run.require(f"{own}/{'lora' if config.train.rank else 'model'}")}
+    # other networks of the model that were trained in this run, such as Wan 2.2's other expert
+    trained |= {path.name: _result(path) for path in trainings(run) if path.name != own}
     reward = run.require("reward/model.safetensors").parent
     prompts = evaluation_prompts(config)
     meter = evaluation_meter(config, prompts, reward)
     inputs = {
         "evaluation_prompts": prompt_source(config.evaluation_prompts),
         "pretrained_model_name_or_path": source(model_name),
-        "trained": trained,
+        **{"trained" if name == own else f"trained, {name}": folder for name, folder in trained.items()},
         "reward": reward,
         **meter.sources,
     }
@@ -76,7 +80,7 @@ def evaluate(config: Config, run: Run) -> None:
         if not stage.done:
             model = RewardModel.load(reward)
             clips = [_arm_clip(arm, index, prompt, config) for arm in _ARMS for index, prompt in enumerate(prompts)]
-            _sample(config, clips, trained, stage.folder)
+            _sample(config, clips, list(trained.values()), stage.folder)
             columns = _measure(config, clips, stage.folder, meter, model)
             _write_clips(stage.folder / "clips.parquet", clips, columns)
             metrics = _metrics(config, columns, len(prompts), meter)
@@ -121,20 +125,28 @@ def _batches(clips: Sequence[_ArmClip], size: int) -> list[list[_ArmClip]]:
     return [arm[start : start + size] for arm in arms for start in range(0, len(arm), size)]
 
 
-def _sample(config: Config, clips: Sequence[_ArmClip], trained: Path, folder: Path) -> None:
+def _result(training: Path) -> Path:
+    """Where a training's LoRA or network is."""
+    return next(path for name in ("lora", "model") if (path := training / name).exists())
+
+
+def _sample(config: Config, clips: Sequence[_ArmClip], trained: Sequence[Path], folder: Path) -> None:
     """Write the clips that do not exist yet."""
     batches = _batches(clips, config.generate.batch_size)
     missing = [batch for batch in batches if not all((folder / clip.video).exists() for clip in batch)]
     if not missing:
         return
-    from halo_fast.export.lora import load_trained
+    from halo_fast.export.lora import load_trained, trained_network
 
-    family = load(config.pretrained_model_name_or_path, network=config.train.network)
+    family = load(config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision)
     arm = _ARMS[0]
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0].arm != arm:
             arm = batch[0].arm
-            load_trained(family, trained)
+            # a single result was made for the config's own network
+            for result in trained:
+                part = family if len(trained) == 1 else family_of(family.pipeline, trained_network(result))
+                load_trained(part, result)
         _, videos = sample_clips(
             family, [clip.prompt for clip in batch], [clip.seed for clip in batch], config.generate
         )

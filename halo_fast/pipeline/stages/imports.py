@@ -10,7 +10,7 @@ from halo_fast.data.imports import ImportedRow, forget_facts, import_sources, so
 from halo_fast.data.sources import LeftOutRow
 from halo_fast.data.tables import LabelRow, PairRow, write_rows
 from halo_fast.errors import UserError
-from halo_fast.families import load_skeleton, source
+from halo_fast.families import load, source
 from halo_fast.families.base import Family
 from halo_fast.files import write_json
 from halo_fast.patches import PatchGrid
@@ -52,7 +52,7 @@ def import_clips(config: Config, run: Run) -> None:
     with run.stage("import", keys, inputs) as stage:
         if stage.done:
             return
-        patches = _patches(config, load_skeleton(model) if model else None)
+        patches = _patches(config, load(model, device="cpu", weights=()) if model else None)
         found = import_sources(settings, wanted, patches, stage.folder)
         write_rows(stage.folder / "clips.parquet", found.clips, ImportedRow)
         for name, rows, kind in (("labels", found.labels, LabelRow), ("pairs", found.pairs, PairRow)):

@@ -12,6 +12,7 @@ from halo_fast.pipeline.report.page import render_page, settings_text
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter
+from halo_fast.pipeline.stages.train import training_folder, trainings
 
 __all__ = ["write_report"]
 
@@ -22,7 +23,10 @@ def write_report(config: Config, run: Run) -> None:
     Raises:
         UserError: one of these stages has not finished, a clip is unreadable, or no prompt has clips of both models.
     """
-    inputs: dict[str, Path | str] = {name: run.require(name) for name in ("reward", "train", "evaluate")}
+    inputs: dict[str, Path | str] = {
+        name: run.require(name) for name in ("reward", training_folder(config), "evaluate")
+    }
+    inputs |= {path.name: path for path in trainings(run)}
     notes = evaluation_meter(config, [], run.path / "reward").notes
     if notes:
         inputs["notes on the meter"] = json.dumps(notes, sort_keys=True)
@@ -40,8 +44,11 @@ def write_report(config: Config, run: Run) -> None:
                 probes=json.loads(probes.read_text()) if probes.exists() else [],
                 notes=notes,
                 clips=clips,
-                charts=training_charts(run.path / "train" / "log.csv")
-                + diagnostics_charts(run.path / "train" / "diagnostics.csv")
+                charts=[
+                    chart
+                    for path in trainings(run)
+                    for chart in training_charts(path / "log.csv") + diagnostics_charts(path / "diagnostics.csv")
+                ]
                 + reward_charts(run.path / "reward" / "history.csv"),
                 counts={name: manifest["counts"] for name, manifest in manifests.items()},
                 settings=settings_text(manifests, config),

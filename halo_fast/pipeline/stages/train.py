@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -18,11 +20,13 @@ from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
-__all__ = ["dry_run", "train"]
+__all__ = ["dry_run", "train", "training_folder", "trainings"]
 
 
 def train(config: Config, run: Run) -> None:
     """Train on a run directory's pairs: the LoRA goes to train/lora, at rank 0 the network to train/model; a stage.
+
+    A network that is not the model's first, such as transformer_2, goes to train_transformer_2 instead of train.
 
     Raises:
         UserError: whatever `fit` finds wrong.
@@ -38,7 +42,7 @@ def train(config: Config, run: Run) -> None:
     }
     # On a CPU accelerate needs cpu=True before it initialises the process group.
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    stage = run.stage("train", config.train, inputs)
+    stage = run.stage(training_folder(config), asdict(config.train) | {"precision": config.precision}, inputs)
     with ExitStack() as stack:
         if main:
             stack.enter_context(stage)
@@ -58,6 +62,17 @@ def train(config: Config, run: Run) -> None:
             else:
                 save_network(stage.folder / "model", family, result.weights, about)
             stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+
+
+def training_folder(config: Config) -> str:
+    """Name of the stage that trains the config's network: each network has a place of its own, on the same pairs."""
+    network = config.train.network
+    return "train" if network in (None, "transformer", "unet") else f"train_{network}"
+
+
+def trainings(run: Run) -> list[Path]:
+    """The folders of all finished trainings in a run directory."""
+    return sorted(path.parent for path in run.path.glob("train*/manifest.json"))
 
 
 def dry_run(config: Config, run: Run) -> None:
@@ -86,6 +101,12 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
     heldout = heldout_mask(pairs.prompts, config.train.heldout_share)
     if all(heldout):
         raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
-    family = load(config.pretrained_model_name_or_path, device="cpu", network=config.train.network)
-    family.set_guidance(config.generate.guidance_scale)
+    settings = config.train
+    # only what samples clips needs the other parts
+    sampling = settings.validation_prompts or (settings.off_policy_pairs and settings.off_policy_fresh)
+    family = load(
+        config.pretrained_model_name_or_path, "cpu", settings.network, config.precision if settings.rank else "fp32",
+        None if sampling else [settings.network or "transformer", "unet"],
+    )  # fmt: skip
+    family.set_conditions(config.generate.guidance_scale, config.generate.fps)
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)
