@@ -37,8 +37,8 @@ class Reply:
     """What came back on a request.
 
     Args:
-        status: "ok", "refused", "malformed", "out_of_range", "truncated" and "wrong_model" are answers. "failed" is no
-            answer and costs nothing; "lost" leaves open whether there was one.
+        status: "ok", "refused", "rejected", "malformed", "out_of_range", "truncated", "cut" and "wrong_model" are
+            answers. "failed" is no answer and costs nothing; "lost" leaves open whether there was one.
         reason: in words, if not "ok".
         text: the answer as it came.
         model: name of the model that answered, as the server gives it.

@@ -102,7 +102,8 @@ class _Requests:
             attempts += 1
             if reply.status == "ok":
                 return parse(question, reply.text)
-            if attempts >= self._config.max_attempts:
+            # the same request would be rejected again
+            if attempts >= self._config.max_attempts or reply.status == "rejected":
                 return Answer(reply.status, reason=reply.reason)
 
     async def _send_reserved(self, question: Question) -> Outcome:
