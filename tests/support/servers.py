@@ -34,7 +34,7 @@ TOO_LONG: dict[str, Any] = {
     "llama.cpp": {
         "error": {"code": 400, "message": "the request exceeds the available size", "type": "exceed_context_size_error"}
     },
-    "azure": {"error": {"code": "context_length_exceeded", "message": "Please reduce the length.", "param": "messages"}},
+    "azure": {"error": {"code": "context_length_exceeded", "message": "Please reduce the length.", "param": "input"}},
     "litellm": {"error": {"message": "litellm.ContextWindowExceededError: too many", "type": None, "code": "400"}},
 }  # fmt: skip
 # what content filters say, with status 400
@@ -42,7 +42,7 @@ POLICY: dict[str, Any] = {
     "openai": {"error": {"code": "content_policy_violation", "message": "no"}},
     "azure": {
         "error": {
-            "message": "The response was filtered due to the prompt triggering Azure OpenAI's content management policy.",
+            "message": "The prompt triggered Azure OpenAI's content management policy.",
             "code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"},
         }
     },

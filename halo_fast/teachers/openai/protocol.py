@@ -37,8 +37,8 @@ _POLICY = re.compile(
 )
 # by which servers say that a question is longer than the model's context
 _TOO_LONG = re.compile(
-    r"context.?(length|size|window)|maximum.{0,20}(length|tokens)|exceed_context|longer than the model|context.{0,20}overflow"
-    r"|prompt is too long|max_model_len",
+    r"context.?(length|size|window)|maximum.{0,20}(length|tokens)|exceed_context|longer than the model"
+    r"|context.{0,20}overflow|prompt is too long|max_model_len",
     re.IGNORECASE,
 )
 CONTEXT = (
