@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text
 from halo_fast.teachers.rubric import RUBRIC, Label
 
-__all__ = ["LabelStore", "Reply", "StoreBusyError", "label_key"]
+__all__ = ["Edit", "LabelStore", "Reply", "StoreBusyError", "label_key"]
 
 _PATIENCE = 10.0  # seconds that a statement waits for other processes
 _RESERVE = 2 << 20  # bytes that are kept free for answers under way when the disk is full
@@ -28,6 +28,8 @@ CREATE TABLE IF NOT EXISTS requests (
     status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', text TEXT NOT NULL DEFAULT '', model TEXT,
     input_tokens INTEGER, output_tokens INTEGER, dollars REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS requests_of_question ON requests (question);
+CREATE TABLE IF NOT EXISTS edits (
+    key TEXT PRIMARY KEY, clip TEXT NOT NULL, grid TEXT NOT NULL, rubric TEXT NOT NULL, version TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, id TEXT, ended INTEGER NOT NULL DEFAULT 0);
 """
 
@@ -35,6 +37,15 @@ CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, id TEXT, ended INTEGER
 def label_key(clip_hash: str, prompt: str, grid: tuple[int, int, int], teacher: str) -> str:
     """Key of a label: a hash of the clip's bytes (their own hash), prompt, rubric, grid and the teacher's name."""
     return hash_text(json.dumps([clip_hash, prompt, RUBRIC, list(grid), teacher]))
+
+
+class Edit(NamedTuple):
+    """What a person's label is about, by hashes of clip and rubric and by the grid, and the label's version."""
+
+    clip: str
+    grid: str
+    rubric: str
+    version: str
 
 
 @dataclass(frozen=True)
@@ -197,12 +208,41 @@ class LabelStore:
             rows = [(key, teacher, _format(label)) for key, label in labels.items() if key not in final]
             self._connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
-    def replace(self, key: str, label: Label | None, teacher: str) -> None:
-        """Store a label in place of the one before; None removes it."""
+    def replace(self, key: str, label: Label | None, teacher: str, edit: Edit, bases: Sequence[str]) -> bool:
+        """Store a person's label in place of the one before; None removes it.
+
+        Args:
+            key: of the label.
+            label: the new one.
+            teacher: the person.
+            edit: what is scored, and the new label's version.
+            bases: versions that the person may have seen last.
+
+        Returns:
+            Whether it is stored: not if the stored version is another one, so somebody has changed it in between.
+        """
         with self._writing():
+            if self.version(key) not in bases:
+                return False
             self._connection.execute("DELETE FROM labels WHERE key = ?", (key,))
             if label is not None:
                 self._connection.execute("INSERT INTO labels VALUES (?, ?, ?)", (key, teacher, _format(label)))
+            self._connection.execute("INSERT OR REPLACE INTO edits VALUES (?, ?, ?, ?, ?)", (key, *edit))
+        return True
+
+    def version(self, key: str) -> str:
+        """The version of a person's label; "" if it has none."""
+        row = self._connection.execute("SELECT version FROM edits WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else ""
+
+    def labels_of(self, teacher: str) -> dict[str, tuple[Label, Edit | None]]:
+        """All labels of a person by their keys, oldest first, each with what is known of its making."""
+        query = (
+            "SELECT labels.key, label, clip, grid, rubric, version FROM labels LEFT JOIN edits USING (key)"
+            " WHERE teacher = ? ORDER BY labels.rowid"
+        )
+        rows = self._connection.execute(query, (teacher,)).fetchall()
+        return {key: (_parse(text), Edit(*edit) if edit[0] else None) for key, text, *edit in rows}
 
     def teachers(self) -> list[str]:
         """Everyone whose labels are stored, by name."""

@@ -64,11 +64,14 @@ def ask(server: LabelServer, path: str, method: str = "GET", body: object = None
     return found
 
 
-def scores(video: dict | None = None, patches: dict | None = None, skipped: bool = False) -> dict:
+def scores(
+    video: dict | None = None, patches: dict | None = None, skipped: bool = False, version: str = "1", bases=("",)
+) -> dict:
     row = [None] * PATCHES
     for patch, score in (patches or {}).items():
         row[patch] = score
-    return {"video": dict.fromkeys(VIDEO_DIMENSIONS) | (video or {}), "patches": row, "skipped": skipped}
+    given = {"video": dict.fromkeys(VIDEO_DIMENSIONS) | (video or {}), "patches": row, "skipped": skipped}
+    return given | {"version": version, "bases": list(bases)}
 
 
 def test_label_page_is_for_those_who_have_its_address(tmp_path):
@@ -166,7 +169,7 @@ def test_label_states_and_continuation(tmp_path):
         kept = json.loads(ask(server, "clips/1")[2])
         assert kept["patches"][7] == 2 and kept["patches"].count(None) == PATCHES - 1
         # scores that are taken back are gone
-        assert json.loads(ask(server, "clips/1", "PUT", scores())[2]) == {"state": "open"}
+        assert json.loads(ask(server, "clips/1", "PUT", scores(version="2", bases=["0", "1"]))[2]) == {"state": "open"}
     with serving(tmp_path, "bert") as server:
         assert json.loads(ask(server, "overview")[2])["states"] == ["open"] * 4, "labels are each person's own"
 
