@@ -6,10 +6,10 @@ import ssl
 import subprocess
 import threading
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from disks import fill, small_disk
 from moving_shapes import GRID, make_clips
 from servers import OpenAIServer
 
@@ -46,54 +46,36 @@ def some_clips(count: int) -> list[Clip]:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of four megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounts no file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 4096):
-                pass
-        except OSError:
-            return filler
-
-
-def test_a_disk_that_fills_up_loses_no_answer_and_the_spending_is_right(small_disk):
+def test_a_disk_that_fills_up_loses_no_answer_and_the_spending_is_right(disk):
     def answer(number: int, question: dict) -> str:
         if number == 5:
-            fill(small_disk)  # while six are under way
+            fill(disk)  # while six are under way
         return ""
 
     with OpenAIServer(answer, pause=1.5) as server:
         with (
-            LabelStore(small_disk / "labels.sqlite") as store,
+            LabelStore(disk / "labels.sqlite") as store,
             pytest.raises(UserError, match="labels.sqlite: the disk is full; free some space and run again"),
         ):
             label_clips(some_clips(12), teacher(server.url, store, max_concurrency=6), store)
-        (small_disk / "filler").unlink()
+        (disk / "filler").unlink()
         assert len(server.requests) >= 6
-        with LabelStore(small_disk / "labels.sqlite") as store:
+        with LabelStore(disk / "labels.sqlite") as store:
             assert store.spent() == pytest.approx(server.billed), "each answer is there at its true cost"
             labels = label_clips(some_clips(12), teacher(server.url, store), store)
             assert {label.status for label in labels} == {"ok"} and store.spent() == pytest.approx(server.billed)
         assert len(server.requests) == 24, "nothing is asked twice"
-    assert [path.name for path in small_disk.iterdir()] == ["labels.sqlite"]
+    assert [path.name for path in disk.iterdir()] == ["labels.sqlite"]
 
 
-def test_nothing_is_sent_while_the_disk_is_full(small_disk):
-    with OpenAIServer() as server, LabelStore(small_disk / "labels.sqlite") as store:
-        fill(small_disk)
+def test_nothing_is_sent_while_the_disk_is_full(disk):
+    with OpenAIServer() as server, LabelStore(disk / "labels.sqlite") as store:
+        fill(disk)
         with pytest.raises(UserError, match="No space left on device; 2 MiB are kept free"):
             label_clips(some_clips(2), teacher(server.url, store), store)
         assert not server.requests and store.spent() == 0
@@ -136,7 +118,7 @@ def test_every_condition_of_the_store_has_its_name_and_none_says_to_move_labels_
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(UserError, match="another process has it locked") as locked:
-            store.replace("b", label, "somebody")
+            store.add({"b": label}, "somebody")
         other.close()
         assert store.find(["kept", "b"]) == {"kept": label}
     path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 4096 * 4)
