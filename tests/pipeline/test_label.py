@@ -390,7 +390,7 @@ def test_scores_under_another_grid_or_rubric_are_told_and_usable(tmp_path, monke
     with LabelServer(other, "anna") as server:
         overview = server.overview()
         assert overview["states"] == ["open"] * 4 and overview["earlier"] == [True, False, True, False]
-        assert overview["strangers"] == 0
+        assert overview["strangers"] == 1, "scores of patches alone mean nothing under another grid"
         first = server.clip(0)["earlier"]
         assert first == {"why": "the grid (3, 4, 4)", "video": dict.fromkeys(VIDEO_DIMENSIONS, 4.0), "patches": None}
     changed = store_module.RUBRIC + " "
@@ -474,10 +474,11 @@ def test_a_killed_browser_loses_nothing_that_was_saved(tmp_path):
             assert again.run("index") == 0 and again.run("clip.patches[1]") == 5
 
 
-def leaves_only_when_saved(browser, tmp_path, server, complaint: str, mend) -> None:
+def leaves_only_when_saved(browser, tmp_path, server, complaint: str, spoil) -> None:
     """A score that cannot be stored keeps its clip on the page, is named, and is stored with N once it can be."""
     browser.open(server.url)
     browser.until(SHOWN)
+    mend = spoil()
     browser.press("4")
     browser.until("saving.then(() => unsaved && $('status').classList.contains('bad'))")
     browser.press("n")
@@ -491,8 +492,7 @@ def leaves_only_when_saved(browser, tmp_path, server, complaint: str, mend) -> N
 
 def test_a_full_disk_keeps_scores_on_the_page(tmp_path, browser):
     with small_disk(tmp_path / "disk") as folder, serving(candidates(folder)) as server:
-        stored(folder, server)
-        leaves_only_when_saved(browser, folder, server, "the disk is full", fill(folder).unlink)
+        leaves_only_when_saved(browser, folder, server, "the disk is full", lambda: fill(folder).unlink)
 
 
 def test_a_locked_store_keeps_scores_on_the_page(tmp_path, browser, monkeypatch):
@@ -500,7 +500,10 @@ def test_a_locked_store_keeps_scores_on_the_page(tmp_path, browser, monkeypatch)
     with serving(candidates(tmp_path)) as server:
         ask(server, "clips/3", "PUT", scores(skipped=True))
         other = sqlite3.connect(tmp_path / "labels.sqlite", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        complaint = "another process has it locked"
-        leaves_only_when_saved(browser, tmp_path, server, complaint, lambda: other.execute("ROLLBACK"))
+
+        def lock():
+            other.execute("BEGIN IMMEDIATE")
+            return lambda: other.execute("ROLLBACK")
+
+        leaves_only_when_saved(browser, tmp_path, server, "another process has it locked", lock)
         other.close()

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class OpenAIServer:
     biased: answer "first" to every comparison; else the brighter video wins and equals tie.
     dialect: whose words errors have, a key of TOO_LONG or POLICY.
     context: prompt tokens that the model takes; the dialect decides whether a longer question is refused or cut.
+    queue: prompt tokens that batches may hold in all; one that exceeds it fails.
     reported: name under which the server reports the model, if not the one that was asked for.
     """
 
@@ -91,6 +93,7 @@ class OpenAIServer:
     biased: bool = False
     dialect: str = "openai"
     context: int | None = None
+    queue: int | None = None
     reported: str | None = None
     retry_after: str = "0.02"
     pause: float = 0.0
@@ -248,6 +251,13 @@ def prompt_tokens(body: dict[str, Any]) -> int:
     return sum(map(len, _texts(body))) // 4 + 85 * len(_images(body))
 
 
+def queued_tokens(state: OpenAIServer) -> int:
+    """Prompt tokens of all batches that have not ended."""
+    waiting = [batch for batch in state.batches.values() if batch["status"] == "in_progress"]
+    lines = [line for batch in waiting for line in state.files[batch["input_file_id"]].decode().splitlines()]
+    return sum(prompt_tokens(json.loads(line)["body"]) for line in lines)
+
+
 def _images(body: dict[str, Any]) -> list[bytes]:
     """The image files of a request of either API."""
     content = body["messages"][1]["content"] if "messages" in body else body["input"][0]["content"]
@@ -286,7 +296,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/v1/batches/"):
             batch = state.batches[path.split("/")[3]]
             batch["polls"] += 1
-            if batch["status"] == "in_progress" and batch["polls"] >= state.polls_until_done:
+            if batch["status"] == "in_progress" and queued_tokens(state) > (state.queue or math.inf):
+                batch["status"] = "failed"
+                message = f"Enqueued token limit reached for gpt-4o. Limit: {state.queue:,} enqueued tokens."
+                error = {"code": "token_limit_exceeded", "message": message, "param": None, "line": None}
+                batch["errors"] = {"object": "list", "data": [error]}
+            elif batch["status"] == "in_progress" and batch["polls"] >= state.polls_until_done:
                 state.run_batch(batch, self.headers["Authorization"].removeprefix("Bearer "))
                 batch["status"] = "completed"
             self._send(200, batch)

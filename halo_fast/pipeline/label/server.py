@@ -184,11 +184,11 @@ class LabelServer(ThreadingHTTPServer):
         return Edit(clip, json.dumps(self._grid), hash_text(RUBRIC), version)
 
     def _find_earlier(self, stored: Mapping[str, tuple[Label, Edit | None]]) -> tuple[dict[int, dict[str, Any]], int]:
-        """This person's scores of these clips under another grid or rubric, by clip, and how many labels are left over.
+        """This person's scores of these clips under another grid or rubric, by clip, and how many labels do not fit.
 
         Scores of the video mean the same under any grid; those of patches only under this one.
         """
-        left = {key: known for key, known in stored.items() if key not in self._keys and known[0].video}
+        left = {key: known for key, known in stored.items() if key not in self._keys and known[0].status == "ok"}
         counts = {len(scores) for label, _ in left.values() for scores in label.patches.values()}
         grids = [grid for count in sorted(counts) for grid in _grids(count)]
         here = [self._edit(index, "") for index in range(self.count)]
@@ -197,8 +197,11 @@ class LabelServer(ThreadingHTTPServer):
             keys = {label_key(clip.hash, clip.prompt, grid, self.teacher): str(grid) for grid in grids}
             keys |= {key: edit.grid for key, (_, edit) in left.items() if edit and edit.clip == here[index].clip}
             for key in [key for key in left if key in keys]:
-                label, edit = left.pop(key)
+                label, edit = left[key]
                 same = edit is not None and edit.grid == here[index].grid
+                if not label.video and not same:
+                    continue
+                del left[key]
                 patches = [_nullable(score) for score in label.patches.get(PATCH_DIMENSIONS[0], [])]
                 found[index] = {
                     "why": "another version of the rubric" if same else f"the grid {keys[key]}",

@@ -43,6 +43,7 @@ class OpenAIConfig:
         max_images: images in one request.
         max_patches: patches of a clip that are scored; null for all.
         max_output_tokens: length of an answer; models that reason need more.
+        max_queued_tokens: prompt tokens that wait in batches at once; null for any number.
         temperature: of sampling; null for models that take none.
         pairwise: whether the candidates of a prompt are also compared with each other, in both orders.
     """
@@ -66,6 +67,7 @@ class OpenAIConfig:
     max_images: Annotated[int, Ge(1)] = 24
     max_patches: Annotated[int, Ge(1)] | None = None
     max_output_tokens: Annotated[int, Ge(1)] = 2000
+    max_queued_tokens: Annotated[int, Ge(1)] | None = None
     temperature: Annotated[float, Ge(0)] | None = 0.0
     pairwise: bool = False
 

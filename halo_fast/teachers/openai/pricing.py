@@ -8,7 +8,15 @@ from halo_fast.teachers.openai.pictures import Picture
 from halo_fast.teachers.openai.questions import Question, schema
 from halo_fast.teachers.rubric import RUBRIC
 
-__all__ = ["context_needed", "fewest_tokens", "highest_cost", "image_tokens", "likely_cost", "token_prices"]
+__all__ = [
+    "context_needed",
+    "fewest_tokens",
+    "highest_cost",
+    "image_tokens",
+    "likely_cost",
+    "prompt_tokens",
+    "token_prices",
+]
 
 _BATCH_SHARE = 0.5  # of the price, in the Batch API
 _OVERHEAD = 100  # tokens that a server may add around the texts of a request
@@ -50,8 +58,13 @@ def likely_cost(question: Question, config: OpenAIConfig) -> float:
 
 
 def context_needed(question: Question, config: OpenAIConfig) -> int:
-    """Tokens that a server's context must hold for a question, about: three bytes a token, images, and the answer."""
-    return _size(question) // 3 + _image_tokens(question, config) + config.max_output_tokens
+    """Tokens that a server's context must hold for a question and its answer, about."""
+    return prompt_tokens(question, config) + config.max_output_tokens
+
+
+def prompt_tokens(question: Question, config: OpenAIConfig) -> int:
+    """Tokens of a question, rather too many than too few: three bytes a token, and the images."""
+    return _size(question) // 3 + _image_tokens(question, config)
 
 
 def fewest_tokens(question: Question, config: OpenAIConfig) -> int:
