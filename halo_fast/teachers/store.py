@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from halo_fast.teachers.rubric import RUBRIC, Label
 __all__ = ["Edit", "LabelStore", "Reply", "StoreBusyError", "label_key"]
 
 _PATIENCE = 10.0  # seconds that a statement waits for other processes
+_PAGE = 1 << 16  # bytes; a disk with less is full
 _RESERVE = 2 << 20  # bytes that are kept free for answers under way when the disk is full
 
 _SCHEMA = """
@@ -110,7 +112,9 @@ def _named_errors(path: Path) -> Iterator[None]:
             raise StoreBusyError(
                 f"{path}: another process has it locked ({error}); close that one and run again, {kept}"
             ) from error
-        if code == sqlite3.SQLITE_FULL:
+        # the index of a write-ahead log is mapped into memory: without space for it, SQLite reports its disk's failure
+        no_space = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(path.parent).free < _PAGE
+        if code == sqlite3.SQLITE_FULL or no_space:
             raise _full(path) from error
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_CANTOPEN):
             raise UserError(
