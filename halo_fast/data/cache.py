@@ -17,6 +17,7 @@ from torch import Tensor
 from halo_fast.data.clips import read_clip
 from halo_fast.data.pairs import Pair
 from halo_fast.data.tables import CacheRow, ClipRow, PairRow, read_rows
+from halo_fast.errors import check_finite
 from halo_fast.families.base import Family
 from halo_fast.families.fingerprint import fingerprint
 from halo_fast.files import hash_file, hash_text, progress, replacing, write_safetensors
@@ -37,8 +38,10 @@ def cache_latents(family: Family, clips: Sequence[ClipRow], source: Path, folder
         a row for each clip.
 
     Raises:
-        UserError: a clip that cannot be read.
+        UserError: a clip that cannot be read, or whose latents are not finite.
     """
+    from safetensors.torch import load_file
+
     vae = fingerprint([family.vae])
     rows = []
     for clip in progress(clips, len(clips), "cache: latents"):
@@ -48,8 +51,12 @@ def cache_latents(family: Family, clips: Sequence[ClipRow], source: Path, folder
         file = folder / row.file
         if not file.exists():
             if latents is None:
-                write_safetensors(file, {"latents": family.encode(read_clip(video)[None])[0].cpu()})
+                encoded = family.encode(read_clip(video)[None]).cpu()
+                check_finite(encoded, [f"clip {clip.clip_id}"], "latents of the autoencoder", "use another precision")
+                write_safetensors(file, {"latents": encoded[0]})
             else:
+                kept = load_file(latents)["latents"]
+                check_finite(kept[None], [f"clip {clip.clip_id} ({latents})"], "latents", "generate it again")
                 with replacing(file) as temporary:
                     _link(latents, temporary)
         rows.append(row)

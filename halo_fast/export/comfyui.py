@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from halo_fast.errors import UserError
 
@@ -16,8 +17,9 @@ def comfyui(lora: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:
     """The LoRA under the names that ComfyUI reads: "diffusion_model." and the modules of the model's own repository.
 
     Where that repository keeps several layers in one matrix, their adapters become one of the summed rank, block by
-    block: A stacked, B block-diagonal. Wan's files carry `alpha` (equal to the rank, for the scale is in B already);
-    elsewhere ComfyUI takes a missing one as 1, and diffusers would refuse it.
+    block: A stacked, B block-diagonal. HunyuanVideo's file has one rank; smaller ones are padded with zeros. Wan's
+    carry `alpha` (equal to the rank, for the scale is in B already); elsewhere ComfyUI takes a missing one as 1, and
+    diffusers would refuse it.
 
     Args:
         lora: names as in the diffusers model, without a prefix: "<module>.lora_A.weight" [r, in], lora_B [out, r].
@@ -37,9 +39,12 @@ def comfyui(lora: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:
             module = name.removesuffix(".lora_A.weight")
             target, part = _target(module, pipeline)
             groups[target][part] = down, lora[f"{module}.lora_B.weight"]
+    fused = {target: _fused(parts, _fused_sizes(target, parts)) for target, parts in groups.items()}
+    # diffusers 0.36 takes the largest rank of a HunyuanVideo file for alpha of all its layers
+    rank = max(len(down) for down, _ in fused.values()) if pipeline == "HunyuanVideoPipeline" and fused else 0
     converted = {}
-    for target, parts in groups.items():
-        down, up = _fused(parts, _fused_sizes(target, parts))
+    for target, parts in fused.items():
+        down, up = _padded(*parts, rank)
         converted[f"diffusion_model.{target}.lora_A.weight"] = down
         converted[f"diffusion_model.{target}.lora_B.weight"] = up
         if pipeline == "WanPipeline" and target.startswith("blocks."):
@@ -81,6 +86,12 @@ def _fused(parts: Mapping[int, tuple[Tensor, Tensor]], sizes: list[int]) -> tupl
         up[row : row + sizes[part], column : column + ranks[part]] = values
         column += ranks[part]
     return torch.cat([down for down, _ in parts.values()]), up
+
+
+def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of at least this rank and the same product."""
+    missing = max(0, rank - len(down))
+    return pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
 
 
 _QKV = -1

@@ -4,7 +4,7 @@ A family is found by the name of its pipeline class. A model that is no diffuser
 `Family` anywhere, or `Denoiser` if it is only trained, and passing the object wherever a pipeline is taken.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
@@ -14,6 +14,7 @@ import torch
 from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
+from halo_fast.families.weights import Precision, load_pipeline
 
 __all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
 
@@ -74,26 +75,39 @@ def source(name: str) -> Path | str:
     return Path(name) if Path(name).is_dir() else name
 
 
-def load(name: str, device: str | None = None, network: str | None = None) -> Family:
+def load(
+    name: str,
+    device: str | None = None,
+    network: str | None = None,
+    precision: Precision = "auto",
+    weights: Collection[str] | None = None,
+) -> Family:
     """A model by its name.
+
+    Registered models and callables load what they like: `precision` and `weights` are for folders and the hub.
 
     Args:
         name: a diffusers folder, a hub name, a registered name, or "package.module:attribute" of a `RegisteredModel`
             or of a callable that gives a diffusers pipeline or a `Family`.
         device: where the pipeline goes; None for the first GPU, or the CPU where there is none.
         network: the part that is trained, as for `family_of`.
+        precision: of the weights; "auto" for the one in which they are stored.
+        weights: parts whose weights are loaded, such as "transformer"; the others are on the meta device, without
+            memory. None for all; () for tokenizers, as `cut_prompts` needs them.
 
     Raises:
         UserError: nothing loadable under that name, or no family for it.
     """
     with _no_loading_bars():
-        pipeline = _load_pipeline(name)
+        pipeline = _load_pipeline(name, precision, weights)
         _check_family(pipeline, f"{_SETTING}: {name!r}")
         family = family_of(pipeline, network)
     if not isinstance(family, Family):
         raise UserError(f"{_SETTING}: expected a model that samples and encodes, got {type(family).__name__}")
     if family is not pipeline:
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module) and not any(value.is_meta for value in part.parameters()):
+                part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipeline.set_progress_bar_config(disable=True)
     return family
 
@@ -107,7 +121,7 @@ def _check_family(pipeline: Any, place: str) -> None:
         raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
 
 
-def _load_pipeline(name: str) -> Any:
+def _load_pipeline(name: str, precision: Precision, weights: Collection[str] | None) -> Any:
     """The pipeline or model under a registered or dotted name, in a folder, or on the hub."""
     if registry.is_name("model", name):
         model = registry.resolve("model", name, _SETTING)
@@ -115,10 +129,8 @@ def _load_pipeline(name: str) -> Any:
             return registry.create("model", name, _SETTING)
         with registry.user_errors("model", name, _SETTING):
             return model.load()
-    from diffusers import DiffusionPipeline
-
     try:
-        return DiffusionPipeline.from_pretrained(name)
+        return load_pipeline(name, precision, weights)
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
         raise UserError(

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from halo_fast.errors import UserError
 
-__all__ = ["Denoiser", "Family", "shift_times"]
+__all__ = ["Denoiser", "Family", "shift_times", "unwrapped"]
 
 
 class Denoiser(ABC):
@@ -40,8 +42,8 @@ class Denoiser(ABC):
 
     @property
     def transformer(self) -> nn.Module:
-        """The network that is trained."""
-        return getattr(self.pipeline, self.network)
+        """The network that is trained, without the wrappers of torch.compile and data parallelism."""
+        return unwrapped(getattr(self.pipeline, self.network))
 
     @property
     def shift(self) -> float:
@@ -87,8 +89,31 @@ class Denoiser(ABC):
         frames, height, width = shape[-4 if self.layout == "BFCHW" else -3], *shape[-2:]
         return frames, height, width
 
-    def set_guidance(self, scale: float) -> None:
-        """Set the guidance scale of the clips, for networks that take it as an input; others ignore it."""
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        """Most latent frames, rows and columns that the network takes; None for no limit."""
+        return None, None, None
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise if latents of `size` frames, height and width are larger than the network takes.
+
+        Raises:
+            UserError: naming the side and its limit.
+        """
+        for name, length, limit in zip(("frames", "rows", "columns"), size, self.largest, strict=True):
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"model: {type(self.transformer).__name__} takes at most {limit} latent {name}, got {length}; "
+                    f"make clips {'shorter' if name == 'frames' else 'smaller'}"
+                )
+
+    def set_conditions(self, guidance_scale: float, frame_rate: float) -> None:
+        """Set how clips are sampled, for networks that take it as an input in training too; others ignore it.
+
+        Args:
+            guidance_scale: of classifier-free guidance.
+            frame_rate: frames a second.
+        """
         return None
 
 
@@ -117,6 +142,10 @@ class Family(Denoiser):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which a text encoder would see only the beginning; none where there is no limit."""
+        return []
 
     @abstractmethod
     def encode(self, videos: Tensor) -> Tensor:
@@ -149,6 +178,21 @@ class Family(Denoiser):
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Load a trained LoRA into the network, as diffusers does."""
         self.pipeline.load_lora_weights(dict(lora))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DistributedDataParallel's and DataParallel's wrappers, if there are any."""
+    while inner := _inside(module):
+        module = inner
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of a whole network holds; None for any other module."""
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return module.module
+    # torch.compile's wrapper, recognised without importing the compiler
+    return module._modules.get("_orig_mod")
 
 
 def shift_times(u: Tensor, shift: float) -> Tensor:

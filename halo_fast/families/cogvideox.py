@@ -31,6 +31,12 @@ class CogVideoX(VariancePreserving):
         # CogVideoX 1.5 has two latent frames in a token; the pipeline adds a missing one in front
         return -frames % (self.transformer.config.patch_size_t or 1)
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        config = self.transformer.config
+        # the rotary embeddings of CogVideoX 1.5 are a part of those of its largest picture
+        return (None, config.sample_height, config.sample_width) if config.patch_size_t else (None, None, None)
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         frames, *rest = super().latent_shape(num_frames, height, width)
         return frames + self._padding(frames), *rest
@@ -43,12 +49,16 @@ class CogVideoX(VariancePreserving):
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents[:, self._padding(latents.shape[1] - 1) :])
 
+    @property
+    def text_limit(self) -> int:
+        return int(self.transformer.config.max_text_seq_length)
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         # the model attends to the embeddings of padding, which are not zero, so nothing can be trimmed
         embeds, _ = self.pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.transformer.config.max_text_seq_length,
+            max_sequence_length=self.text_limit,
             device=self.text_device,
         )
         return {"prompt_embeds": embeds}

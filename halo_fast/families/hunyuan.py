@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.families.pipeline import PipelineFamily
+from halo_fast.families.pipeline import PipelineFamily, count_tokens
 
 __all__ = ["HunyuanVideo", "HunyuanVideo15"]
 
@@ -34,8 +34,18 @@ class HunyuanVideo(PipelineFamily):
             "pooled_prompt_embeds": pooled,
         }
 
-    def set_guidance(self, scale: float) -> None:
-        self.guidance = scale
+    def token_counts(self, prompt: str) -> list[tuple[int, int]]:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
+
+        # the first encoder sees an instruction around the prompt, which has room of its own in front
+        first = count_tokens(self.pipeline.tokenizer, TEMPLATE["template"].format(prompt))
+        return [
+            (first, self.max_length["prompt_embeds"] + TEMPLATE["crop_start"]),
+            (count_tokens(self.pipeline.tokenizer_2, prompt), 77),
+        ]
+
+    def set_conditions(self, guidance_scale: float, frame_rate: float) -> None:
+        self.guidance = guidance_scale
 
     def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
         return conditions | {"guidance_scale": guidance_scale}
@@ -75,6 +85,24 @@ class HunyuanVideo15(PipelineFamily):
             "prompt_embeds": embeds * mask[..., None], "prompt_embeds_mask": mask,
             "prompt_embeds_2": glyphs * glyph_mask[..., None], "prompt_embeds_mask_2": glyph_mask,
         }  # fmt: skip
+
+    def token_counts(self, prompt: str) -> list[tuple[int, int]]:
+        from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import (
+            extract_glyph_texts,
+            format_text_input,
+        )
+
+        pipeline = self.pipeline
+        chat = pipeline.tokenizer.apply_chat_template(
+            format_text_input([prompt], pipeline.system_message), add_generation_prompt=True, tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]  # fmt: skip
+        # the second encoder sees what stands in quotes
+        glyphs = extract_glyph_texts(prompt)
+        return [
+            (len(chat), self.max_length["prompt_embeds"] + pipeline.prompt_template_encode_start_idx),
+            (count_tokens(pipeline.tokenizer_2, glyphs) if glyphs else 0, self.max_length["prompt_embeds_2"]),
+        ]
 
     def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
         # the scale belongs to the pipeline's guider, not to the call

@@ -14,15 +14,21 @@ __all__ = ["LTX"]
 
 
 class LTX(MaskedPrompts):
-    """diffusers.LTXPipeline; the model takes the frame rate as an input, here the pipeline's default."""
+    """diffusers.LTXPipeline; the model takes the frame rate as an input, by default the pipeline's."""
 
     tokens = 128
-    frame_rate = 25
+    frame_rate: float = 25
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
         super().__init__(pipeline, network)
         if (pipeline.transformer.config.patch_size, pipeline.transformer.config.patch_size_t) != (1, 1):
             raise UserError("model: expected an LTX transformer with one latent position a token, as all checkpoints")
+
+    def set_conditions(self, guidance_scale: float, frame_rate: float) -> None:
+        self.frame_rate = frame_rate
+
+    def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
+        return super().pipeline_arguments(conditions, guidance_scale) | {"frame_rate": self.frame_rate}
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, check_finite
 from halo_fast.families.base import Family
 
-__all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving"]
+__all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving", "count_tokens"]
+
+
+_CURE = "load the model in another precision"
+
+
+def _numbered(clips: Tensor) -> list[str]:
+    return [f"clip {index} of {len(clips)}" for index in range(len(clips))]
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of a text, uncut, with the marks that the tokenizer adds."""
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
 class PipelineFamily(Family):
@@ -57,6 +69,7 @@ class PipelineFamily(Family):
             )
         frames = (num_frames - 1) // time + 1
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
+        self.check_size((frames, height // space, width // space))
         return *first, height // space, width // space
 
     @property
@@ -70,10 +83,26 @@ class PipelineFamily(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        return [
+        encoded = [
             {name: self._trim(name, value[0]).cpu().clone() for name, value in self.encode_prompt(prompt).items()}
             for prompt in prompts
         ]
+        for prompt, conditions in zip(prompts, encoded, strict=True):
+            for name, value in conditions.items():
+                check_finite(value[None], [f"prompt {prompt!r}"], f"{name} of the text encoder", _CURE)
+        return encoded
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        return [prompt for prompt in prompts if any(count > limit for count, limit in self.token_counts(prompt))]
+
+    @property
+    def text_limit(self) -> int:
+        """Most tokens of a prompt that the text encoder sees, marks of beginning and end included."""
+        return self.max_length["prompt_embeds"]
+
+    def token_counts(self, prompt: str) -> list[tuple[int, int]]:
+        """Tokens of a prompt and the most that are seen, for each text encoder."""
+        return [(count_tokens(self.pipeline.tokenizer, prompt), self.text_limit)]
 
     def _trim(self, name: str, value: Tensor) -> Tensor:
         if name not in self.max_length:
@@ -110,6 +139,7 @@ class PipelineFamily(Family):
         vae = self.pipeline.vae
         pixels = videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
         latents = torch.cat([self.encode_clip(clip) for clip in pixels.split(1)]).float()
+        check_finite(latents, _numbered(latents), "latents of the autoencoder", _CURE)
         mean, std = self.statistics(latents)
         return self._layout((latents - mean) / std).contiguous()
 
@@ -121,6 +151,7 @@ class PipelineFamily(Family):
         latents = (latents * std + mean).to(vae.device, vae.dtype)
         # one clip at a time: memory is bounded, and pixels do not depend on the batch
         pixels = torch.cat([self.decode_clip(clip) for clip in latents.split(1)]).float()
+        check_finite(pixels, _numbered(pixels), "pixels of the autoencoder", _CURE)
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
     def _layout(self, latents: Tensor) -> Tensor:

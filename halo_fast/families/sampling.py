@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, check_finite
 from halo_fast.families.base import Family
 
 __all__ = ["GenerateConfig", "clip_seed", "sample_clips"]
@@ -28,7 +28,7 @@ class GenerateConfig:
         num_frames: frames of a clip.
         height: pixels.
         width: pixels.
-        fps: frames a second of the mp4 files.
+        fps: frames a second of the mp4 files, and of the clip where the model takes that as an input.
     """
 
     num_prompts: Annotated[int, Ge(1)] | None = None
@@ -60,7 +60,7 @@ def sample_clips(
         latents float32 [N, *latent_shape] in model space and videos uint8 [N, F, H, W, 3], both on the CPU.
 
     Raises:
-        UserError: a size that the model cannot make, or a model that only trains.
+        UserError: a size that the model cannot make, a model that only trains, or a clip that is not finite.
     """
     if not isinstance(family, Family):
         raise UserError(
@@ -70,6 +70,7 @@ def sample_clips(
     shape = family.latent_shape(settings.num_frames, settings.height, settings.width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     encoded = {prompt: family.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+    family.set_conditions(settings.guidance_scale, settings.fps)
     latents = family.sample(
         [encoded[prompt] for prompt in prompts],
         noise,
@@ -77,7 +78,18 @@ def sample_clips(
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
     )
-    return latents.cpu(), family.decode(latents).cpu()
+    clips = [f"clip of seed {seed} for {prompt!r}" for seed, prompt in zip(seeds, prompts, strict=True)]
+    check_finite(latents, clips, "latents sampled by the model", "load it in another precision")
+    # one by one, so that an error names the clip
+    videos = [_decode(family, latent, clip) for latent, clip in zip(latents.split(1), clips, strict=True)]
+    return latents.cpu(), torch.cat(videos)
+
+
+def _decode(family: Family, latents: Tensor, clip: str) -> Tensor:
+    try:
+        return family.decode(latents).cpu()
+    except UserError as error:
+        raise UserError(f"{clip}: {error}") from error
 
 
 def clip_seed(seed: int, prompt_index: int, candidate: int) -> int:

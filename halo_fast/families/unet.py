@@ -24,6 +24,10 @@ class TextToVideoSD(VariancePreserving):
     def side(self) -> int:
         return math.lcm(self.pipeline.vae_scale_factor, 8)
 
+    @property
+    def text_limit(self) -> int:
+        return int(self.pipeline.tokenizer.model_max_length)
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(prompt, self.text_device, 1, False)
         return {"prompt_embeds": embeds}
@@ -62,6 +66,11 @@ class TextToVideoSD(VariancePreserving):
 
 class AnimateDiff(TextToVideoSD):
     """diffusers.AnimateDiffPipeline: Stable Diffusion 1.5 with a motion adapter, which is trained with it."""
+
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        # the motion modules have a place in time for each frame
+        return int(self.transformer.config.motion_max_seq_length), None, None
 
     def embeds(self, conditions: dict[str, Tensor], noisy: Tensor) -> Tensor:
         return conditions["prompt_embeds"].repeat_interleave(noisy.shape[2], dim=0)

@@ -33,6 +33,12 @@ class Wan(PipelineFamily):
     def side(self) -> int:
         return max(self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1], 16)
 
+    @property
+    def largest(self) -> tuple[int | None, int | None, int | None]:
+        config = self.transformer.config
+        frames, height, width = (config.rope_max_seq_len * side for side in config.patch_size)
+        return frames, height, width
+
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         # the model attends to the zeros of the padding, so `stack` restores what is trimmed
         embeds, _ = self.pipeline.encode_prompt(
@@ -40,6 +46,12 @@ class Wan(PipelineFamily):
             device=self.text_device,
         )  # fmt: skip
         return {"prompt_embeds": embeds}
+
+    def token_counts(self, prompt: str) -> list[tuple[int, int]]:
+        # the pipeline mends broken characters and spaces first
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return super().token_counts(prompt_clean(prompt))
 
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         self.pipeline.load_lora_weights(dict(lora), load_into_transformer_2=self.network == "transformer_2")

@@ -100,7 +100,7 @@ class PairFigures:
             values["ref_mse"] = self._whole(self.error + self.log_ratio).mean()
         logits, weights = [], []
         if self.shared_logit or self.video is not None:
-            labelled = self._video_weights()
+            labelled = self.video_weights()
             logits.append(self.video_logits)
             weights.append(labelled)
             accuracy = _mean(_agreement(self.video_logits), labelled)
@@ -180,7 +180,8 @@ class PairFigures:
             raise ValueError(f"label must be one of {', '.join(self.labels) or 'none'} here; got {label!r}")
         return signed.reshape(len(signed), -1)
 
-    def _video_weights(self) -> Tensor:
+    def video_weights(self) -> Tensor:
+        """1 where the logit of ``video_logits`` has a label and 0 for a tie, [B]."""
         if self.shared_logit or self.video is None:
             return self.active
         return (self.video != 0).to(self.error.dtype)

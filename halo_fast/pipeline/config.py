@@ -9,6 +9,7 @@ from annotated_types import Ge
 from halo_fast.data.pairs import PairsConfig
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
+from halo_fast.families.weights import Precision
 from halo_fast.rewards.base import RewardConfig
 from halo_fast.settings import validate
 from halo_fast.teachers.openai.config import OpenAIConfig
@@ -103,6 +104,8 @@ class Config:
         evaluation_prompts: likewise, for evaluate; none of them should be among the prompts. Required.
         grid: patches of a clip along time, height and width.
         seed: every random number of a run follows from it.
+        precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0
+            training loads float32.
         generate: candidates of the base model.
         annotate: labels of the teacher.
         reward: reward model.
@@ -120,6 +123,7 @@ class Config:
     evaluation_prompts: str = ""
     grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
     seed: Annotated[int, Ge(0)] = 0
+    precision: Precision = "auto"
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

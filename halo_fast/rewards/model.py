@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, check_finite
 from halo_fast.files import write_json, write_safetensors
 from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
@@ -60,6 +60,7 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than the latent,
                 sides that are not multiples of 8.
+            UserError: scores that are not finite; NaN would mean "not labelled" later.
         """
         if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos: expected uint8 [N, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
@@ -71,6 +72,9 @@ class RewardModel(nn.Module):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
         features = self.backbone.encode(videos, self.backbone.frozen_features(videos))
         video, patches = self.backbone.logits(features, prompts, grid)
+        clips = [f"clip {index} of {len(prompts)}, {prompt!r}" for index, prompt in enumerate(prompts)]
+        for logits in (video, patches):
+            check_finite(logits, clips, "scores of the reward model", "score in another precision, or train it again")
         return Rewards(_scores(video, self.config.video_calibration), _scores(patches, self.config.patch_calibration))
 
     def by_dimension(self, rewards: Rewards) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

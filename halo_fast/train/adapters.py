@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser
 from halo_fast.train.config import TrainConfig
+from halo_fast.train.model_checks import check_layer_names
 
-__all__ = ["ADAPTER", "ReferenceMode", "adapters_off", "reference_switch", "repeated_blocks", "trained_parameters"]
+__all__ = [
+    "ADAPTER",
+    "ReferenceMode",
+    "adapters_off",
+    "check_adapted",
+    "reference_switch",
+    "repeated_blocks",
+    "trained_parameters",
+]
 
 ADAPTER = "halo"
 
@@ -67,6 +76,7 @@ def trained_parameters(family: Denoiser, config: TrainConfig) -> Iterator[dict[s
         model.requires_grad_(False)
         if config.rank:
             _inject_lora(model, targets, config)
+            check_layer_names(model, _adapted_layers(model))
         else:
             _require_gradients(model, targets)
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -95,6 +105,12 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
             )
 
 
+def _adapted_layers(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
 def _inject_lora(model: nn.Module, targets: list[str], config: TrainConfig) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -104,7 +120,34 @@ def _inject_lora(model: nn.Module, targets: list[str], config: TrainConfig) -> N
         try:
             inject_adapter_in_model(lora, model, ADAPTER)
         except ValueError as error:
-            raise UserError(f"train.target_modules: {error}") from error
+            raise UserError(f"train.target_modules: {_without_lora(model, targets) or first_line(error)}") from error
+
+
+def _without_lora(model: nn.Module, targets: list[str]) -> str:
+    """Which target is a layer that takes no LoRA, in one line: peft's message holds the whole layer."""
+    known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for name, module in model.named_modules():
+        if f".{name}".endswith(tuple(f".{target}" for target in targets)) and not isinstance(module, known):
+            inner = next((f"{name}.{part}" for part, layer in module.named_modules() if isinstance(layer, known)), None)
+            advice = f"{inner} inside it can be named" if inner else "leave it out"
+            return f"LoRA on {name} is not supported, a {type(module).__name__}; expected a linear layer, {advice}"
+    return ""
+
+
+@torch.no_grad()
+def check_adapted(forward: Callable[[], Tensor], model: nn.Module, config: TrainConfig) -> None:
+    """Raise unless the network runs with what was added to it, as it did before.
+
+    Raises:
+        UserError: naming the layers; some networks call layers in a way that peft's do not take.
+    """
+    try:
+        forward()
+    except TypeError as error:
+        raise UserError(
+            f"train.target_modules: {type(model).__name__} cannot run with LoRA on {config.target_modules} "
+            f"({first_line(error)}); leave out the layers that it calls by keyword"
+        ) from error
 
 
 def _require_gradients(model: nn.Module, targets: list[str]) -> None:

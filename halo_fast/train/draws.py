@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.data import Pair
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
 
 __all__ = ["Batch", "check_pairs", "draws_of_step", "generator", "make_batch"]
@@ -54,7 +54,7 @@ class Batch:
 
 
 def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
-    """Check that there are pairs and that the patch grid fits the latents.
+    """Check that there are pairs, that the model takes latents of their size and that the patch grid fits them.
 
     Only the first pair is read; `make_batch` checks each pair it takes.
 
@@ -65,6 +65,7 @@ def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
     pair = pairs[0]
     size = family.latent_size(pair.latents.shape)
+    family.check_size(size)
     grid = tuple(pair.patch_rewards.shape[1:])
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
@@ -137,7 +138,8 @@ def make_batch(
         errors: the reference's errors at all draws, [pairs, limit, 2, f, h, w]; None if not computed.
 
     Raises:
-        UserError: a pair that is not of two clips, of another size or grid than the first, or with infinite rewards.
+        UserError: a pair that is not of two clips, of another size or grid than the first, with infinite rewards, or
+            with latents or conditions that are not finite.
     """
     chosen = [pairs[index] for index, _ in draws]
     _check_alike(chosen, [index for index, _ in draws])
@@ -163,7 +165,7 @@ def make_batch(
 
 
 def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
-    """Raise unless all pairs of a batch have the first one's size and grid, and rewards that are not infinite."""
+    """Raise unless all pairs have the first one's size and grid, finite inputs, and rewards that are not infinite."""
     first = chosen[0]
     for pair, index in zip(chosen, indices, strict=True):
         for name, value, expected in [
@@ -178,3 +180,5 @@ def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
                 )
             if name != "latents" and value.isinf().any():
                 raise UserError(f"pairs: {name} of pair {index} are infinite; expected numbers, or NaN for no label")
+        for name, value in {"latents": pair.latents, **pair.conditions}.items():
+            check_finite(value[None], [f"pair {index}"], name, "make its clips and the cache again, or leave it out")

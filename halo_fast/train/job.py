@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
-from halo_fast.train.adapters import ReferenceMode, reference_switch, trained_parameters
+from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
-from halo_fast.train.launch import check_launch, uses_fsdp
+from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
+from halo_fast.train.model_checks import check_network
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.reference_check import check_start
@@ -109,12 +110,13 @@ def prepared_job(
         UserError: a setting without a meaning, pairs that do not fit, or a model that cannot be its own reference.
     """
     family = family_of(pipeline, config.network)
+    check_network(family.transformer)
     check_pairs(family, pairs)
     objective = checked_objective(config)
     check_trackers(config.report_to)
     check_launch(config, family.transformer)
-    accelerator = _accelerator(config, folder)
     with ExitStack() as stack:
+        accelerator = stack.enter_context(own_accelerator(config, folder))
         model: nn.Module = stack.enter_context(prepared_model(family.transformer, config, accelerator.device))
 
         def predict(batch: Batch) -> Tensor:
@@ -122,14 +124,16 @@ def prepared_job(
             with accelerator.autocast(), torch.no_grad():
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
-        errors = None
-        if config.reference_draws and uses_reference(objective):
-            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
         limit = config.reference_draws or None
-        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
-        base = predict(first)
+        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
+        base = _first_prediction(lambda: predict(first), first)
+        errors = None
+        if limit and uses_reference(objective):
+            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
         check_reference_errors(first, base, family.layout)
         parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
+        check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
         sharded = accelerator.num_processes > 1 and uses_fsdp()
         plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
@@ -146,21 +150,18 @@ def prepared_job(
         )  # fmt: skip
 
 
-def _accelerator(config: TrainConfig, folder: Path | None) -> Any:
-    """accelerate's Accelerator; UserError if the precision is not available."""
-    from accelerate import Accelerator
-
+def _first_prediction(predict: Callable[[], Tensor], batch: Batch) -> Tensor:
+    """The base's prediction; one line if the network does not take a batch of these shapes."""
     try:
-        return Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to or None,
-            # tensorboard wants a folder at once, though a dry run writes nothing there
-            project_dir=folder or Path(),
-        )
-    except ValueError as error:
+        return predict()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = {"latents": batch.noisy, **batch.conditions}
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
         raise UserError(
-            f"train.mixed_precision: {config.mixed_precision} is not available here ({error}); set no"
+            f"pairs: the network does not take the first pair, {shapes} ({first_line(error)}); were its latents and "
+            "prompts cached with this model?"
         ) from error
 
 

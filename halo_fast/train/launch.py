@@ -1,14 +1,20 @@
-"""Options of `accelerate launch`: each is followed or refused."""
+"""accelerate: the training's own Accelerator, and options of `accelerate launch`, each followed or refused."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from halo_fast.errors import UserError
 from halo_fast.train.adapters import repeated_blocks
 from halo_fast.train.config import TrainConfig
 
-__all__ = ["check_launch", "uses_fsdp"]
+__all__ = ["check_launch", "own_accelerator", "uses_fsdp"]
 
 
 def uses_fsdp() -> bool:
@@ -65,3 +71,52 @@ def check_launch(config: TrainConfig, model: nn.Module) -> None:
         value = os.environ.get(name, "")
         if value and value.lower() not in followed:
             raise UserError(f"accelerate launch: {name} is {value}, which training does not follow; set {instead}")
+
+
+@contextmanager
+def own_accelerator(config: TrainConfig, folder: Path | None) -> Iterator[Any]:
+    """accelerate's Accelerator for one training; accelerate's global state is as before after the block.
+
+    accelerate keeps one state for the whole process and refuses a second precision. So the training gets a fresh one,
+    and an Accelerator of the caller finds its own again.
+
+    Args:
+        config: gives precision and trackers.
+        folder: where trackers write; None for nowhere.
+
+    Raises:
+        UserError: the precision is not available.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    # A process group outlives the training, and so does what accelerate knows of it.
+    owners = [AcceleratorState, GradientState, *([] if dist.is_initialized() else [PartialState])]
+    shared: list[dict[str, Any]] = [owner._shared_state for owner in owners]
+    before, environment = [dict(state) for state in shared], dict(os.environ)
+    try:
+        for state in shared:
+            state.clear()
+        try:
+            accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision=config.mixed_precision,
+                log_with=config.report_to or None,
+                # tensorboard wants a folder at once, though a dry run writes nothing there
+                project_dir=folder or Path(),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"train.mixed_precision: {config.mixed_precision} is not available here ({error}); set no"
+            ) from error
+        yield accelerator
+    finally:
+        grouped = dist.is_initialized()
+        for owner, state, values in zip(owners, shared, before, strict=True):
+            if owner is PartialState and grouped:
+                continue
+            state.clear()
+            state.update(values)
+        for name in set(os.environ) - set(environment):
+            if name.startswith("ACCELERATE_"):
+                del os.environ[name]

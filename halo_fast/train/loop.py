@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halo_fast.data import Pair
 from halo_fast.export.lora import export_lora
+from halo_fast.families import family_of
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import progress
 from halo_fast.train.checkpoint import prune_checkpoints, resume, save_checkpoint
@@ -74,14 +75,18 @@ def fit(
             the step, saves and exits. None keeps everything in memory.
         references: where the reference's errors are kept (config.reference_draws), for other trainings too.
         heldout: pairs for diagnostics.csv alone.
-        generate: size and sampling of previews and fresh samples.
+        generate: size and sampling of the clips, of previews and fresh samples too; guidance scale and frame rate are
+            inputs of some networks in training. None leaves these as the family has them.
         progress: wraps the iterable of steps, (iterable, total, label).
 
     Raises:
         UserError: a setting without a meaning, no pairs, a grid larger than the latent, a model whose reference is not
             the base model, a loss that is not finite or spikes, or checkpoints of other settings.
     """
-    with prepared_job(pipeline, pairs, config, folder=folder, references=references, progress=progress) as job:
+    family = family_of(pipeline, config.network)
+    if generate is not None:
+        family.set_conditions(generate.guidance_scale, generate.fps)
+    with prepared_job(family, pairs, config, folder=folder, references=references, progress=progress) as job:
         if folder is not None and job.is_main:
             logger.info(job.plan.text)
         if folder is not None and config.off_policy_pairs:

@@ -29,12 +29,20 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
     home = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
         model.to(device).eval().requires_grad_(False)
         if config.attention_backend:
             _set_attention(model, config.attention_backend)
         if config.gradient_checkpointing != "none":
             _require_method(model, "enable_gradient_checkpointing", "gradient_checkpointing", "none")
+            if not getattr(model, "_supports_gradient_checkpointing", True):
+                raise UserError(
+                    f"train.gradient_checkpointing: {type(model).__name__} does not support it, got "
+                    f"{config.gradient_checkpointing}; set none"
+                )
             model.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
         if config.compile:
             compile_blocks(model)
@@ -43,7 +51,9 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
     finally:
         for block in repeated_blocks(model):
             block._compiled_call_impl = None
-        if config.gradient_checkpointing != "none" and hasattr(model, "disable_gradient_checkpointing"):
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        if getattr(model, "is_gradient_checkpointing", False):
             model.disable_gradient_checkpointing()
         if config.attention_backend and hasattr(model, "reset_attention_backend"):
             model.reset_attention_backend()

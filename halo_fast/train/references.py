@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.data import Pair
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
 from halo_fast.families.fingerprint import fingerprint
 from halo_fast.files import hash_tensors, write_safetensors
@@ -67,7 +67,10 @@ def reference_errors(
     def compute(start: int) -> Tensor:
         indices = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
         with torch.no_grad():
-            return _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast)
+            found = _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast)
+        names = [f"pair {index}" for index in indices]
+        check_finite(found, names, "errors of the reference", "check that the model runs in this precision")
+        return found
 
     if folder is None:
         return torch.cat([compute(start) for start in progress(starts, len(starts), "reference errors")])

@@ -1,11 +1,13 @@
 """One optimiser step."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from halo_fast.loss.figures import PairFigures
+from halo_fast.loss.objectives import PairObjective
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, draws_of_step
 from halo_fast.train.job import Job
@@ -31,6 +33,8 @@ def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
     figures = []
     for own in batches_of_process(draws, config.train_batch_size, job.accelerator.process_index, world):
         figures.append(run_batch(job, job.batch(own)))
+    if step == 0 and isinstance(job.objective, PairObjective) and uses_reference(job.objective):
+        figures = [_at_the_start(one) for one in figures]
     pairs = torch.stack([one.num_pairs for one in figures]).sum()
     average_gradients(list(job.parameters.values()), pairs, job.sharded)
     norm = gather_shards(torch.nn.utils.clip_grad_norm_(job.parameters.values(), config.max_grad_norm))
@@ -39,8 +43,18 @@ def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if job.auto_beta is not None:
-        job.auto_beta.update(torch.cat([one.video_logits for one in figures]))
+        logits = torch.cat([one.video_logits for one in figures])
+        job.auto_beta.update(logits, torch.cat([one.video_weights() for one in figures]))
     return figures, norm
+
+
+def _at_the_start(figures: PairFigures) -> PairFigures:
+    """Figures of the first step: the policy is the reference, and what is left of the logits is rounding."""
+    return replace(
+        figures,
+        video_logits=torch.zeros_like(figures.video_logits),
+        patch_logits=torch.zeros_like(figures.patch_logits),
+    )
 
 
 def run_batch(job: Job, batch: Batch) -> PairFigures:

@@ -95,7 +95,7 @@ def test_diffusers_reads_our_hunyuan_file_back_as_the_same_change_of_weights(lef
     expected = products(adapter(layers))
     file = comfyui(adapter(layers), "HunyuanVideoPipeline")
     if not left_out:
-        assert file["diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight"].shape == (6, 12)
+        assert file["diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight"].shape == (8, 12)
         assert file["diffusion_model.single_blocks.1.linear1.lora_B.weight"].shape == (7 * WIDTH, 8)
     found = products(
         {k.removeprefix("transformer."): v for k, v in theirs._convert_hunyuan_video_lora_to_diffusers(file).items()}
@@ -104,6 +104,14 @@ def test_diffusers_reads_our_hunyuan_file_back_as_the_same_change_of_weights(lef
     for module, change in found.items():
         # a layer without an adapter of its own comes back with one that changes nothing
         torch.testing.assert_close(change, expected.get(module, torch.zeros_like(change)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [DOUBLE, {name: DOUBLE[name] for name in list(DOUBLE)[:7]}, SINGLE])
+def test_hunyuan_files_have_one_rank(layers):
+    # loaders that take one rank, and alpha from it, for the whole file scale other ranks wrongly
+    file = comfyui(adapter(layers, rank=3), "HunyuanVideoPipeline")
+    ranks = {value.shape[0 if ".lora_A." in name else 1] for name, value in file.items()}
+    assert len(ranks) == 1 and all(value.isfinite().all() for value in file.values())
 
 
 def test_fused_refiner_adapter_is_the_stack_of_its_parts():

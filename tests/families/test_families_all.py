@@ -332,7 +332,7 @@ def test_training_uses_the_guidance_that_the_clips_were_sampled_with():
     conditions = family.encode_prompts(["a cube"])
     noise = torch.randn(1, *family.latent_shape(9, 32, 32))
     family.sample(conditions, noise, video_size=(9, 32, 32), num_inference_steps=1, guidance_scale=3.5)
-    family.set_guidance(3.5)
+    family.set_conditions(3.5, 8)
     family.predict(family.transformer, noise, torch.ones(1), family.stack(conditions))
     assert given[0] == given[1] == (1000, 3500)
 

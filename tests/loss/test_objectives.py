@@ -366,6 +366,18 @@ def test_auto_beta_stays_where_nothing_is_labelled_and_within_its_bounds():
         AutoBeta(target=0.7)
 
 
+def test_auto_beta_counts_by_labels_whatever_rounding_leaves_of_a_logit():
+    # a label whose logit is 0 has a factor of one half; a tie counts nowhere, whatever its logit is
+    logits, labelled = torch.tensor([0.0, 1e-9, -1e-9, 2.0, 5.0]), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    auto = AutoBeta(initial=100.0, target=0.2, rate=0.1)
+    auto.update(logits, labelled)
+    mean = (0.5 + 0.5 + 1 / (1 + math.exp(2))) / 3
+    assert auto.beta.item() == pytest.approx(100 * math.exp(0.1 * (mean - 0.2)), rel=1e-5)
+    again = AutoBeta(initial=100.0, target=0.2, rate=0.1)
+    again.update(torch.where(logits.abs() < 1e-8, 0.0, logits), labelled)
+    assert again.beta.item() == pytest.approx(auto.beta.item(), rel=1e-6)
+
+
 def curve(loss_of, dtype):
     """20 AdamW steps of a tiny video model on fixed pairs; ``loss_of(prediction, reference, target, t)``."""
     torch.manual_seed(0)

@@ -339,3 +339,18 @@ def test_one_layer_whose_switch_fails_is_noticed(pairs, monkeypatch):
     monkeypatch.setattr(BaseTunerLayer, "enable_adapters", stuck)
     with pytest.raises(UserError, match="switched to the reference, expected the base, got"):
         fit(pipeline, pairs, CONFIG, progress=quiet)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_first_step_says_one_half_and_moves_beta_alike_with_and_without_cached_errors(pairs, batch):
+    betas = []
+    for draws in (None, 2):
+        config = dataclasses.replace(
+            CONFIG, auto_beta=0.3, reference_draws=draws, max_train_steps=1, train_batch_size=batch,
+            gradient_accumulation_steps=4 // batch,
+        )  # fmt: skip
+        (row,) = fit(tiny_wan(), pairs, config, progress=quiet).log
+        assert row["rewards/accuracies"] == row["patch/accuracies"] == row["implicit_acc"] == 0.5
+        betas.append(row["beta"])
+    # every label has a factor of one half
+    assert betas == [pytest.approx(100 * math.exp(0.1 * (0.5 - 0.3)), rel=1e-6)] * 2

@@ -113,13 +113,17 @@ class AutoBeta:
         self.beta = torch.tensor(float(initial), device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor) -> None:
+    def update(self, logits: Tensor, labelled: Tensor | None = None) -> None:
         """Move beta after a step with these logits (``out.video_logits`` or ``out.patch_logits``).
 
-        A logit of exactly 0 counts as a tie. At the very start policy equals reference, all logits are 0, and beta
-        stays. NaN logits are left out: the loss shows a broken step, and beta must survive it.
+        NaN logits are left out: the loss shows a broken step, and beta must survive it.
+
+        Args:
+            logits: any shape.
+            labelled: of the same shape, not 0 where there is a preference and 0 for a tie. None takes logits of exactly
+                0 for ties, which is right for ``out.video_logits`` after the first step.
         """
-        labelled = (logits != 0) & ~logits.isnan()
+        labelled = ((logits if labelled is None else labelled) != 0) & ~logits.isnan()
         factor = torch.sigmoid(-logits.abs().float())
         sums = torch.stack([torch.where(labelled, factor, 0.0).sum(), labelled.sum().float()])
         if dist.is_available() and dist.is_initialized():

@@ -20,14 +20,14 @@ def build_cache(config: Config, run: Run) -> None:
     clips_folder, pairs_file = run.require("generate"), run.require("pairs/pairs.parquet")
     model = config.pretrained_model_name_or_path
     inputs = {"clips": clips_folder, "pairs": pairs_file, "pretrained_model_name_or_path": source(model)}
-    with run.stage("cache", config.cache, inputs) as stage:
+    with run.stage("cache", {"precision": config.precision}, inputs) as stage:
         if stage.done:
             return
         pairs = read_rows(pairs_file, PairRow)
         paired = {clip for pair in pairs for clip in (pair.clip_a, pair.clip_b)}
         clips = [clip for clip in read_rows(clips_folder / "clips.parquet", ClipRow) if clip.clip_id in paired]
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-        family = load(model)
+        family = load(model, precision=config.precision)
         rows = cache_latents(family, clips, clips_folder, stage.folder) + cache_prompts(family, prompts, stage.folder)
         write_rows(stage.folder / "index.parquet", rows, CacheRow)
         stage.finish({"clips": len(clips), "prompts": len(prompts)})

@@ -129,7 +129,7 @@ def _sample(config: Config, clips: Sequence[_ArmClip], trained: Path, folder: Pa
         return
     from halo_fast.export.lora import load_trained
 
-    family = load(config.pretrained_model_name_or_path, network=config.train.network)
+    family = load(config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision)
     arm = _ARMS[0]
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0].arm != arm:

@@ -33,10 +33,12 @@ def generate(config: Config, run: Run) -> None:
     _warn_of_leakage(prompts, config)
     model = config.pretrained_model_name_or_path
     inputs = {"prompts": prompt_source(config.prompts), "pretrained_model_name_or_path": source(model)}
-    with run.stage("generate", asdict(settings) | {"seed": config.seed}, inputs) as stage:
+    with run.stage(
+        "generate", asdict(settings) | {"seed": config.seed, "precision": config.precision}, inputs
+    ) as stage:
         if stage.done:
             return
-        family = load(model)
+        family = load(model, precision=config.precision)
         _check_grid(family, config)
         clips = _clip_rows(prompts, settings.num_videos_per_prompt, config.seed)
         batches = [clips[start : start + settings.batch_size] for start in range(0, len(clips), settings.batch_size)]

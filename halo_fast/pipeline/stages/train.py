@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 
 import torch
 
@@ -38,7 +39,7 @@ def train(config: Config, run: Run) -> None:
     }
     # On a CPU accelerate needs cpu=True before it initialises the process group.
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    stage = run.stage("train", config.train, inputs)
+    stage = run.stage("train", asdict(config.train) | {"precision": config.precision}, inputs)
     with ExitStack() as stack:
         if main:
             stack.enter_context(stage)
@@ -86,6 +87,12 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
     heldout = heldout_mask(pairs.prompts, config.train.heldout_share)
     if all(heldout):
         raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
-    family = load(config.pretrained_model_name_or_path, device="cpu", network=config.train.network)
-    family.set_guidance(config.generate.guidance_scale)
+    settings = config.train
+    # only what samples clips needs the other parts
+    sampling = settings.validation_prompts or (settings.off_policy_pairs and settings.off_policy_fresh)
+    family = load(
+        config.pretrained_model_name_or_path, "cpu", settings.network, config.precision if settings.rank else "fp32",
+        None if sampling else [settings.network or "transformer", "unet"],
+    )  # fmt: skip
+    family.set_conditions(config.generate.guidance_scale, config.generate.fps)
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)

@@ -1,0 +1,101 @@
+"""Which weights of a diffusers folder are loaded, and in which precision."""
+
+import importlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+__all__ = ["Precision", "load_pipeline"]
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+_STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[str] | None = None) -> Any:
+    """A diffusers pipeline from a folder or the hub.
+
+    Args:
+        name: of the folder or the model on the hub.
+        precision: of all networks. "auto" is the one in which each is stored. float16 needs loss scaling, so it becomes
+            bfloat16 where the GPU computes in that, else float32. Layers that diffusers keeps in float32 stay so.
+        weights: networks whose weights are loaded; the others are on the meta device. None for all.
+
+    Raises:
+        OSError, ValueError: from diffusers, if there is no such pipeline.
+    """
+    import diffusers
+
+    folder = Path(name) if Path(name).is_dir() else Path(diffusers.DiffusionPipeline.download(name))
+    networks = _networks(folder)
+    empty = (
+        {}
+        if weights is None
+        else {part: _empty(folder / part, networks[part]) for part in networks if part not in weights}
+    )
+    dtypes = {part: _dtype(folder / part, precision) for part in networks if part not in empty}
+    # the class itself: DiffusionPipeline would load parts that are optional in it again
+    kind: Any = getattr(diffusers, _index(folder).get("_class_name", ""), diffusers.DiffusionPipeline)
+    with warnings.catch_warnings():
+        # newer versions call it dtype, older ones know this name alone
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+        return kind.from_pretrained(str(folder), torch_dtype=dtypes | {"default": torch.float32}, **empty)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _networks(folder: Path) -> dict[str, type[nn.Module]]:
+    """The classes of the networks that model_index.json names."""
+    found = {}
+    for part, entry in _index(folder).items():
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+            kind = getattr(importlib.import_module(entry[0]), entry[1], None)
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
+                found[part] = kind
+    return found
+
+
+def _empty(folder: Path, kind: Any) -> nn.Module:
+    """A network without weights, from its configuration alone."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        if hasattr(kind, "config_class") and kind.config_class is not None:
+            network: nn.Module = kind(kind.config_class.from_pretrained(folder))
+        else:
+            network = kind.from_config(kind.load_config(folder))
+    return network.eval()
+
+
+def _dtype(folder: Path, precision: Precision) -> torch.dtype:
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    stored = _stored_dtype(folder)
+    if stored is not torch.float16:
+        return stored
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of most bytes in the first safetensors file; float32 where there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return torch.float32
+    with open(files[0], "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    size: Counter[str] = Counter()
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            size[entry["dtype"]] += end - begin
+    return _STORED.get(size.most_common(1)[0][0], torch.float32) if size else torch.float32

@@ -1,0 +1,66 @@
+"""Parts of a folder that are loaded, and their precision, for every family."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from tiny import TINY, tiny_hunyuan, tiny_wan
+
+from halo_fast.families import family_of, load
+
+PROMPTS = ["a ball rolls", " ".join(["red"] * 1200)]
+
+
+def bytes_held(family):
+    """Bytes of all weights that are in memory, by part."""
+    parts = family.pipeline.components.items()
+    return {
+        name: sum(value.nbytes for value in part.parameters() if not value.is_meta)
+        for name, part in parts
+        if isinstance(part, torch.nn.Module)
+    }
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_the_network_alone_predicts_as_the_whole_model_and_tokenizers_alone_count(name, tmp_path):
+    tiny = TINY[name]
+    pipeline = tiny.build()
+    pipeline.save_pretrained(tmp_path)
+    whole = family_of(pipeline, tiny.network)
+    conditions = whole.stack(whole.encode_prompts(PROMPTS[:1]))
+    noisy, t = torch.randn(1, *whole.latent_shape(*tiny.size)), torch.tensor([0.6])
+    alone = load(str(tmp_path), "cpu", tiny.network, weights=[whole.network])
+    held = bytes_held(alone)
+    assert {part for part, size in held.items() if size} == {whole.network}
+    assert alone.latent_shape(*tiny.size) == whole.latent_shape(*tiny.size)
+    outputs = [family.predict(family.transformer, noisy, t, conditions) for family in (whole, alone)]
+    assert torch.equal(*outputs)
+    words = load(str(tmp_path), "cpu", tiny.network, weights=())
+    assert not any(bytes_held(words).values())
+    assert words.cut_prompts(PROMPTS) == whole.cut_prompts(PROMPTS) == PROMPTS[1:]
+
+
+def test_auto_is_the_stored_precision_of_each_part(tmp_path):
+    pipeline = tiny_hunyuan()
+    pipeline.transformer.to(torch.bfloat16)
+    pipeline.text_encoder_2.to(torch.bfloat16)
+    pipeline.text_encoder.to(torch.float16)
+    pipeline.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path), "cpu").pipeline
+    found = {name: getattr(loaded, name).dtype for name in ("transformer", "text_encoder", "text_encoder_2", "vae")}
+    # float16 is taken by no part: its small gradients vanish
+    assert found == {
+        "transformer": torch.bfloat16, "text_encoder": torch.float32, "text_encoder_2": torch.bfloat16,
+        "vae": torch.float32,
+    }  # fmt: skip
+    for name, value in loaded.transformer.state_dict().items():
+        torch.testing.assert_close(value.float(), pipeline.transformer.state_dict()[name].float(), rtol=0, atol=0)
+
+
+def test_one_precision_for_all_leaves_float32_what_diffusers_keeps(tmp_path):
+    tiny_wan().save_pretrained(tmp_path)
+    pipeline = load(str(tmp_path), "cpu", precision="bf16").pipeline
+    assert isinstance(pipeline.vae, AutoencoderKLWan) and pipeline.vae.dtype == torch.bfloat16
+    kept = {name for name, value in pipeline.transformer.named_parameters() if value.dtype == torch.float32}
+    assert kept and all(any(part in name for part in pipeline.transformer._keep_in_fp32_modules) for name in kept)
+    assert pipeline.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
