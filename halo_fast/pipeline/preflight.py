@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
+from math import comb
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halo_fast import registry
 from halo_fast.errors import UserError
@@ -12,6 +14,9 @@ from halo_fast.pipeline.clips import run_stages
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
+
+if TYPE_CHECKING:
+    from halo_fast.teachers import Teacher
 
 __all__ = ["check_required", "check_run"]
 
@@ -57,8 +62,9 @@ def check_run(config: Config, run: Run) -> None:
         run: its directory; what is annotated already needs no teacher any more, and no key.
 
     Raises:
-        UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, an unknown
-            backbone, examples, teacher or meter, or one that cannot read such clips.
+        UserError: a missing setting, an objective or tracker that training would refuse, unreadable prompts, a budget
+            that the teacher's questions exceed, an unknown backbone, examples, teacher or meter, or one that cannot
+            read such clips.
     """
     stages = run_stages(config, list(STAGES))
     check_required(config, stages)
@@ -76,5 +82,29 @@ def check_run(config: Config, run: Run) -> None:
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed) if own else []
     evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if "annotate" in stages and not (run.path / "annotate" / "manifest.json").exists():
-        with LabelStore(Path(":memory:")) as store:
-            load_teacher(config, store, prompts=prompts)
+        kept = run.path / "labels.sqlite"
+        with LabelStore(kept if kept.exists() else Path(":memory:")) as store:
+            teacher = load_teacher(config, store, prompts=prompts)
+            if prompts:  # how many clips an import gives is known after it
+                _check_budget(config, teacher, prompts)
+
+
+def _check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> None:
+    """Raise if a paid teacher's budget cannot hold the clips that this config makes; their size is known, not more."""
+    import torch
+
+    from halo_fast.teachers import Clip, Judge
+    from halo_fast.teachers.base import Paid
+
+    if not isinstance(teacher, Paid):
+        return
+    settings = config.generate
+    size = (settings.num_frames, settings.height, settings.width, 3)
+    typical = sorted(prompts, key=len)[len(prompts) // 2]
+    clip = Clip("", typical, lambda: torch.zeros(size, dtype=torch.uint8))
+    made, count = len(prompts) * settings.num_videos_per_prompt, config.annotate.num_clips
+    clips = min(made, count or made)
+    # of the candidates of a prompt, those are compared that were drawn: about this share of all pairs
+    share = (clips / made) ** 2
+    pairs = round(share * len(prompts) * comb(settings.num_videos_per_prompt, 2)) if isinstance(teacher, Judge) else 0
+    teacher.check_budget([clip] * clips, [(clip, clip)] * pairs)

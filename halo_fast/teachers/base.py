@@ -13,7 +13,7 @@ from halo_fast.settings import validate
 from halo_fast.teachers.rubric import Label
 from halo_fast.teachers.store import LabelStore
 
-__all__ = ["Clip", "Judge", "Teacher", "TeacherRequest", "build_teacher", "label_in_batches", "read_options"]
+__all__ = ["Clip", "Judge", "Paid", "Teacher", "TeacherRequest", "build_teacher", "label_in_batches", "read_options"]
 
 Options = TypeVar("Options")
 
@@ -73,6 +73,15 @@ class Judge(Teacher, Protocol):
             The index of a pair and its judgement: "status", "reason" and, if the status is "ok", one of "a", "b", "tie"
             and "inconsistent" for each of RUBRIC_DIMENSIONS.
         """
+        ...
+
+
+@runtime_checkable
+class Paid(Teacher, Protocol):
+    """A teacher that costs money."""
+
+    def check_budget(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> None:
+        """Raise UserError if the budget cannot hold the questions about these clips and pairs; nothing is asked."""
         ...
 
 

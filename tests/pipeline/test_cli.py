@@ -145,6 +145,33 @@ def test_run_finds_the_mistakes_of_late_stages_before_it_starts(capsys, calls, t
     assert not calls and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # 400 prompts with four candidates each, and every two of a prompt compared
+        (["--annotate.openai.pairwise", "true"], ["1600 clips, 2400 pairs", "budget $5.00"]),
+        (["--annotate.openai.budget", "0.4", "--annotate.num_clips", "40"], ["40 clips", "budget $0.40"]),
+    ],
+)
+def test_run_refuses_a_budget_that_cannot_be_enough_before_it_starts(
+    capsys, calls, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a ball rolls to the left, {index}" for index in range(400)))
+    (tmp_path / "held.txt").write_text("a square stands still\n")
+    given = {
+        "output_dir": tmp_path / "run", "pretrained_model_name_or_path": "nowhere", "annotate.teacher": "openai",
+        "prompts": tmp_path / "prompts.txt", "evaluation_prompts": tmp_path / "held.txt",
+        "generate.num_prompts": 400, "generate.num_videos_per_prompt": 4, "reward.backbone": "compact",
+    }  # fmt: skip
+    words_given = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    line = refuse(capsys, "run", *words_given, *arguments)
+    assert line.startswith("halo: error: annotate.openai.budget: ") and all(word in line for word in words), line
+    assert not calls and not (tmp_path / "run").exists()
+    enough = ["--annotate.openai.budget", "400"]
+    assert cli.main(["run", *words_given, *arguments, *enough]) == 0 and calls
+
+
 def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["score", "demo", "--output_dir", "elsewhere", "--score.batch_size", "3"]) == 0

@@ -162,3 +162,21 @@ def test_evaluation_prompts_that_are_trained_on_are_counted(made, tmp_path, capl
     other.write_text('"a new one"\n')
     generate(config, Run(config))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_prompts_that_the_text_encoder_cuts_are_listed_before_anything_is_made(made, tmp_path, caplog, monkeypatch):
+    lines = ["a ball", " ".join(["red ball rolls"] * 9), "a cube", " ".join(["over the grass"] * 8)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    config = dataclasses.replace(
+        made[0], output_dir=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.txt"), evaluation_prompts=""
+    )
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "sample_clips", stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, Run(config))
+    listed = [message for message in caplog.messages if "text encoder" in message]
+    assert len(listed) == 3 and "2 of 4 are cut" in listed[2]
+    assert "number 2 is longer" in listed[0] and "'red ball rolls" in listed[0] and "number 4 is" in listed[1]

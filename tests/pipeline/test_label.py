@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import sqlite3
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from browser import PROGRAM, Browser
+from disks import fill, small_disk
 from moving_shapes import GRID, Clips, make_clips, write_candidates
 from PIL import Image
 
@@ -20,9 +22,11 @@ from halo_fast.data.clips import read_clip
 from halo_fast.errors import UserError
 from halo_fast.pipeline.config import AnnotateConfig, Config
 from halo_fast.pipeline.label import LabelServer
+from halo_fast.pipeline.label import server as server_module
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.annotate import annotate
 from halo_fast.teachers import VIDEO_DIMENSIONS, LabelStore
+from halo_fast.teachers import store as store_module
 
 PATCHES = 48
 CLIPS = make_clips(4, seed=5)
@@ -64,11 +68,14 @@ def ask(server: LabelServer, path: str, method: str = "GET", body: object = None
     return found
 
 
-def scores(video: dict | None = None, patches: dict | None = None, skipped: bool = False) -> dict:
+def scores(
+    video: dict | None = None, patches: dict | None = None, skipped: bool = False, version: str = "1", bases=("",)
+) -> dict:
     row = [None] * PATCHES
     for patch, score in (patches or {}).items():
         row[patch] = score
-    return {"video": dict.fromkeys(VIDEO_DIMENSIONS) | (video or {}), "patches": row, "skipped": skipped}
+    given = {"video": dict.fromkeys(VIDEO_DIMENSIONS) | (video or {}), "patches": row, "skipped": skipped}
+    return given | {"version": version, "bases": list(bases)}
 
 
 def test_label_page_is_for_those_who_have_its_address(tmp_path):
@@ -166,7 +173,7 @@ def test_label_states_and_continuation(tmp_path):
         kept = json.loads(ask(server, "clips/1")[2])
         assert kept["patches"][7] == 2 and kept["patches"].count(None) == PATCHES - 1
         # scores that are taken back are gone
-        assert json.loads(ask(server, "clips/1", "PUT", scores())[2]) == {"state": "open"}
+        assert json.loads(ask(server, "clips/1", "PUT", scores(version="2", bases=["0", "1"]))[2]) == {"state": "open"}
     with serving(tmp_path, "bert") as server:
         assert json.loads(ask(server, "overview")[2])["states"] == ["open"] * 4, "labels are each person's own"
 
@@ -352,3 +359,151 @@ def test_label_page_says_when_nothing_is_saved(tmp_path, browser):
             "text_alignment": 5,
             "dynamic_degree": None,
         }
+
+
+def test_a_version_that_is_not_the_last_one_is_refused(tmp_path):
+    with serving(candidates(tmp_path)) as server:
+        assert ask(server, "clips/0", "PUT", scores(patches={0: 4}, version="a"))[0] == 200
+        # the answer to "b" was lost: "c" builds on either
+        assert ask(server, "clips/0", "PUT", scores(patches={0: 3}, version="b", bases=["a"]))[0] == 200
+        assert ask(server, "clips/0", "PUT", scores(patches={0: 2}, version="c", bases=["a", "b"]))[0] == 200
+        for stale in (scores(skipped=True), scores(version="d", bases=["a", "b"]), scores(bases=[])):
+            status, _, message = ask(server, "clips/0", "PUT", stale)
+            assert status == 409 and b"another tab" in message
+        assert json.loads(ask(server, "clips/0")[2])["patches"][0] == 2
+        # a clip whose scores were taken back is not as it was before either
+        assert ask(server, "clips/0", "PUT", scores(version="e", bases=["c"]))[0] == 200
+        assert ask(server, "clips/0", "PUT", scores(version="f"))[0] == 409
+
+
+def test_scores_under_another_grid_or_rubric_are_told_and_usable(tmp_path, monkeypatch):
+    folder = candidates(tmp_path)
+    whole = scores(dict.fromkeys(VIDEO_DIMENSIONS, 4), dict.fromkeys(range(PATCHES), 5))
+    with serving(folder) as server:
+        ask(server, "clips/0", "PUT", whole)
+        ask(server, "clips/1", "PUT", scores(patches={3: 2}))
+        ask(server, "clips/2", "PUT", scores({"text_alignment": 1}))
+    # as an earlier version stored it: without a note of its grid
+    with sqlite3.connect(folder / "labels.sqlite") as connection:
+        connection.execute("DELETE FROM edits WHERE key = (SELECT key FROM labels ORDER BY rowid LIMIT 1)")
+    other = Config(output_dir=str(folder), grid=(1, 2, 2), annotate=AnnotateConfig())
+    with LabelServer(other, "anna") as server:
+        overview = server.overview()
+        assert overview["states"] == ["open"] * 4 and overview["earlier"] == [True, False, True, False]
+        assert overview["strangers"] == 1, "scores of patches alone mean nothing under another grid"
+        first = server.clip(0)["earlier"]
+        assert first == {"why": "the grid (3, 4, 4)", "video": dict.fromkeys(VIDEO_DIMENSIONS, 4.0), "patches": None}
+    changed = store_module.RUBRIC + " "
+    monkeypatch.setattr(store_module, "RUBRIC", changed)
+    monkeypatch.setattr(server_module, "RUBRIC", changed)
+    with LabelServer(config_in(folder), "anna") as server:
+        overview = server.overview()
+        # of the first, nobody knows the rubric
+        assert overview["earlier"] == [False, True, True, False] and overview["strangers"] == 1
+        second = server.clip(1)["earlier"]
+        assert second["why"] == "another version of the rubric" and second["patches"][3] == 2
+    with LabelServer(config_in(folder), "bert") as server:
+        assert server.overview()["earlier"] == [False] * 4
+
+
+def test_label_page_takes_over_earlier_scores(tmp_path, browser):
+    folder = candidates(tmp_path)
+    with LabelServer(Config(output_dir=str(folder), grid=(3, 2, 2)), "anna") as server:
+        row = {"video": dict.fromkeys(VIDEO_DIMENSIONS, 3), "patches": [2] * 12, "skipped": False}
+        server.save(0, row | {"version": "a", "bases": [""]})
+    with serving(folder) as server:
+        browser.open(server.url)
+        browser.until(SHOWN)
+        assert "you scored it under the grid" in browser.run("$('status').textContent")
+        browser.press("5", "e")
+        browser.until("saving.then(() => !clip.earlier && task.states[0] === 'part')")
+        found = stored(folder, server)[0]
+        assert found["video"] == dict.fromkeys(VIDEO_DIMENSIONS, 3) | {"visual_quality": 5}
+        assert found["patches"] == [None] * PATCHES
+
+
+def test_two_tabs_lose_nothing(tmp_path, browser):
+    with serving(candidates(tmp_path)) as server:
+        browser.open(server.url)
+        browser.until(SHOWN)
+        first = browser.tab
+        second = browser.new_tab()
+        browser.open(server.url)
+        browser.until(SHOWN)
+        browser.press("4", "3", "5", "f")
+        browser.until("saving.then(() => task.states[0] === 'done')")
+        browser.tab = first  # it still shows the clip without a score
+        for key in ("s", "2"):
+            browser.press(key)
+            browser.until("saving.then(() => conflict && !$('conflict').hidden)")
+            browser.press("n")
+            browser.run("saving.then(() => true)")
+            assert browser.run("index") == 0 and "another tab" in browser.run("$('status').textContent")
+            assert stored(tmp_path, server)[0]["patches"].count(5) == PATCHES
+        browser.press("r")
+        browser.until("!conflict && clip.patches.every(score => score === 5) && clip.video.visual_quality === 4")
+        browser.press("1")
+        browser.until("saving.then(() => $('status').textContent.startsWith('saved'))")
+        browser.tab = second
+        browser.press("v", "5")
+        browser.until("saving.then(() => conflict)")
+        browser.press("k")
+        browser.until("saving.then(() => !conflict && !unsaved)")
+        assert stored(tmp_path, server)[0]["video"] == {
+            "visual_quality": 5, "text_alignment": 3, "dynamic_degree": 5
+        }  # fmt: skip
+        browser.tab = first
+
+
+def test_a_killed_browser_loses_nothing_that_was_saved(tmp_path):
+    if PROGRAM is None:
+        pytest.skip("needs chromium")
+    with serving(candidates(tmp_path)) as server:
+        page = Browser(tmp_path / "profile")
+        page.open(server.url)
+        page.until(SHOWN)
+        page.press("4", "2", "3", "1", "5")
+        page.until("saving.then(() => $('status').textContent.startsWith('saved'))")
+        page.kill()
+        found = stored(tmp_path, server)[0]
+        assert found["video"] == {"visual_quality": 4, "text_alignment": 2, "dynamic_degree": 3}
+        assert found["patches"][:2] == [1, 5] and found["state"] == "part"
+        with Browser(tmp_path / "profile2") as again:
+            again.open(server.url)
+            again.until(SHOWN)
+            assert again.run("index") == 0 and again.run("clip.patches[1]") == 5
+
+
+def leaves_only_when_saved(browser, tmp_path, server, complaint: str, spoil) -> None:
+    """A score that cannot be stored keeps its clip on the page, is named, and is stored with N once it can be."""
+    browser.open(server.url)
+    browser.until(SHOWN)
+    mend = spoil()
+    browser.press("4")
+    browser.until("saving.then(() => unsaved && $('status').classList.contains('bad'))")
+    browser.press("n")
+    browser.run("new Promise(done => setTimeout(done, 300)).then(() => saving).then(() => true)")
+    assert browser.run("index") == 0 and complaint in browser.run("$('status').textContent")
+    mend()
+    browser.press("n")
+    browser.until(f"index === 1 && {SHOWN}")
+    assert stored(tmp_path, server)[0]["video"]["visual_quality"] == 4
+
+
+def test_a_full_disk_keeps_scores_on_the_page(tmp_path, browser):
+    with small_disk(tmp_path / "disk") as folder, serving(candidates(folder)) as server:
+        leaves_only_when_saved(browser, folder, server, "the disk is full", lambda: fill(folder).unlink)
+
+
+def test_a_locked_store_keeps_scores_on_the_page(tmp_path, browser, monkeypatch):
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.05)
+    with serving(candidates(tmp_path)) as server:
+        ask(server, "clips/3", "PUT", scores(skipped=True))
+        other = sqlite3.connect(tmp_path / "labels.sqlite", isolation_level=None)
+
+        def lock():
+            other.execute("BEGIN IMMEDIATE")
+            return lambda: other.execute("ROLLBACK")
+
+        leaves_only_when_saved(browser, tmp_path, server, "another process has it locked", lock)
+        other.close()

@@ -46,13 +46,24 @@ class Browser:
         os.close(to_browser)
         os.close(from_browser)
         self._number, self._buffer, self.events = 0, b"", list[dict[str, Any]]()
+        self._size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.tab = self.new_tab()
+
+    def new_tab(self) -> str:
+        """Open a tab and go on in it; assign an earlier one to `tab` and call `front` to go back."""
         target = self._call("Target.createTarget", {"url": "about:blank"}, None)["targetId"]
         attached = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, None)
-        self._session = attached["sessionId"]
+        self.tab = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Accessibility", "Network"):
             self.call(f"{domain}.enable")
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", size)
+        self.call("Emulation.setDeviceMetricsOverride", self._size)
+        self.call("Emulation.setFocusEmulationEnabled", {"enabled": True})
+        return self.tab
+
+    def kill(self) -> None:
+        """End the browser without a chance to save anything."""
+        self._process.kill()
+        self._process.wait(timeout=30)
 
     def __enter__(self) -> "Browser":
         return self
@@ -64,7 +75,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-        return self._call(method, parameters or {}, self._session)
+        return self._call(method, parameters or {}, self.tab)
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,35 @@ from PIL import Image
 
 MODEL = "gpt-4o-2024-11-20"
 PRICES = (2.5e-6, 10e-6)
+# What servers say to a question beyond their context, as JSON; those that are missing cut the question and say nothing.
+TOO_LONG: dict[str, Any] = {
+    "vllm": {
+        "object": "error", "type": "BadRequestError", "param": None, "code": 400,
+        "message": "This model's maximum context length is 1000 tokens. However, you requested 5000 tokens.",
+    },
+    "sglang": {
+        "object": "error", "type": "BadRequestError", "param": None, "code": 400,
+        "message": "The input (5000 tokens) is longer than the model's context length (1000 tokens).",
+    },
+    "lmstudio": {"error": "Trying to keep the first 5000 tokens when context the overflows. Load the model larger."},
+    "llama.cpp": {
+        "error": {"code": 400, "message": "the request exceeds the available size", "type": "exceed_context_size_error"}
+    },
+    "azure": {"error": {"code": "context_length_exceeded", "message": "Please reduce the length.", "param": "input"}},
+    "litellm": {"error": {"message": "litellm.ContextWindowExceededError: too many", "type": None, "code": "400"}},
+}  # fmt: skip
+# what content filters say, with status 400
+POLICY: dict[str, Any] = {
+    "openai": {"error": {"code": "content_policy_violation", "message": "no"}},
+    "azure": {
+        "error": {
+            "message": "The prompt triggered Azure OpenAI's content management policy.",
+            "code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"},
+        }
+    },
+    "litellm": {"error": {"message": "litellm.ContentPolicyViolationError: no", "type": None, "code": "400"}},
+    "dashscope": {"error": {"code": "data_inspection_failed", "message": "Input data may contain bad content."}},
+}  # fmt: skip
 # outcomes that reach the client as a whole and hold what was asked for
 USABLE = ""
 
@@ -53,11 +83,17 @@ class OpenAIServer:
         a character in it), "tokens" (a count that no file holds) and "revision" (the key in the model's name). "key"
         adds a field whose name is the key, with escapes.
     biased: answer "first" to every comparison; else the brighter video wins and equals tie.
+    dialect: whose words errors have, a key of TOO_LONG or POLICY.
+    context: prompt tokens that the model takes; the dialect decides whether a longer question is refused or cut.
+    queue: prompt tokens that batches may hold in all; one that exceeds it fails.
     reported: name under which the server reports the model, if not the one that was asked for.
     """
 
     misbehave: Callable[[int, dict[str, Any]], str] = lambda number, question: USABLE
     biased: bool = False
+    dialect: str = "openai"
+    context: int | None = None
+    queue: int | None = None
     reported: str | None = None
     retry_after: str = "0.02"
     pause: float = 0.0
@@ -144,7 +180,8 @@ class OpenAIServer:
             text, finish = text[: len(text) // 2], "length"
         refusal = "I cannot look at this. \ud83d" if outcome == "refusal" else None
         model = "gpt-4o-mini-2024-07-18" if outcome == "model" else self.reported or body["model"]
-        used, made = sum(map(len, _texts(body))) // 4 + 85 * len(_images(body)), len(text) // 4
+        used, made = prompt_tokens(body), len(text) // 4
+        used = min(used, self.context or used)
         request.dollars = share * (used * PRICES[0] + made * PRICES[1])
         if outcome == "revision":
             model = f"{model}@{key}"
@@ -209,6 +246,18 @@ def _texts(body: dict[str, Any]) -> tuple[str, str]:
     return body["instructions"], body["input"][0]["content"][0]["text"]
 
 
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """Tokens that the server counts for the texts and images of a request."""
+    return sum(map(len, _texts(body))) // 4 + 85 * len(_images(body))
+
+
+def queued_tokens(state: OpenAIServer) -> int:
+    """Prompt tokens of all batches that have not ended."""
+    waiting = [batch for batch in state.batches.values() if batch["status"] == "in_progress"]
+    lines = [line for batch in waiting for line in state.files[batch["input_file_id"]].decode().splitlines()]
+    return sum(prompt_tokens(json.loads(line)["body"]) for line in lines)
+
+
 def _images(body: dict[str, Any]) -> list[bytes]:
     """The image files of a request of either API."""
     content = body["messages"][1]["content"] if "messages" in body else body["input"][0]["content"]
@@ -247,7 +296,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/v1/batches/"):
             batch = state.batches[path.split("/")[3]]
             batch["polls"] += 1
-            if batch["status"] == "in_progress" and batch["polls"] >= state.polls_until_done:
+            if batch["status"] == "in_progress" and queued_tokens(state) > (state.queue or math.inf):
+                batch["status"] = "failed"
+                message = f"Enqueued token limit reached for gpt-4o. Limit: {state.queue:,} enqueued tokens."
+                error = {"code": "token_limit_exceeded", "message": message, "param": None, "line": None}
+                batch["errors"] = {"object": "list", "data": [error]}
+            elif batch["status"] == "in_progress" and batch["polls"] >= state.polls_until_done:
                 state.run_batch(batch, self.headers["Authorization"].removeprefix("Bearer "))
                 batch["status"] = "completed"
             self._send(200, batch)
@@ -270,9 +324,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(429, {"error": {"message": broken, "code": "rate_limit_exceeded"}}, state.retry_after)
         elif outcome == "quota":
             self._send(429, {"error": {"message": broken, "code": "insufficient_quota"}})
+        elif outcome == "policy" and state.dialect != "openai":
+            self._send(400, POLICY[state.dialect])
         elif outcome == "policy":
             self._send(400, {"error": {"message": broken, "code": "content_policy_violation"}})
-        elif outcome in ("400", "401", "404", "500"):
+        elif state.context and prompt_tokens(body) > state.context and state.dialect in TOO_LONG:
+            self._send(400, TOO_LONG[state.dialect])
+        elif outcome in ("400", "401", "404", "413", "422", "500"):
             self._send(int(outcome), {"error": {"message": broken, "code": []}})
         elif outcome == "html":
             self._reply(200, f"<html>{echo}</html>".encode(), "text/html")

@@ -284,7 +284,6 @@ def test_one_clip_that_the_server_fails_on_does_not_stop_the_others(store):
     [
         ("401", "responses", "check OPENAI_API_KEY"),
         ("quota", "responses", "no credit left"),
-        ("400", "responses", "check annotate.openai"),
         ("404", "responses", 'the server may have no /responses: try "chat"'),
         ("404", "chat", "has no chat completions"),
     ],
@@ -297,6 +296,79 @@ def test_refused_requests_end_the_run_at_once_and_keep_the_key_secret(store, mis
     printed = "".join(traceback.format_exception(caught.value))
     assert "<OPENAI_API_KEY>" in printed and KEY not in printed
     assert KEY.encode() not in store.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "context", "complaint"),
+    [
+        (
+            "ollama",
+            60,
+            "counted 60 prompt tokens for 4 images and their text, about [0-9]+ tokens with the answer.*num_ctx",
+        ),
+        ("ollama", 1000, "counted 1000 prompt tokens for a short question and for a long one alike.*OLLAMA_CONTEXT"),
+        ("vllm", 1000, "answered 400: This model's maximum context.*--max-model-len"),
+        ("sglang", 1000, "longer than the model's context.*--context-length"),
+        ("lmstudio", 1000, "Trying to keep the first 5000.*Context Length"),
+        ("llama.cpp", 1000, "exceeds the available size.*llama.cpp"),
+        ("azure", 1000, "Please reduce the length.*max_images"),
+        ("litellm", 1000, "too many.*max_images"),
+    ],
+)
+def test_a_server_whose_context_is_too_short_ends_the_run_and_nothing_cut_is_kept(store, dialect, context, complaint):
+    bounds = {"max_frames": 4, "patch_frames": 3, "max_concurrency": 1}
+    with OpenAIServer(dialect=dialect, context=context) as server:
+        with pytest.raises(UserError, match=complaint):
+            label_some(teacher(server, store, api="chat", **bounds), 3)
+        asked = len(server.requests)
+        assert asked <= 2
+        assert {status for status, _, _ in requests_in(store)} <= {"cut", "failed"}
+        server.context = None  # restarted with a larger one
+        for label, prompt in zip(
+            label_some(teacher(server, store, api="chat", **bounds), 3), CLIPS.prompts, strict=False
+        ):
+            assert_as_answered(label, prompt)
+        assert len(server.requests) == asked + 6
+
+
+def test_a_context_that_holds_short_questions_alone_is_found_at_the_first_long_one(store):
+    with OpenAIServer(context=1350) as server:
+        labels = label_some(teacher(server, store, max_frames=4, max_patches=20), 2)  # all fit
+        assert [label.status for label in labels] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("dialect", ["azure", "litellm", "dashscope"])
+def test_content_filters_of_every_vendor_are_refusals(store, dialect):
+    refused = CLIPS.prompts[1]
+    with OpenAIServer(lambda _, asked: "policy" if asked["prompt"] == refused else USABLE, dialect=dialect) as server:
+        labels = label_some(teacher(server, store, api="chat"), 3)
+    assert [label.status for label in labels] == ["ok", "refused", "ok"]
+
+
+@pytest.mark.parametrize("status", ["413", "422"])
+def test_clips_that_the_server_rejects_have_that_status_and_stop_no_run(store, status):
+    clips = make_clips(9, seed=7)
+    prompts = [f"bad {index}" if index % 2 else f"good {index}" for index in range(9)]
+    with OpenAIServer(lambda _, asked: status if "bad" in asked["prompt"] else USABLE) as server:
+        asked = clips_of(clips.videos, prompts)
+        labels = label_clips(asked, teacher(server, store, max_concurrency=1), store)
+        assert [label.status for label in labels] == ["ok", "rejected"] * 4 + ["ok"]
+        assert all(f"answered {status}" in label.reason for label in labels[1::2])
+        assert len(server.requests) == 14 and server.billed == pytest.approx(store.spent())
+        # only rejected clips are left: four in a row, and yet the run goes to its end
+        again = label_clips(asked, teacher(server, store, max_concurrency=1), store)
+        assert again == labels and len(server.requests) == 18
+
+
+def test_several_rejected_in_a_row_end_the_run(store):
+    clips = make_clips(9, seed=7)
+    prompts = [f"clip {index}" for index in range(9)]
+    with OpenAIServer(lambda number, _: USABLE if number < 2 else "400") as server:
+        with pytest.raises(
+            UserError, match="answered 400: .*3 questions in a row were rejected; check annotate.openai"
+        ):
+            label_all(teacher(server, store, max_concurrency=1), clips.videos, prompts)
+        assert len(server.requests) == 5
 
 
 def test_logs_of_every_library_at_debug_level_do_not_hold_the_key(store, caplog):

@@ -254,6 +254,32 @@ def test_batches_cost_half_and_unusable_lines_go_into_another(tmp_path):
     assert all(KEY.encode() not in data for data in server.files.values())
 
 
+def test_a_small_queue_gets_its_batches_in_parts(tmp_path, caplog):
+    clips = make_clips(13, seed=4)
+    wrong = {3: "words", 7: "expired"}
+    with OpenAIServer(lambda number, _: wrong.get(number, USABLE), queue=9000) as server:
+        run = run_in(tmp_path, server, clips, api="batch")
+        annotate(run.config, run)
+        assert [row["status"] for row in rows_of(run)] == ["ok"] * 13
+        refused = [batch for batch in server.batches.values() if batch["status"] == "failed"]
+        assert 0 < len(refused) <= 4 and "max_queued_tokens" in caplog.text
+        assert len(server.requests) == 26 + len(wrong) and set(server.usable_answers().values()) == {1}
+        assert server.billed == pytest.approx(spending(run))
+
+    with OpenAIServer(queue=9000) as server:
+        run = run_in(tmp_path / "bounded", server, clips, api="batch", max_queued_tokens=8000)
+        annotate(run.config, run)
+        assert {batch["status"] for batch in server.batches.values()} == {"completed"} and len(server.batches) > 2
+
+
+def test_a_queue_without_room_for_one_question_is_named(tmp_path):
+    with OpenAIServer(queue=100) as server:
+        run = run_in(tmp_path, server, api="batch")
+        with pytest.raises(UserError, match="no room for a single question: Enqueued .*api: responses"):
+            annotate(run.config, run)
+        assert not server.requests and spending(run) == 0
+
+
 def test_a_batch_has_only_so_many_attempts(tmp_path):
     with OpenAIServer(lambda _, question: "expired" if question["prompt"] == CLIPS.prompts[1] else USABLE) as server:
         run = run_in(tmp_path, server, api="batch", max_attempts=2)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from halo_fast.errors import UserError
+from halo_fast.files import hash_text
 from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
@@ -22,6 +24,7 @@ from halo_fast.pipeline.run import Run
 from halo_fast.teachers import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label, LabelStore, label_key
 from halo_fast.teachers.human import person_name
 from halo_fast.teachers.labelling import draw_clips, open_clip
+from halo_fast.teachers.store import Edit
 
 __all__ = ["LabelServer", "label"]
 
@@ -77,6 +80,9 @@ class LabelServer(ThreadingHTTPServer):
         self._clips = [open_clip(self._folder / row.video, row.prompt) for row in self._rows]
         self.count = len(self._clips)
         self._keys = [label_key(clip.hash, clip.prompt, self._grid, self.teacher) for clip in self._clips]
+        with LabelStore(self._store) as store:
+            stored = store.labels_of(self.teacher)
+        self._earlier, self.strangers = self._find_earlier(stored)
         self._token = secrets.token_urlsafe(24)
         self.frames = lru_cache(maxsize=4)(self._frames)
         try:
@@ -108,6 +114,8 @@ class LabelServer(ThreadingHTTPServer):
             "dimensions": [{"name": name, "text": " ".join(lines[name].split())} for name in VIDEO_DIMENSIONS],
             "patch": {"name": PATCH_DIMENSIONS[0], "text": " ".join(lines[PATCH_DIMENSIONS[0]].split())},
             "fps": self._fps,
+            "earlier": [index in self._earlier and key not in labels for index, key in enumerate(self._keys)],
+            "strangers": self.strangers,
             "states": [self._state(labels.get(key)) for key in self._keys],
         }
 
@@ -117,6 +125,7 @@ class LabelServer(ThreadingHTTPServer):
         grid = self._patch_grid(index, video)
         with LabelStore(self._store) as store:
             found = store.find([self._keys[index]]).get(self._keys[index])
+            version = store.version(self._keys[index])
         video_scores, patches = (dict(found.video), dict(found.patches)) if found else ({}, {})
         scores = list(patches.get(PATCH_DIMENSIONS[0], [math.nan] * math.prod(self._grid)))
         return {
@@ -128,16 +137,29 @@ class LabelServer(ThreadingHTTPServer):
             "video": {name: _nullable(video_scores.get(name, math.nan)) for name in VIDEO_DIMENSIONS},
             "patches": [_nullable(score) for score in scores],
             "state": self._state(found),
+            "version": version,
+            "earlier": None if found else self._earlier.get(index),
         }
 
-    def save(self, index: int, scores: Any) -> str:
-        """Store what the page sends, {"video": {...}, "patches": [...], "skipped": bool}; the clip's new state.
+    def save(self, index: int, scores: Any) -> str | None:
+        """Store what the page sends: {"video", "patches", "skipped", "version", "bases"}.
+
+        Args:
+            index: of the clip.
+            scores: of the video by dimension and of the patches, null for none; whether the clip is skipped; a name for
+                this version, and the versions on which it may build.
+
+        Returns:
+            The clip's new state; None, and nothing is stored, if another page has changed the clip since.
 
         Raises:
             ValueError: anything but scores from 1 to 5 or null, for all dimensions and patches.
         """
-        if not isinstance(scores, dict) or set(scores) != {"video", "patches", "skipped"}:
-            raise ValueError("expected video, patches and skipped")
+        if not isinstance(scores, dict) or set(scores) != {"video", "patches", "skipped", "version", "bases"}:
+            raise ValueError("expected video, patches, skipped, version and bases")
+        version, bases = scores["version"], scores["bases"]
+        if not isinstance(bases, list) or not all(isinstance(name, str) for name in [version, *bases]) or not version:
+            raise ValueError("version and bases: expected names of versions")
         video, patches = scores["video"], scores["patches"]
         if not isinstance(video, dict) or set(video) != set(VIDEO_DIMENSIONS):
             raise ValueError(f"expected a score or null for {', '.join(VIDEO_DIMENSIONS)}")
@@ -152,9 +174,41 @@ class LabelServer(ThreadingHTTPServer):
             found: Label | None = Label(given, {PATCH_DIMENSIONS[0]: padded})
         else:
             found = Label(status=_SKIPPED) if scores["skipped"] else None
+        edit = self._edit(index, version)
         with LabelStore(self._store) as store:
-            store.replace(self._keys[index], found, self.teacher)
-        return self._state(found)
+            stored = store.replace(self._keys[index], found, self.teacher, edit, bases)
+        return self._state(found) if stored else None
+
+    def _edit(self, index: int, version: str) -> Edit:
+        clip = hash_text(json.dumps([self._clips[index].hash, self._clips[index].prompt]))
+        return Edit(clip, json.dumps(self._grid), hash_text(RUBRIC), version)
+
+    def _find_earlier(self, stored: Mapping[str, tuple[Label, Edit | None]]) -> tuple[dict[int, dict[str, Any]], int]:
+        """This person's scores of these clips under another grid or rubric, by clip, and how many labels do not fit.
+
+        Scores of the video mean the same under any grid; those of patches only under this one.
+        """
+        left = {key: known for key, known in stored.items() if key not in self._keys and known[0].status == "ok"}
+        counts = {len(scores) for label, _ in left.values() for scores in label.patches.values()}
+        grids = [grid for count in sorted(counts) for grid in _grids(count)]
+        here = [self._edit(index, "") for index in range(self.count)]
+        found = {}
+        for index, clip in enumerate(self._clips):
+            keys = {label_key(clip.hash, clip.prompt, grid, self.teacher): str(grid) for grid in grids}
+            keys |= {key: edit.grid for key, (_, edit) in left.items() if edit and edit.clip == here[index].clip}
+            for key in [key for key in left if key in keys]:
+                label, edit = left[key]
+                same = edit is not None and edit.grid == here[index].grid
+                if not label.video and not same:
+                    continue
+                del left[key]
+                patches = [_nullable(score) for score in label.patches.get(PATCH_DIMENSIONS[0], [])]
+                found[index] = {
+                    "why": "another version of the rubric" if same else f"the grid {keys[key]}",
+                    "video": {name: _nullable(label.video.get(name, math.nan)) for name in VIDEO_DIMENSIONS},
+                    "patches": patches if same else None,
+                }
+        return found, len(left)
 
     def _state(self, found: Label | None) -> str:
         """ "open", "part", "done" or "skipped"."""
@@ -172,6 +226,12 @@ class LabelServer(ThreadingHTTPServer):
     def _patch_grid(self, index: int, video: Tensor) -> PatchGrid:
         frames, height, width, _ = video.shape
         return PatchGrid(self._grid, frames, height, width, *self._factors)
+
+
+def _grids(count: int) -> list[tuple[int, int, int]]:
+    """All grids of `count` patches."""
+    divisors = [number for number in range(1, count + 1) if count % number == 0]
+    return [(f, h, count // (f * h)) for f in divisors for h in divisors if count % (f * h) == 0]
 
 
 def _nullable(score: float) -> float | None:
@@ -231,7 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
                 video = self.server.frames(self._index(number))
                 self._send(HTTPStatus.OK, _png(video, int(frame)), "image/png")
             case "PUT", ["clips", number]:
-                self._json({"state": self.server.save(self._index(number), json.loads(body))})
+                state = self.server.save(self._index(number), json.loads(body))
+                if state is None:
+                    return self._send(HTTPStatus.CONFLICT, b"another tab or window has changed this clip")
+                self._json({"state": state})
             case _:
                 self._send(HTTPStatus.NOT_FOUND, b"no such page")
 

@@ -41,6 +41,7 @@ def generate(config: Config, run: Run) -> None:
             return
         family = load(model, precision=config.precision)
         _check_grid(family, config)
+        _warn_of_cut_prompts(family, prompts)
         clips = _clip_rows(prompts, settings.num_videos_per_prompt, config.seed)
         batches = [clips[start : start + settings.batch_size] for start in range(0, len(clips), settings.batch_size)]
         for batch in progress(batches, len(batches), "generate"):
@@ -71,6 +72,20 @@ def warn_of_leakage(prompts: Sequence[str], config: Config) -> None:
             len(shared),
             len(evaluation),
             shared[0],
+        )
+
+
+def _warn_of_cut_prompts(family: Family, prompts: Sequence[str]) -> None:
+    """List the prompts of which the text encoder reads only the beginning, before anything is generated."""
+    cut = set(family.cut_prompts(prompts))
+    for index, prompt in enumerate(prompts):
+        if prompt in cut:
+            logger.warning("prompts: number %d is longer than the text encoder reads: %r ...", index + 1, prompt[:60])
+    if cut:
+        logger.warning(
+            "prompts: %d of %d are cut by the text encoder, but teacher and reward model judge the whole; shorten them",
+            sum(prompt in cut for prompt in prompts),
+            len(prompts),
         )
 
 

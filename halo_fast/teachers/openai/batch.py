@@ -3,6 +3,9 @@
 import asyncio
 import json
 import logging
+import math
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +14,7 @@ from uuid import uuid4
 from halo_fast.errors import UserError
 from halo_fast.teachers.openai.client import named_errors
 from halo_fast.teachers.openai.ledger import Ledger
+from halo_fast.teachers.openai.pricing import prompt_tokens
 from halo_fast.teachers.openai.protocol import make_reply, read_failure, read_reply, request_body, scrub
 from halo_fast.teachers.openai.questions import Answer, Job, Question
 from halo_fast.teachers.store import Reply
@@ -25,6 +29,7 @@ _OVERHEAD = 20_000  # bytes of a request beside its pictures
 _ENDED = {"completed", "expired", "cancelled", "failed"}
 _NAME = "halo_fast"  # of the metadata field by which a batch is found again
 _SLOWEST_POLL = 60.0  # seconds
+_QUEUE = re.compile(r"token_limit_exceeded|enqueued.token", re.IGNORECASE)  # the queue of batches is full
 _AGAIN = "run again to continue"
 
 
@@ -35,7 +40,8 @@ async def answer_in_batches(
 
     A batch is entered in the store before it is uploaded, at its full cost, and named there as soon as the server has
     taken it. One that was taken just before a kill is found at the server by its metadata. Questions whose answers are
-    unusable go into another batch, max_attempts in all.
+    unusable go into another batch, max_attempts in all. No more than max_queued_tokens wait at the server at once; if
+    its own limit is lower, half as many do from then on.
 
     Args:
         client: of the server.
@@ -49,23 +55,23 @@ async def answer_in_batches(
     # uploads and polls cost nothing, so the client may repeat them
     batches = _Batches(client, client.with_options(max_retries=ledger.config.max_retries), ledger)
     await batches.find_again()
-    # without pictures: those of all clips together may not fit into memory
-    waiting = {
-        index: [replace(question, pictures=()) for question in await asyncio.to_thread(job)]
-        for index, job in enumerate(jobs)
-    }
+    waiting = {}
+    for index, job in enumerate(jobs):
+        questions = await asyncio.to_thread(job)
+        batches.tokens |= {question.key: prompt_tokens(question, ledger.config) for question in questions}
+        # without pictures: those of all clips together may not fit into memory
+        waiting[index] = [replace(question, pictures=()) for question in questions]
     known = {question.key: question for questions in waiting.values() for question in questions}
-    for attempt in range(ledger.config.max_attempts + 1):
+    while True:
         await batches.collect(known)
-        last = attempt == ledger.config.max_attempts
         for index, questions in list(waiting.items()):
-            answers = batches.answers(questions, last)
+            answers = batches.answers(questions)
             if answers is not None:
                 del waiting[index]
                 yield index, answers
         if not waiting:
             return
-        await batches.submit_all([jobs[index] for index in waiting])
+        await batches.submit_some([jobs[index] for index in waiting])
 
 
 @dataclass
@@ -77,20 +83,29 @@ class _Batches:
         patient: repeats those that cost nothing.
         ledger: of requests and batches.
         failed: why questions have no answer yet, by their keys.
+        tokens: of the questions' prompts, about, by their keys.
+        tries: batches that each question was sent in.
+        bound: tokens that may wait at the server at once; None for any number.
     """
 
     client: Any
     patient: Any
     ledger: Ledger
     failed: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    tries: Counter[str] = field(default_factory=Counter)
+    bound: float | None = field(init=False)
 
-    def answers(self, questions: Sequence[Question], last: bool) -> list[Answer] | None:
+    def __post_init__(self) -> None:
+        self.bound = self.ledger.config.max_queued_tokens
+
+    def answers(self, questions: Sequence[Question]) -> list[Answer] | None:
         """The answers of a job, up to the first if that is unusable; None while one is missing and a try is left."""
         answers: list[Answer] = []
         for question in questions:
             answer = self.ledger.final(question)
             if answer is None:
-                if not last:
+                if self.tries[question.key] < self.ledger.config.max_attempts:
                     return None
                 answer = Answer("unavailable", reason=self.failed.get(question.key, "no answer in any batch"))
             answers.append(answer)
@@ -116,23 +131,35 @@ class _Batches:
             self.ledger.settle(dict.fromkeys(requests.values(), never))
             store.end_batch(key)
 
-    async def submit_all(self, jobs: Sequence[Job]) -> None:
-        """Send the jobs' questions that have no answer yet, in as few batches as their size allows."""
+    async def submit_some(self, jobs: Sequence[Job]) -> None:
+        """Send questions that have no answer yet, as many as may wait at once, in as few batches as their size allows.
+
+        At least one is sent, however many tokens it has.
+        """
         part: list[Question] = []
-        size, taken = 0, set[str]()
-        for job in jobs:
-            for question in await asyncio.to_thread(job):
-                if question.key in taken or self.ledger.final(question) is not None:
-                    continue
-                taken.add(question.key)
-                volume = sum(len(picture.data) for picture in question.pictures) * 4 // 3 + _OVERHEAD
-                if part and (size + volume > _MOST_BYTES or len(part) == _MOST_REQUESTS):
-                    await self._submit(part)
-                    part, size = [], 0
-                part.append(question)
-                size += volume
+        size, queued, taken = 0, 0, set[str]()
+        async for question in self._unanswered(jobs):
+            if question.key in taken:
+                continue
+            queued += self.tokens[question.key]
+            if taken and self.bound is not None and queued > self.bound:
+                break
+            taken.add(question.key)
+            volume = sum(len(picture.data) for picture in question.pictures) * 4 // 3 + _OVERHEAD
+            if part and (size + volume > _MOST_BYTES or len(part) == _MOST_REQUESTS):
+                await self._submit(part)
+                part, size = [], 0
+            part.append(question)
+            size += volume
         if part:
             await self._submit(part)
+
+    async def _unanswered(self, jobs: Sequence[Job]) -> AsyncIterator[Question]:
+        """The jobs' questions that have no final answer and a try left."""
+        for job in jobs:
+            for question in await asyncio.to_thread(job):
+                if self.tries[question.key] < self.ledger.config.max_attempts and self.ledger.final(question) is None:
+                    yield question
 
     async def _submit(self, questions: Sequence[Question]) -> None:
         """Enter a batch in the store, upload it, and name it; UserError if the budget does not hold it."""
@@ -152,6 +179,7 @@ class _Batches:
                 input_file_id=file.id, endpoint="/v1/responses", completion_window="24h", metadata={_NAME: key}
             )
         self.ledger.store.name_batch(key, batch.id)
+        self.tries.update(question.key for question in questions)
         logger.info("annotate: batch %s of %d requests", batch.id, len(questions))
 
     async def collect(self, known: Mapping[str, Question]) -> None:
@@ -173,8 +201,29 @@ class _Batches:
             self.ledger.check(replies)
             if batch.status == "failed":
                 errors = getattr(batch.errors, "data", None) or []
-                reasons = "; ".join(str(error.message) for error in errors) or "no reason given"
-                raise UserError(f"{config.base_url}: batch {number} was refused: {scrub(reasons)[:200]}")
+                reasons = scrub("; ".join(str(error.message) for error in errors) or "no reason given")[:200]
+                if not any(_QUEUE.search(f"{error.code} {error.message}") for error in errors):
+                    raise UserError(f"{config.base_url}: batch {number} was refused: {reasons}")
+                self._lower_bound(list(requests), reasons)
+
+    def _lower_bound(self, keys: Sequence[str], reasons: str) -> None:
+        """Let half as many tokens wait as in a batch that the server's queue did not take; nothing was charged.
+
+        Raises:
+            UserError: the batch was a single question.
+        """
+        if len(keys) == 1:
+            raise UserError(
+                f"{self.ledger.config.base_url}: the batch queue has no room for a single question: {reasons}; wait "
+                f"for your other batches to end, or set annotate.openai.api: responses"
+            )
+        self.tries.subtract(keys)
+        self.bound = min(self.bound or math.inf, sum(self.tokens.get(key, 0) for key in keys) // 2)
+        logger.warning(
+            "annotate: %s; from now on at most %d tokens wait at once, see annotate.openai.max_queued_tokens",
+            reasons,
+            self.bound,
+        )
 
     async def _ended(self, number: str | None) -> Any:
         """The batch when it has ended."""

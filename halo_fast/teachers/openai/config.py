@@ -10,11 +10,11 @@ from annotated_types import Ge, Gt
 from halo_fast.errors import UserError
 from halo_fast.settings import validate
 
-__all__ = ["KEY", "OpenAIConfig", "check_config", "normal_address"]
+__all__ = ["KEY", "LOOPBACK", "OpenAIConfig", "check_config", "normal_address"]
 
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the API key
 _ADDRESS = "OPENAI_BASE_URL"  # the environment variable by which OpenAI's clients choose another server
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PLACE = "annotate.openai"
 
 
@@ -43,6 +43,7 @@ class OpenAIConfig:
         max_images: images in one request.
         max_patches: patches of a clip that are scored; null for all.
         max_output_tokens: length of an answer; models that reason need more.
+        max_queued_tokens: prompt tokens that wait in batches at once; null for any number.
         temperature: of sampling; null for models that take none.
         pairwise: whether the candidates of a prompt are also compared with each other, in both orders.
     """
@@ -66,6 +67,7 @@ class OpenAIConfig:
     max_images: Annotated[int, Ge(1)] = 24
     max_patches: Annotated[int, Ge(1)] | None = None
     max_output_tokens: Annotated[int, Ge(1)] = 2000
+    max_queued_tokens: Annotated[int, Ge(1)] | None = None
     temperature: Annotated[float, Ge(0)] | None = 0.0
     pairwise: bool = False
 
@@ -86,7 +88,7 @@ def check_config(config: OpenAIConfig) -> None:
         raise UserError(f"{_PLACE}.base_url: expected http(s)://host/v1, got {config.base_url!r}")
     if address.username or address.password or address.query:
         raise UserError(f"{_PLACE}.base_url: expected an address without credentials; keys belong in {KEY}")
-    if address.scheme == "http" and address.hostname not in _LOOPBACK and os.environ.get(KEY):
+    if address.scheme == "http" and address.hostname not in LOOPBACK and os.environ.get(KEY):
         raise UserError(f"{_PLACE}.base_url: {KEY} would travel unencrypted; use https, or unset {KEY}")
     other = os.environ.get(_ADDRESS, "")
     if other and normal_address(other) != normal_address(config.base_url):
@@ -105,7 +107,7 @@ def normal_address(url: str) -> str:
         UserError: the port is no number.
     """
     address = urlsplit(url.strip())
-    host = "localhost" if address.hostname in _LOOPBACK else address.hostname or ""
+    host = "localhost" if address.hostname in LOOPBACK else address.hostname or ""
     host = f"[{host}]" if ":" in host else host
     try:
         port = address.port

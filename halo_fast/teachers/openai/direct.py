@@ -2,20 +2,27 @@
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from halo_fast.errors import UserError
+from halo_fast.teachers.openai.client import connection_failure
 from halo_fast.teachers.openai.ledger import Ledger
 from halo_fast.teachers.openai.protocol import Outcome, endpoint, make_reply, read_failure, read_reply, request_body
 from halo_fast.teachers.openai.questions import Answer, Job, Question, parse
-from halo_fast.teachers.store import Reply
+from halo_fast.teachers.store import Reply, StoreBusyError
 
 __all__ = ["answer_directly"]
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_STORE_TRIES, _STORE_PAUSE = 50, 0.5  # a locked store: tries, each as long as the store waits, and seconds between them
 _LONGEST_DELAY = 60.0  # seconds of our own back-off
 _UNAVAILABLE = 3  # questions in a row without any answer that end the run
 
@@ -102,7 +109,8 @@ class _Requests:
             attempts += 1
             if reply.status == "ok":
                 return parse(question, reply.text)
-            if attempts >= self._config.max_attempts:
+            # the same request would be rejected again
+            if attempts >= self._config.max_attempts or reply.status == "rejected":
                 return Answer(reply.status, reason=reply.reason)
 
     async def _send_reserved(self, question: Question) -> Outcome:
@@ -110,7 +118,7 @@ class _Requests:
         number = await self._reserve(question)
         try:
             outcome = await self._send(question)
-            self._ledger.settle({number: outcome.reply})
+            await _when_unlocked(lambda: self._ledger.settle({number: outcome.reply}))
             self._ledger.check({number: outcome.reply})
         finally:
             self._under_way -= 1
@@ -130,7 +138,7 @@ class _Requests:
                 await self._sleep(left)
             if self._stopped is not None:
                 raise self._stopped
-            numbers = self._ledger.reserve([question])
+            numbers = await _when_unlocked(lambda: self._ledger.reserve([question]))
             if numbers is not None:
                 self._under_way += 1
                 return numbers[question.key]
@@ -158,7 +166,7 @@ class _Requests:
         except openai.APIStatusError as error:
             return read_failure(error.status_code, error.body, error.response.headers, self._config)
         except (TimeoutError, openai.APIConnectionError) as error:
-            return Outcome(self._connection_error(error))
+            return connection_failure(error, self._config)
         try:
             document = json.loads(content)
         except (ValueError, RecursionError):
@@ -166,16 +174,6 @@ class _Requests:
         if isinstance(document, dict) and document.get("status") == "failed":
             return read_failure(500, document, response.headers, self._config)
         return Outcome(read_reply(question, document, self._config))
-
-    def _connection_error(self, error: Exception) -> Reply:
-        """ "failed" if the request cannot have arrived, else "lost"."""
-        import openai
-
-        if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):
-            return Reply("failed", f"{self._config.base_url}: no connection")
-        if isinstance(error, TimeoutError | openai.APITimeoutError):
-            return Reply("lost", f"{self._config.base_url}: no answer within {self._config.timeout:g} s")
-        return Reply("lost", f"{self._config.base_url}: the connection broke")
 
     async def _back_off(self, question: Question, failures: int, asked: float | None) -> None:
         """Wait twice as long each time; all requests wait if the server asked for it."""
@@ -191,3 +189,15 @@ class _Requests:
                 await self._halt.wait()
         except TimeoutError:
             return
+
+
+async def _when_unlocked(write: Callable[[], Result]) -> Result:
+    """What a write to the store returns; while another process has it locked, answers under way are waited with."""
+    for attempt in range(_STORE_TRIES):
+        try:
+            return write()
+        except StoreBusyError as error:
+            if attempt == 0:
+                logger.warning("annotate: %s; waiting for it", str(error).partition(";")[0])
+            await asyncio.sleep(_STORE_PAUSE)
+    return write()

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from halo_fast.errors import UserError
 from halo_fast.teachers.openai.config import OpenAIConfig
 from halo_fast.teachers.openai.pricing import highest_cost, token_prices
-from halo_fast.teachers.openai.protocol import same_model
+from halo_fast.teachers.openai.protocol import CONTEXT, same_model
 from halo_fast.teachers.openai.questions import Answer, Question, parse
 from halo_fast.teachers.store import LabelStore, Reply
 
@@ -16,6 +16,7 @@ __all__ = ["Ledger"]
 # Unusable answers of one kind, before any usable one, that end the work. Several candidates of one unsafe prompt may be
 # refused one after another, so a refusal takes more questions.
 _FEWEST_ANSWERS, _FEWEST_QUESTIONS, _FEWEST_REFUSED = 6, 3, 10
+_FEWEST_REJECTED = 3  # questions in a row that the server rejects, which end the work
 
 
 @dataclass
@@ -36,7 +37,10 @@ class Ledger:
     _start: int = field(init=False)
     _usable: bool = field(default=False, init=False)
     _unusable: dict[str, list[int | str]] = field(default_factory=lambda: defaultdict(list), init=False)
-    _questions: dict[int, str] = field(default_factory=dict, init=False)
+    _questions: dict[int, Question] = field(default_factory=dict, init=False)
+    _images: dict[str, int] = field(default_factory=dict, init=False)
+    _rejected: set[str] = field(default_factory=set, init=False)
+    _counted: dict[int, Reply] | None = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._start = self.store.last_request()
@@ -57,7 +61,9 @@ class Ledger:
         """
         costs = {question.key: highest_cost(question, self.config) for question in questions}
         numbers = self.store.reserve(costs, self.teacher, self.config.budget, batch)
-        self._questions |= {number: key for key, number in (numbers or {}).items()}
+        asked = {question.key: replace(question, pictures=()) for question in questions}
+        self._images |= {question.key: len(question.pictures) for question in questions}
+        self._questions |= {number: asked[key] for key, number in (numbers or {}).items()}
         return numbers
 
     def settle(self, replies: Mapping[int, Reply]) -> None:
@@ -71,7 +77,8 @@ class Ledger:
             replies: what came back, by the requests' numbers.
 
         Raises:
-            UserError: another model answered, or the first answers are all unusable in the same way.
+            UserError: another model answered, the server cuts questions or rejects several in a row, or the first
+                answers are all unusable in the same way.
         """
         for number, reply in replies.items():
             if reply.status == "wrong_model":
@@ -79,13 +86,57 @@ class Ledger:
                     f"annotate.openai.model: {reply.reason}; if that is the same model, set "
                     f"annotate.openai.reported_model to its name and run again, which asks nothing twice"
                 )
+            if reply.status == "cut":
+                raise UserError(f"{self.config.base_url}: {reply.reason}: it cut the question; {CONTEXT}")
+            self._check_counts(number, reply)
             self._usable |= reply.status == "ok"
-            if reply.status not in ("ok", "failed", "lost"):
-                self._unusable[reply.status].append(self._questions.get(number, number))
-                self._check_kind(reply)
+            if reply.status in ("failed", "lost"):
+                continue
+            if reply.status != "rejected":
+                self._rejected.clear()
+            if reply.status != "ok" and not self._known(number, reply):
+                key = self._questions[number].key if number in self._questions else number
+                self._unusable[reply.status].append(key)
+                self._check_kind(reply, key)
 
-    def _check_kind(self, reply: Reply) -> None:
+    def _known(self, number: int, reply: Reply) -> bool:
+        """Whether the question had such an answer in an earlier process: it must not end every run that follows."""
+        question = self._questions.get(number)
+        if question is None:
+            return False
+        earlier = self.store.answers(question.key).items()
+        return any(other <= self._start and known.status == reply.status for other, known in earlier)
+
+    def _check_counts(self, number: int, reply: Reply) -> None:
+        """UserError if questions of clearly different sizes all have the same count of tokens: that of the context.
+
+        Their answers, which seemed usable, are entered as cut.
+        """
+        question = self._questions.get(number)
+        if self._counted is None or question is None or reply.tokens is None or reply.tokens[0] == 0:
+            return
+        self._counted[number] = reply
+        counts = [known.tokens[0] for known in self._counted.values() if known.tokens]
+        if max(counts) - min(counts) > 1:
+            self._counted = None  # they vary, as they should
+            return
+        asked = [self._questions[other] for other in self._counted]
+        lengths = [len(one.text.encode()) for one in asked]
+        if len({self._images[one.key] for one in asked}) == 1 or max(lengths) < 1.1 * min(lengths):
+            return
+        reason = f"the server counted {counts[0]} prompt tokens for a short question and for a long one alike"
+        self.settle({other: replace(known, status="cut", reason=reason) for other, known in self._counted.items()})
+        raise UserError(f"{self.config.base_url}: {reason}: it cuts them; {CONTEXT}")
+
+    def _check_kind(self, reply: Reply, key: int | str) -> None:
         """UserError if nothing but answers of this kind has come, to several questions."""
+        if reply.status == "rejected":
+            self._rejected.add(str(key))
+            if len(self._rejected) >= _FEWEST_REJECTED:
+                raise UserError(
+                    f"{reply.reason}; {_FEWEST_REJECTED} questions in a row were rejected; check annotate.openai"
+                )
+            return
         asked = self._unusable[reply.status]
         questions = _FEWEST_REFUSED if reply.status == "refused" else _FEWEST_QUESTIONS
         if self._usable or len(asked) < _FEWEST_ANSWERS or len(set(asked)) < questions:

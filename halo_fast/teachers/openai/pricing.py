@@ -8,7 +8,15 @@ from halo_fast.teachers.openai.pictures import Picture
 from halo_fast.teachers.openai.questions import Question, schema
 from halo_fast.teachers.rubric import RUBRIC
 
-__all__ = ["highest_cost", "image_tokens", "likely_cost", "token_prices"]
+__all__ = [
+    "context_needed",
+    "fewest_tokens",
+    "highest_cost",
+    "image_tokens",
+    "likely_cost",
+    "prompt_tokens",
+    "token_prices",
+]
 
 _BATCH_SHARE = 0.5  # of the price, in the Batch API
 _OVERHEAD = 100  # tokens that a server may add around the texts of a request
@@ -49,11 +57,32 @@ def likely_cost(question: Question, config: OpenAIConfig) -> float:
     return _cost(question, config, _size(question) / 4, 40 + 8 * len(question.fields))
 
 
+def context_needed(question: Question, config: OpenAIConfig) -> int:
+    """Tokens that a server's context must hold for a question and its answer, about."""
+    return prompt_tokens(question, config) + config.max_output_tokens
+
+
+def prompt_tokens(question: Question, config: OpenAIConfig) -> int:
+    """Tokens of a question, rather too many than too few: three bytes a token, and the images."""
+    return _size(question) // 3 + _image_tokens(question, config)
+
+
+def fewest_tokens(question: Question, config: OpenAIConfig) -> int:
+    """Prompt tokens that any model counts for a whole question: eight bytes a token, a quarter of an image's tokens.
+
+    The schema is left out, since not every server shows it to the model.
+    """
+    return len((RUBRIC + question.text).encode()) // 8 + len(question.pictures) * config.image_tokens // 4
+
+
+def _image_tokens(question: Question, config: OpenAIConfig) -> int:
+    return sum(image_tokens(picture, config.image_tokens, config.tile_tokens) for picture in question.pictures)
+
+
 def _size(question: Question) -> int:
     return len((RUBRIC + question.text + json.dumps(schema(question))).encode())
 
 
 def _cost(question: Question, config: OpenAIConfig, text_tokens: float, output_tokens: float) -> float:
     input_price, output_price = token_prices(config)
-    images = sum(image_tokens(picture, config.image_tokens, config.tile_tokens) for picture in question.pictures)
-    return (images + text_tokens) * input_price + output_tokens * output_price
+    return (_image_tokens(question, config) + text_tokens) * input_price + output_tokens * output_price

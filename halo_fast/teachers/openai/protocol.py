@@ -12,14 +12,39 @@ from typing import Any, NamedTuple
 
 from halo_fast.teachers.openai.config import KEY, OpenAIConfig
 from halo_fast.teachers.openai.pictures import Picture
+from halo_fast.teachers.openai.pricing import context_needed, fewest_tokens
 from halo_fast.teachers.openai.questions import Answer, Question, parse, schema
 from halo_fast.teachers.rubric import RUBRIC
 from halo_fast.teachers.store import Reply
 
-__all__ = ["Outcome", "endpoint", "make_reply", "read_failure", "read_reply", "request_body", "same_model", "scrub"]
+__all__ = [
+    "CONTEXT",
+    "Outcome",
+    "endpoint",
+    "make_reply",
+    "read_failure",
+    "read_reply",
+    "request_body",
+    "same_model",
+    "scrub",
+]
 
 _LONGEST_WAIT = 600.0  # seconds; a server that wants more ends the run
-_POLICY_CODES = ("content_policy_violation", "content_filter", "invalid_prompt")
+# by which content filters of OpenAI, Azure and gateways are known, in an error's code or in its text
+_POLICY = re.compile(
+    r"content.?policy|content.?filter|content management policy|responsible.?ai|invalid_prompt|data_?inspection|safety",
+    re.IGNORECASE,
+)
+# by which servers say that a question is longer than the model's context
+_TOO_LONG = re.compile(
+    r"context.?(length|size|window)|maximum.{0,20}(length|tokens)|exceed_context|longer than the model"
+    r"|context.{0,20}overflow|prompt is too long|max_model_len",
+    re.IGNORECASE,
+)
+CONTEXT = (
+    "give it a larger context: num_ctx or OLLAMA_CONTEXT_LENGTH (Ollama), --max-model-len (vLLM), --context-length "
+    "(SGLang), -c (llama.cpp), Context Length (LM Studio); or lower annotate.openai.max_images and max_frames"
+)
 _SHORTEST_SECRET = 8  # characters; cutting out a shorter key would spoil words and numbers
 _MOST_TOKENS = 10**9  # a larger count is a fault of the server
 
@@ -86,6 +111,8 @@ def read_reply(question: Question | None, document: object, config: OpenAIConfig
     text = scrub(text)
     if not same_model(config, model):
         return make_reply("wrong_model", f"asked {config.model}, {model!r} answered", text, model, tokens)
+    if question and tokens and 0 < tokens[0] < fewest_tokens(question, config):
+        return make_reply("cut", _cut_reason(question, tokens[0], config), text, model, tokens)
     if finish in ("length", "max_output_tokens"):
         return make_reply("truncated", f"longer than {config.max_output_tokens} tokens", text, model, tokens)
     if refusal or finish == "content_filter":
@@ -95,7 +122,10 @@ def read_reply(question: Question | None, document: object, config: OpenAIConfig
 
 
 def read_failure(status: int, document: object, headers: Mapping[str, str], config: OpenAIConfig) -> Outcome:
-    """What an HTTP error means: a refusal of this question, a reason to wait, or one to stop.
+    """What an HTTP error means: a refusal or rejection of this question, a reason to wait, or one to stop.
+
+    A server that rejects a request (400, 413, 415, 422) may take another one: whether several in a row were rejected is
+    for the ledger to see.
 
     Args:
         status: HTTP status code.
@@ -107,8 +137,13 @@ def read_failure(status: int, document: object, headers: Mapping[str, str], conf
     error = error if isinstance(error, dict) else {"message": error}
     message = scrub(error.get("message") or error.get("detail") or document or "")[:200]
     reason = f"{config.base_url} answered {status}: {message}"
-    if status == 400 and error.get("code") in _POLICY_CODES:
+    said = f"{error.get('code')} {error.get('type')} {message}"
+    if status in (400, 403, 422) and _POLICY.search(said):
         return Outcome(Reply("refused", message, tokens=(0, 0)))
+    if status in (400, 413, 422, 500) and _TOO_LONG.search(said):
+        return Outcome(Reply("failed", f"{reason}; {CONTEXT}"), fatal=True)
+    if status in (400, 413, 415, 422):
+        return Outcome(Reply("rejected", f"{reason}", tokens=(0, 0)))
     if not (status in (408, 409, 425, 429) or status >= 500 and status != 501):
         return Outcome(Reply("failed", f"{reason}; {_cure(status, config)}"), fatal=True)
     wait = _retry_after(headers)
@@ -146,11 +181,18 @@ def scrub(value: object) -> str:
     return re.sub(escaped, f"<{KEY}>", text)
 
 
+def _cut_reason(question: Question, counted: int, config: OpenAIConfig) -> str:
+    return (
+        f"the server counted {counted} prompt tokens for {len(question.pictures)} images and their text, about "
+        f"{context_needed(question, config)} tokens with the answer"
+    )
+
+
 def _cure(status: int, config: OpenAIConfig) -> str:
     """What to do about an error that repeating would not mend."""
     if status in (404, 405, 501):
         return f"check annotate.openai.model and base_url; annotate.openai.api: {_APIS[config.api].cure}"
-    cures = {401: f"check {KEY}", 403: f"check what {KEY} may use", 413: "lower annotate.openai.max_images"}
+    cures = {401: f"check {KEY}", 403: f"check what {KEY} may use"}
     return cures.get(status, "the server does not take such requests; check annotate.openai")
 
 

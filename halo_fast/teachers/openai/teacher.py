@@ -97,6 +97,15 @@ class OpenAITeacher:
         kinds = {"clips": jobs, "pairs": [partial(self._comparisons, pair) for pair in compared]}
         return self._results(jobs, self._label, kinds)
 
+    def check_budget(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> None:
+        """Log what clips and comparisons will cost, the first of each taken for all.
+
+        Raises:
+            UserError: nothing is spent yet and the estimate exceeds the budget.
+        """
+        pairs = [partial(self._comparisons, pair) for pair in compared]
+        self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
+
     def _results(
         self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], planned: Mapping[str, Sequence[Job]]
     ) -> Iterator[tuple[int, Result]]:
@@ -131,9 +140,9 @@ class OpenAITeacher:
             f"{', '.join(f'{len(jobs)} {kind}' for kind, jobs in planned.items() if jobs)}, {requests} requests, "
             f"{images} images, about ${dollars:.2f} (spent ${spent:.2f}, budget ${budget:.2f})"
         )
-        logger.info("annotate: %s", estimate)
         if not spent and dollars > budget:
             raise UserError(f"annotate.openai.budget: {estimate}; raise the budget or lower annotate.num_clips")
+        logger.info("annotate: %s", estimate)
 
     def _questions(self, clip: Clip) -> list[Question]:
         """The question about the whole clip, then those about its patches."""
