@@ -295,10 +295,12 @@ def test_checkpoints_of_other_settings_are_refused(pipeline, pairs, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_before_anything_is_saved(pipeline, pairs, tmp_path):
-    spoilt = dataclasses.replace(pairs[5], latents=pairs[5].latents * float("nan"))
     config = dataclasses.replace(CONFIG, checkpointing_steps=3, logging_steps=3)
-    with pytest.raises(UserError, match=r"train: loss is nan at step [12]"):
-        fit(pipeline, [*pairs[:5], spoilt], config, folder=tmp_path, progress=quiet)
+    # finite latents whose squared errors overflow, and latents that are not finite themselves
+    for scale, message in ((1e30, r"train: loss is (nan|inf) at step [12]"), (float("nan"), "pair 5: latents are not")):
+        spoilt = dataclasses.replace(pairs[5], latents=pairs[5].latents * scale)
+        with pytest.raises(UserError, match=message):
+            fit(pipeline, [*pairs[:5], spoilt], config, folder=tmp_path, progress=quiet)
     assert not list(tmp_path.glob("checkpoints/*")) and not (tmp_path / "log.csv").exists()
 
 
