@@ -91,7 +91,9 @@ def commands_of(block: str) -> list[str]:
     return [re.sub(r"\[(--[^\]]*)\]", r"\1", line) for line in found]
 
 
-def is_yaml(block: str) -> bool:
+def is_yaml(language: str, block: str) -> bool:
+    if language:
+        return language == "yaml"
     return re.match(r"^[a-z_]+:(\s|$)", block) is not None and block.strip().count("\n") > 0
 
 
@@ -109,7 +111,7 @@ def pieces() -> dict[str, list[Piece]]:
         for position, language, body in sorted(shown):
             where = place(page, text, position)
             commands = commands_of(body) if language in ("", "bash") else []
-            kind = "python" if is_python(language, body) else "yaml" if language == "yaml" or is_yaml(body) else "shown"
+            kind = "python" if is_python(language, body) else "yaml" if is_yaml(language, body) else "shown"
             if kind == "shown" and commands:
                 found["command"] += [Piece(*where, command) for command in commands]
             else:

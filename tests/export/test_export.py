@@ -189,4 +189,7 @@ def test_mistakes_of_the_command_are_reported_in_one_line(tmp_path, capsys):
     assert main(["export", str(tmp_path)]) == 2
     assert "not there; run `halo train`" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "onnx"]) == 2
-    assert "format: expected one of diffusers, comfyui, got 'onnx'" in capsys.readouterr().err
+    assert (
+        "format: expected one of diffusers, comfyui, huggingface, trl, diffsynth, videodpo, got 'onnx'"
+        in capsys.readouterr().err
+    )
