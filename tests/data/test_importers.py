@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from sources import table, touch
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Ratings, load_frames, pool_marks, read_human, read_preferences, read_ratings
@@ -19,21 +20,6 @@ from halo_fast.errors import UserError
 
 SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RNG = np.random.default_rng(0)
-
-
-def table(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
 
 
 def fetv(folder: Path, rows: list[dict] | None = None) -> Path:

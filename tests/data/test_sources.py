@@ -1,6 +1,5 @@
 """What users bring, each layout written by the test: folders with captions, tables, scores, boxes, masks, patches."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,26 +9,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from sources import table, touch
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.fitting import VideoFormat
 from halo_fast.data.sources import read_source
 from halo_fast.errors import UserError
-
-
-def table(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
 
 
 def test_a_folder_of_clips_with_captions_in_natural_order(tmp_path):
