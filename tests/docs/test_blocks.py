@@ -272,11 +272,15 @@ def test_python(page, folder, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(registry, "_tables", {kind: dict(names) for kind, names in registry._tables.items()})
     torch.manual_seed(0)
-    with OpenAIServer() as server:
-        names = {"__name__": "page", "server": server}
-        for piece in (piece for piece in FOUND["python"] if piece.file == page):
-            names |= page_names.before(page, piece.text)
-            exec(compile(page_names.shortened(piece.text), piece.id, "exec"), names)
+    try:
+        with OpenAIServer() as server:
+            names = {"__name__": "page", "server": server}
+            for piece in (piece for piece in FOUND["python"] if piece.file == page):
+                names |= page_names.before(page, piece.text)
+                exec(compile(page_names.shortened(piece.text), piece.id, "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_the_short_tutorial_prints_what_it_says(tmp_path):
