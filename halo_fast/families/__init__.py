@@ -14,7 +14,7 @@ import torch
 from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
-from halo_fast.families.weights import Precision, load_pipeline
+from halo_fast.families.weights import Precision, hub_commit, load_pipeline
 
 __all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
 
@@ -68,11 +68,14 @@ def family_of(pipeline: Any, network: str | None = None) -> Any:
 
 
 def source(name: str) -> Path | str:
-    """What identifies a model as a stage's input: its folder, or its name if it is no local folder."""
+    """What identifies a model as a stage's input: its folder, or its name on the hub with the commit."""
     if registry.is_name("model", name):
         model = registry.resolve("model", name, _SETTING)
         return model.source if isinstance(model, RegisteredModel) else name
-    return Path(name) if Path(name).is_dir() else name
+    if Path(name).is_dir():
+        return Path(name)
+    commit = hub_commit(name)
+    return f"{name}@{commit}" if commit else name
 
 
 def load(

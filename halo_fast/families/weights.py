@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["Precision", "load_pipeline"]
+__all__ = ["Precision", "hub_commit", "load_pipeline"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -32,7 +32,9 @@ def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[
     """
     import diffusers
 
-    folder = Path(name) if Path(name).is_dir() else Path(diffusers.DiffusionPipeline.download(name))
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(diffusers.DiffusionPipeline.download(name, revision=hub_commit(name)))
     networks = _networks(folder)
     empty = (
         {}
@@ -46,6 +48,27 @@ def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[
         # newer versions call it dtype, older ones know this name alone
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return kind.from_pretrained(str(folder), torch_dtype=dtypes | {"default": torch.float32}, **empty)
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a model on the hub: of the copy in the cache, or of the newest one where nothing is cached.
+
+    So a run goes on with the weights that it began with. `hf download NAME` brings a newer commit.
+
+    Args:
+        name: "owner/model".
+
+    Returns:
+        None if neither cache nor hub knows the model.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, "model_index.json")
+        index = Path(cached if isinstance(cached, str) else hf_hub_download(name, "model_index.json"))
+    except (OSError, ValueError):
+        return None
+    return index.parent.name
 
 
 def _index(folder: Path) -> dict[str, Any]:

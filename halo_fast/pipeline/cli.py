@@ -215,6 +215,7 @@ VERBS = {name: Verb(_run_stages, stage.target, stage.help) for name, stage in ST
     ),
     "compare": Verb(_call, "halo_fast.pipeline.compare:compare", "align by every method and tabulate the results"),
     "inspect": Verb(_call, "halo_fast.pipeline.inspect:inspect_run", "summarise the clips, labels and pairs of a run"),
+    "verify": Verb(_call, "halo_fast.pipeline.hashes:verify", "read all files of a run and compare their hashes"),
     "export": Verb(
         _call, "halo_fast.pipeline.export:export_run", "write a run's LoRA, or its data, for other programs"
     ),

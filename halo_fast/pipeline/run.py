@@ -13,14 +13,14 @@ from typing import Any
 import filelock
 
 from halo_fast.errors import UserError
-from halo_fast.files import hash_file, hash_text, progress, read_json, versions, write_json
+from halo_fast.files import hash_file, hash_text, read_json, versions, write_json
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.hashes import MANIFEST, changed_outputs, hash_folder, hash_outputs
 
 __all__ = ["Run", "Stage"]
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
 _PENDING = "pending.json"
 
 
@@ -58,7 +58,7 @@ class Run:
         """
         found = self.path / path
         name = Path(path).parts[0]
-        manifest = read_json(self.path / name / _MANIFEST)
+        manifest = read_json(self.path / name / MANIFEST)
         if manifest is None or not found.exists():
             raise UserError(f"{found}: not there or unfinished; run `halo {name}` with this config first")
         # The training of another network, such as Wan 2.2's other expert, has settings of its own.
@@ -71,9 +71,31 @@ class Run:
                     f"setting it was made with, or redo it with `halo {name.partition('_')[0]} --force`"
                 )
         for label, source in manifest.get("sources", {}).items():
-            if _hash_input(label, self.require(source)) != manifest["inputs"][label]:
+            if self.input_hash(label, self.require(source)) != manifest["inputs"][label]:
                 raise UserError(f"{self.path / name}: {source} changed since it was made; run `halo {name}` again")
         return found
+
+    def input_hash(self, label: str, value: Path | str) -> str:
+        """The hash of an input: of a text, of a file, of a finished stage's outputs, or of all files of a folder.
+
+        Args:
+            label: names the input in errors.
+            value: a text, or a file or folder (Path).
+
+        Raises:
+            UserError: the file or folder does not exist.
+        """
+        if isinstance(value, str):
+            return hash_text(value)
+        if value.is_file():
+            return hash_file(value)
+        if not value.is_dir():
+            raise UserError(f"{label}: {value} does not exist; expected a file or folder")
+        manifest = read_json(value / MANIFEST)
+        if manifest is not None and "outputs" in manifest:
+            outputs = manifest["outputs"]
+            return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
+        return hash_folder(value, self.path / f".{hash_text(str(value.resolve()))[:16]}.hashes.json", label)
 
     def _settings(self, name: str, keys: Iterable[str]) -> dict[str, object]:
         """The values in this config of the settings that stage `name` keeps under `keys`."""
@@ -109,10 +131,8 @@ class Stage:
         self.name = name
         self.folder = run.path / name
         self.done = False
-        self._key = {
-            "settings": _as_json(settings),
-            "inputs": {label: _hash_input(label, value) for label, value in inputs.items()},
-        }
+        self._settings, self._inputs = settings, inputs
+        self._key: dict[str, Any] = {}
         self._sources = {
             label: value.resolve().relative_to(run.path.resolve()).as_posix()
             for label, value in inputs.items()
@@ -128,6 +148,8 @@ class Stage:
             self.run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir: {self.run.path}: {error.strerror}; choose another") from error
+        inputs = {label: self.run.input_hash(label, value) for label, value in self._inputs.items()}
+        self._key = {"settings": _as_json(self._settings), "inputs": inputs}
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -161,11 +183,9 @@ class Stage:
         Args:
             counts: what the stage made; kept in the manifest and logged.
         """
-        outputs = {
-            path.relative_to(self.folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.relative_to(self.folder).as_posix() not in (_MANIFEST, _PENDING)
-        }
+        own = [self.folder / MANIFEST, self.folder / _PENDING]
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in own)
+        outputs = hash_outputs(self.folder, files)
         manifest = {
             "stage": self.name,
             **self._key,
@@ -176,7 +196,7 @@ class Stage:
             "started": self._started,
             "finished": _now(),
         }
-        write_json(self.folder / _MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest)
         (self.folder / _PENDING).unlink()
         shutil.rmtree(self._old, ignore_errors=True)
         self.done = True
@@ -192,7 +212,7 @@ class Stage:
         if earlier and (self.run.force or self._outdated(earlier)):
             self._set_aside()
             earlier = None
-        if earlier and (self.folder / _MANIFEST).exists():
+        if earlier and (self.folder / MANIFEST).exists():
             self.done = self._intact(earlier["outputs"])
             if self.done:
                 logger.info("%s: finished before, kept (%s)", self.name, self.folder)
@@ -201,13 +221,13 @@ class Stage:
             self._check_outputs(source)
         self._started = earlier["started"] if earlier else _now()
         write_json(self.folder / _PENDING, {**self._key, "started": self._started})
-        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
 
     def _earlier_record(self) -> dict[str, Any] | None:
         """The manifest, or the notes of unfinished work; None if the folder is empty."""
-        earlier = read_json(self.folder / _MANIFEST)
+        earlier = read_json(self.folder / MANIFEST)
         if earlier is None and self._written():
             earlier = read_json(self.folder / _PENDING)
             if earlier is None:
@@ -241,7 +261,7 @@ class Stage:
         shutil.rmtree(discarded, ignore_errors=True)
         # Rename first: a kill during deletion must not leave a folder that looks unfinished.
         if self._old.exists():
-            older = self._old if (self.folder / _MANIFEST).exists() else self.folder
+            older = self._old if (self.folder / MANIFEST).exists() else self.folder
             older.rename(discarded)
             shutil.rmtree(discarded)
         if self.folder.exists():
@@ -262,22 +282,18 @@ class Stage:
 
     def _written(self) -> list[Path]:
         """The files in the folder besides the manifest and the notes."""
-        return [path for path in self.folder.rglob("*") if path.is_file() and path.name not in (_MANIFEST, _PENDING)]
+        return [path for path in self.folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _PENDING)]
 
     def _check_outputs(self, source: str) -> None:
-        """Compare an earlier stage's files with their hashes, so that no damage is passed on.
+        """Look for damage in an earlier stage's files, so that none is passed on.
 
         Raises:
             UserError: a file is gone or has other content.
         """
         stage = self.run.path / Path(source).parts[0]
-        outputs = (read_json(stage / _MANIFEST) or {"outputs": {}})["outputs"]
-        inside = {
-            path: output for path, output in outputs.items() if (stage / path).is_relative_to(self.run.path / source)
-        }
-        for path, output in progress(inside.items(), len(inside), f"{self.name}: checking {source}"):
-            if not (stage / path).is_file() or hash_file(stage / path) != output["sha256"]:
-                raise UserError(f"{stage / path}: damaged since it was made; delete it and run `halo {stage.name}`")
+        part = Path(source).relative_to(stage.name).as_posix()
+        for changed in changed_outputs(stage, part, f"{self.name}: checking {source}"):
+            raise UserError(f"{changed}: damaged since it was made; delete it and run `halo {stage.name}`")
 
 
 def _now() -> str:
@@ -297,19 +313,3 @@ def _flatten(value: object, name: str = "") -> dict[str, object]:
     return {
         key: leaf for part in value for key, leaf in _flatten(value[part], f"{name}.{part}" if name else part).items()
     }
-
-
-def _hash_input(label: str, value: Path | str) -> str:
-    """The hash of an input: of a text, of a file, of a finished stage's outputs, or of all files of a folder."""
-    if isinstance(value, str):
-        return hash_text(value)
-    if value.is_file():
-        return hash_file(value)
-    if not value.is_dir():
-        raise UserError(f"{label}: {value} does not exist; expected a file or folder")
-    manifest = read_json(value / _MANIFEST)
-    if manifest is not None and "outputs" in manifest:
-        outputs = manifest["outputs"]
-        return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
-    files = {path.relative_to(value).as_posix(): hash_file(path) for path in sorted(value.rglob("*")) if path.is_file()}
-    return hash_text(json.dumps(files, sort_keys=True))

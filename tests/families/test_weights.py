@@ -1,5 +1,9 @@
 """Parts of a folder that are loaded, and their precision, for every family."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -64,3 +68,29 @@ def test_one_precision_for_all_leaves_float32_what_diffusers_keeps(tmp_path):
     kept = {name for name, value in pipeline.transformer.named_parameters() if value.dtype == torch.float32}
     assert kept and all(any(part in name for part in pipeline.transformer._keep_in_fp32_modules) for name in kept)
     assert pipeline.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+
+
+_HUB = """
+import sys
+from halo_fast.families import load, source
+from halo_fast.families.weights import hub_commit
+print(hub_commit("own/tiny"), source("own/tiny"), hub_commit("own/other"), source("own/other"))
+print(float(load("own/tiny", "cpu").transformer.proj_out.bias[0]))
+"""
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path):
+    """A cache as huggingface_hub lays it out, with two commits; `refs/main` names the one that counts."""
+    hub = tmp_path / "hub" / "models--own--tiny"
+    commits = {"a" * 40: 0.25, "b" * 40: 0.5}
+    for commit, mark in commits.items():
+        pipeline = tiny_wan()
+        torch.nn.init.constant_(pipeline.transformer.proj_out.bias, mark)
+        pipeline.save_pretrained(hub / "snapshots" / commit)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    (hub / "refs").mkdir()
+    for commit, mark in commits.items():
+        (hub / "refs" / "main").write_text(commit)
+        done = subprocess.run([sys.executable, "-c", _HUB], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [commit, f"own/tiny@{commit}", "None", "own/other", str(mark)], done.stderr
