@@ -57,32 +57,49 @@ class Frame(NamedTuple):
     picture: Tensor
 
 
-def write_clip(path: Path | str, video: Tensor, fps: int) -> None:
-    """Write an mp4 atomically: H.264, yuv444p, quantiser 0, so that only colour conversion rounds, by 2 levels.
+def write_clip(path: Path | str, video: Tensor, fps: int, crf: int | None = None) -> None:
+    """Write an mp4 atomically, as H.264.
+
+    Without `crf` only the conversion of colours rounds, by 2 levels: yuv444p at quantiser 0, which Chromium plays and
+    many other players do not. With it the clip plays everywhere: yuv420p in the colours of BT.709, sides even.
 
     Args:
         path: the mp4 file.
         video: uint8 [F, H, W, 3].
         fps: frames a second.
+        crf: x264's constant rate factor, 0 to 51, higher for smaller files; None for lossless.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or odd sides with `crf`.
     """
     import av
 
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3:
         raise ValueError(f"video: expected uint8 [F, H, W, 3], got {video.dtype} {list(video.shape)}")
-    with (
-        replacing(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container,
-    ):
-        # One thread: x264 divides its work by threads, and the bytes must not depend on the machine.
-        options = {"qp": "0", "x264-params": "threads=1"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv444p"
-        for frame in video.cpu().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    height, width = video.shape[1:3]
+    if crf is not None and (height % 2 or width % 2):
+        raise ValueError(f"video: expected even sides, got {height} x {width}; crf=None takes any")
+    # with crf the index comes first in the file, so that a browser starts before it has the whole
+    options = {"fflags": "+bitexact"} | ({} if crf is None else {"movflags": "+faststart"})
+    # One thread: x264 divides its work by threads, and the bytes must not depend on the machine.
+    coding = {"x264-params": "threads=1"} | ({"qp": "0"} if crf is None else {"crf": str(crf)})
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=fps, options=coding)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if crf is None else "yuv420p"
+        if crf is not None:
+            _tag_bt709(stream.codec_context)
+        for picture in video.cpu().numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if crf is not None:
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _tag_bt709(codec: Any) -> None:
+    """Say in the stream that its colours are those of BT.709, so that every player shows the same."""
+    codec.colorspace = codec.color_primaries = codec.color_trc = 1
+    codec.color_range = 1
 
 
 def read_clip(path: Path | str, fps: float | None = None) -> Tensor:

@@ -108,7 +108,9 @@ def source_key(path: Path) -> str:
     return hash_text("\n".join(lines))
 
 
-def import_sources(settings: ImportConfig, wanted: VideoFormat, patches: PatchGrid, folder: Path) -> Imported:
+def import_sources(
+    settings: ImportConfig, wanted: VideoFormat, patches: PatchGrid, folder: Path, crf: int | None = None
+) -> Imported:
     """Read sources, bring every clip to one format and write it, and make the rows of clips, labels and pairs.
 
     Clips are read one at a time. A clip that is there already is not made again.
@@ -118,6 +120,7 @@ def import_sources(settings: ImportConfig, wanted: VideoFormat, patches: PatchGr
         wanted: the format of all clips.
         patches: of a clip, for labels of patches.
         folder: where videos/CLIP.mp4 are written.
+        crf: of the files, as for `write_clip`.
 
     Raises:
         UserError: a source that cannot be read, or no clip at all.
@@ -130,7 +133,7 @@ def import_sources(settings: ImportConfig, wanted: VideoFormat, patches: PatchGr
         raise UserError(f"imports.sources: no clips in {', '.join(settings.sources)}{reasons}")
     refs = {clip.ref for clip in source.clips}
     left_out = [row for row in source.left_out if str(Path(row.what).resolve()) not in refs]
-    rows, found = _write_clips(source.clips, settings, wanted, folder, left_out)
+    rows, found = _write_clips(source.clips, settings, wanted, folder, crf, left_out)
     if not rows:
         raise UserError(
             f"imports.sources: all {len(source.clips)} clips are left out; the first is {left_out[0].what}: "
@@ -147,6 +150,7 @@ def _write_clips(
     settings: ImportConfig,
     wanted: VideoFormat,
     folder: Path,
+    crf: int | None,
     left_out: list[LeftOutRow],
 ) -> tuple[dict[str, ImportedRow], dict[tuple[str, str], str]]:
     """Write the clips; rows by clip_id, and the clip_id of each ref and prompt. Equal clips of a prompt are one."""
@@ -165,7 +169,7 @@ def _write_clips(
                 if (earlier.ref, earlier.prompt) in found:
                     found[clip.ref, clip.prompt] = found[earlier.ref, earlier.prompt]
                 raise UserError(f"the same clip and prompt as {earlier.place}")
-            fit = _fitted(clip, clip_id, hash_text(" ".join(key)), settings, wanted, folder)
+            fit = _fitted(clip, clip_id, hash_text(f"{key[0]} {key[1]} {crf}"), settings, wanted, folder, crf)
         except UserError as error:
             left_out.append(LeftOutRow(_name(clip), str(error)))
             continue
@@ -205,7 +209,13 @@ def _content(clip: CaptionedClip) -> str:
 
 
 def _fitted(
-    clip: CaptionedClip, clip_id: str, key: str, settings: ImportConfig, wanted: VideoFormat, folder: Path
+    clip: CaptionedClip,
+    clip_id: str,
+    key: str,
+    settings: ImportConfig,
+    wanted: VideoFormat,
+    folder: Path,
+    crf: int | None,
 ) -> Fit:
     """Write a clip in the wanted format unless it is there; where its frames come from."""
     facts, video = folder / _FACTS / f"{clip_id}.json", folder / "videos" / f"{clip_id}.mp4"
@@ -213,7 +223,7 @@ def _fitted(
     if known and known["key"] == key and video.exists():
         return Fit(known["frames"], tuple(known["box"]), VideoFormat(*known["source"]), known["changes"])
     fitted = fit_clip(_stream(clip, wanted.fps), wanted, settings)
-    write_clip(video, fitted.video, round(wanted.fps))
+    write_clip(video, fitted.video, round(wanted.fps), crf)
     fit = fitted.fit
     write_json(facts, {"key": key, "frames": fit.frames, "box": fit.box, "source": fit.source, "changes": fit.changes})
     return fit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from halo_fast.errors import UserError, check_finite
@@ -29,6 +29,8 @@ class GenerateConfig:
         height: pixels.
         width: pixels.
         fps: frames a second of the mp4 files, and of the clip where the model takes that as an input.
+        crf: quality of the mp4 files, x264's constant rate factor from 0 to 51, higher for smaller files; null for
+            lossless files, which not every player shows. Latents are kept beside the files, as they were made.
     """
 
     num_prompts: Annotated[int, Ge(1)] | None = None
@@ -40,6 +42,7 @@ class GenerateConfig:
     height: Annotated[int, Ge(1)] = 480
     width: Annotated[int, Ge(1)] = 832
     fps: Annotated[int, Ge(1)] = 16
+    crf: Annotated[int, Ge(0), Le(51)] | None = 12
 
 
 def sample_clips(

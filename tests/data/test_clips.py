@@ -227,6 +227,54 @@ def test_a_written_clip_reads_back_at_any_rate(tmp_path):
         assert (read_clip(tmp_path / "clip.mp4").int() - video.int()).abs().max() <= 2
 
 
+def bt709(frame):
+    """Y, Cb and Cr of RGB in the studio range, by the definition of ITU-R BT.709."""
+    red, green, blue = np.moveaxis(frame.astype(np.float64) / 255, -1, 0)
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return 16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748
+
+
+def test_a_clip_for_every_player_has_the_colours_of_bt709(tmp_path):
+    video = torch.from_numpy(np.stack([quadrants()] * 5))
+    write_clip(tmp_path / "a.mp4", video, 8, crf=1)
+    write_clip(tmp_path / "b.mp4", video, 8, crf=1)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, codec.colorspace, codec.color_range) == ("h264", "yuv420p", 1, 1)
+        frame = next(container.decode(stream))
+        planes = [plane.astype(np.float64) for plane in _planes(frame)]
+    for plane, expected in zip(planes, bt709(quadrants()), strict=True):
+        step = expected.shape[0] // plane.shape[0]
+        assert np.abs(plane - expected[::step, ::step])[:10, :10].max() <= 2
+        assert np.abs(plane - expected[::step, ::step])[-10:, -10:].max() <= 2
+    # inside the quadrants, because colours are halved in size
+    inside = np.s_[:, 2 : SIZE[0] // 2 - 4, 2 : SIZE[1] // 2 - 4]
+    assert (read_clip(tmp_path / "a.mp4")[inside].int() - video[inside].int()).abs().max() <= 4
+
+
+def _planes(frame):
+    height, width = frame.height, frame.width
+    values = frame.to_ndarray(format="yuv420p").reshape(-1)
+    luma, chroma = height * width, height * width // 4
+    parts = values[:luma], values[luma : luma + chroma], values[luma + chroma :]
+    sizes = (height, width), (height // 2, width // 2), (height // 2, width // 2)
+    return [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def test_a_lower_factor_keeps_more_and_odd_sides_are_refused(tmp_path):
+    video = torch.from_numpy(np.stack(noise(5)))
+    sizes = []
+    for crf in (12, 30):
+        write_clip(tmp_path / f"{crf}.mp4", video, 8, crf)
+        sizes.append((tmp_path / f"{crf}.mp4").stat().st_size)
+    assert sizes[0] > sizes[1]
+    with pytest.raises(ValueError, match="expected even sides, got 47 x 64"):
+        write_clip(tmp_path / "odd.mp4", video[:, :47], 8, 12)
+    assert not (tmp_path / "odd.mp4").exists()
+
+
 @pytest.mark.parametrize(("layout", "shape"), [(None, (16, 3, 6, 8)), ("BFCHW", (3, 16, 6, 8))])
 def test_factors_of_the_autoencoder_follow_the_layout(tmp_path, layout, shape):
     write_clip(tmp_path / "clip.mp4", torch.from_numpy(np.stack(noise(9))), 8)

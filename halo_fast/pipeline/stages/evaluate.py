@@ -151,7 +151,7 @@ def _sample(config: Config, clips: Sequence[_ArmClip], trained: Sequence[Path], 
             family, [clip.prompt for clip in batch], [clip.seed for clip in batch], config.generate
         )
         for clip, video in zip(batch, videos, strict=True):
-            write_clip(folder / clip.video, video, config.generate.fps)
+            write_clip(folder / clip.video, video, config.generate.fps, config.generate.crf)
 
 
 @torch.no_grad()

@@ -126,4 +126,4 @@ def _generate_batch(family: Family, clips: Sequence[ClipRow], config: Config, st
     layout = None if family.layout == "BCFHW" else {"layout": family.layout}
     for clip, latent, video in zip(clips, latents, videos, strict=True):
         write_safetensors(stage.folder / str(clip.latents), {"latents": latent}, layout)
-        write_clip(stage.folder / clip.video, video, config.generate.fps)
+        write_clip(stage.folder / clip.video, video, config.generate.fps, config.generate.crf)

@@ -44,7 +44,7 @@ def import_clips(config: Config, run: Run) -> None:
         raise UserError(f"output_dir: {run.path} lies inside the source {inside[0]}; choose another")
     wanted = VideoFormat(form.num_frames, form.height, form.width, form.fps)
     keys = {"imports": asdict(settings), "grid": config.grid}
-    keys |= {"generate": {name: getattr(form, name) for name in ("num_frames", "height", "width", "fps")}}
+    keys |= {"generate": {name: getattr(form, name) for name in ("num_frames", "height", "width", "fps", "crf")}}
     inputs: dict[str, Path | str] = {f"source {name}": source_key(Path(name)) for name in settings.sources}
     model = config.pretrained_model_name_or_path
     if model:
@@ -53,7 +53,7 @@ def import_clips(config: Config, run: Run) -> None:
         if stage.done:
             return
         patches = _patches(config, load(model, device="cpu", weights=()) if model else None)
-        found = import_sources(settings, wanted, patches, stage.folder)
+        found = import_sources(settings, wanted, patches, stage.folder, form.crf)
         write_rows(stage.folder / "clips.parquet", found.clips, ImportedRow)
         for name, rows, kind in (("labels", found.labels, LabelRow), ("pairs", found.pairs, PairRow)):
             if rows:

@@ -92,9 +92,9 @@ def write_previews(
             continue
         if not base.exists():
             with reference_mode():
-                write_clip(base, _sample(family, prompt, generate, seed, index), generate.fps)
+                write_clip(base, _sample(family, prompt, generate, seed, index), generate.fps, generate.crf)
         policy = _sample(family, prompt, generate, seed, index)
-        write_clip(path, torch.cat([read_clip(base), policy], dim=2), generate.fps)
+        write_clip(path, torch.cat([read_clip(base), policy], dim=2), generate.fps, generate.crf)
     return written
 
 
