@@ -1,6 +1,7 @@
 """Hashes of a run's files, made once: afterwards size and time stamp stand for the content, until `halo verify`."""
 
 import json
+import os
 from pathlib import Path
 
 from halo_fast.errors import UserError
@@ -23,6 +24,7 @@ def hash_outputs(stage: Path, files: list[Path]) -> dict[str, dict[str, str | in
     for path in progress(files, len(files), f"{stage.name}: hashing"):
         name, stamp = path.relative_to(stage).as_posix(), _stamp(path)
         outputs[name], stamps[name] = {"sha256": hash_file(path), "bytes": stamp[0]}, stamp
+    _stamp_file(stage).unlink(missing_ok=True)
     if stamps:
         write_json(_stamp_file(stage), stamps)
     return outputs
@@ -44,14 +46,18 @@ def changed_outputs(stage: Path, part: str, label: str, read_all: bool = False) 
     names = [name for name in outputs if part == "." or name == part or name.startswith(f"{part}/")]
     changed, read = [], {}
     for name in progress(names, len(names), label):
-        path = stage / name
-        stamp = _stamp(path) if path.is_file() else None
-        if stamp and stamps.get(name) == stamp and not read_all:
+        path = f"{stage}/{name}"  # a text: a Path for each of 100,000 files takes a second
+        try:
+            stamp = _stamp(path)
+        except OSError:
+            changed.append(Path(path))
             continue
-        if stamp and stamp[0] == outputs[name]["bytes"] and hash_file(path) == outputs[name]["sha256"]:
+        if stamps.get(name) == stamp and not read_all:
+            continue
+        if stamp[0] == outputs[name]["bytes"] and hash_file(path) == outputs[name]["sha256"]:
             read[name] = stamp
         else:
-            changed.append(path)
+            changed.append(Path(path))
     if any(stamps.get(name) != stamp for name, stamp in read.items()):
         write_json(_stamp_file(stage), stamps | read)
     return changed
@@ -103,9 +109,9 @@ def verify(run: Path) -> str:
     )
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path | str) -> list[int]:
     """Size in bytes and time of the last change in nanoseconds."""
-    status = path.stat()
+    status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]
 
 

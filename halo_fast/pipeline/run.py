@@ -80,17 +80,12 @@ class Run:
 
         Args:
             label: names the input in errors.
-            value: a text, or a file or folder (Path).
-
-        Raises:
-            UserError: the file or folder does not exist.
+            value: a text, or a file or folder (Path) that exists.
         """
         if isinstance(value, str):
             return hash_text(value)
         if value.is_file():
             return hash_file(value)
-        if not value.is_dir():
-            raise UserError(f"{label}: {value} does not exist; expected a file or folder")
         manifest = read_json(value / MANIFEST)
         if manifest is not None and "outputs" in manifest:
             outputs = manifest["outputs"]
@@ -144,6 +139,9 @@ class Stage:
         self._lock = filelock.FileLock(run.path / f".{name}.lock", timeout=0)
 
     def __enter__(self) -> "Stage":
+        for label, value in self._inputs.items():
+            if isinstance(value, Path) and not value.exists():
+                raise UserError(f"{label}: {value} does not exist; expected a file or folder")
         try:
             self.run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -55,7 +55,7 @@ def manifest(config, name="score") -> dict:
 
 
 def stages_of(config) -> list[str]:
-    return [path.name for path in Run(config).path.iterdir() if not path.name.endswith(".lock")]
+    return [path.name for path in Run(config).path.iterdir() if not path.name.endswith((".lock", ".stamps.json"))]
 
 
 def test_finished_stage_is_kept(config):
@@ -346,7 +346,11 @@ def test_old_work_stands_until_the_new_is_finished(config):
     with Run(config).stage("score", {"a": 1}, {}) as stage:
         assert (stage.folder / "part.txt").exists()
         stage.finish({})
-    assert sorted(path.name for path in Run(config).path.iterdir()) == [".score.lock", "score"]
+    assert sorted(path.name for path in Run(config).path.iterdir()) == [
+        ".score.lock",
+        ".score.stamps.json",
+        "score",
+    ]
 
 
 def test_a_first_attempt_that_failed_stands_in_nobodys_way(config):
