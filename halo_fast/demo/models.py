@@ -21,4 +21,5 @@ CLIPS = GenerateConfig(
     height=world.SIZE,
     width=world.SIZE,
     fps=8,
+    crf=None,
 )
