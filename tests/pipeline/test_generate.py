@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import kill_when, output_hashes, tiny_config
 
-from halo_fast.data import read_clip
+from halo_fast.data import read_clip, write_clip
 from halo_fast.data.prompts import read_prompts
 from halo_fast.errors import UserError
 from halo_fast.families import load
@@ -42,9 +42,23 @@ module.generate(config, Run(config))
 def made(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("generate"))
     config.generate.num_inference_steps = 20
+    config.generate.crf = None
     run = Run(config)
     generate(config, run)
     return config, run.path / "generate"
+
+
+@pytest.mark.parametrize("crf", [12, 30])
+def test_clips_have_the_quality_that_is_set(tmp_path, crf):
+    config = tiny_config(tmp_path)
+    config.generate.num_prompts, config.generate.crf = 1, crf
+    generate(config, Run(config))
+    folder = Run(config).path / "generate"
+    family = load(config.pretrained_model_name_or_path, device="cpu")
+    row = pyarrow.parquet.read_table(folder / "clips.parquet").to_pylist()[0]
+    decoded = family.decode(load_file(folder / row["latents"])["latents"][None])[0]
+    write_clip(tmp_path / "again.mp4", decoded, config.generate.fps, crf)
+    assert (folder / row["video"]).read_bytes() == (tmp_path / "again.mp4").read_bytes()
 
 
 def test_every_clip_has_its_seed_video_and_latents(made):
