@@ -27,7 +27,7 @@ from halo_fast.pipeline.run import Run
 torch.set_num_threads({threads})
 config = tiny_config(Path({folder!r}))
 config.output_dir = {output!r}
-config.generate.num_inference_steps = {steps}
+config.generate.num_inference_steps, config.generate.crf = {steps}, None
 original, calls = module.sample_clips, []
 def third_waits(*args):
     calls.append(args)
