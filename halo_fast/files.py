@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "hash_file",
     "hash_tensors",
     "hash_text",
+    "no_loading_bars",
     "progress",
     "read_checkpoint",
     "read_json",
@@ -218,6 +220,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def no_loading_bars(*packages: str) -> Iterator[None]:
+    """Inside the block packages such as transformers and diffusers draw no bars for the files that they load."""
+    logs = [importlib.import_module(f"{package}.utils.logging") for package in packages]
+    enabled = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in enabled:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in enabled:
+            log.enable_progress_bar()
 
 
 def progress(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:

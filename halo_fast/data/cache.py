@@ -4,6 +4,7 @@ A file is named by the hash of what it was made from: clip and autoencoder, or p
 never out of date, and each is made once.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -85,6 +86,12 @@ def cache_prompts(family: Family, prompts: Sequence[str], folder: Path) -> list[
     return rows
 
 
+def _copies(row: PairRow) -> int:
+    """The weight, rounded up for as large a share of all names as its fraction is."""
+    whole = math.floor(row.weight)
+    return whole + (int(hash_text(row.pair_id)[:8], 16) < (row.weight - whole) * 2**32)
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -97,12 +104,13 @@ class CachedPairs(Sequence[Pair]):
     """Preference pairs on disk, read one at a time.
 
     Args:
-        pairs: parquet table of the pairs.
+        pairs: parquet table of the pairs. One of weight 2 is there twice; of a fraction the pair's name decides.
         cache: folder of their latents and text embeddings, with index.parquet.
     """
 
     def __init__(self, pairs: Path, cache: Path) -> None:
-        self._rows = read_rows(pairs, PairRow)
+        rows = read_rows(pairs, PairRow)
+        self._rows = [row for row in rows for _ in range(_copies(row))]
         self._files = {(row.kind, row.id): cache / row.file for row in read_rows(cache / "index.parquet", CacheRow)}
 
     @property

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Frame",
     "latent_factors",
+    "motion_amount",
     "natural_order",
     "read_clip",
     "read_frames",
@@ -221,6 +223,12 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Tensor:
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         reason = first_line(error)
         raise UserError(f"{name}: expected a picture ({reason}); make it again or leave the row out") from error
+
+
+def motion_amount(video: Tensor) -> float:
+    """Mean absolute change of a pixel from frame to frame, 0 to 255, of a video uint8 [F, H, W, 3]; 0 of one frame."""
+    changes = [float((b.int() - a.int()).abs().float().mean()) for a, b in pairwise(video)]
+    return sum(changes) / len(changes) if changes else 0.0
 
 
 def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:

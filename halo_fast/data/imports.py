@@ -366,10 +366,15 @@ def _pair(a: ImportedRow, b: ImportedRow, preference: Preference, patches: Patch
         worse = ClipDamage("", damage_of_file(preference.mask), "")
         scores = [[5.0] * count, _quality(worse, b if share >= 0.5 else a, patches)]
         scores = scores if share >= 0.5 else scores[::-1]
+    elif preference.patches is not None:
+        first, second, grid = preference.patches
+        if grid != tuple(patches.grid):
+            raise UserError(f"its scores are of {grid} patches, not of {tuple(patches.grid)}; set grid to that")
+        scores = [first, second]
     ties = sum(not abs(x - y) > 0 for x, y in zip(*scores, strict=True))
     return PairRow(
         f"{a.clip_id}-{b.clip_id}", a.prompt_id, a.prompt, a.clip_id, b.clip_id, 1 + 4 * share, 5 - 4 * share,
-        scores[0], scores[1], list(patches.grid), 8 * share - 4, ties / count,
+        scores[0], scores[1], list(patches.grid), 8 * share - 4, ties / count, preference.weight,
     )  # fmt: skip
 
 

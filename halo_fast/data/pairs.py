@@ -3,9 +3,10 @@
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, NamedTuple
+from itertools import combinations
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge
 from torch import Tensor
@@ -13,7 +14,19 @@ from torch import Tensor
 from halo_fast.data.tables import ClipRow, PairRow, ScoreRow
 from halo_fast.errors import UserError
 
-__all__ = ["Pair", "PairsConfig", "complete_pairs", "heldout_mask", "pair_candidates", "pair_statistics"]
+__all__ = [
+    "Pair",
+    "PairsConfig",
+    "complete_pairs",
+    "corrupted_pair",
+    "heldout_mask",
+    "pair_candidates",
+    "pair_statistics",
+    "real_pairs",
+    "without_duplicates",
+]
+
+_BEST, _WORST = 5.0, 1.0  # labels that follow from how clips were made, on the teachers' scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,11 @@ class PairsConfig:
         patch_delta: patches whose rewards differ by no more than this are ties; the loss has its own, train.objective.
         video_delta: videos whose rewards differ by no more than this are ties; a pair of nothing but ties is left out.
         dimensions: weight of each video dimension in the video reward.
+        select: which candidates of a prompt are paired. "best_worst": the best with the worst. "margin": all whose
+            video rewards differ by more than min_margin. "pareto": all of which one is nowhere worse and somewhere
+            better in the weighted dimensions. "patches": the two that differ in most patches.
+        min_margin: of the video reward, for select margin.
+        real_wins: pair imported clips with generated ones of their prompt, and let them win whatever the scores.
     """
 
     patch_delta: Annotated[float, Ge(0)] = 0.4
@@ -48,12 +66,16 @@ class PairsConfig:
     dimensions: dict[str, Annotated[float, Ge(0)]] = field(
         default_factory=lambda: {"visual_quality": 1.0, "text_alignment": 1.0, "dynamic_degree": 1.0}
     )
+    select: Literal["best_worst", "margin", "pareto", "patches"] = "best_worst"
+    min_margin: Annotated[float, Ge(0)] = 0.0
+    real_wins: bool = False
 
 
 class _Candidate(NamedTuple):
     clip: ClipRow
     video_reward: float
     patch_rewards: list[float]
+    dimensions: list[float]
 
 
 def pair_candidates(
@@ -63,14 +85,14 @@ def pair_candidates(
     grid: Sequence[int],
     required: bool = True,
 ) -> tuple[list[PairRow], int]:
-    """Pair the candidates of every prompt: both of two, else the best and the worst by video reward.
+    """Pair the candidates of every prompt, by default the best with the worst by video reward.
 
     The video reward is the weighted mean of the video dimensions. A pair in which everything ties is left out.
 
     Args:
         clips: the candidates.
         scores: of every candidate.
-        settings: ties and weights.
+        settings: ties, weights, and which candidates are paired.
         grid: patches along time, height and width.
         required: whether no pair at all is a mistake.
 
@@ -87,14 +109,17 @@ def pair_candidates(
             raise UserError(f"pairs: no scores of clip {clip.clip_id}; score all clips again")
         score = by_clip[clip.clip_id]
         reward = _video_reward(score, settings)
-        candidates[clip.prompt_id].append(_Candidate(clip, reward, _patch_scores(score, math.prod(grid))))
-    rows = [
-        _pair_row(*_best_and_worst(group), settings.patch_delta, grid)
-        for group in candidates.values()
-        if len(group) > 1
-    ]
-    if not rows and required:
+        weighted = [score.video[name] for name, weight in settings.dimensions.items() if weight]
+        candidates[clip.prompt_id].append(_Candidate(clip, reward, _patch_scores(score, math.prod(grid)), weighted))
+    groups = [group for group in candidates.values() if len(group) > 1]
+    if not groups and required:
         raise UserError("generate.num_videos_per_prompt: pairs need at least 2 candidates of a prompt, got 1")
+    rows = [_pair_row(a, b, settings.patch_delta, grid) for group in groups for a, b in _select(group, settings)]
+    if not rows and required:
+        raise UserError(
+            f"pairs.select: {settings.select!r} finds no pair among {len(groups)} prompts; lower min_margin, or set it "
+            "to best_worst"
+        )
     kept = _decided(rows, settings)
     if not kept and required:
         raise UserError(f"pairs: all {len(rows)} pairs tie in the video and in every patch; lower patch_delta")
@@ -136,12 +161,17 @@ def _decided(rows: Sequence[PairRow], settings: PairsConfig) -> list[PairRow]:
     return [row for row in rows if row.patch_tie_share < 1 or not _ties(row.video_margin, settings.video_delta)]
 
 
-def pair_statistics(pairs: Sequence[PairRow], settings: PairsConfig) -> dict[str, float]:
-    """Shares of ties, and the share of decided patches that oppose their decided video.
+def pair_statistics(
+    pairs: Sequence[PairRow], settings: PairsConfig, clips: Sequence[ClipRow] = (), scores: Sequence[ScoreRow] = ()
+) -> dict[str, float]:
+    """Shares of ties, of decided patches that oppose their decided video, and what winners have in common.
 
     Args:
         pairs: at least one.
         settings: which differences are ties.
+        clips: of the pairs: "first_wins_share" is that of decided pairs whose winner has the lower candidate number,
+            and "own_share" that of clips that the model itself made.
+        scores: of the clips: "still_wins_share" is that of decided pairs whose winner moves less, where known.
     """
     decided = opposed = 0
     for row in pairs:
@@ -151,11 +181,30 @@ def pair_statistics(pairs: Sequence[PairRow], settings: PairsConfig) -> dict[str
         margins = [margin for margin in margins if not _ties(margin, settings.patch_delta)]
         decided += len(margins)
         opposed += sum((margin > 0) != (row.video_margin > 0) for margin in margins)
-    return {
+    shares = {
         "video_tie_share": sum(_ties(row.video_margin, settings.video_delta) for row in pairs) / len(pairs),
         "patch_tie_share": sum(row.patch_tie_share for row in pairs) / len(pairs),
         "opposed_share": opposed / decided if decided else 0.0,
     }
+    known = {clip.clip_id: clip for clip in clips}
+    sides = [known[clip] for row in pairs for clip in (row.clip_a, row.clip_b) if clip in known]
+    motion = {score.clip_id: score.motion for score in scores}
+    wins = {
+        "first_wins_share": _lower_wins(pairs, settings, {clip.clip_id: float(clip.candidate) for clip in clips}),
+        "still_wins_share": _lower_wins(pairs, settings, motion),
+        "own_share": sum(bool(clip.strategy) for clip in sides) / len(sides) if sides else math.nan,
+    }
+    return shares | {name: share for name, share in wins.items() if not math.isnan(share)}
+
+
+def _lower_wins(pairs: Sequence[PairRow], settings: PairsConfig, values: Mapping[str, float]) -> float:
+    """Share of the decided pairs whose winner has the lower value; NaN if there is none with two values."""
+    wins = []
+    for row in pairs:
+        gap = values.get(row.clip_a, math.nan) - values.get(row.clip_b, math.nan)
+        if not _ties(row.video_margin, settings.video_delta) and gap == gap and gap:
+            wins.append((gap < 0) == (row.video_margin > 0))
+    return sum(wins) / len(wins) if wins else math.nan
 
 
 def _video_reward(score: ScoreRow, settings: PairsConfig) -> float:
@@ -170,11 +219,90 @@ def _video_reward(score: ScoreRow, settings: PairsConfig) -> float:
     return sum(weight * score.video[name] for name, weight in settings.dimensions.items()) / total
 
 
-def _best_and_worst(candidates: Sequence[_Candidate]) -> tuple[_Candidate, _Candidate]:
-    if len(candidates) == 2:
-        return candidates[0], candidates[1]
-    ranked = sorted(candidates, key=lambda one: (-one.video_reward, one.clip.candidate))
-    return ranked[0], ranked[-1]
+def _select(group: Sequence[_Candidate], settings: PairsConfig) -> list[tuple[_Candidate, _Candidate]]:
+    """The pairs of a prompt's candidates; with two of them the first candidate comes first."""
+    if settings.select == "best_worst":
+        ranked = sorted(group, key=lambda one: (-one.video_reward, one.clip.candidate))
+        return [(group[0], group[1]) if len(group) == 2 else (ranked[0], ranked[-1])]
+    pairs = list(combinations(group, 2))
+    if settings.select == "margin":
+        return [(a, b) for a, b in pairs if abs(a.video_reward - b.video_reward) > settings.min_margin]
+    if settings.select == "pareto":
+        return [(a, b) for a, b in pairs if _dominates(a.dimensions, b.dimensions)]
+    return [max(pairs, key=lambda pair: _patch_difference(pair[0], pair[1], settings.patch_delta))]
+
+
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether one of the two is nowhere worse than the other, and they are not equal."""
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    return any(gaps) and (all(gap >= 0 for gap in gaps) or all(gap <= 0 for gap in gaps))
+
+
+def _patch_difference(a: _Candidate, b: _Candidate, patch_delta: float) -> tuple[int, float]:
+    """How many patches are decided, and by how much in all."""
+    gaps = [abs(x - y) for x, y in zip(a.patch_rewards, b.patch_rewards, strict=True)]
+    decided = [gap for gap in gaps if not _ties(gap, patch_delta)]
+    return len(decided), sum(decided)
+
+
+def corrupted_pair(clip: ClipRow, corrupted: ClipRow, share: Tensor, grid: Sequence[int]) -> PairRow:
+    """A clip and itself with a region made again; labels follow from the region, as from any damage: 5 - 4 share.
+
+    Args:
+        clip: the one.
+        corrupted: the other.
+        share: of each patch that the region covers, [f, h, w].
+        grid: patches along time, height and width.
+    """
+    worse = [_BEST - 4 * one for one in share.flatten().tolist()]
+    return _labelled_pair(clip, corrupted, (_BEST, _BEST - 4 * float(share.mean())), worse, grid)
+
+
+def real_pairs(real: Sequence[ClipRow], generated: Sequence[ClipRow], grid: Sequence[int]) -> list[PairRow]:
+    """Every generated clip against a real one of its prompt, which wins; patches are unlabelled.
+
+    Args:
+        real: clips whose prompt_id is that of the generated ones; they take turns.
+        generated: the model's own.
+        grid: patches along time, height and width.
+    """
+    by_prompt: dict[int, list[ClipRow]] = defaultdict(list)
+    for clip in real:
+        by_prompt[clip.prompt_id].append(clip)
+    unlabelled = [math.nan] * math.prod(grid)
+    return [
+        _labelled_pair(winners[clip.candidate % len(winners)], clip, (_BEST, _WORST), unlabelled, grid)
+        for clip in generated
+        if (winners := by_prompt.get(clip.prompt_id))
+    ]
+
+
+def _labelled_pair(
+    a: ClipRow, b: ClipRow, videos: tuple[float, float], patches: list[float], grid: Sequence[int]
+) -> PairRow:
+    """A pair whose first clip is best everywhere that the second has a label."""
+    best = [math.nan if math.isnan(one) else _BEST for one in patches]
+    ties = sum(_ties(x - y, 0) for x, y in zip(best, patches, strict=True)) / len(best)
+    return PairRow(
+        f"{a.clip_id}-{b.clip_id}", a.prompt_id, a.prompt, a.clip_id, b.clip_id, *videos, best, patches, list(grid),
+        videos[0] - videos[1], ties,
+    )  # fmt: skip
+
+
+def without_duplicates(pairs: Sequence[PairRow], scores: Sequence[ScoreRow]) -> list[PairRow]:
+    """The pairs of clips with different pixels, each once.
+
+    Args:
+        pairs: some may be there twice, in either order.
+        scores: say which clips are equal, where they are known.
+    """
+    content = {score.clip_id: score.content for score in scores if score.content}
+    found: dict[frozenset[str], PairRow] = {}
+    for row in pairs:
+        clips = frozenset(content.get(clip, clip) for clip in (row.clip_a, row.clip_b))
+        if len(clips) == 2:
+            found.setdefault(clips, row)
+    return list(found.values())
 
 
 def _ties(margin: float, delta: float) -> bool:

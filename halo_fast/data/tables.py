@@ -6,8 +6,9 @@ video["visual_quality"] is the column video_visual_quality.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,8 @@ class ClipRow:
         seed: of its noise; None for an imported clip of which it is not known.
         video: file of its frames, relative to the table's folder.
         latents: file of its latents, likewise; None where there is none.
+        strategy: how it was made, as generate.strategy; empty for an imported clip.
+        parent: clip_id of the clip that it was made from, or whose early steps it shares; None for noise alone.
     """
 
     clip_id: str
@@ -51,6 +54,8 @@ class ClipRow:
     seed: int | None
     video: str
     latents: str | None
+    strategy: str = field(default="", kw_only=True)
+    parent: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,21 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """The reward model's scores of a clip, in scores.parquet; see `LabelRow` for `video` and `patches`."""
+    """The reward model's scores of a clip, in scores.parquet; see `LabelRow` for `video` and `patches`.
+
+    Args:
+        clip_id: the clip.
+        video: score of each video dimension.
+        patches: scores of all patches for each patch dimension.
+        motion: mean absolute change of a pixel from frame to frame, 0 to 255; NaN if unknown.
+        content: hash of the pixels; empty if unknown.
+    """
 
     clip_id: str
     video: dict[str, float] = _columns("video_", "float64")
     patches: dict[str, list[float]] = _columns("patch_", "list<float64>")
+    motion: float = math.nan
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class PairRow:
         grid: patches along time, height and width.
         video_margin: video_reward_a - video_reward_b.
         patch_tie_share: share of the patches whose rewards tie.
+        weight: how often training takes it in an epoch; 0.5 is every second pair of that weight.
     """
 
     pair_id: str
@@ -116,6 +132,7 @@ class PairRow:
     grid: list[int] = field(metadata={"type": "list<int64>"})
     video_margin: float
     patch_tie_share: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,8 @@ def write_rows(path: Path, rows: Sequence[Any], kind: type[Any] | None = None) -
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a parquet file; columns that the class does not have are left out.
 
+    A field with a default may have no column, as in tables that were written before there was one.
+
     Raises:
         UserError: the file is missing, damaged, or lacks a column.
     """
@@ -169,7 +188,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     columns = fields(kind)  # type: ignore[arg-type]
     own = [one for one in columns if "prefix" not in one.metadata]
     prefixed = [one for one in columns if "prefix" in one.metadata]
-    missing = [one.name for one in own if one.name not in table.column_names]
+    missing = [one.name for one in own if one.name not in table.column_names and one.default is MISSING]
     if missing:
         raise UserError(
             f"{path}: expected a column {missing[0]!r}, got {', '.join(table.column_names)}; make the table again"
@@ -178,7 +197,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[Field[Any]]) -> dict[str, Any]:
-    values = {one.name: row[one.name] for one in own}
+    values = {one.name: row[one.name] for one in own if one.name in row}
     for one in prefixed:
         prefix = one.metadata["prefix"]
         values[one.name] = {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}

@@ -71,12 +71,14 @@ def read_pipeline(folder: Path) -> WanPipeline:
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     from halo_fast.demo.autoencoder import BlockAutoencoder
+    from halo_fast.files import no_loading_bars
 
     # part by part: from_pretrained would complain that the autoencoder is not Wan's own
-    return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval(),
-        vae=BlockAutoencoder.from_pretrained(folder / "vae"),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer").float(),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-    )
+    with no_loading_bars("diffusers", "transformers"):
+        return WanPipeline(
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+            text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval(),
+            vae=BlockAutoencoder.from_pretrained(folder / "vae"),
+            transformer=WanTransformer3DModel.from_pretrained(folder / "transformer").float(),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        )

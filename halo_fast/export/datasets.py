@@ -38,6 +38,8 @@ class DatasetClip:
         seed: of its noise, if known.
         settings: of the generator, as JSON; empty if unknown.
         changes: what an import did to it.
+        strategy: how it was made, as generate.strategy; empty for an imported clip.
+        parent: clip_id of the clip that it was made from; null for noise alone.
         grid: patches along time, height and width; empty without labels.
         frame_edges: frames at which patches begin and end along time, grid[0] + 1 numbers; empty without labels.
         row_edges: rows of pixels, likewise.
@@ -59,6 +61,8 @@ class DatasetClip:
     seed: int | None
     settings: str
     changes: str
+    strategy: str
+    parent: str | None
     labeller: str
     grid: list[int] = field(metadata={"type": "list<int32>"})
     frame_edges: list[int] = field(metadata={"type": "list<int32>"})
@@ -88,6 +92,7 @@ class DatasetPair:
         grid: patches along time, height and width.
         chosen_patches: rewards of the patches, frame by frame, row by row; NaN is unlabelled.
         rejected_patches: likewise.
+        weight: how often training takes it in an epoch.
     """
 
     pair_id: str
@@ -103,6 +108,7 @@ class DatasetPair:
     grid: list[int] = field(metadata={"type": "list<int32>"})
     chosen_patches: list[float] = field(metadata={"type": "list<float64>"})
     rejected_patches: list[float] = field(metadata={"type": "list<float64>"})
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def _pair(row: PairRow, data: RunData) -> DatasetPair:
     tie = not abs(row.video_margin) > data.tie
     return DatasetPair(
         row.pair_id, row.prompt, files[a], files[b], tie, first - second, a, b, first, second, row.grid, patches_a,
-        patches_b,
+        patches_b, row.weight,
     )  # fmt: skip
 
 
@@ -220,7 +226,8 @@ def _clip(
     missing = [math.nan] * math.prod(label.grid) if label else []
     return DatasetClip(
         _file(clip), name, clip.prompt, clip.prompt_id, *data.format, data.generators.get(name, ""), clip.seed,
-        data.settings.get(name, ""), data.changes.get(name, ""), label.teacher if label else "",
+        data.settings.get(name, ""), data.changes.get(name, ""), clip.strategy, clip.parent,
+        label.teacher if label else "",
         list(label.grid) if label else [], *_edges(label, data),
         {one: label.video.get(one, math.nan) if label else math.nan for one in video},
         {one: list(label.patches.get(one, missing)) if label else [] for one in patches},

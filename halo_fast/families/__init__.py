@@ -4,8 +4,7 @@ A family is found by the name of its pipeline class. A model that is no diffuser
 `Family` anywhere, or `Denoiser` if it is only trained, and passing the object wherever a pipeline is taken.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -15,6 +14,7 @@ from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
 from halo_fast.families.weights import Precision, hub_commit, load_pipeline
+from halo_fast.files import no_loading_bars
 
 __all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
 
@@ -101,7 +101,7 @@ def load(
     Raises:
         UserError: nothing loadable under that name, or no family for it.
     """
-    with _no_loading_bars():
+    with no_loading_bars("diffusers", "transformers"):
         pipeline = _load_pipeline(name, precision, weights)
         _check_family(pipeline, f"{_SETTING}: {name!r}")
         family = family_of(pipeline, network)
@@ -140,20 +140,3 @@ def _load_pipeline(name: str, precision: Precision, weights: Collection[str] | N
             f"{_SETTING}: no diffusers pipeline at {name!r} ({first_line(error)}); "
             f"give a folder with model_index.json, a hub name{names}"
         ) from error
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Silence the bars that diffusers and transformers draw for each file they load."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    logs = [diffusers.utils.logging, transformers.utils.logging]
-    enabled = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in enabled:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in enabled:
-            log.enable_progress_bar()

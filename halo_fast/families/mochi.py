@@ -24,6 +24,12 @@ class Mochi(MaskedPrompts):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return latents - noise
 
+    def sampler_times(self) -> Tensor:
+        return 1 - super().sampler_times()
+
+    def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        return super().clean(noisy, -output, t)
+
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype = self.transformer.dtype
         return model(

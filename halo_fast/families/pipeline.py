@@ -178,6 +178,14 @@ class PipelineFamily(Family):
         """The inverse of `pack` for latents of `size` frames, height and width."""
         return latents
 
+    def sampler_times(self) -> Tensor:
+        """Noise levels t in [0, 1] before each step of the schedule that was last set, and after the last step."""
+        return self.pipeline.scheduler.sigmas.float().cpu()
+
+    def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """x_0 of x_t and the network's output at times t [N]; the inverse of `target`."""
+        return noisy - t.view(-1, *[1] * (noisy.ndim - 1)) * output
+
     @torch.no_grad()
     def sample(
         self,
@@ -259,3 +267,13 @@ class VariancePreserving(PipelineFamily):
         a, s = self._scales(latents, t)
         kind = self.pipeline.scheduler.config.prediction_type
         return {"epsilon": noise, "v_prediction": a * noise - s * latents, "sample": latents}[kind]
+
+    def sampler_times(self) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        times = scheduler.timesteps.float().cpu() / scheduler.config.num_train_timesteps
+        return torch.cat([times, times.new_zeros(1)])
+
+    def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        a, s = self._scales(noisy, t)
+        kind = self.pipeline.scheduler.config.prediction_type
+        return {"epsilon": (noisy - s * output) / a, "v_prediction": a * noisy - s * output, "sample": output}[kind]

@@ -19,7 +19,16 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import StageEntry
 
-__all__ = ["FACTORS_FILE", "RunClips", "clip_stages", "read_run_data", "run_all", "run_clips", "run_stages"]
+__all__ = [
+    "FACTORS_FILE",
+    "RunClips",
+    "clip_stages",
+    "given_pairs",
+    "read_run_data",
+    "run_all",
+    "run_clips",
+    "run_stages",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,20 @@ def run_clips(run: Run) -> RunClips:
     return RunClips(_joined(folders), run.path, {f"clips of {name}": folder for name, folder in folders.items()})
 
 
+def given_pairs(config: Config, run: Run | None = None) -> list[str]:
+    """The stages of a run that give pairs with labels: an import of them, and corrupted clips that nobody else judges.
+
+    Args:
+        config: of the run.
+        run: whose import is looked at; None where nothing is known of it.
+    """
+    stages = clip_stages(config)
+    judged = config.annotate.teacher or config.reward_model
+    corrupted = "generate" in stages and config.generate.strategy == "corrupt" and not judged
+    imported = "import" in stages and run is not None and (run.path / "import" / "pairs.parquet").exists()
+    return ["import"] * imported + ["generate"] * corrupted
+
+
 def _joined(folders: dict[str, Path]) -> list[ClipRow]:
     """The clips of several stages, with files relative to the run directory."""
     prompts: dict[str, int] = {}
@@ -87,8 +110,9 @@ def _joined(folders: dict[str, Path]) -> list[ClipRow]:
 def run_stages(config: Config, stages: Sequence[str], run: Run | None = None) -> list[str]:
     """The stages, in order, that `halo run` goes through with a config.
 
-    Without sources all but import. With sources generate only if imports.generate, and annotate only with a teacher.
-    Imported pairs without any label need no reward: then the run ends with train.
+    Without sources all but import. With sources generate only if imports.generate. Nothing is annotated with a
+    reward_model, nor without a teacher where there are imported labels, or pairs that need none: imported ones,
+    corrupted clips, real clips that win. Without any label there is no reward: then the run ends with train.
 
     Args:
         config: of the run.
@@ -99,12 +123,15 @@ def run_stages(config: Config, stages: Sequence[str], run: Run | None = None) ->
         UserError: an import that gives neither labels nor pairs, and no teacher.
     """
     needed = [name for name in stages if name not in ("import", "generate") or name in clip_stages(config)]
-    if not config.imports.sources or config.annotate.teacher:
+    if config.reward_model:
+        return [name for name in needed if name != "annotate"]
+    known = config.pairs.real_wins or given_pairs(config, run)
+    if config.annotate.teacher or not (config.imports.sources or known):
         return needed
     needed.remove("annotate")
-    if run is None or (run.path / "import" / "labels.parquet").exists():
+    if config.imports.sources and (run is None or (run.path / "import" / "labels.parquet").exists()):
         return needed
-    if not (run.path / "import" / "pairs.parquet").exists():
+    if not known:
         raise UserError(
             "annotate.teacher: the import gives neither labels nor pairs; name a teacher, or import scores too"
         )
@@ -124,7 +151,7 @@ def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
         if name == "import" or name in run_stages(config, list(stages), run):
             registry.load(stages[name].target)(config, run)
         else:
-            logger.info("%s: left out, because the import has pairs without labels and there is no teacher", name)
+            logger.info("%s: left out, because there are pairs without labels of clips, and no teacher", name)
 
 
 def read_run_data(run: Path) -> RunData:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -110,8 +111,11 @@ def compare(
         sections.append(build_section(name, arms, clean, BASE, BEST, bootstrap))
     introduction = _introduction(comparisons, config, names, num_seeds, output_dir)
     text = render(introduction, sections, [comparison.note() for comparison in comparisons])
-    with replacing(table or f"{output_dir}/results.md") as temporary:
-        temporary.write_text(text)
+    page = Path(table or f"{output_dir}/results.md")
+    # what follows a mark is another command's
+    others = page.read_text().partition("\n<!-- ") if page.exists() else ("", "", "")
+    with replacing(page) as temporary:
+        temporary.write_text(text + "".join(others[1:]))
     print(text)
 
 

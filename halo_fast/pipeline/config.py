@@ -108,6 +108,8 @@ class Config:
         seed: every random number of a run follows from it.
         precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0
             training loads float32.
+        reward_model: folder of a trained reward model, such as runs/first/reward. Then nothing is annotated, and
+            reward takes that one instead of training another.
         imports: clips, pairs and labels of your own.
         generate: candidates of the base model, and the format of all clips.
         annotate: labels of the teacher.
@@ -127,6 +129,7 @@ class Config:
     grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
     seed: Annotated[int, Ge(0)] = 0
     precision: Precision = "auto"
+    reward_model: str = ""
     imports: ImportConfig = field(default_factory=ImportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)

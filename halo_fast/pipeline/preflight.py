@@ -55,7 +55,7 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
 
 
 def check_run(config: Config, run: Run) -> None:
-    """Raise the mistakes that only a late stage of `halo run` would meet.
+    """Raise the mistakes that only a late stage of `halo run` would meet, and list prompts that are cut or shared.
 
     Args:
         config: of the run.
@@ -72,6 +72,7 @@ def check_run(config: Config, run: Run) -> None:
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+    from halo_fast.pipeline.stages.generate import warn_of_prompts
     from halo_fast.rewards.model import check_backbone
     from halo_fast.teachers import LabelStore
 
@@ -80,23 +81,27 @@ def check_run(config: Config, run: Run) -> None:
         registry.resolve("reward examples", config.reward.examples, "reward.examples")
     own = "generate" in stages and config.prompts
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed) if own else []
-    evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
+    if "evaluate" in stages:
+        evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
     if "annotate" in stages and not (run.path / "annotate" / "manifest.json").exists():
         kept = run.path / "labels.sqlite"
         with LabelStore(kept if kept.exists() else Path(":memory:")) as store:
             teacher = load_teacher(config, store, prompts=prompts)
-            if prompts:  # how many clips an import gives is known after it
-                _check_budget(config, teacher, prompts)
+            _check_budget(config, teacher, prompts)
+    warn_of_prompts(prompts, config)
 
 
 def _check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> None:
-    """Raise if a paid teacher's budget cannot hold the clips that this config makes; their size is known, not more."""
+    """Raise if a paid teacher lacks its key, or a budget for the clips that this config makes; their size is known."""
     import torch
 
     from halo_fast.teachers import Clip, Judge
     from halo_fast.teachers.base import Paid
 
     if not isinstance(teacher, Paid):
+        return
+    if not prompts:  # how many clips an import gives is known after it
+        teacher.check_budget([])
         return
     settings = config.generate
     size = (settings.num_frames, settings.height, settings.width, 3)

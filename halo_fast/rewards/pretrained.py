@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halo_fast.errors import UserError
+from halo_fast.files import no_loading_bars
 
 __all__ = ["STAGE_CHANNELS", "TEXT_WIDTH", "frame_network", "frame_stages", "read_text", "words_of"]
 
@@ -78,16 +79,11 @@ def _text_network() -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError(_missing(error)) from error
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    folder, bars = str(get_model_path()), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    folder = str(get_model_path())
+    with no_loading_bars("transformers"):
         network = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
         return AutoTokenizer.from_pretrained(folder), network
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _missing(error: ImportError) -> str:

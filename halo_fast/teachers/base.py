@@ -81,7 +81,10 @@ class Paid(Teacher, Protocol):
     """A teacher that costs money."""
 
     def check_budget(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> None:
-        """Raise UserError if the budget cannot hold the questions about these clips and pairs; nothing is asked."""
+        """Raise UserError if the budget cannot hold the questions about these clips and pairs; nothing is asked.
+
+        There may be no clips, where they are not known yet; then only what is needed to ask at all is checked.
+        """
         ...
 
 

@@ -114,7 +114,7 @@ class Lengths(Brightness):
         return super().forward(videos, prompts, grid)
 
 
-def test_agreement_on_clips_of_any_length_rate_and_size(tmp_path, caplog):
+def test_agreement_on_videos_of_any_length_rate_and_size(tmp_path, caplog):
     sizes = [(15, 60, 52, 8), (32, 48, 40, 24), (1, 17, 19, 4), (10, 16, 16, 4)]
     for index, (frames, height, width, fps) in enumerate(sizes):
         video = torch.full((frames, height, width, 3), 20 * index, dtype=torch.uint8)
@@ -133,7 +133,7 @@ def test_agreement_on_clips_of_any_length_rate_and_size(tmp_path, caplog):
     assert table["visual_quality: model"]["without_ties"].value == 1
 
 
-def test_agreement_keeps_one_clip_in_memory(tmp_path, monkeypatch):
+def test_agreement_keeps_one_video_in_memory(tmp_path, monkeypatch):
     loaded, load = [], people.load_frames
 
     def watched(*arguments):

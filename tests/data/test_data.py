@@ -140,7 +140,10 @@ def test_pairs_that_tie_throughout_are_left_out_and_counted(tmp_path):
     rows = pyarrow.parquet.read_table(run.path / "pairs/pairs.parquet").to_pylist()
     assert [row["pair_id"] for row in rows] == ["p1_s0-p1_s1"]
     counts = json.loads((run.path / "pairs/manifest.json").read_text())["counts"]
-    assert counts == {"pairs": 1, "left_out": 1, "video_tie_share": 0, "patch_tie_share": 0, "opposed_share": 1}
+    assert counts == {
+        "pairs": 1, "left_out": 1, "duplicates": 0, "video_tie_share": 0, "patch_tie_share": 0, "opposed_share": 1,
+        "first_wins_share": 1, "own_share": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -199,13 +199,15 @@ def test_conditions_are_trimmed_to_the_prompt(case):
 
 
 @pytest.mark.parametrize("offset", [(1, 0, 0), (0, 4, 0), (0, 0, 4)])
-def test_clips_the_model_cannot_make_are_refused(case, offset):
+def test_videos_the_model_cannot_make_are_refused_and_never_cut(case, offset):
     size = tuple(length + more for length, more in zip(case.tiny.size, offset, strict=True))
     if offset[0] and case.family.compression[0] == 1:
         assert case.family.latent_size(case.family.latent_shape(*size))[0] == size[0]
         return
     with pytest.raises(UserError, match=r"k\+1 frames with sides divisible by \d+, got num_frames"):
         case.family.latent_shape(*size)
+    with pytest.raises(UserError, match=r"k\+1 frames with sides divisible by \d+, got num_frames"):
+        case.family.encode(torch.zeros(1, *size, 3, dtype=torch.uint8))
 
 
 def merged(case, lora):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from recipe import demo_config
+from tiny import tiny_wan
 
 from halo_fast import registry
 from halo_fast.errors import UserError
@@ -153,14 +154,16 @@ def test_run_finds_the_mistakes_of_late_stages_before_it_starts(capsys, calls, t
         (["--annotate.openai.budget", "0.4", "--annotate.num_clips", "40"], ["40 clips", "budget $0.40"]),
     ],
 )
-def test_run_refuses_a_budget_that_cannot_be_enough_before_it_starts(
+def test_run_refuses_a_budget_that_cannot_be_enough_before_it_generates(
     capsys, calls, tmp_path, monkeypatch, arguments, words
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     (tmp_path / "prompts.txt").write_text("\n".join(f"a ball rolls to the left, {index}" for index in range(400)))
     (tmp_path / "held.txt").write_text("a square stands still\n")
+    saved_tiny_wan(model := tmp_path / "model")
+    capsys.readouterr()
     given = {
-        "output_dir": tmp_path / "run", "pretrained_model_name_or_path": "nowhere", "annotate.teacher": "openai",
+        "output_dir": tmp_path / "run", "pretrained_model_name_or_path": model, "annotate.teacher": "openai",
         "prompts": tmp_path / "prompts.txt", "evaluation_prompts": tmp_path / "held.txt",
         "generate.num_prompts": 400, "generate.num_videos_per_prompt": 4, "reward.backbone": "compact",
     }  # fmt: skip
@@ -170,6 +173,48 @@ def test_run_refuses_a_budget_that_cannot_be_enough_before_it_starts(
     assert not calls and not (tmp_path / "run").exists()
     enough = ["--annotate.openai.budget", "400"]
     assert cli.main(["run", *words_given, *arguments, *enough]) == 0 and calls
+
+
+def saved_tiny_wan(model):
+    """A model of 12 tokens of text, whose weights cannot be read."""
+    tiny_wan().save_pretrained(model)
+    for file in model.glob("*/*.safetensors"):
+        file.write_bytes(b"")
+
+
+def run_of_tiny_wan(tmp_path, prompts, held_out, **changes):
+    """The words of `halo run` with such a model."""
+    saved_tiny_wan(model := tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "held.txt").write_text("\n".join(held_out))
+    given = {
+        "output_dir": tmp_path / "run", "pretrained_model_name_or_path": model, "annotate.teacher": "human:anna",
+        "prompts": tmp_path / "prompts.txt", "evaluation_prompts": tmp_path / "held.txt",
+    }  # fmt: skip
+    return [word for name, value in (given | changes).items() for word in (f"--{name}", str(value))]
+
+
+def test_run_lists_prompts_that_are_cut_before_any_weights_are_read(capsys, calls, tmp_path):
+    long = [" ".join(["a red ball rolls"] * count) for count in (2, 4, 5)]
+    assert cli.main(["run", *run_of_tiny_wan(tmp_path, ["a cube", *long], [long[2], "a ball"])]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "text encoder" in line]
+    assert [line.split(" is longer")[0] for line in lines] == [
+        "prompts: number 3", "prompts: number 4",
+        "prompts: 2 of 4 are cut by the text encoder, but teacher and reward model judge the whole; shorten them",
+        "evaluation_prompts: number 1",
+        "evaluation_prompts: 1 of 2 are cut by the text encoder, but teacher and reward model judge the whole; "
+        "shorten them",
+    ]  # fmt: skip
+    assert calls
+
+
+def test_run_without_the_teachers_key_is_refused_before_it_generates(capsys, calls, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    words = run_of_tiny_wan(tmp_path, ["a cube"], ["a ball"], **{"annotate.teacher": "openai"})
+    capsys.readouterr()
+    line = refuse(capsys, "run", *words)
+    assert line.startswith("halo: error: OPENAI_API_KEY: expected an API key in the environment"), line
+    assert not calls and not (tmp_path / "run").exists()
 
 
 def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatch):

@@ -52,6 +52,8 @@ class Preference:
         second: of the other.
         preferred: for each dimension 1 if the first is preferred, 0 if the second, 0.5 for a tie.
         mask: file of the region that they differ in, if known.
+        weight: how much it counts.
+        patches: scores of the patches of the first clip and of the second, and their grid, if known.
     """
 
     row: int
@@ -60,6 +62,8 @@ class Preference:
     second: Path | bytes
     preferred: dict[str, float]
     mask: Path | None = None
+    weight: float = 1.0
+    patches: tuple[list[float], list[float], tuple[int, ...]] | None = None
 
 
 def load_frames(clip: Tensor | Path | bytes, fps: float | None = None) -> Tensor:

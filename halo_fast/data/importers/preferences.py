@@ -1,5 +1,6 @@
 """Preferences between two clips, in the layouts they are published in."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,50 @@ def _local_dpo(path: Path, number: int, row: Row) -> Preference:
 
 
 def _chosen_rejected(prompt: str) -> Callable[[Path, int, Row], Preference]:
-    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json); tie if there are."""
+    """Columns chosen, rejected and a prompt (TRL), or a caption (UnifiedReward's dpo_data.json).
+
+    Perhaps also tie, weight, and scores of patches in chosen_patches and rejected_patches with their grid.
+    """
 
     def read(path: Path, number: int, row: Row) -> Preference:
         place = f"{path}: row {number}"
         first, second = (path.parent / required_text(row, side, place) for side in ("chosen", "rejected"))
         preferred = 0.5 if str(row.get("tie")).casefold() in ("true", "1") else 1.0
-        return Preference(number, required_text(row, prompt, place), first, second, {"overall": preferred})
+        return Preference(
+            number, required_text(row, prompt, place), first, second, {"overall": preferred},
+            weight=_weight(row.get("weight"), place), patches=_patches(row, place),
+        )  # fmt: skip
 
     return read
+
+
+def _weight(value: Any, place: str) -> float:
+    if is_empty(value):
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise UserError(f"{place}: expected a number of at least 0 in 'weight', got {value!r}")
+    return weight
+
+
+def _patches(row: Row, place: str) -> tuple[list[float], list[float], tuple[int, ...]] | None:
+    """Scores of the patches of both clips and their grid, as `halo export` writes them; None if there are none."""
+    names = ("chosen_patches", "rejected_patches", "grid")
+    columns = [row.get(name) for name in names]
+    if all(column is None for column in columns):
+        return None
+    try:
+        first, second, grid = ([float(one) for one in column or ()] for column in columns)
+        if len(grid) != 3 or not len(first) == len(second) == math.prod(grid):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{place}: expected lists of numbers in {', '.join(names)}, as many scores as the grid has patches"
+        ) from None
+    return first, second, (int(grid[0]), int(grid[1]), int(grid[2]))
 
 
 def _pickapic(path: Path, number: int, row: Row) -> Preference:

@@ -17,7 +17,7 @@ from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.clips import FACTORS_FILE
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.generate import warn_of_leakage
+from halo_fast.pipeline.stages.generate import warn_of_prompts
 
 __all__ = ["import_clips"]
 
@@ -62,7 +62,7 @@ def import_clips(config: Config, run: Run) -> None:
         factors = {name: getattr(patches, name) for name in ("spatial_factor", "temporal_factor", "causal")}
         write_json(stage.folder / FACTORS_FILE, factors)
         forget_facts(stage.folder)
-        warn_of_leakage([row.prompt for row in found.clips], config)
+        warn_of_prompts([row.prompt for row in found.clips], config)
         _list_left_out(found.left_out, stage.folder / "left_out.parquet")
         changed = sum(bool(row.changes) for row in found.clips)
         prompts = len({row.prompt_id for row in found.clips})

@@ -1,6 +1,7 @@
 """The stage that trains the reward model."""
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = ["read_labels", "train_reward"]
 def train_reward(config: Config, run: Run) -> None:
     """Train the reward model on imported labels and those of annotate; a stage.
 
-    Writes model.safetensors, config.json and history.csv.
+    Writes model.safetensors, config.json and history.csv. With config.reward_model these are that model's.
 
     Args:
         config: reward holds the settings.
@@ -33,6 +34,9 @@ def train_reward(config: Config, run: Run) -> None:
     Raises:
         UserError: no annotated clips, or one that cannot be read.
     """
+    if config.reward_model:
+        _take_trained(Path(config.reward_model), run)
+        return
     clips = run_clips(run)
     labels = _tables(config, run)
     reward = config.reward
@@ -58,6 +62,18 @@ def train_reward(config: Config, run: Run) -> None:
             write_csv(stage.folder / "history.csv", history)
             checkpoint.unlink(missing_ok=True)
         stage.finish({"clips": len(data), "steps": reward.video_steps + reward.patch_steps})
+
+
+def _take_trained(folder: Path, run: Run) -> None:
+    """Copy a trained model into the run."""
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"reward_model: no reward model in {folder}; give a folder that `halo reward` wrote")
+    with run.stage("reward", {}, {"reward_model": folder}) as stage:
+        if stage.done:
+            return
+        records = shutil.ignore_patterns("manifest.json", "pending.json", ".*")
+        shutil.copytree(folder, stage.folder, ignore=records, dirs_exist_ok=True)
+        stage.finish({"taken": 1})
 
 
 def _tables(config: Config, run: Run) -> dict[str, Path]:

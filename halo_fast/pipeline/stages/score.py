@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 import torch
 
-from halo_fast.data.clips import read_clip
+from halo_fast.data.clips import motion_amount, read_clip
 from halo_fast.data.tables import ScoreRow, write_rows
-from halo_fast.files import progress
+from halo_fast.files import hash_bytes, progress
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -44,6 +44,8 @@ def score(config: Config, run: Run) -> None:
                     clip.clip_id,
                     {name: values[index].item() for name, values in video.items()},
                     {name: values[index].tolist() for name, values in patches.items()},
+                    motion_amount(videos[index]),
+                    hash_bytes(videos[index].numpy().tobytes()),
                 )
                 for index, clip in enumerate(batch)
             ]

@@ -13,7 +13,7 @@ from halo_fast.teachers.openai.config import KEY, LOOPBACK, OpenAIConfig
 from halo_fast.teachers.openai.protocol import Outcome, scrub
 from halo_fast.teachers.store import Reply
 
-__all__ = ["connection_failure", "named_errors", "open_client"]
+__all__ = ["connection_failure", "key_for", "named_errors", "open_client"]
 
 
 def open_client(config: OpenAIConfig) -> Any:
@@ -26,15 +26,7 @@ def open_client(config: OpenAIConfig) -> Any:
     """
     import openai
 
-    key = os.environ.get(KEY, "")
-    if not all("!" <= letter <= "~" for letter in key):
-        raise UserError(
-            f"{KEY}: expected ASCII letters, digits and signs, found a space, a line end or another character; "
-            f"export the key without it"
-        )
-    host = urlsplit(config.base_url).hostname
-    if not key and host == "api.openai.com":
-        raise UserError(f"{KEY}: expected an API key in the environment, found none; export {KEY}=...")
+    key, host = key_for(config), urlsplit(config.base_url).hostname
     # OpenSSL itself reads SSL_CERT_FILE
     options = {"trust_env": False, "verify": ssl.create_default_context()} if host in LOOPBACK else {}
     try:
@@ -48,6 +40,23 @@ def open_client(config: OpenAIConfig) -> Any:
     return openai.AsyncOpenAI(
         api_key=key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=0, http_client=http
     )
+
+
+def key_for(config: OpenAIConfig) -> str:
+    """The key in the environment; empty where there is none and a server of one's own needs none.
+
+    Raises:
+        UserError: it is malformed, or missing where one is needed.
+    """
+    key = os.environ.get(KEY, "")
+    if not all("!" <= letter <= "~" for letter in key):
+        raise UserError(
+            f"{KEY}: expected ASCII letters, digits and signs, found a space, a line end or another character; "
+            f"export the key without it"
+        )
+    if not key and urlsplit(config.base_url).hostname == "api.openai.com":
+        raise UserError(f"{KEY}: expected an API key in the environment, found none; export {KEY}=...")
+    return key
 
 
 def connection_failure(error: Exception, config: OpenAIConfig) -> Outcome:

@@ -15,7 +15,7 @@ from halo_fast.files import hash_text
 from halo_fast.patches import PatchGrid
 from halo_fast.teachers.base import Clip, TeacherRequest, read_options
 from halo_fast.teachers.openai.batch import answer_in_batches
-from halo_fast.teachers.openai.client import open_client
+from halo_fast.teachers.openai.client import key_for, open_client
 from halo_fast.teachers.openai.config import OpenAIConfig, check_config, normal_address
 from halo_fast.teachers.openai.direct import answer_directly
 from halo_fast.teachers.openai.ledger import Ledger
@@ -101,8 +101,11 @@ class OpenAITeacher:
         """Log what clips and comparisons will cost, the first of each taken for all.
 
         Raises:
-            UserError: nothing is spent yet and the estimate exceeds the budget.
+            UserError: there is no key, or nothing is spent yet and the estimate exceeds the budget.
         """
+        key_for(self._config)
+        if not clips:
+            return
         pairs = [partial(self._comparisons, pair) for pair in compared]
         self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError, first_line
+from halo_fast.files import no_loading_bars
 from halo_fast.rewards.backbones import shared_prefix
 from halo_fast.rewards.backbones.shared_prefix import Blocks
 from halo_fast.rewards.backbones.vlm.frames import READERS, Frames
@@ -277,9 +278,10 @@ def _load_network(name: str, weights: bool) -> tuple[Any, Any]:
             )
         if not weights:
             return AutoModelForImageTextToText.from_config(settings, attn_implementation="sdpa"), tokenizer
-        network, found = AutoModelForImageTextToText.from_pretrained(
-            name, attn_implementation="sdpa", dtype=torch.float32, key_mapping=_KEYS, output_loading_info=True
-        )
+        with no_loading_bars("transformers"):
+            network, found = AutoModelForImageTextToText.from_pretrained(
+                name, attn_implementation="sdpa", dtype=torch.float32, key_mapping=_KEYS, output_loading_info=True
+            )
         # the layer from states to words is not used: reward models are published without it
         absent = sorted(key for key in found["missing_keys"] if not key.startswith("lm_head."))
         if absent:

@@ -21,6 +21,8 @@ FORMATS = {
     "avi": ("avi", "mpeg4", "yuv420p", {}),
     "gif": ("gif", "gif", "rgb8", {}),
     "mp4": ("mp4", "libx264", "yuv420p", {"movflags": "faststart"}),
+    "flv": ("flv", "flv1", "yuv420p", {}),
+    "mov": ("mov", "mpeg4", "yuv420p", {"movflags": "faststart"}),
 }
 RAW = "h264", "libx264", "yuv420p", {}
 
@@ -218,6 +220,41 @@ def test_depth_and_transparency_of_pictures(tmp_path):
     clear = np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], np.uint8)
     Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
     assert read_picture(tmp_path / "clear.png", "clear")[0].tolist() == [[200, 100, 50], [0, 0, 0]]
+
+
+def test_pictures_of_other_depths_and_palettes(tmp_path):
+    deep = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.tiff")
+    assert read_picture(tmp_path / "deep.tiff", "deep")[0, :, 0].tolist() == [0, 1, 128, 255]
+    grey = Image.fromarray(np.array([[[200, 255], [200, 0]]], np.uint8), "LA")
+    grey.save(tmp_path / "grey.png")
+    assert read_picture(tmp_path / "grey.png", "grey")[0].tolist() == [[200] * 3, [0] * 3]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert read_picture(tmp_path / "palette.png", "palette")[0].tolist() == [[10, 20, 30], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("number", "weights"), [(1, (0.2126, 0.0722)), (5, (0.299, 0.114))])
+def test_a_videos_colours_are_those_of_its_matrix(tmp_path, number, weights):
+    """The matrices of ITU-T H.273: 1 is BT.709, 5 is BT.601; luma and two colour differences in the limited range."""
+    (red, blue), colour = weights, np.array([200.0, 60.0, 30.0]) / 255
+    luma = red * colour[0] + (1 - red - blue) * colour[1] + blue * colour[2]
+    planes = [
+        16 + 219 * luma, 128 + 112 * (colour[2] - luma) / (1 - blue), 128 + 112 * (colour[0] - luma) / (1 - red),
+    ]  # fmt: skip
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv444p"
+        stream.codec_context.colorspace = number
+        stream.codec_context.color_range = 1
+        values = np.stack([np.full(SIZE, round(plane), np.uint8) for plane in planes])
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="yuv444p")))
+        container.mux(stream.encode())
+    found = read_clip(tmp_path / "clip.mp4")[1, 20, 20]
+    assert (found.double() - 255 * torch.from_numpy(colour)).abs().max() <= 2
 
 
 def test_a_written_clip_reads_back_at_any_rate(tmp_path):
