@@ -143,6 +143,17 @@ class Family(Denoiser):
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""
 
+    def blank_conditions(self) -> dict[str, Tensor]:
+        """Conditions of a prompt of the longest length, without values: shapes and precisions for predictions.
+
+        Raises:
+            UserError: this family does not say.
+        """
+        raise UserError(
+            f"plan: {type(self).__name__} gives no blank_conditions, which say how long its prompts can be; add the "
+            "method, or measure with halo train CONFIG --dry-run"
+        )
+
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which a text encoder would see only the beginning; none where there is no limit."""
         return []

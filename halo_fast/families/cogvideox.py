@@ -63,6 +63,9 @@ class CogVideoX(VariancePreserving):
         )
         return {"prompt_embeds": embeds}
 
+    def blank_conditions(self) -> dict[str, Tensor]:
+        return self.blank(("prompt_embeds", (self.text_limit, self.transformer.config.text_embed_dim)))
+
     def _rotary(self, noisy: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.transformer.config.use_rotary_positional_embeddings:
             return None

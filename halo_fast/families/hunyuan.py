@@ -34,6 +34,13 @@ class HunyuanVideo(PipelineFamily):
             "pooled_prompt_embeds": pooled,
         }
 
+    def blank_conditions(self) -> dict[str, Tensor]:
+        length, config = self.text_limit, self.transformer.config
+        return self.blank(
+            ("prompt_embeds", (length, config.text_embed_dim)), ("prompt_attention_mask", (length,)),
+            ("pooled_prompt_embeds", (config.pooled_projection_dim,)),
+        )  # fmt: skip
+
     def token_counts(self, prompt: str) -> list[tuple[int, int]]:
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
 
@@ -85,6 +92,14 @@ class HunyuanVideo15(PipelineFamily):
             "prompt_embeds": embeds * mask[..., None], "prompt_embeds_mask": mask,
             "prompt_embeds_2": glyphs * glyph_mask[..., None], "prompt_embeds_mask_2": glyph_mask,
         }  # fmt: skip
+
+    def blank_conditions(self) -> dict[str, Tensor]:
+        first, second = self.max_length["prompt_embeds"], self.max_length["prompt_embeds_2"]
+        config = self.transformer.config
+        return self.blank(
+            ("prompt_embeds", (first, config.text_embed_dim)), ("prompt_embeds_mask", (first,)),
+            ("prompt_embeds_2", (second, config.text_embed_2_dim)), ("prompt_embeds_mask_2", (second,)),
+        )  # fmt: skip
 
     def token_counts(self, prompt: str) -> list[tuple[int, int]]:
         from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import (

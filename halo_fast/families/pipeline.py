@@ -84,6 +84,11 @@ class PipelineFamily(Family):
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         """Conditions of one prompt, [1, ...] each, padded with zeros as the pipeline pads them; on `text_device`."""
 
+    def blank(self, *shapes: tuple[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Conditions of these shapes in the text encoder's precision, on the meta device."""
+        dtype = self.pipeline.text_encoder.dtype
+        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         encoded = [
@@ -225,6 +230,11 @@ class MaskedPrompts(PipelineFamily):
         # tokenizers without a limit report 1e30
         length = min(pipeline.tokenizer.model_max_length, self.tokens)
         self.max_length = {"prompt_embeds": length, "prompt_attention_mask": length}
+
+    def blank_conditions(self) -> dict[str, Tensor]:
+        length, config = self.text_limit, self.transformer.config
+        width = config.get("caption_channels") or config.text_embed_dim
+        return self.blank(("prompt_embeds", (length, width)), ("prompt_attention_mask", (length,)))
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         embeds, mask, *_ = self.pipeline.encode_prompt(

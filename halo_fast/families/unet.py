@@ -32,6 +32,9 @@ class TextToVideoSD(VariancePreserving):
         embeds, _ = self.pipeline.encode_prompt(prompt, self.text_device, 1, False)
         return {"prompt_embeds": embeds}
 
+    def blank_conditions(self) -> dict[str, Tensor]:
+        return self.blank(("prompt_embeds", (self.text_limit, self.pipeline.text_encoder.config.hidden_size)))
+
     def encode_clip(self, pixels: Tensor) -> Tensor:
         return self.pipeline.vae.encode(pixels[0].transpose(0, 1)).latent_dist.mode().transpose(0, 1)[None]
 

@@ -47,6 +47,9 @@ class Wan(PipelineFamily):
         )  # fmt: skip
         return {"prompt_embeds": embeds}
 
+    def blank_conditions(self) -> dict[str, Tensor]:
+        return self.blank(("prompt_embeds", (self.text_limit, self.transformer.config.text_dim)))
+
     def token_counts(self, prompt: str) -> list[tuple[int, int]]:
         # the pipeline mends broken characters and spaces first
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean

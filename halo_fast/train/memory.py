@@ -65,14 +65,19 @@ def checkpointing(mode: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def offloaded(model: nn.Module) -> Iterator[None]:
-    """Activations saved inside the block wait in the CPU's memory until the backward pass; weights do not move."""
+def offloaded(model: nn.Module, home: str = "cpu") -> Iterator[None]:
+    """Activations saved inside the block wait in the CPU's memory until the backward pass; weights do not move.
+
+    Args:
+        model: whose weights do not move.
+        home: the device on which they wait.
+    """
     weights = _storages(model)
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if _address(tensor) in weights:
             return tensor.device, tensor
-        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, device=home, pin_memory=tensor.is_cuda)
         return tensor.device, waiting.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
@@ -171,4 +176,5 @@ def _storages(model: nn.Module) -> set[int]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # of the storage itself, for tensors without values have no data
+    return tensor.untyped_storage()._cdata
