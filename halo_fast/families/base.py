@@ -186,6 +186,10 @@ class Family(Denoiser):
             guidance_scale: of classifier-free guidance; 1 or less switches it off.
         """
 
+    def passes(self, guidance_scale: float) -> int:
+        """Forward passes of a clip in one denoising step of the sampler."""
+        return 2 if guidance_scale > 1 else 1
+
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Load a trained LoRA into the network, as diffusers does."""
         self.pipeline.load_lora_weights(dict(lora))

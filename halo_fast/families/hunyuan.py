@@ -51,6 +51,9 @@ class HunyuanVideo(PipelineFamily):
             (count_tokens(self.pipeline.tokenizer_2, prompt), 77),
         ]
 
+    def passes(self, guidance_scale: float) -> int:
+        return 1
+
     def set_conditions(self, guidance_scale: float, frame_rate: float) -> None:
         self.guidance = guidance_scale
 

@@ -190,7 +190,7 @@ def load_shell(name: str, network: str | None = None) -> Family:
     shell = find_shell(name)
     if shell is None or not shell.pipeline or shell.autoencoder is None:
         known = ", ".join(other for other, of in PUBLISHED.items() if of.pipeline)
-        raise UserError(f"pretrained_model_name_or_path: no family and configuration known for {name!r}; one of {known}")
+        raise UserError(f"pretrained_model_name_or_path: nothing is known of {name!r}; expected one of {known}")
     parts: dict[str, Any] = {"transformer": network_of(shell), "vae": _empty(diffusers, shell.autoencoder)}
     for part, text in shell.text.items():
         parts[part] = _empty(transformers, text)

@@ -192,9 +192,22 @@ def _call(name: str, verb: Verb, arguments: list[str]) -> None:
 
 
 def _doctor(name: str, verb: Verb, arguments: list[str]) -> None:
-    """Print versions and compute backends; needs torch and numpy alone."""
+    """Print versions and compute backends, with torch and numpy alone; --write FILE writes a config that fits."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(
+            f"halo {name} takes no arguments but --write FILE and --device NAME, got {' '.join(arguments)!r}"
+        )
     if arguments:
-        raise UserError(f"halo {name} takes no arguments, got {' '.join(arguments)!r}")
+        from halo_fast.pipeline.arguments import build_parser, parse
+
+        parser = build_parser(f"halo {name}", verb.help)
+        parser.add_argument("--write", required=True, help="Write a config that fits this machine to a new YAML file.")
+        parser.add_argument(
+            "--device", default="", help='A card such as rtx4090, or "24 GiB", in place of this machine.'
+        )
+        settings = parse(parser, arguments)
+        print(registry.load("halo_fast.pipeline.plan:write_recipe")(settings.write, settings.device))
+        return
     for package, found in versions().items():
         print(f"{package:<14}{found}")
     print(f"\n{registry.load(verb.target)()}")
@@ -202,6 +215,9 @@ def _doctor(name: str, verb: Verb, arguments: list[str]) -> None:
 
 VERBS = {name: Verb(_run_stages, stage.target, stage.help) for name, stage in STAGES.items()} | {
     "run": Verb(_run_stages, "", "all stages, one after another"),
+    "plan": Verb(
+        _call_with_config, "halo_fast.pipeline.plan:plan", "memory, time, disk space and cost of a run, predicted"
+    ),
     "reward eval": Verb(
         _call,
         "halo_fast.pipeline.agreement:reward_eval",

@@ -18,7 +18,7 @@ from halo_fast.pipeline.stages import STAGES
 if TYPE_CHECKING:
     from halo_fast.teachers import Teacher
 
-__all__ = ["check_required", "check_run"]
+__all__ = ["check_budget", "check_required", "check_run"]
 
 # setting: kind of its registered names, what else it takes
 _GIVE = {
@@ -87,11 +87,11 @@ def check_run(config: Config, run: Run) -> None:
         kept = run.path / "labels.sqlite"
         with LabelStore(kept if kept.exists() else Path(":memory:")) as store:
             teacher = load_teacher(config, store, prompts=prompts)
-            _check_budget(config, teacher, prompts)
+            check_budget(config, teacher, prompts)
     warn_of_prompts(prompts, config)
 
 
-def _check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> None:
+def check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> None:
     """Raise if a paid teacher lacks its key, or a budget for the clips that this config makes; their size is known."""
     import torch
 

@@ -13,15 +13,13 @@ from halo_fast.families import Denoiser
 from halo_fast.loss.objectives import Objective
 from halo_fast.train.adapters import repeated_blocks
 from halo_fast.train.config import TrainConfig
+from halo_fast.train.devices import USABLE, size_text
 from halo_fast.train.draws import Batch
 from halo_fast.train.memory import count_recomputed, kept_bytes, offloaded
 from halo_fast.train.model import without_compile
 from halo_fast.train.parallel import any_process
 
 __all__ = ["Plan", "make_plan"]
-
-# Share of the free memory that activations may take: allocators and kernels need the rest.
-_USABLE = 0.85
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ def make_plan(
 
     activations = _measure(forward, model, parameters, config)
     parts = accelerator.num_processes if sharded else 1
-    weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
+    weights = sum(value.numel() * value.elementsize_text() for value in model.parameters()) // parts
     # gradient and two moments, in their own precision
-    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
+    training = 3 * sum(value.numel() * value.elementsize_text() for value in parameters.values()) // parts
     need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
     free = _free_memory(accelerator.device)
     schedule = config.schedule
     if schedule == "auto":
-        tight = any_process(torch.tensor([need["batched"] > _USABLE * free]), accelerator.device)
+        tight = any_process(torch.tensor([need["batched"] > USABLE * free]), accelerator.device)
         # The anchor's gradient is no function of patch errors.
         schedule = "margin_first" if bool(tight) and not objective.anchor_weight else "batched"
     precision = config.mixed_precision if config.mixed_precision != "no" else sample.noisy.dtype
@@ -118,12 +116,13 @@ def make_plan(
     lines = [
         f"plan: {schedule}, {trained:,} weights trained, {accelerator.num_processes} x {_settings(config)}, "
         f"precision {precision}",
-        f"activations: {_size(activations.kept)} a sample, {config.gradient_checkpointing} checkpointing"
+        f"activations: {size_text(activations.kept)} a sample, {config.gradient_checkpointing} checkpointing"
         f"{activations.text}" + (", kept in the CPU's memory" if config.offload_activations else ""),
-        f"memory: weights {_size(weights)}, gradients and moments {_size(training)}, activations "
-        f"{_size(need[schedule] - training)}; predicted peak {_size(weights + need[schedule])}, free now {_size(free)}",
+        f"memory: weights {size_text(weights)}, gradients and moments {size_text(training)}, activations "
+        f"{size_text(need[schedule] - training)}; predicted peak {size_text(weights + need[schedule])}, "
+        f"free now {size_text(free)}",
     ]
-    if need[schedule] > _USABLE * free:
+    if need[schedule] > USABLE * free:
         lines.append(f"memory: this may not fit; {_advice(config, schedule)}")
     context = (lambda: offloaded(model)) if config.offload_activations else nullcontext
     return Plan(schedule, context, {name: weights + size for name, size in need.items()}, "\n".join(lines))
@@ -208,11 +207,3 @@ def _advice(config: TrainConfig, schedule: str) -> str:
     if config.gradient_checkpointing == "none":
         return "set train.gradient_checkpointing: selective"
     return "set train.gradient_checkpointing: full, offload_activations, or fewer frames"
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.3g} GiB"

@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from halo_fast.errors import UserError, first_line
-from halo_fast.families import Denoiser
+from halo_fast.families import Denoiser, Family
 from halo_fast.loss.backends import using_backend
+from halo_fast.loss.functional import patch_weighted_mse
 from halo_fast.loss.objectives import Objective
 from halo_fast.train.adapters import reference_switch, repeated_blocks, trained_parameters
 from halo_fast.train.config import TrainConfig
+from halo_fast.train.devices import Device, fits
 from halo_fast.train.draws import Batch
 from halo_fast.train.job import Job
 from halo_fast.train.memory import offloaded
@@ -33,15 +35,25 @@ from halo_fast.train.schedules import uses_reference
 from halo_fast.train.setting_checks import checked_objective
 from halo_fast.train.steps import run_batch
 
-__all__ = ["SUPERVISED", "Step", "forward_flops", "peak_of_call", "predict_step"]
+__all__ = [
+    "SUPERVISED",
+    "Option",
+    "Step",
+    "cheapest",
+    "predict_autoencoder",
+    "predict_forward",
+    "predict_options",
+    "predict_step",
+]
 
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATEN = torch.ops.aten
 # torch's formulas of operations, and the attention of CPUs, which has none there
 _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
-    _ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
-    _ATTENTION_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
-        grad.shape, q.shape, k.shape, v.shape
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
     ),
 }
 # The settings that diffusers' networks give the number of their blocks by.
@@ -79,6 +91,7 @@ def predict_step(
     conditions: Mapping[str, Tensor],
     config: TrainConfig,
     dtype: torch.dtype,
+    schedule: str,
     *,
     exact: bool = False,
 ) -> Step:
@@ -91,8 +104,9 @@ def predict_step(
         latents: shape of one clip's latents.
         grid: patches [f, h, w] of the labels.
         conditions: of the longest prompt, without the batch's dimension.
-        config: the settings; `schedule` is "batched", "margin_first" or `SUPERVISED`.
+        config: the settings; their schedule is not read.
         dtype: in which the weights are loaded.
+        schedule: "batched", "margin_first" or `SUPERVISED`.
         exact: run all blocks instead of few; minutes for large networks.
 
     Raises:
@@ -101,55 +115,136 @@ def predict_step(
     objective = checked_objective(config)
     network: Any = family.transformer
     trials = [{}] if exact else _depths(network)
-    found = [_trial(family, depths, latents, grid, conditions, config, objective, dtype) for depths in trials]
+    found = [_trial(family, depths, latents, grid, conditions, config, objective, dtype, schedule) for depths in trials]
     whole = {name: network.config[name] for name in trials[0]}
     weights, trained, first, rest, flops = _extrapolated(trials, found, whole)
-    moments, static = 2 * trained, trained if _gradients_wait(config) else 0
+    moments, static = 2 * trained, trained if _gradients_wait(config, schedule) else 0
     # without gradients that wait, those of all blocks are part of what the end of the backward pass holds
     most = max(first, rest) + static - trained
     return Step(weights, moments + trained, most, flops)
 
 
-def forward_flops(
-    family: Denoiser, latents: Sequence[int], conditions: Mapping[str, Tensor], dtype: torch.dtype
-) -> int:
-    """Floating-point operations of one forward pass of one clip.
+def predict_forward(
+    family: Denoiser, latents: Sequence[int], conditions: Mapping[str, Tensor], dtype: torch.dtype, count: int = 1
+) -> tuple[int, int]:
+    """Bytes beside the weights, and operations, of one forward pass without a graph.
 
     Args:
         family: of the network.
-        latents: shape of the clip's latents.
+        latents: shape of one clip's latents.
         conditions: of the longest prompt, without the batch's dimension.
         dtype: of the weights.
+        count: clips in the batch.
     """
     network: Any = family.transformer
     trials = _depths(network)
 
-    def flops(depths: Mapping[str, int]) -> tuple[int]:
+    def trial(depths: Mapping[str, int]) -> tuple[int, int]:
         small = _with_network(family, _on_meta(network, dtype, depths))
         with _without_values(small.transformer):
-            batch = _batch(latents, (1, 1, 1), conditions, 1).select(slice(0, 1))
-            with torch.no_grad(), _FullPrompts(), _Watch([]) as watch:
+            batch = _batch(latents, (1, 1, 1), conditions, count).select(slice(0, count))
+            known = [*small.transformer.parameters(), *small.transformer.buffers()]
+            with torch.no_grad(), _Watch(known) as watch:
                 small.predict(small.transformer, batch.noisy, batch.t, batch.conditions)
-            return (watch.flops,)
+            return watch.peak, watch.flops
 
     whole = {name: network.config[name] for name in trials[0]}
-    return int(_extrapolated(trials, [flops(depths) for depths in trials], whole)[0])
+    peak, flops = _extrapolated(trials, [trial(depths) for depths in trials], whole)
+    return peak, flops
 
 
-def peak_of_call(module: nn.Module, call: Callable[[Any], object], dtype: torch.dtype) -> int:
-    """Most bytes beside its weights that a module's call without a graph needs at once.
+def predict_autoencoder(family: Family, latents: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes beside its weights that the autoencoder needs to decode one clip.
 
     Args:
-        module: on the meta device or any other; not read.
-        call: of the module's copy, whose weights have no values; makes its inputs itself.
+        family: whose autoencoder it is.
+        latents: shape of the clip's latents.
         dtype: of the weights.
     """
-    copied = _on_meta(module, dtype, {})
-    with _without_values(copied):
-        known = [*copied.parameters(), *copied.buffers()]
-        with torch.no_grad(), _Watch(known) as watch:
-            call(copied)
+    frames = latents[1:2] + latents[:1] if family.layout == "BFCHW" else latents[:2]
+    vae = _on_meta(family.vae, dtype, {})
+    other: Any = copy.copy(family)
+    other.pipeline = _Pipeline(family.pipeline, "vae", vae)
+    with _without_values(vae), torch.no_grad(), _Watch([*vae.parameters(), *vae.buffers()]) as watch:
+        other.decode_clip(torch.empty(1, *frames, *latents[2:], dtype=dtype))
     return watch.peak
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings of a training and what a step needs with them.
+
+    Args:
+        schedule: "batched", "margin_first" or `SUPERVISED`.
+        checkpointing: "none", "selective" or "full".
+        offload: whether activations wait in the CPU's memory.
+        step: predicted.
+    """
+
+    schedule: str
+    checkpointing: str
+    offload: bool
+    step: Step
+
+    @property
+    def settings(self) -> str:
+        """The settings as the command line takes them."""
+        offload = " --train.offload_activations true" if self.offload else ""
+        return f"--train.schedule {self.schedule} --train.gradient_checkpointing {self.checkpointing}{offload}"
+
+
+def predict_options(
+    family: Denoiser,
+    latents: Sequence[int],
+    grid: Sequence[int],
+    conditions: Mapping[str, Tensor],
+    config: TrainConfig,
+    dtype: torch.dtype,
+    choices: Sequence[tuple[str, str, bool]] | None = None,
+) -> list[Option]:
+    """What a training step needs with each schedule and checkpointing mode that this model and objective allow.
+
+    Args:
+        family: of the network.
+        latents: shape of one clip's latents.
+        grid: patches [f, h, w] of the labels.
+        conditions: of the longest prompt, without the batch's dimension.
+        config: all other settings.
+        dtype: of the weights.
+        choices: schedule, checkpointing and offload of each option; None for all.
+    """
+    network: Any = family.transformer
+    modes = ["none"]
+    if hasattr(network, "enable_gradient_checkpointing") and getattr(network, "_supports_gradient_checkpointing", True):
+        modes += ["selective", "full"]
+    anchored = bool(checked_objective(config).anchor_weight)
+    if choices is None:
+        schedules = ["batched", SUPERVISED] if anchored else ["batched", "margin_first", SUPERVISED]
+        choices = [(schedule, mode, False) for schedule in schedules for mode in modes]
+        choices += [("batched" if anchored else "margin_first", modes[-1], True)]
+    found = []
+    for schedule, mode, offload in choices:
+        settings = replace(config, gradient_checkpointing=mode, offload_activations=offload)
+        found.append(
+            Option(
+                schedule,
+                mode,
+                offload,
+                predict_step(family, latents, grid, conditions, settings, dtype, schedule),
+            )
+        )
+    return found
+
+
+def cheapest(options: Sequence[Option], device: Device) -> Option | None:
+    """The option of least work that fits onto a device, offloaded ones last; None if none fits."""
+    fitting = [
+        option
+        for option in options
+        if option.schedule != SUPERVISED
+        and fits(device, option.step.weights, option.step.training + option.step.activations)
+    ]
+    return min(fitting, key=lambda option: (option.offload, option.step.flops), default=None)
 
 
 def _depths(network: Any) -> list[dict[str, int]]:
@@ -184,6 +279,7 @@ def _trial(
     config: TrainConfig,
     objective: Objective,
     dtype: torch.dtype,
+    schedule: str,
 ) -> tuple[int, int, int, int, int]:
     """Bytes of weights and of what is trained, of the rest at its two peaks, and operations, of a smaller network.
 
@@ -201,31 +297,45 @@ def _trial(
         trained = sum(_size(value) for value in parameters.values())
         reference = stack.enter_context(reference_switch(model, parameters, prepared))
         # one sample follows the other in margin_first, so one pair shows what any number needs
-        pairs = config.train_batch_size if config.schedule != "margin_first" else 1
+        pairs = config.train_batch_size if schedule != "margin_first" else 1
         batch = _batch(latents, grid, conditions, pairs)
-        inputs = sum(_size(value) for value in _tensors(batch))
-        if _gradients_wait(config):
+        inputs = sum(_size(value) for value in _tensors(batch)) * config.train_batch_size // pairs
+        if _gradients_wait(config, schedule):
             for value in parameters.values():
                 value.grad = torch.empty_like(value)
-        needs_reference = uses_reference(objective)
-        cached = bool(config.reference_draws) or not needs_reference
-        if config.reference_draws and needs_reference:
-            errors = torch.empty(2 * pairs, *grid)
-            batch = replace(batch, reference_error=errors)
-        job = _job(small, model, parameters, reference, prepared, config.schedule, objective, cached)
+        uses = uses_reference(objective)
+        if config.reference_draws and uses:
+            batch = replace(batch, reference_error=torch.empty(2 * pairs, *grid))
+        cached = bool(config.reference_draws) or not uses
+        job = _job(small, model, parameters, reference, prepared, schedule, objective, cached)
         known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
         known += [value.grad for value in parameters.values() if value.grad is not None]
-        with _FullPrompts(), _Watch(known) as watch, _watched_block(model, watch):
-            _supervised(job, batch) if config.schedule == SUPERVISED else run_batch(job, batch)
-        more = config.train_batch_size / pairs
-        return weights, trained, round(inputs * more) + watch.before, round(inputs * more) + watch.after, round(
-            watch.flops * more
-        )
+        with _Watch(known) as watch, _watched_block(model, watch):
+            _RUNS[schedule](job, batch)
+        work = watch.flops * (2 * config.train_batch_size if schedule == "margin_first" else 1)
+        return weights, trained, inputs + watch.before, inputs + watch.after, work
 
 
-def _gradients_wait(config: TrainConfig) -> bool:
+def _gradients_wait(config: TrainConfig, schedule: str) -> bool:
     """Whether there are gradients before some of a step's backward passes."""
-    return config.schedule == "margin_first" or config.gradient_accumulation_steps > 1
+    return schedule == "margin_first" or config.gradient_accumulation_steps > 1
+
+
+def _one_sample(job: Job, batch: Batch) -> None:
+    """What margin_first does with each sample: its margin, and the reference's, then the sample's own backward pass."""
+    sample = batch.select(slice(0, 1))
+
+    def policy() -> Tensor:
+        with job.accelerator.autocast(), job.plan.activations():
+            return job.family.predict(job.model, sample.noisy, sample.t, sample.conditions)
+
+    with torch.no_grad():
+        policy()
+        if job.reference_errors is None:
+            with job.reference_mode():
+                policy()
+    coefficients = torch.empty_like(sample.patch_rewards)
+    job.accelerator.backward(patch_weighted_mse(policy(), sample.target, coefficients, job.family.layout))
 
 
 def _supervised(job: Job, batch: Batch) -> None:
@@ -283,6 +393,11 @@ def _on_meta(module: nn.Module, dtype: torch.dtype, depths: Mapping[str, int]) -
         for name, value in part._buffers.items():
             part._buffers[name] = None if value is None else value.to("meta")
     return copied.eval()
+
+
+_RUNS: dict[str, Callable[[Job, Batch], object]] = {
+    "batched": run_batch, "margin_first": _one_sample, SUPERVISED: _supervised,
+}  # fmt: skip
 
 
 @contextmanager
@@ -357,6 +472,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.level = self.peak = self.before = self.after = self.flops = 0
+        self._prompts = _FullPrompts()
         self._alive: dict[int, Any] = {}
         self._known = [value.untyped_storage() for value in known]  # kept, so that their addresses are not reused
         self._known_addresses = {storage._cdata for storage in self._known}
@@ -373,7 +489,9 @@ class _Watch(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))
+        output = self._prompts.call(func, args, kwargs or {})
         formula = _FORMULAS.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=output)
@@ -436,28 +554,27 @@ def _watched_block(model: nn.Module, watch: _Watch) -> Iterator[None]:
         hook.remove()
 
 
-class _FullPrompts(TorchDispatchMode):
+class _FullPrompts:
     """Answers questions about values: all prompts have their full length, no picture came, and nothing is wrong."""
 
     def __init__(self) -> None:
-        super().__init__()
         # by the id of the result, which is kept alive so that its id stays its own
         self._results: dict[int, tuple[Any, Tensor]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ops = torch.ops.aten
-        if func is ops._local_scalar_dense.default and args[0].dtype in (torch.bool, torch.float32):
-            return args[0].dtype == torch.bool and self._is_result(args[0], (ops.all.default,))
-        if func is ops.nonzero.default:
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator gives, where that depends on values; else its own result."""
+        if func is _ATEN._local_scalar_dense.default and args[0].dtype in (torch.bool, torch.float32):
+            return args[0].dtype == torch.bool and self._is_result(args[0], _ATEN.all.default)
+        if func is _ATEN.nonzero.default:
             return args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
-        if func is ops.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        if func is _ATEN.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
             value, (mask,) = args
-            count = 0 if self._is_result(mask, (ops.bitwise_not.default,)) else mask.numel()
+            count = 0 if self._is_result(mask, _ATEN.bitwise_not.default) else mask.numel()
             return value.flatten(0, mask.ndim - 1)[:count].clone()
-        output = func(*args, **(kwargs or {}))
-        if func in (ops.bitwise_not.default, ops.all.default):
+        output = func(*args, **kwargs)
+        if func in (_ATEN.bitwise_not.default, _ATEN.all.default):
             self._results[id(output)] = func, output
         return output
 
-    def _is_result(self, tensor: Tensor, functions: Sequence[Any]) -> bool:
-        return self._results.get(id(tensor), (None,))[0] in functions
+    def _is_result(self, tensor: Tensor, func: Any) -> bool:
+        return self._results.get(id(tensor), (None,))[0] is func
