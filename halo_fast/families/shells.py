@@ -147,8 +147,9 @@ PUBLISHED: dict[str, Shell] = {
     ),
     "nvidia/Cosmos-Predict2.5-2B": Shell(
         "", ("CosmosTransformer3DModel", {
-            "in_channels": 17, "num_attention_heads": 16, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
-            "use_crossattn_projection": True, "crossattn_proj_in_channels": 100352,
+            # 16 of the latents, one that marks given frames, and one of padding, which the network would append itself
+            "in_channels": 18, "concat_padding_mask": False, "num_attention_heads": 16, "rope_scale": (1.0, 3.0, 3.0),
+            "extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 100352,
         }), clip=(93, 480, 832),
     ),
 }  # fmt: skip

@@ -150,8 +150,8 @@ def _family(config: Config) -> tuple[Family, torch.dtype]:
     else:
         known = ", ".join(other for other, of in PUBLISHED.items() if of.pipeline)
         raise UserError(
-            f"pretrained_model_name_or_path: the configuration of {name!r} is not here; give a folder, which hf download "
-            f"{name} --include '*.json' '*token*' --local-dir FOLDER fills without weights, or one of {known}"
+            f"pretrained_model_name_or_path: the configuration of {name!r} is not here; give a folder, which hf "
+            f"download {name} --include '*.json' '*token*' --local-dir FOLDER fills without weights, or one of {known}"
         )
     if config.precision == "auto":  # float16 becomes bfloat16 on cards that compute in it
         return family, torch.bfloat16 if stored == torch.float16 else stored
@@ -356,7 +356,7 @@ def write_recipe(file: str, device: str = "") -> str:
     whole = fits(card, weights, rest)
     text = _RECIPE.format(
         device=f"{card.name} ({size_text(card.memory)})", model=model, frames=frames, peak=size_text(best.step.peak),
-        sampling=size_text(weights + rest), warning="" if whole else ", which does not fit: import clips made elsewhere",
+        sampling=size_text(weights + rest), warning="" if whole else ", does not fit: import clips made elsewhere",
         grid=min(7, found.latents[1]), schedule=best.schedule, checkpointing=best.checkpointing,
         offload=str(best.offload).lower(),
     )  # fmt: skip

@@ -1,0 +1,254 @@
+"""The tables of docs/memory.md and of the quick start: memory of a training step, predicted and measured.
+
+python -m benchmarks.memory            writes all of them, about TODO minutes
+python -m benchmarks.memory measured   predicted against measured, on this CPU
+python -m benchmarks.memory models     twelve published models on four sizes of device
+python -m benchmarks.memory cards      what halo plan and halo doctor --write print for three cards
+"""
+
+import contextlib
+import gc
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from halo_fast.data import Pair
+from halo_fast.families import Denoiser, family_of
+from halo_fast.families.shells import Shell, network_of
+from halo_fast.train.config import TrainConfig
+from halo_fast.train.job import prepared_job
+from halo_fast.train.predicted import predict_step
+from halo_fast.train.steps import take_step
+
+ROOT = Path(__file__).parents[1]
+PAGE, QUICK_START = ROOT / "docs" / "memory.md", ROOT / "docs" / "quickstart.md"
+GRID = (4, 2, 2)
+SIZES = ("16 GiB", "24 GiB", "48 GiB", "80 GiB")
+# Parameters as others counted them in the published files, or as the model's card rounds them.
+COUNTS = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("Wan 2.1 1.3B", "1,418,996,800"),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("Wan 2.1 14B", "14,288,491,584"),
+    "zai-org/CogVideoX-2b": ("CogVideoX 2B", "1,693,783,872"),
+    "zai-org/CogVideoX-5b": ("CogVideoX 5B", "5,570,283,072"),
+    "Lightricks/LTX-Video": ("LTX-Video 2B", "1,923,385,472"),
+    "Lightricks/LTX-Video-0.9.7-dev": ("LTX-Video 13B", "13,042,569,344"),
+    "Lightricks/LTX-2": ("LTX-2", "18,876,174,592"),
+    "hunyuanvideo-community/HunyuanVideo": ("HunyuanVideo", "12,821,012,544"),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": ("HunyuanVideo 1.5", "8,326,608,160"),
+    "genmo/mochi-1-preview": ("Mochi 1", "10,027,677,744"),
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": ("Kandinsky 5.0 Lite", "2B"),
+    "nvidia/Cosmos-Predict2.5-2B": ("Cosmos-Predict 2.5 2B", "2B"),
+}
+
+
+class Row(NamedTuple):
+    """A training whose memory is predicted and measured: a model and its settings."""
+
+    model: str
+    schedule: str
+    checkpointing: str
+    weights: torch.dtype
+    mixed: str
+    settings: dict[str, Any]
+
+
+def _row(model: str, schedule: str, mode: str, dtype: torch.dtype, mixed: str = "no", **settings: Any) -> Row:
+    return Row(model, schedule, mode, dtype, mixed, settings)
+
+
+ROWS = [
+    _row("Wan 2.1", "batched", "full", torch.bfloat16, "bf16"),
+    _row("Wan 2.1", "margin_first", "none", torch.float32),
+    _row("Wan 2.1", "batched", "full", torch.float32, rank=0, gradient_accumulation_steps=1),
+    _row("CogVideoX 5B", "batched", "none", torch.float32, train_batch_size=2),
+    _row("CogVideoX 2B", "margin_first", "selective", torch.bfloat16, "bf16", train_batch_size=2),
+    _row("LTX-Video", "batched", "selective", torch.bfloat16, "bf16"),
+    _row("LTX-Video", "margin_first", "full", torch.float32, reference_draws=None),
+    _row("HunyuanVideo", "margin_first", "full", torch.bfloat16, "bf16"),
+    _row("HunyuanVideo 1.5", "batched", "none", torch.float32),
+    _row("Mochi", "batched", "full", torch.bfloat16, "bf16"),
+]
+CLIP = {"Mochi": (19, 128, 128)}  # all others: 17 x 128 x 128
+
+
+def larger(name: str) -> nn.Module:
+    """A network of the model's class: blocks of a few million weights, more of them than the prediction tries."""
+    wide = {"num_attention_heads": 4, "num_layers": 6}
+    if name == "Wan 2.1":
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2), attention_head_dim=64, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+            ffn_dim=1024, rope_max_seq_len=64, **wide,
+        )  # fmt: skip
+    if name.startswith("CogVideoX"):
+        return diffusers.CogVideoXTransformer3DModel(
+            attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=64, text_embed_dim=16, sample_width=16,
+            sample_height=16, sample_frames=17, max_text_seq_length=12,
+            use_rotary_positional_embeddings=name == "CogVideoX 5B", **wide,
+        )  # fmt: skip
+    if name == "LTX-Video":
+        return diffusers.LTXVideoTransformer3DModel(
+            in_channels=8, out_channels=8, attention_head_dim=64, cross_attention_dim=256, caption_channels=16, **wide
+        )
+    if name == "HunyuanVideo":
+        return diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=64, num_layers=4,
+            num_single_layers=5, num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=16,
+            rope_axes_dim=(16, 24, 24),
+        )  # fmt: skip
+    if name == "HunyuanVideo 1.5":
+        return diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=4, attention_head_dim=64, num_layers=5,
+            num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, image_embed_dim=8, rope_axes_dim=(16, 24, 24),
+            task_type="t2v",
+        )  # fmt: skip
+    return diffusers.MochiTransformer3DModel(
+        attention_head_dim=64, in_channels=12, text_embed_dim=16, time_embed_dim=64, pooled_projection_dim=64,
+        max_sequence_length=12, **wide,
+    )  # fmt: skip
+
+
+def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
+    """Bytes that torch's allocator gave and did not get back while a profile ran, and the most of them at once."""
+    level = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return level, peak
+
+
+def measure(row: Row) -> tuple[int, int]:
+    """Predicted and measured bytes at the peak of a real step: weights, training state and all else.
+
+    Measured by torch's CPU allocator, which reports each allocation and release to the profiler, from before the
+    network is made until the second step has ended. The prediction counts storages of tensors without values.
+    """
+    from tiny import TINY
+
+    torch.manual_seed(0)
+    family = family_of(TINY[row.model].build())
+    size = CLIP.get(row.model, (17, 128, 128))
+    config = TrainConfig(
+        **{
+            "gradient_checkpointing": row.checkpointing, "mixed_precision": row.mixed, "schedule": row.schedule,
+            "rank": 16, "reference_draws": 1, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0,
+        } | row.settings
+    )  # fmt: skip
+    conditions = family.encode_prompts(["a red ball rolls left over the grass"])[0]
+    with torch.profiler.profile(profile_memory=True) as setup:
+        family.pipeline.transformer = larger(row.model).to(row.weights)
+        shape = family.latent_shape(*size)
+        count = config.train_batch_size * config.gradient_accumulation_steps
+        pairs = [Pair(torch.randn(2, *shape), conditions, torch.rand(2, *GRID), torch.rand(2)) for _ in range(count)]
+        stack = contextlib.ExitStack()
+        job = stack.enter_context(prepared_job(family, pairs, config, progress=lambda items, *_: items))
+        take_step(job, 0)
+        gc.collect()
+    with stack:
+        with torch.profiler.profile(profile_memory=True) as step:
+            take_step(job, 1)
+        measured = allocated(setup)[0] + allocated(step)[1]
+    batch = {name: value[0].to("meta") for name, value in family.stack([conditions]).items()}
+    predicted = predict_step(family, shape, GRID, batch, config, row.weights, row.schedule)
+    return predicted.peak, measured
+
+
+def measured_table() -> str:
+    """Predicted against measured."""
+    lines = [
+        "| model's class | schedule | checkpointing | weights, computed in | other settings | predicted | measured | off |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        started = time.perf_counter()
+        predicted, measured = measure(row)
+        others = ", ".join(f"{name} {value}" for name, value in row.settings.items()) or "-"
+        dtype = str(row.weights).removeprefix("torch.")
+        computed = "bfloat16" if row.mixed == "bf16" else dtype
+        lines.append(
+            f"| {row.model} | {row.schedule} | {row.checkpointing} | {dtype}, {computed} | {others} | "
+            f"{predicted / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {predicted / measured - 1:+.1%} |"
+        )
+        print(lines[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
+    return "\n".join(lines) + "\n"
+
+
+class Alone(Denoiser):
+    """A network for which halo_fast has no family yet, called as its pipeline calls it; it can only be predicted."""
+
+    compression: ClassVar[tuple[int, int]] = (4, 8)
+    channels: ClassVar[int] = 16
+
+    def __init__(self, shell: Shell) -> None:
+        super().__init__(SimpleNamespace(transformer=network_of(shell)))
+        frames, height, width = shell.clip
+        time, space = self.compression
+        self.latents = (self.channels, (frames - 1) // time + 1, height // space, width // space)
+
+    def stack(self, conditions: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def blank_conditions(self) -> dict[str, Tensor]:
+        """Conditions of the longest prompt."""
+        return {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in self.texts.items()}
+
+    texts: ClassVar[dict[str, tuple[int, ...]]] = {}
+
+
+class LTX2(Alone):
+    """LTX-2; the sound of the clip's length goes with it, as the network has no pictures alone."""
+
+    compression, channels = (8, 32), 128
+    texts: ClassVar[dict[str, tuple[int, ...]]] = {"text": (1024, 3840), "sound": (1024, 3840)}
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype, size, time = conditions["text"].dtype, noisy.shape[2:], t[:, None] * 1000
+        sound = noisy.new_zeros(len(noisy), 126, 128, dtype=dtype)  # 121 frames at 24 a second; 25 latents a second
+        tokens = model(
+            noisy.flatten(2).transpose(1, 2).to(dtype), sound, conditions["text"], conditions["sound"], time,
+            num_frames=size[0], height=size[1], width=size[2], audio_num_frames=126, return_dict=False,
+        )[0]  # fmt: skip
+        return tokens.transpose(1, 2).unflatten(2, size)
+
+
+class Kandinsky5(Alone):
+    """Kandinsky 5.0 Lite: channels last; a picture to start from, and a mask of it, are appended."""
+
+    lora_targets = ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
+    texts: ClassVar[dict[str, tuple[int, ...]]] = {"text": (512, 3584), "pooled": (768,)}
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype, frames, height, width = conditions["text"].dtype, *noisy.shape[2:]
+        given = noisy.new_zeros(len(noisy), 17, *noisy.shape[2:])
+        places = [torch.arange(frames), torch.arange(height // 2), torch.arange(width // 2)]
+        found = model(
+            hidden_states=torch.cat([noisy, given], dim=1).permute(0, 2, 3, 4, 1).to(dtype),
+            encoder_hidden_states=conditions["text"], pooled_projections=conditions["pooled"],
+            timestep=(t * 1000).to(dtype), visual_rope_pos=places, text_rope_pos=torch.arange(512), return_dict=False,
+        )  # fmt: skip
+        return found.permute(0, 4, 1, 2, 3)
+
+
+class Cosmos(Alone):
+    """Cosmos-Predict 2.5: which frames are given, and what is padding, are appended."""
+
+    texts: ClassVar[dict[str, tuple[int, ...]]] = {"text": (512, 100352)}
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        dtype = conditions["text"].dtype
+        given = noisy.new_zeros(len(noisy), 2, *noisy.shape[2:])
+        return model(
+            hidden_states=torch.cat([noisy, given], dim=1).to(dtype), timestep=t.to(dtype),
+            encoder_hidden_states=conditions["text"], fps=16, return_dict=False,
+        )[0]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    print(measured_table())
