@@ -1,6 +1,6 @@
 """The tables of docs/memory.md and of the quick start: memory of a training step, predicted and measured.
 
-python -m benchmarks.memory            writes all of them, about TODO minutes
+python -m benchmarks.memory            writes all of them, in about ten minutes
 python -m benchmarks.memory measured   predicted against measured, on this CPU
 python -m benchmarks.memory models     twelve published models on four sizes of device
 python -m benchmarks.memory cards      what halo plan and halo doctor --write print for three cards
@@ -8,8 +8,12 @@ python -m benchmarks.memory cards      what halo plan and halo doctor --write pr
 
 import contextlib
 import gc
+import io
+import resource
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -20,10 +24,12 @@ from torch import Tensor, nn
 
 from halo_fast.data import Pair
 from halo_fast.families import Denoiser, family_of
-from halo_fast.families.shells import Shell, network_of
+from halo_fast.families.shells import PUBLISHED, Shell, load_shell, network_of
+from halo_fast.files import write_bytes
 from halo_fast.train.config import TrainConfig
+from halo_fast.train.devices import Device, find_device
 from halo_fast.train.job import prepared_job
-from halo_fast.train.predicted import predict_step
+from halo_fast.train.predicted import SUPERVISED, Option, cheapest, predict_options, predict_step
 from halo_fast.train.steps import take_step
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +119,15 @@ def larger(name: str) -> nn.Module:
     )  # fmt: skip
 
 
+def as_loaded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in a precision, but for the parts that diffusers keeps in float32 when it loads one."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for name, value in network.named_parameters():
+        if not any(word in name.split(".") for word in kept):
+            value.data = value.data.to(dtype)
+    return network
+
+
 def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
     """Bytes that torch's allocator gave and did not get back while a profile ran, and the most of them at once."""
     level = peak = 0
@@ -142,7 +157,7 @@ def measure(row: Row) -> tuple[int, int]:
     )  # fmt: skip
     conditions = family.encode_prompts(["a red ball rolls left over the grass"])[0]
     with torch.profiler.profile(profile_memory=True) as setup:
-        family.pipeline.transformer = larger(row.model).to(row.weights)
+        family.pipeline.transformer = as_loaded(larger(row.model), row.weights)
         shape = family.latent_shape(*size)
         count = config.train_batch_size * config.gradient_accumulation_steps
         pairs = [Pair(torch.randn(2, *shape), conditions, torch.rand(2, *GRID), torch.rand(2)) for _ in range(count)]
@@ -154,6 +169,8 @@ def measure(row: Row) -> tuple[int, int]:
         with torch.profiler.profile(profile_memory=True) as step:
             take_step(job, 1)
         measured = allocated(setup)[0] + allocated(step)[1]
+        if not config.rank:  # the reference's copy waits in the CPU's memory, which is no other device's here
+            measured -= sum(value.numel() * value.element_size() for value in job.parameters.values())
     batch = {name: value[0].to("meta") for name, value in family.stack([conditions]).items()}
     predicted = predict_step(family, shape, GRID, batch, config, row.weights, row.schedule)
     return predicted.peak, measured
@@ -162,7 +179,7 @@ def measure(row: Row) -> tuple[int, int]:
 def measured_table() -> str:
     """Predicted against measured."""
     lines = [
-        "| model's class | schedule | checkpointing | weights, computed in | other settings | predicted | measured | off |",
+        "| class of | schedule | checkpointing | weights, computed in | other settings | predicted | measured | off |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
@@ -249,6 +266,148 @@ class Cosmos(Alone):
         )[0]  # fmt: skip
 
 
-if __name__ == "__main__":
+ALONE = {
+    "Lightricks/LTX-2": LTX2,
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": Kandinsky5,
+    "nvidia/Cosmos-Predict2.5-2B": Cosmos,
+}
+SETTINGS = TrainConfig()  # a LoRA of rank 32, one pair in a batch, cached errors of the reference
+
+
+class Found(NamedTuple):
+    """What was predicted of a published model."""
+
+    name: str
+    shell: Shell
+    parameters: int
+    tokens: int
+    options: list[Option]
+
+
+def predicted_models() -> Iterator[Found]:
+    """The twelve models with bf16 weights, each on its usual clip."""
+    for name, shell in PUBLISHED.items():
+        started = time.process_time()
+        family: Any = ALONE[name](shell) if name in ALONE else load_shell(name)
+        latents = family.latents if name in ALONE else family.latent_shape(*shell.clip)
+        conditions = family.blank_conditions()
+        options = predict_options(family, latents, GRID, conditions, SETTINGS, torch.bfloat16)
+        config = family.transformer.config
+        patch = config.get("patch_size", 1)
+        sides = patch if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
+        frames, height, width = family.latent_size(latents)
+        tokens = (frames // sides[0]) * (height // sides[1]) * (width // sides[2])
+        parameters = sum(value.numel() for value in family.transformer.parameters())
+        print(f"{name}: {time.process_time() - started:.0f} s of CPU", flush=True)
+        yield Found(name, shell, parameters, tokens, options)
+
+
+def gib(count: float) -> str:
+    """Bytes as a number of GiB."""
+    return f"{count / 2**30:.1f}"
+
+
+def peaks_table(models: list[Found]) -> str:
+    """Peaks of every schedule and checkpointing mode."""
+    columns = [(schedule, mode) for schedule in (SUPERVISED, "margin_first", "batched")
+               for mode in ("none", "selective", "full")]  # fmt: skip
+    head = ["model", "parameters (published)", "clip, tokens", "bf16 weights, LoRA"]
+    head += [f"{'fine-tuning' if schedule == SUPERVISED else schedule}, {mode}" for schedule, mode in columns]
+    lines = ["| " + " | ".join([*head, "margin_first, full, offloaded"]) + " |", "|---" * (len(head) + 1) + "|"]
+    for model in models:
+        title, published = COUNTS[model.name]
+        clip = " x ".join(map(str, model.shell.clip))
+        by = {(option.schedule, option.checkpointing): option for option in model.options if not option.offload}
+        away = next(option for option in model.options if option.offload)
+        first = by["batched", "none"].step
+        cells = [title, f"{model.parameters:,} ({published})", f"{clip}, {model.tokens:,}", gib(first.weights)]
+        cells += [gib(by[column].step.peak) for column in columns]
+        lines.append("| " + " | ".join([*cells, gib(away.step.peak)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_of(options: list[Option], card: Device) -> str:
+    """The settings of least work that fit, their peak and that of fine-tuning with the same checkpointing."""
+    best = cheapest(options, card)
+    if best is None:
+        least = min(option.step.peak for option in options if option.schedule != SUPERVISED)
+        return f"no: at least {gib(least)}"
+    same = next(one for one in options if one.schedule == SUPERVISED and one.checkpointing == best.checkpointing)
+    away = ", offloaded" if best.offload else ""
+    return f"{best.schedule}, {best.checkpointing}{away}: {gib(best.step.peak)} ({gib(same.step.peak)})"
+
+
+def fits_table(models: list[Found], sizes: tuple[str, ...]) -> str:
+    """What fits on which size of device, with which settings."""
+    lines = ["| model | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for model in models:
+        title = COUNTS[model.name][0] + ("" if model.shell.pipeline else " (no family)")
+        cells = [settings_of(model.options, find_device(size)) for size in sizes]
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cards_text() -> str:
+    """What a new user sees: halo doctor --write for three cards, and halo plan of the file for the first."""
+    from halo_fast.pipeline import cli
+
+    parts = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("prompts.txt").write_text("".join(f"a cat jumps over box number {index}\n" for index in range(500)))
+        Path("heldout.txt").write_text("".join(f"a dog runs around tree number {index}\n" for index in range(64)))
+        for card in ("rtx4090", "l40s", "h100"):
+            commands = [["doctor", "--write", f"{card}.yaml", "--device", card]]
+            commands += [["plan", f"{card}.yaml", "--device", card]]
+            for words in commands:
+                shown = io.StringIO()
+                with contextlib.redirect_stdout(shown):
+                    assert cli.main(words) == 0
+                parts.append(f"$ halo {' '.join(words)}\n{shown.getvalue()}")
+                print(parts[-1], flush=True)
+    return "```text\n" + "\n".join(parts) + "```\n"
+
+
+def replace_part(page: Path, name: str, text: str) -> None:
+    """Put a text between its marks in a page."""
+    marks = f"<!-- python -m benchmarks.memory: {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.read_text().partition(marks[0])
+    _, closed, after = rest.partition(marks[1])
+    assert found and closed, f"{page}: no marks of {name}"
+    write_bytes(page, (before + marks[0] + text + marks[1] + after).encode())
+
+
+def write_measured() -> None:
+    """The table of predicted against measured peaks."""
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, CPU"
+    replace_part(PAGE, "measured", f"{measured_table()}\n{versions}.\n")
+
+
+def write_models() -> None:
+    """The tables of the twelve models, and those of the quick start."""
+    models = list(predicted_models())
+    versions = f"torch {torch.__version__} and diffusers {diffusers.__version__}"
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    note = (
+        f"Predicted with {versions} in {used.ru_utime:.0f} s of CPU and {used.ru_maxrss / 2**20:.1f} GiB of memory.\n"
+    )
+    replace_part(PAGE, "fits", fits_table(models, SIZES))
+    replace_part(PAGE, "peaks", f"{peaks_table(models)}\n{note}")
+    replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GB", "80 GB")))
+
+
+def write_cards() -> None:
+    """What the commands print for three cards."""
+    replace_part(PAGE, "cards", cards_text())
+
+
+def main() -> None:
+    """Write the parts that are named, or all."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
-    print(measured_table())
+    torch.set_num_threads(1)
+    parts: dict[str, Callable[[], None]] = {"measured": write_measured, "models": write_models, "cards": write_cards}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ from halo_fast.train.predicted import (
     predict_options,
 )
 
-__all__ = ["Prediction", "plan", "predict", "write_recipe"]
+__all__ = ["Prediction", "plan", "plan_text", "predict", "write_recipe"]
 
 # From the best model to the smallest, each with the frames of its clips; heights and widths are 480 x 832.
 _LADDER = [("Wan-AI/Wan2.1-T2V-14B-Diffusers", 81)]
@@ -110,9 +110,19 @@ def plan(config: Config, device: str = "") -> None:
         UserError: an unknown device or model, or settings that do not fit it.
     """
     card = find_device(device) if device else this_device()
-    found = predict(config)
-    sections = [_head(config, found, card), _memory(config, found, card), _work(config, found, card)]
-    print("\n\n".join([*sections, _disk(config, found), _teacher(config)]))
+    print(plan_text(config, predict(config), card))
+
+
+def plan_text(config: Config, found: Prediction, card: Device) -> str:
+    """What `halo plan` prints.
+
+    Args:
+        config: of the run.
+        found: what was predicted of it.
+        card: the device.
+    """
+    sections = [_head(config, found, card), _memory(found, card), _work(config, found, card), _disk(config, found)]
+    return "\n\n".join([*sections, _teacher(config)])
 
 
 def predict(config: Config, choices: Sequence[tuple[str, str, bool]] | None = None) -> Prediction:
@@ -181,7 +191,7 @@ def _head(config: Config, found: Prediction, card: Device) -> str:
     )
 
 
-def _memory(config: Config, found: Prediction, card: Device) -> str:
+def _memory(found: Prediction, card: Device) -> str:
     rows = [("training: schedule, checkpointing", "weights", "training", "activations", "peak", "work", "fits")]
     least = min(option.step.flops for option in found.options if option.schedule == SUPERVISED)
     for option in found.options:
@@ -195,11 +205,11 @@ def _memory(config: Config, found: Prediction, card: Device) -> str:
     return (
         f"{_table(rows)}\n"
         "weights: of the trained network alone, since latents and texts are cached. training: gradients and moments.\n"
-        "work: operations of a step, in those of supervised fine-tuning without checkpointing (fine-tuning: one clip a "
-        f"pair).\nfits: activations and training in {USABLE:.0%} of what weights and the driver leave. Compiled blocks "
-        f"need less.\n{_advice(found, card)}\n"
+        "work: operations of a step, in those of supervised fine-tuning without checkpointing (one clip a pair, one\n"
+        f"at a time). fits: activations and training in {USABLE:.0%} of what weights and the driver leave. Compiled\n"
+        f"blocks need less.\n{_advice(found, card)}\n"
         f"sampling (generate, evaluate): weights of all parts {size_text(sampling[0])}, denoising "
-        f"{size_text(found.forward[0])}, decoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, {fit}."
+        f"{size_text(found.forward[0])},\ndecoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, {fit}"
     )
 
 
@@ -252,9 +262,10 @@ def _work(config: Config, found: Prediction, card: Device) -> str:
     rate = f"{SHARE:.0%} of {card.tflops:g} TFLOP/s (dense bf16)" if card.tflops else "no rate is known of this device"
     return (
         f"{_table(rows)}\n"
-        f"time: one device at {rate}. A clip is {settings.num_inference_steps} steps of {passes} "
-        f"passes, {clip:.3g} operations; a pass {one:.3g}.\n"
-        "Each prompt is taken to give one pair. Autoencoder, text encoder, teacher and reward model are not counted."
+        f"time: one device at {rate}; steps with the settings of least work.\n"
+        f"A clip is {settings.num_inference_steps} steps of {passes} pass{'es'[: 2 * (passes > 1)]}, {clip:.3g} "
+        f"operations; a pass {one:.3g}. Each prompt is taken to\ngive one pair. Autoencoder, text encoder, teacher and "
+        "reward model are not counted."
     )
 
 

@@ -101,9 +101,9 @@ def make_plan(
 
     activations = _measure(forward, model, parameters, config)
     parts = accelerator.num_processes if sharded else 1
-    weights = sum(value.numel() * value.elementsize_text() for value in model.parameters()) // parts
+    weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
     # gradient and two moments, in their own precision
-    training = 3 * sum(value.numel() * value.elementsize_text() for value in parameters.values()) // parts
+    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
     need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
     free = _free_memory(accelerator.device)
     schedule = config.schedule

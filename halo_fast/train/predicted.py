@@ -5,6 +5,7 @@ All blocks of a kind are alike, so bytes and operations are linear in their numb
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -217,23 +218,34 @@ def predict_options(
     modes = ["none"]
     if hasattr(network, "enable_gradient_checkpointing") and getattr(network, "_supports_gradient_checkpointing", True):
         modes += ["selective", "full"]
-    anchored = bool(checked_objective(config).anchor_weight)
+    objective = checked_objective(config)
+    if choices is None and objective.anchor_weight:  # its gradient is no function of patch errors
+        choices = [(schedule, mode, False) for schedule in ("batched", SUPERVISED) for mode in modes]
+        choices.append(("batched", modes[-1], True))
+    derived = choices is None
     if choices is None:
-        schedules = ["batched", SUPERVISED] if anchored else ["batched", "margin_first", SUPERVISED]
-        choices = [(schedule, mode, False) for schedule in schedules for mode in modes]
-        choices += [("batched" if anchored else "margin_first", modes[-1], True)]
+        choices = [(schedule, mode, False) for schedule in ("batched", "margin_first") for mode in modes]
+        choices.append(("margin_first", modes[-1], True))
     found = []
     for schedule, mode, offload in choices:
         settings = replace(config, gradient_checkpointing=mode, offload_activations=offload)
-        found.append(
-            Option(
-                schedule,
-                mode,
-                offload,
-                predict_step(family, latents, grid, conditions, settings, dtype, schedule),
-            )
-        )
+        step = predict_step(family, latents, grid, conditions, settings, dtype, schedule)
+        found.append(Option(schedule, mode, offload, step))
+    if derived:
+        forward = predict_forward(family, latents, conditions, dtype)[1]
+        forward *= 1 if config.reference_draws or not uses_reference(objective) else 2
+        found[-1:-1] = [
+            _fine_tuning(option, forward, config.train_batch_size)
+            for option in found
+            if option.schedule == "margin_first" and not option.offload
+        ]
     return found
+
+
+def _fine_tuning(option: Option, forward: int, pairs: int) -> Option:
+    """Fine-tuning on one clip a pair, one at a time: a sample's own passes of margin_first, without its margin."""
+    sample = option.step.flops // (2 * pairs) - forward
+    return Option(SUPERVISED, option.checkpointing, False, replace(option.step, flops=pairs * sample))
 
 
 def cheapest(options: Sequence[Option], device: Device) -> Option | None:
@@ -411,7 +423,8 @@ def _without_values(module: nn.Module) -> Iterator[None]:
         if value is not None
     ]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), using_backend("reference"):
+        with FakeTensorMode(allow_non_fake_inputs=True), using_backend("reference"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels, none of which runs
             for tensors, name, value in places:
                 empty = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                 is_parameter = isinstance(value, nn.Parameter)

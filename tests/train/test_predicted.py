@@ -92,12 +92,24 @@ def test_operations_of_a_pass_are_those_of_its_products():
     assert flops == pytest.approx(30 * block, rel=0.01)
 
 
-@pytest.mark.parametrize("schedule", ["batched", "margin_first"])
-@pytest.mark.parametrize(("name", "settings"), [
-    ("Wan 2.1", {}), ("Wan 2.1", {"rank": 0, "gradient_accumulation_steps": 1}), ("HunyuanVideo", {}),
-    ("HunyuanVideo 1.5", {"gradient_checkpointing": "selective"}), ("Mochi", {"gradient_checkpointing": "none"}),
-])  # fmt: skip
-def test_few_blocks_tell_of_all(name, settings, schedule):
+FEW = [
+    ("Wan 2.1", "batched", {"rank": 0, "gradient_accumulation_steps": 1}),
+    ("HunyuanVideo", "margin_first", {}),
+    ("Wan 2.1", "margin_first", {}),
+    ("Wan 2.1", "batched", {}),
+    ("HunyuanVideo", "batched", {"gradient_checkpointing": "none"}),
+    ("HunyuanVideo 1.5", "batched", {"gradient_checkpointing": "selective"}),
+    ("HunyuanVideo 1.5", "margin_first", {"rank": 0}),
+    ("Mochi", "batched", {"gradient_checkpointing": "none"}),
+    ("CogVideoX 5B", "batched", {}),
+    ("LTX-Video", "margin_first", {"gradient_checkpointing": "selective"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "settings"), [*FEW[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in FEW[2:])]
+)
+def test_few_blocks_tell_of_all(name, schedule, settings):
     from benchmarks.memory import larger
 
     family = family_of(TINY[name].build())
@@ -117,7 +129,9 @@ def test_few_blocks_tell_of_all(name, settings, schedule):
     assert few.activations == pytest.approx(whole.activations, rel=0.002)
 
 
-@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize(
+    "row", [1, *(pytest.param(row, marks=pytest.mark.slow) for row in (0, 2, 3, 4, 5, 6, 7, 8, 9))]
+)
 def test_the_prediction_is_what_the_allocator_gives(row):
     from benchmarks.memory import ROWS, measure
 
