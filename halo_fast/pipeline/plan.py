@@ -192,7 +192,9 @@ def _head(config: Config, found: Prediction, card: Device) -> str:
 
 
 def _memory(found: Prediction, card: Device) -> str:
-    rows = [("training: schedule, checkpointing", "weights", "training", "activations", "peak", "work", "fits")]
+    rows: list[tuple[str, ...]] = [
+        ("training: schedule, checkpointing", "weights", "training", "activations", "peak", "work", "fits")
+    ]
     least = min(option.step.flops for option in found.options if option.schedule == SUPERVISED)
     for option in found.options:
         step, schedule = option.step, "fine-tuning" if option.schedule == SUPERVISED else option.schedule
@@ -201,7 +203,7 @@ def _memory(found: Prediction, card: Device) -> str:
         name = f"{schedule}, {option.checkpointing}{', offloaded' if option.offload else ''}"
         rows.append((name, *sizes, f"{step.flops / least:.2f}", "yes" if fit else "no"))
     sampling = found.sampling
-    fit = "fits" if fits(card, *sampling) else "does not fit"
+    sampled = "fits" if fits(card, *sampling) else "does not fit"
     return (
         f"{_table(rows)}\n"
         "weights: of the trained network alone, since latents and texts are cached. training: gradients and moments.\n"
@@ -209,7 +211,7 @@ def _memory(found: Prediction, card: Device) -> str:
         f"at a time). fits: activations and training in {USABLE:.0%} of what weights and the driver leave. Compiled\n"
         f"blocks need less.\n{_advice(found, card)}\n"
         f"sampling (generate, evaluate): weights of all parts {size_text(sampling[0])}, denoising "
-        f"{size_text(found.forward[0])},\ndecoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, {fit}"
+        f"{size_text(found.forward[0])},\ndecoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, {sampled}"
     )
 
 

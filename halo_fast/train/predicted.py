@@ -162,7 +162,7 @@ def predict_autoencoder(family: Family, latents: Sequence[int], dtype: torch.dty
         latents: shape of the clip's latents.
         dtype: of the weights.
     """
-    frames = latents[1:2] + latents[:1] if family.layout == "BFCHW" else latents[:2]
+    frames = (latents[1], latents[0]) if family.layout == "BFCHW" else (latents[0], latents[1])
     vae = _on_meta(family.vae, dtype, {})
     other: Any = copy.copy(family)
     other.pipeline = _Pipeline(family.pipeline, "vae", vae)
@@ -228,7 +228,8 @@ def predict_options(
         choices.append(("margin_first", modes[-1], True))
     found = []
     for schedule, mode, offload in choices:
-        settings = replace(config, gradient_checkpointing=mode, offload_activations=offload)
+        checkpointing: Any = mode
+        settings = replace(config, gradient_checkpointing=checkpointing, offload_activations=offload)
         step = predict_step(family, latents, grid, conditions, settings, dtype, schedule)
         found.append(Option(schedule, mode, offload, step))
     if derived:
@@ -415,7 +416,7 @@ _RUNS: dict[str, Callable[[Job, Batch], object]] = {
 @contextmanager
 def _without_values(module: nn.Module) -> Iterator[None]:
     """Inside the block all new tensors have no values, and neither have the module's, on the CPU instead of meta."""
-    places = [
+    places: list[tuple[Any, str, Tensor]] = [
         (tensors, name, value)
         for part in module.modules()
         for tensors in (part._parameters, part._buffers)
