@@ -187,7 +187,7 @@ def _head(config: Config, found: Prediction, card: Device) -> str:
         f"{config.pretrained_model_name_or_path}: {type(trained).__name__}, clips of {settings.num_frames} x "
         f"{settings.height} x {settings.width}, latents {list(found.latents)}\n"
         f"device: {card.name}, {size_text(card.memory)}. All figures are predicted from configurations; nothing was "
-        f"loaded or downloaded.\n\n{_table(rows)}"
+        f"downloaded.\n\n{_table(rows)}"
     )
 
 

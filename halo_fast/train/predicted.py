@@ -445,6 +445,11 @@ def _with_network(family: Denoiser, network: nn.Module) -> Denoiser:
     """The family with another network."""
     other = copy.copy(family)
     other.pipeline = _Pipeline(family.pipeline, family.network, network)
+    if other.transformer is not network:
+        raise UserError(
+            f"plan: {type(family).__name__}.transformer is not its pipeline's {family.network}, so it cannot be "
+            "predicted; measure it with halo train CONFIG --dry-run"
+        )
     return other
 
 

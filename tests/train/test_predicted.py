@@ -188,6 +188,22 @@ def test_a_network_that_asks_for_values_is_named():
         predict_step(Asking(8), (4, 4, 16, 16), GRID, {}, plain(), FLOAT, "batched")
 
 
+def test_a_network_that_is_not_the_pipelines_is_refused_and_kept():
+    class Elsewhere(Plain):
+        def __init__(self):
+            super().__init__(8)
+            self._own = Wide(8)
+
+        @property
+        def transformer(self):
+            return self._own
+
+    family = Elsewhere()
+    with pytest.raises(UserError, match="Elsewhere.transformer is not its pipeline's transformer"):
+        predict_step(family, (4, 4, 16, 16), GRID, {}, plain(), FLOAT, "batched")
+    assert not any(value.is_meta for value in family.transformer.parameters())
+
+
 @pytest.mark.parametrize(
     ("text", "memory"),
     [("24 GiB", 24 * 2**30), ("24gb", 24 * 10**9), ("RTX 4090", 24564 * 2**20), ("h100", 81559 * 2**20)],
