@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["Precision", "hub_commit", "load_pipeline"]
+__all__ = ["Precision", "hub_commit", "load_pipeline", "stored_dtype"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -103,13 +103,13 @@ def _empty(folder: Path, kind: Any) -> nn.Module:
 def _dtype(folder: Path, precision: Precision) -> torch.dtype:
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    stored = _stored_dtype(folder)
+    stored = stored_dtype(folder)
     if stored is not torch.float16:
         return stored
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """The precision of most bytes in the first safetensors file; float32 where there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halo_fast import registry
 from halo_fast.data.prompts import read_prompts
 from halo_fast.errors import UserError
 from halo_fast.families import Family, load
+from halo_fast.families.pipeline import PipelineFamily
 from halo_fast.families.shells import PUBLISHED, find_shell, load_shell, network_of
+from halo_fast.families.weights import stored_dtype
 from halo_fast.files import write_bytes
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.preflight import check_budget, check_required
@@ -82,21 +84,18 @@ class Prediction:
     forward: tuple[int, int]
     decode: int
 
-    def part_bytes(self, name: str) -> int:
-        """Bytes of a part's weights."""
-        return sum(value.numel() for value in self.family.pipeline.components[name].parameters()) * self.dtype.itemsize
-
     @property
-    def parts(self) -> list[str]:
-        """The networks of the pipeline: the one that is trained first."""
-        components = self.family.pipeline.components
-        found = [name for name, part in components.items() if isinstance(part, torch.nn.Module)]
-        return sorted(found, key=lambda name: (name != self.family.network, name))
+    def parts(self) -> dict[str, int]:
+        """Parameters of each network of the pipeline, of the one that is trained first."""
+        networks = {self.family.network: self.family.transformer}
+        components = getattr(self.family.pipeline, "components", {})
+        networks |= {name: components[name] for name in sorted(components) if isinstance(components[name], nn.Module)}
+        return {name: sum(value.numel() for value in network.parameters()) for name, network in networks.items()}
 
     @property
     def sampling(self) -> tuple[int, int]:
         """Bytes of the weights and of the rest while clips are sampled: all parts are on the device."""
-        return sum(self.part_bytes(name) for name in self.parts), max(self.forward[0], self.decode)
+        return sum(self.parts.values()) * self.dtype.itemsize, max(self.forward[0], self.decode)
 
 
 def plan(config: Config, device: str = "") -> None:
@@ -145,18 +144,20 @@ def predict(config: Config, choices: Sequence[tuple[str, str, bool]] | None = No
     options = predict_options(family, latents, config.grid, conditions, config.train, trained, choices)
     batch = settings.batch_size * family.passes(settings.guidance_scale)
     forward = predict_forward(family, latents, conditions, dtype, batch)
-    return Prediction(family, latents, conditions, dtype, options, forward, predict_autoencoder(family, latents, dtype))
+    decode = predict_autoencoder(family, latents, dtype) if isinstance(family, PipelineFamily) else 0
+    return Prediction(family, latents, conditions, dtype, options, forward, decode)
 
 
 def _family(config: Config) -> tuple[Family, torch.dtype]:
     """The model without weights, and the precision in which it would be loaded."""
     name = config.pretrained_model_name_or_path
-    shell = find_shell(name)
-    if shell is not None and shell.pipeline:
-        family, stored = load_shell(name, config.train.network), shell.stored
-    elif Path(name).is_dir() or registry.is_name("model", name):
+    folder, shell = Path(name), find_shell(name)
+    if folder.is_dir() or registry.is_name("model", name):
         family = load(name, "cpu", config.train.network, config.precision, weights=())
-        stored = next(family.transformer.parameters()).dtype
+        own = next(family.transformer.parameters()).dtype
+        stored = stored_dtype(folder / family.network) if folder.is_dir() else own
+    elif shell is not None and shell.pipeline:
+        family, stored = load_shell(name, config.train.network), shell.stored
     else:
         known = ", ".join(other for other, of in PUBLISHED.items() if of.pipeline)
         raise UserError(
@@ -180,9 +181,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _head(config: Config, found: Prediction, card: Device) -> str:
     settings, trained = config.generate, found.family.transformer
     rows = [("weights, predicted", "parameters", str(found.dtype).removeprefix("torch."))]
-    for name in found.parts:
-        count = sum(value.numel() for value in found.family.pipeline.components[name].parameters())
-        rows.append((name, f"{count:,}", size_text(found.part_bytes(name))))
+    rows += [(name, f"{count:,}", size_text(count * found.dtype.itemsize)) for name, count in found.parts.items()]
     return (
         f"{config.pretrained_model_name_or_path}: {type(trained).__name__}, clips of {settings.num_frames} x "
         f"{settings.height} x {settings.width}, latents {list(found.latents)}\n"
@@ -211,7 +210,8 @@ def _memory(found: Prediction, card: Device) -> str:
         f"at a time). fits: activations and training in {USABLE:.0%} of what weights and the driver leave. Compiled\n"
         f"blocks need less.\n{_advice(found, card)}\n"
         f"sampling (generate, evaluate): weights of all parts {size_text(sampling[0])}, denoising "
-        f"{size_text(found.forward[0])},\ndecoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, {sampled}"
+        f"{size_text(found.forward[0])},\ndecoding {size_text(found.decode)}; peak {size_text(sum(sampling))}, "
+        f"{sampled}"
     )
 
 
@@ -230,19 +230,22 @@ def _advice(found: Prediction, card: Device) -> str:
 
 
 def _prompts(config: Config) -> int | None:
-    """How many prompts there are; None where that is not known."""
-    if config.prompts:
+    """How many prompts there are; None where that is not known yet."""
+    if _are_there(config.prompts):
         return len(read_prompts(config.prompts, config.generate.num_prompts, config.seed))
     return config.generate.num_prompts
 
 
 def _evaluated(config: Config) -> int | None:
-    if not config.evaluation_prompts:
-        return config.evaluate.num_prompts
-    given = read_prompts(
-        config.evaluation_prompts, config.evaluate.num_prompts, config.seed, setting="evaluation_prompts"
-    )
-    return len(given)
+    name, count = config.evaluation_prompts, config.evaluate.num_prompts
+    if _are_there(name):
+        return len(read_prompts(name, count, config.seed, setting="evaluation_prompts"))
+    return count
+
+
+def _are_there(prompts: str) -> bool:
+    """Whether a setting of prompts names something; a file may be written after the plan."""
+    return bool(prompts) and (registry.is_name("prompts", prompts) or Path(prompts).exists())
 
 
 def _work(config: Config, found: Prediction, card: Device) -> str:
@@ -333,9 +336,10 @@ def _teacher(config: Config) -> str:
     from halo_fast.teachers import LabelStore
     from halo_fast.teachers.base import Paid
 
-    if not config.annotate.teacher or not config.prompts:
-        missing = "annotate.teacher" if not config.annotate.teacher else "prompts"
-        return f"teacher: no estimate, {missing} is not set"
+    if not config.annotate.teacher:
+        return "teacher: no estimate, annotate.teacher is not set"
+    if not _are_there(config.prompts):
+        return f"teacher: no estimate, there are no prompts yet ({config.prompts or 'prompts is not set'})"
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed)
     with LabelStore(Path(":memory:")) as store, _notes() as notes:
         try:
@@ -381,23 +385,36 @@ def write_recipe(file: str, device: str = "") -> str:
 
 
 def _fitting(card: Device) -> tuple[str, int, Prediction, Option]:
-    """The first model of the ladder that samples and trains on a card, or that at least trains."""
-    trains = None
-    for model, frames in _LADDER:
-        config = Config(pretrained_model_name_or_path=model, precision="bf16")
-        config.generate.num_frames = frames
-        network, shell = 0, find_shell(model)
-        if shell is not None:
-            network = 2 * sum(value.numel() for value in network_of(shell).parameters())
-        if not fits(card, network, 0):
-            continue
-        found = predict(config)
-        best = cheapest(found.options, card)
-        if best is not None and fits(card, *found.sampling):
-            return model, frames, found, best
-        if best is not None and trains is None:
-            trains = model, frames, found, best
-    if trains is None:
-        model, frames = _LADDER[-1]
-        raise UserError(f"doctor: not even {model} with {frames} frames fits {card.name}, {size_text(card.memory)}")
-    return trains
+    """The first model of the ladder that samples and trains on a card, or else the first that trains."""
+    later = []
+    for rung in _LADDER:
+        if fits(card, _network_bytes(rung[0]), 0):
+            sampling = predict(_rung_config(*rung), ()).sampling  # without the options of training, which take longer
+            if not fits(card, *sampling):
+                later.append(rung)
+            elif (found := _trained(rung, card)) is not None:
+                return found
+    for rung in later:
+        if (found := _trained(rung, card)) is not None:
+            return found
+    model, frames = _LADDER[-1]
+    raise UserError(f"doctor: not even {model} with {frames} frames fits {card.name}, {size_text(card.memory)}")
+
+
+def _rung_config(model: str, frames: int) -> Config:
+    config = Config(pretrained_model_name_or_path=model, precision="bf16")
+    config.generate.num_frames = frames
+    return config
+
+
+def _network_bytes(model: str) -> int:
+    """Bytes of a published model's network in bf16."""
+    shell = find_shell(model)
+    return 0 if shell is None else 2 * sum(value.numel() for value in network_of(shell).parameters())
+
+
+def _trained(rung: tuple[str, int], card: Device) -> tuple[str, int, Prediction, Option] | None:
+    """A rung of the ladder with the settings that train it on a card; None if none do."""
+    found = predict(_rung_config(*rung))
+    best = cheapest(found.options, card)
+    return None if best is None else (*rung, found, best)

@@ -76,6 +76,9 @@ def test_what_is_not_known_and_what_does_not_fit_is_said(config):
     text = plan_text(unknown, found, find_device("24 GiB"))
     assert "no rate is known" in text and "teacher: no estimate, annotate.teacher is not set" in text
     assert numbers(text, "generate")[-1] == "-" and numbers(text, "evaluate  ") == ["prompts", "unknown", "-"]
+    later = load_config(config, {"prompts": "later.txt"})
+    text = plan_text(later, found, find_device("24 GiB"))
+    assert "no prompts yet (later.txt)" in text and numbers(text, "latents of the clips")[-1] == "?"
     poor = load_config(config, {"annotate.openai.budget": "0.01"})
     text = plan_text(poor, found, find_device("512.1 MiB"))
     assert "nothing fits 512.1 MiB: the least is" in text
