@@ -3,17 +3,23 @@
 python -m benchmarks.memory            writes all of them, in about ten minutes
 python -m benchmarks.memory measured   predicted against measured, on this CPU
 python -m benchmarks.memory models     twelve published models on four sizes of device
+python -m benchmarks.memory NAME       one of these models; kept in benchmarks/results/memory
 python -m benchmarks.memory cards      what halo plan and halo doctor --write print for three cards
 """
 
 import contextlib
 import gc
 import io
+import json
+import math
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -25,14 +31,15 @@ from torch import Tensor, nn
 from halo_fast.data import Pair
 from halo_fast.families import Denoiser, family_of
 from halo_fast.families.shells import PUBLISHED, Shell, load_shell, network_of
-from halo_fast.files import write_bytes
+from halo_fast.files import write_bytes, write_json
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.devices import Device, find_device
 from halo_fast.train.job import prepared_job
-from halo_fast.train.predicted import SUPERVISED, Option, cheapest, predict_options, predict_step
+from halo_fast.train.predicted import SUPERVISED, Option, Step, cheapest, predict_options, predict_step
 from halo_fast.train.steps import take_step
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory"
 PAGE, QUICK_START = ROOT / "docs" / "memory.md", ROOT / "docs" / "quickstart.md"
 GRID = (4, 2, 2)
 SIZES = ("16 GiB", "24 GiB", "48 GiB", "80 GiB")
@@ -284,22 +291,41 @@ class Found(NamedTuple):
     options: list[Option]
 
 
-def predicted_models() -> Iterator[Found]:
-    """The twelve models with bf16 weights, each on its usual clip."""
+def predict_model(name: str) -> None:
+    """Predict a model with bf16 weights on its usual clip, and keep what comes out."""
+    shell = PUBLISHED[name]
+    family: Any = ALONE[name](shell) if name in ALONE else load_shell(name)
+    latents = family.latents if name in ALONE else family.latent_shape(*shell.clip)
+    options = predict_options(family, latents, GRID, family.blank_conditions(), SETTINGS, torch.bfloat16)
+    config = family.transformer.config
+    patch = config.get("patch_size", 1)
+    sides = patch if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
+    tokens = math.prod(length // side for length, side in zip(family.latent_size(latents), sides, strict=True))
+    parameters = sum(value.numel() for value in family.transformer.parameters())
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    kept = {
+        "parameters": parameters, "tokens": tokens, "options": [asdict(option) for option in options],
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "CPU seconds": round(used.ru_utime),
+        "GiB": round(used.ru_maxrss / 2**20, 1),
+    }  # fmt: skip
+    write_json(RESULTS / f"{name.replace('/', '--')}.json", kept)
+    print(f"{name}: {used.ru_utime:.0f} s of CPU", flush=True)
+
+
+def predicted_models() -> tuple[list[Found], str]:
+    """The twelve models, each predicted in a process of its own, and how that went; kept ones are read."""
+    found, notes = [], []
     for name, shell in PUBLISHED.items():
-        started = time.process_time()
-        family: Any = ALONE[name](shell) if name in ALONE else load_shell(name)
-        latents = family.latents if name in ALONE else family.latent_shape(*shell.clip)
-        conditions = family.blank_conditions()
-        options = predict_options(family, latents, GRID, conditions, SETTINGS, torch.bfloat16)
-        config = family.transformer.config
-        patch = config.get("patch_size", 1)
-        sides = patch if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
-        frames, height, width = family.latent_size(latents)
-        tokens = (frames // sides[0]) * (height // sides[1]) * (width // sides[2])
-        parameters = sum(value.numel() for value in family.transformer.parameters())
-        print(f"{name}: {time.process_time() - started:.0f} s of CPU", flush=True)
-        yield Found(name, shell, parameters, tokens, options)
+        file = RESULTS / f"{name.replace('/', '--')}.json"
+        if not file.exists():
+            subprocess.run([sys.executable, "-m", "benchmarks.memory", name], check=True, cwd=ROOT)
+        kept = json.loads(file.read_text())
+        options = [Option(**option | {"step": Step(**option["step"])}) for option in kept["options"]]
+        found.append(Found(name, shell, kept["parameters"], kept["tokens"], options))
+        notes.append(kept)
+    seconds, memory = sum(one["CPU seconds"] for one in notes), max(one["GiB"] for one in notes)
+    versions = f"torch {notes[0]['torch']} and diffusers {notes[0]['diffusers']}"
+    return found, f"Predicted with {versions} in {seconds} s of CPU and {memory} GiB of memory.\n"
 
 
 def gib(count: float) -> str:
@@ -384,12 +410,7 @@ def write_measured() -> None:
 
 def write_models() -> None:
     """The tables of the twelve models, and those of the quick start."""
-    models = list(predicted_models())
-    versions = f"torch {torch.__version__} and diffusers {diffusers.__version__}"
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    note = (
-        f"Predicted with {versions} in {used.ru_utime:.0f} s of CPU and {used.ru_maxrss / 2**20:.1f} GiB of memory.\n"
-    )
+    models, note = predicted_models()
     replace_part(PAGE, "fits", fits_table(models, SIZES))
     replace_part(PAGE, "peaks", f"{peaks_table(models)}\n{note}")
     replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GB", "80 GB")))
@@ -405,8 +426,10 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], None]] = {"measured": write_measured, "models": write_models, "cards": write_cards}
+    if not sys.argv[1:]:
+        shutil.rmtree(RESULTS, ignore_errors=True)
     for name in sys.argv[1:] or parts:
-        parts[name]()
+        parts[name]() if name in parts else predict_model(name)
 
 
 if __name__ == "__main__":

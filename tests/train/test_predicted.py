@@ -107,7 +107,7 @@ FEW = [
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule", "settings"), [*FEW[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in FEW[2:])]
+    ("name", "schedule", "settings"), [FEW[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in FEW[1:])]
 )
 def test_few_blocks_tell_of_all(name, schedule, settings):
     from benchmarks.memory import larger
