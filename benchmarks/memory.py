@@ -375,9 +375,18 @@ def fits_table(models: list[Found], sizes: tuple[str, ...]) -> str:
 
 def cards_text() -> str:
     """What a new user sees: halo doctor --write for three cards, and halo plan of the file for the first."""
-    from halo_fast.pipeline import cli
+    from halo_fast.pipeline import cli, plan
 
-    parts = []
+    parts, known, predict = [], {}, plan.predict
+
+    def predicted_once(config: Any, choices: Any = None) -> Any:
+        """What is predicted depends on these alone; the plan of a file asks again what its writer asked."""
+        key = config.pretrained_model_name_or_path, config.generate.num_frames, choices
+        if key not in known:
+            known[key] = predict(config, choices)
+        return known[key]
+
+    plan.predict = predicted_once
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("prompts.txt").write_text("".join(f"a cat jumps over box number {index}\n" for index in range(500)))
         Path("heldout.txt").write_text("".join(f"a dog runs around tree number {index}\n" for index in range(64)))

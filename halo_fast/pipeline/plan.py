@@ -51,6 +51,7 @@ generate: {{num_frames: {frames}, height: 480, width: 832, fps: 16}}
 
 annotate:
   teacher: openai
+  num_clips: 200                  # the reward model scores the rest
   openai: {{budget: 20.0}}          # US dollars
 
 train:
