@@ -301,7 +301,7 @@ def _disk(config: Config, found: Prediction) -> str:
         rows.append((name, size_text(size), "?" if count is None else size_text(size * count)))
 
     made = None if prompts is None else prompts * settings.num_videos_per_prompt
-    row("clips, lossless: at most", pixels, made)
+    row("clips, before compression", pixels, made)
     row("latents of the clips", latent, made)
     row("cache: texts, at most", text, prompts)
     row("reference errors of a pair", 8 * math.prod(config.grid) * (train.reference_draws or 0), prompts)
@@ -309,7 +309,7 @@ def _disk(config: Config, found: Prediction) -> str:
     row("training: checkpoints", 3 * trained, -(-train.max_train_steps // train.checkpointing_steps) if limit is None
         else limit)  # fmt: skip
     row("LoRA" if train.rank else "trained network", trained, 1)
-    row("evaluate: clips, base and aligned: at most", pixels, None if evaluated is None else 2 * evaluated)
+    row("evaluate: clips, base and aligned", pixels, None if evaluated is None else 2 * evaluated)
     return f"{_table(rows)}\nThe model itself: {size_text(found.sampling[0])} in this precision."
 
 
@@ -346,10 +346,10 @@ def _teacher(config: Config) -> str:
         try:
             teacher: Any = load_teacher(config, store, prompts=prompts)
             check_budget(config, teacher, prompts)
+            if not isinstance(teacher, Paid):
+                return f"teacher: {config.annotate.teacher} costs no money"
         except UserError as error:
-            return f"teacher: {error}"
-    if not isinstance(teacher, Paid):
-        return f"teacher: {config.annotate.teacher} costs no money"
+            notes.append(str(error))
     return "\n".join(f"teacher: {note.removeprefix('annotate: ')}" for note in notes)
 
 

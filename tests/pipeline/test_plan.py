@@ -57,7 +57,7 @@ def test_plan_needs_configurations_alone_and_names_every_part(config, capsys, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.txt", "my.yaml", "prompts.txt"]
     # 3 x 8 x 8 latents of 4 float32 channels, two clips a prompt; pixels of 3 bytes; two networks, LoRA on 4 x 2 x 2
     assert numbers(out, "latents of the clips") == ["3", "KiB", "60", "KiB"]
-    assert numbers(out, "clips, lossless: at most") == ["108", "KiB", "2.11", "MiB"]
+    assert numbers(out, "clips, before compression") == ["108", "KiB", "2.11", "MiB"]
     lora = 4 * 2 * 2 * 4 * 4 * (24 + 24)
     assert numbers(out, "LoRA")[:2] == [f"{lora / 1024:.3g}", "KiB"]
     # operations: two passes in each of five steps, for candidates and for two clips of each evaluation prompt

@@ -103,11 +103,11 @@ class OpenAITeacher:
         Raises:
             UserError: there is no key, or nothing is spent yet and the estimate exceeds the budget.
         """
+        if clips:
+            pairs = [partial(self._comparisons, pair) for pair in compared]
+            self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
+        # after the estimate, which nobody needs a key to see
         key_for(self._config)
-        if not clips:
-            return
-        pairs = [partial(self._comparisons, pair) for pair in compared]
-        self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
 
     def _results(
         self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], planned: Mapping[str, Sequence[Job]]
