@@ -12,7 +12,7 @@ from halo_fast.agreement.figures import bootstrap_interval, spearman
 
 __all__ = ["OVERALL", "Gain", "gains", "overall"]
 
-OVERALL = "overall"
+OVERALL = "all dimensions"
 """The dimension that stands for all of a judge's."""
 
 
