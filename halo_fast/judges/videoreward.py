@@ -98,7 +98,9 @@ class VideoReward:
         question = _QUESTION.read_text().replace("{text_prompt}", prompt)
         inputs = video_inputs(frames, size, question, self._tokenizer, self._network.config)
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(self._head.dtype)
-        state = self._network(**inputs).last_hidden_state[0]
+        # the published code gives its language model no positions, which then counts all tokens one by one
+        positions = torch.arange(inputs["input_ids"].shape[1], device=frames.device).expand(3, 1, -1)
+        state = self._network(**inputs, position_ids=positions).last_hidden_state[0]
         places = torch.isin(inputs["input_ids"][0], torch.tensor(self._tokens, device=state.device))
         if int(places.sum()) != len(_NAMES):
             raise UserError(f"prompt {prompt!r}: expected none of {', '.join(_TOKENS)} in it; remove them")
