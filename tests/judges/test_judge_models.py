@@ -60,6 +60,9 @@ PIECES += (
     "<|vision_start|>",
 )
 PIECES += ("<|vision_end|>", "<|video_pad|>", "<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
+# tokens of an answer, with the digits between them; no digit is in two places, so each token tells the next
+HEADINGS = ("visual quality: ", "; \ntext-to-video alignment: ", ", \nphysical/common-sense consistency: ")
+DIGITS = ({"4": 2.0, "1": 1.9}, {"3": 2.0, "2": 1.85}, {"5": 2.0})
 # Qwen2-VL's, for one turn of a user
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -80,6 +83,7 @@ def pieces() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(vocabulary, "<unk>"))
     tokenizer.pre_tokenizer = Split(Regex(r" ?[a-z]+|[^a-z]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens(list(HEADINGS))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", chat_template=CHAT,
         additional_special_tokens=[piece for piece in PIECES if piece.startswith("<|")],
@@ -96,6 +100,7 @@ def qwen_config(family: str):
     config.video_token_id = pieces().convert_tokens_to_ids("<|video_pad|>")
     config.image_token_id = 60  # never made
     config.text_config.eos_token_id = 2
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     return config
 
 
@@ -191,7 +196,7 @@ def test_videoscore_needs_its_head(idefics, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | {"score.weight": torch.randn(3, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"videoscore.model: expected score.weight of 5 scores"):
+    with pytest.raises(UserError, match=r"videoscore.model: expected a head of 5 scores"):
         VideoScore(tmp_path, "cpu")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="videoscore.model: expected VideoScore in .*empty"):
@@ -239,9 +244,12 @@ def test_frames_are_sized_as_published(size):
 
 
 def test_frames_are_resized_as_pillow_resizes_them():
-    clip, config = video(2, 60, 90), qwen_config("qwen2_vl")
-    inputs = video_inputs(clip, (56, 84), "a", pieces(), config)
-    resized = [Image.fromarray(frame.numpy()).resize((84, 56), Image.Resampling.BICUBIC) for frame in clip]
+    config, (y, x) = qwen_config("qwen2_vl"), np.mgrid[:60, :90]
+    # no extremes: Pillow cuts overshoots off after each of its two passes
+    waves = 128 + 60 * np.sin(y / 3 + np.arange(6).reshape(2, 3, 1, 1)) * np.cos(x / 4)
+    clip = waves.transpose(0, 2, 3, 1).astype(np.uint8)
+    inputs = video_inputs(torch.from_numpy(clip), (56, 84), "a", pieces(), config)
+    resized = [Image.fromarray(frame).resize((84, 56), Image.Resampling.BICUBIC) for frame in clip]
     expected, grid = packed(np.stack([np.asarray(picture) for picture in resized]).astype(np.float64))
     assert inputs["video_grid_thw"].tolist() == [grid]
     # Pillow computes with 8 bits
@@ -349,8 +357,6 @@ def test_videoreward_mistakes_are_named(reward_folders, tmp_path):
 
 # --- VideoScore2
 
-ANSWER = "visual quality: {}; \ntext-to-video alignment: {}, \nphysical/common-sense consistency: {}</s>"
-
 
 def answer_inputs(frames: np.ndarray, config) -> dict[str, torch.Tensor]:
     pixels, grid = packed(frames.astype(np.float64))
@@ -365,37 +371,37 @@ def answer_inputs(frames: np.ndarray, config) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory) -> Path:
-    """A tiny Qwen2.5-VL that has learnt to answer in the right form, with digits that it is unsure of."""
+    """A tiny Qwen2.5-VL, random but for its words: it answers in the right form, with digits that it is unsure of."""
     folder = tmp_path_factory.mktemp("videoscore2")
     config = qwen_config("qwen2_5_vl")
     torch.manual_seed(0)
     network = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
     tokenizer = pieces()
-    tokenizer.save_pretrained(folder)
-    inputs = answer_inputs(video(4, 308, 336).numpy(), config)
     with torch.no_grad():
-        clip = network.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
-        clip = clip if isinstance(clip, torch.Tensor) else clip.pooler_output
-    optimiser = torch.optim.Adam(network.model.language_model.parameters(), 1e-2)
-    answers = [tokenizer(ANSWER.format(*digits), return_tensors="pt").input_ids[0] for digits in ("435", "525", "434")]
-    ids = torch.cat((inputs["input_ids"].expand(3, -1), torch.stack(answers)), dim=1)
-    kinds = torch.where(ids == config.video_token_id, 2, 0).int()
-    start = inputs["input_ids"].shape[1]
-    positions, _ = network.model.get_rope_index(
-        ids, kinds, video_grid_thw=inputs["video_grid_thw"].expand(3, -1), second_per_grid_ts=torch.ones(3)
-    )
-    for _ in range(120):
-        embeddings = network.get_input_embeddings()(ids)
-        place = (ids == config.video_token_id).unsqueeze(-1).expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(place, clip.repeat(3, 1))
-        states = network.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
-        logits = network.lm_head(states[:, start - 1 : -1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, start:].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        for layer in network.model.language_model.layers:  # so that the clip and the prompt count
+            for part in (*layer.self_attn.children(), *layer.mlp.children()):
+                if isinstance(part, torch.nn.Linear):
+                    part.weight *= 3
+        chain = [
+            {"\n": 2.0},
+            {HEADINGS[0]: 2.0},
+            DIGITS[0],
+            {HEADINGS[1]: 2.0},
+            DIGITS[1],
+            {HEADINGS[2]: 2.0},
+            DIGITS[2],
+        ]
+        embeddings, words = network.get_input_embeddings().weight, network.lm_head.weight
+        place = 0
+        for current, following in zip(chain, [*chain[1:], {"</s>": 2.0}], strict=True):
+            for token in current:
+                embeddings[tokenizer.convert_tokens_to_ids(token)] = torch.eye(32)[place]
+                for other, strength in following.items():
+                    words[tokenizer.convert_tokens_to_ids(other), place] = strength
+                place += 1
     network.generation_config.eos_token_id, network.generation_config.pad_token_id = 2, 0
     network.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -431,6 +437,8 @@ def test_videoscore2_is_its_published_processing(writer):
     found = judge.score(clip, PROMPT, 8, 3)
     np.testing.assert_allclose(list(found.values()), expected, atol=1e-5)
     assert list(found) == ["visual_quality", "text_alignment", "physical_consistency"]
+    others = judge.score(video(5, 308, 336)[:4], PROMPT, 8, 3), judge.score(clip, "a ball", 8, 3)
+    assert min(abs(other["visual_quality"] - found["visual_quality"]) for other in others) > 1e-4
     table = videoscore2([clip], [PROMPT], 8, "cpu", model=str(writer), seed=3)
     assert table.scores[0] == found
     # what is drawn elsewhere is not moved
@@ -449,7 +457,7 @@ def test_videoscore2s_answers_are_read_with_words_after_their_headings():
         logits = [torch.full((1, 64), -30.0).index_fill(1, number.view(1), 0.0) for number in answer]
         return soft_scores(answer, logits, tokenizer)
 
-    released = "visual quality -a: 4 text-to-video alignment a red: 3,physical/common-sense consistency: 2"
+    released = "visual quality -a: 4\ntext-to-video alignment a red: 3,physical/common-sense consistency: 2"
     assert read(released) == pytest.approx([4, 3, 2], abs=1e-6)
     assert all(math.isnan(score) for score in read("visual quality: 4; text-to-video alignment: 3"))
     assert all(math.isnan(score) for score in read(""))

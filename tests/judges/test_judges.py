@@ -172,7 +172,7 @@ def test_a_judge_of_ones_own_has_a_dotted_name_and_typed_options():
     judge = load_judge(name, {"level": 0.5}, {"seed": 3, "grid": (1, 1, 1)})
     assert judge_clips(name, judge, [1, 2], ["a", "b"], 8, "cpu") == JudgeTable("own 3 None", [{"level": 0.5}] * 2)
     for options, match in (
-        ({"level": "high"}, "own.level: expected a number, got 'high'"),
+        ({"level": "high"}, "own.level: expected a number; got 'high'"),
         ({"level": 1.0, "depth": 2}, "own: expected some of level, seed, folder, got 'depth'; remove it"),
         ({}, "own.level: required; set it"),
     ):

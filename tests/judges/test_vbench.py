@@ -48,7 +48,8 @@ _PUBLISHED = {
 _HUNYUAN = {
     "Human_Anatomy": 0.8858, "Human_Clothes": 0.8297, "Human_Identity": 0.7567, "Composition": 0.4396,
     "Diversity": 0.3973, "Mechanics": 0.7609, "Material": 0.6437, "Thermotics": 0.5652,
-    "Multi-View_Consistency": 0.4380, "Dynamic_Spatial_Relationship": 0.2126, "Dynamic_Attribute": 0.2271, "Motion_Order_Understanding": 0.2694,
+    "Multi-View_Consistency": 0.4380, "Dynamic_Spatial_Relationship": 0.2126, "Dynamic_Attribute": 0.2271,
+    "Motion_Order_Understanding": 0.2694,
     "Human_Interaction": 0.6667, "Complex_Landscape": 0.1889, "Complex_Plot": 0.0978, "Camera_Motion": 0.3395,
     "Motion_Rationality": 0.3448, "Instance_Preservation": 0.9240,
 }  # fmt: skip
