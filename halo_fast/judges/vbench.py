@@ -309,7 +309,7 @@ def _lay_out(
 
 def _variables(suite: _Suite, weights: str | None, device: str) -> dict[str, str]:
     """Environment variables: where its weights are, and the device."""
-    found = {}
+    found: dict[str, str] = {}
     if weights:
         place = Path(weights).resolve()
         if not place.is_dir():
