@@ -55,7 +55,9 @@ def aligned_run(folder: Path) -> Run:
         stage.finish({})
     with run.stage("reward", {}, {}) as stage:
         torch.manual_seed(2)
-        RewardModel(RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)).save(stage.folder)
+        RewardModel(RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)).save(
+            stage.folder
+        )
         stage.finish({})
     return run
 
