@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halo_fast.errors import UserError, first_line
+from halo_fast.errors import UserError
 from halo_fast.rewards.backbones.vlm.frames import CLIP_MEAN, CLIP_STD, pack_tubes
 
-__all__ = ["frame_count", "frame_indices", "frame_size", "model_folder", "video_inputs"]
+__all__ = ["frame_count", "frame_indices", "frame_size", "video_inputs"]
 
 _FACTOR = 28  # pixels a side of one token, which sizes of frames are multiples of
 _TUBE = 2  # frames of one token
@@ -101,21 +100,3 @@ def video_inputs(
         "video_grid_thw": grid,
         "mm_token_type_ids": 2 * (ids == config.video_token_id).int(),  # 2 stands for video
     }
-
-
-def model_folder(name: str, setting: str) -> Path:
-    """The folder of a model, which a hub name is fetched to.
-
-    Raises:
-        UserError: neither a folder nor a model that can be fetched.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{setting}: expected a model's folder or hub name, got {name!r} ({first_line(error)})"
-        ) from error

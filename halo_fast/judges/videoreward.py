@@ -17,7 +17,8 @@ from torch import Tensor
 from halo_fast.errors import UserError, first_line
 from halo_fast.files import progress, read_json
 from halo_fast.judges.base import JudgeTable, Video, read_video
-from halo_fast.judges.qwen import MIN_PIXELS, frame_count, frame_indices, frame_size, model_folder, video_inputs
+from halo_fast.judges.qwen import MIN_PIXELS, frame_count, frame_indices, frame_size, video_inputs
+from halo_fast.judges.weights import model_folder, precision
 from halo_fast.rewards.backbones.vlm.published import VIDEO_REWARD
 
 __all__ = ["VideoReward", "videoreward"]
@@ -174,7 +175,7 @@ def _build(folder: Path, tensors: dict[str, Tensor], base: str, device: str) -> 
     try:
         config = AutoConfig.from_pretrained(base)
         config.get_text_config().vocab_size = len(weights["language_model.embed_tokens.weight"])
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        dtype = precision(device)
         network = Qwen2VLModel._from_config(config, dtype=dtype)
         network.load_state_dict(weights)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halo_fast.errors import UserError, first_line
 from halo_fast.files import progress
 from halo_fast.judges.base import JudgeTable, Video, read_video
-from halo_fast.judges.qwen import model_folder
+from halo_fast.judges.weights import load_network, model_folder
 from halo_fast.rewards.backbones.vlm.published import VIDEO_SCORE, read_heads
 
 __all__ = ["VideoScore", "videoscore"]
@@ -69,12 +69,11 @@ class VideoScore:
     def __init__(self, folder: Path, device: str) -> None:
         from transformers import AutoProcessor, Idefics2Model
 
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         try:
             self._processor: Any = AutoProcessor.from_pretrained(folder)
-            self._network: Any = Idefics2Model.from_pretrained(folder, dtype=dtype).eval().to(device)
         except (OSError, ValueError) as error:
             raise UserError(f"{_SETTING}: expected VideoScore in {folder}, got none ({first_line(error)})") from error
+        self._network: Any = load_network(Idefics2Model, folder, device, _SETTING)
         heads = read_heads(folder)
         if len(heads.get("score.weight", ())) != len(VIDEO_SCORE):
             raise UserError(
@@ -83,7 +82,7 @@ class VideoScore:
         weight, bias = heads["score.weight"], heads.get("score.bias")
         self._head = nn.Linear(weight.shape[1], len(weight), bias is not None)
         self._head.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-        self._head.to(device, dtype)
+        self._head.to(device, self._network.dtype)
 
     @torch.no_grad()
     def score(self, video: Tensor, prompt: str, max_frames: int) -> dict[str, float]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from halo_fast.errors import UserError, first_line
 from halo_fast.files import progress
 from halo_fast.judges.base import JudgeTable, Video, read_video
-from halo_fast.judges.qwen import MIN_PIXELS, frame_count, frame_indices, frame_size, model_folder, video_inputs
+from halo_fast.judges.qwen import MIN_PIXELS, frame_count, frame_indices, frame_size, video_inputs
+from halo_fast.judges.weights import load_network, model_folder
 
 __all__ = ["VideoScore2", "videoscore2"]
 
@@ -81,13 +82,11 @@ class VideoScore2:
     def __init__(self, folder: Path, device: str) -> None:
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError) as error:
             raise UserError(f"{_SETTING}: expected VideoScore2 in {folder}, got none ({first_line(error)})") from error
-        self._network: Any = network.eval().to(device)
+        self._network: Any = load_network(Qwen2_5_VLForConditionalGeneration, folder, device, _SETTING)
 
     @torch.no_grad()
     def score(self, video: Tensor, prompt: str, fps: float, seed: int) -> dict[str, float]:
