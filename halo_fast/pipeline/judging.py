@@ -93,8 +93,11 @@ def judge_arms(config: Config, run: Run) -> None:
     judged = [_training_reward(rows)]
     for name in config.evaluate.judges:
         judged.append(_judge(config, run, name, [folder / row["video"] for row in rows], rows))
-    reward = _reward_gain(judged[0])
-    found = [gains(one.scores[::2], one.scores[1::2], reward, config.evaluate.bootstrap, config.seed) for one in judged]
+    means = [_weighted(row, config.pairs.dimensions) for row in judged[0].scores]
+    reward = [aligned - base for base, aligned in zip(means[::2], means[1::2], strict=True)]
+    found = [_gains(config, one.scores, reward) for one in judged]
+    # the reward itself is not in deviations: its scores share a scale, and pairs.dimensions weighs them
+    found[0][0] = _gains(config, [{OVERALL: mean} for mean in means], reward)[1]
     warnings = _warnings(judged, found)
     _write(run.path, rows, judged, found, warnings)
     print(_summary(judged, found, len(rows) // 2))
@@ -116,10 +119,15 @@ def _training_reward(rows: Sequence[dict[str, Any]]) -> _Judged:
     return _Judged(_REWARD, _REWARD, True, scores, {})
 
 
-def _reward_gain(reward: _Judged) -> list[float]:
-    """Gain of each prompt, the mean over the reward's dimensions, which share one scale."""
-    means = [float(np.mean(list(row.values()))) for row in reward.scores]
-    return [aligned - base for base, aligned in zip(means[::2], means[1::2], strict=True)]
+def _weighted(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The reward that pairs were made by, the weighted mean of its dimensions; of all if none of these was scored."""
+    known = {name: weight for name, weight in weights.items() if name in scores and weight > 0}
+    known = known or dict.fromkeys(scores, 1.0)
+    return sum(weight * scores[name] for name, weight in known.items()) / sum(known.values())
+
+
+def _gains(config: Config, scores: Sequence[Mapping[str, float]], reward: Sequence[float]) -> list[Gain]:
+    return gains(scores[::2], scores[1::2], reward, config.evaluate.bootstrap, config.seed)
 
 
 def _given(config: Config, folder: Path, store: Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_a_judge_of_ones_own_has_a_dotted_name_and_typed_options():
     ):
         with pytest.raises(UserError, match=match):
             load_judge(f"{__name__}:{attribute}", {}, {})
-    with pytest.raises(UserError, match=r"evaluate.judges: expected one of 'frames', .*'vbench'.*; got 'eye'"):
+    with pytest.raises(UserError, match=r"evaluate.judges: expected one of .*'frames', .*'vbench'.*; got 'eye'"):
         load_judge("eye", {}, {})
 
 
