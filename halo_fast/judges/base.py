@@ -48,12 +48,15 @@ class JudgeTable:
         name: of the judge, with whatever tells it from others.
         scores: for each clip, a score of each dimension; higher is better, NaN where the judge says nothing.
         optimised: whether training optimised this judge itself; a gain on it is no evidence then.
+        amounts: whether the scores are amounts, such as of motion, of which more is no better by itself. They are
+            shown, but neither confirm a gain nor speak of reward hacking.
         totals: makes further figures of the mean scores of one model's clips, such as a benchmark's total.
     """
 
     name: str
     scores: Sequence[Mapping[str, float]]
     optimised: bool = False
+    amounts: bool = False
     totals: Totals | None = None
 
 
@@ -142,7 +145,7 @@ def judge_clips(
     place = f"evaluate.judges: {name!r}"
     with user_errors("judge", name, "evaluate.judges"):
         table: JudgeTable = judge(clips, prompts, fps, device)
-    require(table, ("name", "scores", "optimised", "totals"), name, "evaluate.judges")
+    require(table, ("name", "scores", "optimised", "amounts", "totals"), name, "evaluate.judges")
     if len(table.scores) != len(clips):
         raise UserError(f"{place}: expected scores of {len(clips)} clips, got {len(table.scores)}")
     dimensions = set(table.scores[0]) if table.scores else set()

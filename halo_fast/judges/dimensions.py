@@ -86,9 +86,9 @@ def consistency(features: Tensor) -> float:
 def frames(
     clips: Sequence[Video], prompts: Sequence[str], fps: float, device: str, *, features: bool = False
 ) -> JudgeTable:
-    """A judge of the pixels alone: no flicker and smooth motion, beside the amount of motion that both are lost to.
+    """Amounts in the pixels alone: freedom from flicker, smoothness of motion, and the motion that both are lost to.
 
-    A model that freezes its clips gains the first two and loses the third; read them together.
+    A model that freezes its clips gains the first two and loses the third: read them together. They judge no quality.
 
     Args:
         clips: as in ClipJudge, likewise the next three.
@@ -106,7 +106,7 @@ def frames(
             "frame_difference": frame_difference(video),
         }
         rows.append(row | ({"consistency": consistency(_features(video, device))} if features else {}))
-    return JudgeTable("frames", rows)
+    return JudgeTable("frames", rows, amounts=True)
 
 
 @torch.no_grad()

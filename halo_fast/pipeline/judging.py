@@ -45,6 +45,7 @@ class _Judged:
         name: under which it was named.
         label: what it calls itself.
         optimised: whether training optimised it.
+        amounts: whether its scores are amounts, of which more is no better by itself.
         scores: of each clip, base and aligned clips of a prompt next to each other.
         totals: further figures of each model's clips, by its arm.
     """
@@ -52,6 +53,7 @@ class _Judged:
     name: str
     label: str
     optimised: bool
+    amounts: bool
     scores: Sequence[Mapping[str, float]]
     totals: Mapping[str, Mapping[str, float]]
 
@@ -98,6 +100,8 @@ def judge_arms(config: Config, run: Run) -> None:
     found = [_gains(config, one.scores, reward) for one in judged]
     # the reward itself is not in deviations: its scores share a scale, and pairs.dimensions weighs them
     found[0][0] = _gains(config, [{OVERALL: mean} for mean in means], reward)[1]
+    # amounts do not add up to anything
+    found = [rows_of_judge[one.amounts :] for one, rows_of_judge in zip(judged, found, strict=True)]
     warnings = _warnings(judged, found)
     _write(run.path, rows, judged, found, warnings)
     print(_summary(judged, found, len(rows) // 2))
@@ -116,7 +120,7 @@ def _training_reward(rows: Sequence[dict[str, Any]]) -> _Judged:
     names = [name for name in rows[0] if name.startswith("video_")]
     names = names or [name for name in rows[0] if name.startswith("patch_")]
     scores = [{name.removeprefix("video_"): float(np.mean(row[name])) for name in names} for row in rows]
-    return _Judged(_REWARD, _REWARD, True, scores, {})
+    return _Judged(_REWARD, _REWARD, True, False, scores, {})
 
 
 def _weighted(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -148,12 +152,13 @@ def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Seq
         judge = load_judge(name, options, _given(config, folder, run.path / "labels.sqlite"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         table = judge_clips(name, judge, clips, prompts, fps, device)
-        kept = {"key": key, "label": table.name, "optimised": table.optimised, "totals": _totals(table)}
+        kept = {"key": key, "label": table.name, "optimised": table.optimised, "amounts": table.amounts}
+        kept["totals"] = _totals(table)
         kept["scores"] = [_without_nan(row) for row in table.scores]
         write_json(folder / "scores.json", kept)
     scores = [{d: math.nan if s is None else s for d, s in row.items()} for row in kept["scores"]]
     optimised = kept["optimised"] or _trained_on(config, run, name, options)
-    return _Judged(name, kept["label"], optimised, scores, kept["totals"])
+    return _Judged(name, kept["label"], optimised, kept["amounts"], scores, kept["totals"])
 
 
 def _totals(table: JudgeTable) -> dict[str, dict[str, float]]:
@@ -182,11 +187,13 @@ def _trained_on(config: Config, run: Run, name: str, options: Mapping[str, Any])
 
 def _warnings(judged: Sequence[_Judged], found: Sequence[Sequence[Gain]]) -> list[str]:
     """What a reader must know before believing a gain."""
-    independent = [(one, rows[0]) for one, rows in zip(judged, found, strict=True) if not one.optimised]
+    independent = [
+        (one, rows[0]) for one, rows in zip(judged, found, strict=True) if not (one.optimised or one.amounts)
+    ]
     if not independent:
         return [
             "evaluate.judges names no judge that training did not optimise: a gain may be reward hacking; add one, "
-            "such as frames, vbench or videoscore"
+            "such as vbench, videoscore or openai"
         ]
     if found[0][0].verdict != "rises":
         return []
@@ -217,7 +224,8 @@ def _write(
     write_parquet(path / "judges" / "judges.parquet", pyarrow.Table.from_pylist(table))
     judges = [
         {
-            "name": one.name, "label": one.label, "optimised": one.optimised, "totals": one.totals,
+            "name": one.name, "label": one.label, "optimised": one.optimised, "amounts": one.amounts,
+            "totals": one.totals,
             "gains": [_without_nan(asdict(gain) | {"verdict": gain.verdict}) for gain in rows_of_judge],
         }
         for one, rows_of_judge in zip(judged, found, strict=True)
@@ -234,7 +242,8 @@ def _summary(judged: Sequence[_Judged], found: Sequence[Sequence[Gain]], prompts
     lines = [f"judges, {prompts} prompts: gain of the aligned model, 95% interval, wins, reward up and judge down"]
     for one, rows in zip(judged, found, strict=True):
         for gain in rows:
-            name = f"{one.name}{' (optimised)' if one.optimised else ''}" if gain.dimension == OVERALL else ""
+            kind = " (optimised)" if one.optimised else " (amounts)" if one.amounts else ""
+            name = one.name + kind if gain is rows[0] else ""
             interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]"
             lines.append(
                 f"  {name:<28}{gain.dimension:<26}{gain.gain:+8.3f}  {interval:<18}{gain.wins:>5.0%}{gain.hacked:>6.0%}"

@@ -122,6 +122,9 @@ def test_a_judge_is_asked_again_only_where_something_changed(run):
     run.config.evaluate.judge_options = {LEVEL: {"gain": -0.5}}
     evaluate(run.config, run)
     assert CALLS[before:] == [-0.5] and output_hashes(run.path / "evaluate") == videos
+    # amounts are not added up
+    frames = next(judge for judge in judges_of(run)["judges"] if judge["name"] == "frames")
+    assert frames["amounts"] and frames["gains"][0]["dimension"] == "temporal_flickering"
     falls = [judge["gains"][0]["verdict"] for judge in judges_of(run)["judges"] if judge["name"] == LEVEL]
     assert falls == ["falls"]
     judge_arms(run.config, Run(run.config, force=True))
@@ -144,7 +147,8 @@ def test_a_reward_that_rises_while_a_judge_falls_is_warned_of(run, caplog, capsy
 
 
 def test_without_an_independent_judge_there_is_a_warning(run, caplog):
-    config = Config(**vars(run.config) | {"evaluate": EvaluateConfig(num_prompts=3, bootstrap=5)})
+    # amounts are no judge either
+    config = Config(**vars(run.config) | {"evaluate": EvaluateConfig(num_prompts=3, bootstrap=5, judges=["frames"])})
     judge_arms(config, run)
     assert "names no judge that training did not optimise" in caplog.text
     # the reward model itself is no independent judge, whatever its name
