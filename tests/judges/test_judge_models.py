@@ -131,10 +131,18 @@ def packed(frames: np.ndarray) -> tuple[torch.Tensor, list[int]]:
 # --- VideoScore
 
 
-def test_videoscores_question_is_the_published_one():
-    # of examples/run_videoscore.py at github.com/TIGER-AI-Lab/VideoScore
-    text = (QUESTIONS / "videoscore.txt").read_bytes()
-    assert hashlib.sha256(text).hexdigest() == "49b386d9ea3003760c983cc258cf4211faf858d58191f95fcfacdf68a8fed2c0"
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        # examples/run_videoscore.py at github.com/TIGER-AI-Lab/VideoScore
+        ("videoscore", "49b386d9ea3003760c983cc258cf4211faf858d58191f95fcfacdf68a8fed2c0"),
+        # prompt_template.py of VideoAlign, "detailed_special", and VideoScore2's model card, each blank as there
+        ("videoreward", "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"),
+        ("videoscore2", "5884319ab7023043916f135fbfb0547f1ea846a356b01470bc06fa76a6ad20df"),
+    ],
+)
+def test_questions_are_the_published_ones(name, digest):
+    assert hashlib.sha256((QUESTIONS / f"{name}.txt").read_bytes()).hexdigest() == digest
 
 
 @pytest.fixture(scope="module")
