@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ _READY = "packages.txt"  # what pip installed; written last
 # what would let our packages, or a secret of ours, into the other environment
 _HIDDEN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "OPENAI_API_KEY")
 _INTERPRETER = "Scripts/python.exe" if os.name == "nt" else "bin/python"
-_TAIL = 4000  # characters of a log that are searched for its last line
 
 
 def build_environment(packages: Sequence[str], python: str, place: Path | None, setting: str) -> Path:
@@ -80,9 +80,11 @@ def run_python(
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, for messages."""
-    lines = log.read_text(errors="replace")[-_TAIL:].splitlines() if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")
+    """The line of a log that tells most, for messages: the last error with words, or else the last line with words."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|ERROR): \S", line)]
+    words = [line for line in lines if re.search(r"\w", line)]
+    return (errors or words or ["nothing was printed"])[-1]
 
 
 def _existing(place: Path | None, setting: str) -> Path:

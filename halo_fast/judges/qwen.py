@@ -45,7 +45,7 @@ def frame_indices(total: int, count: int) -> list[int]:
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
-def frame_size(height: int, width: int, least: int, most: int) -> tuple[int, int]:
+def frame_size(height: int, width: int, least: float, most: float) -> tuple[int, int]:
     """Height and width that frames are resized to: multiples of 28, about the same shape, pixels within bounds.
 
     Args:

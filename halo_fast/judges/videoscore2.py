@@ -94,7 +94,7 @@ class VideoScore2:
         network, tokenizer = self._network, self._tokenizer
         count = frame_count(len(video), fps, _FPS, math.floor)
         most = max(min(_MOST_PIXELS, _ALL_PIXELS / count * 2), int(1.05 * MIN_PIXELS))
-        size = frame_size(video.shape[1], video.shape[2], MIN_PIXELS, int(most))
+        size = frame_size(video.shape[1], video.shape[2], MIN_PIXELS, most)
         frames = video[frame_indices(len(video), count)].to(network.device)
         question = _QUESTION.read_text().replace("{text_prompt}", prompt)
         inputs = video_inputs(frames, size, question, tokenizer, network.config)

@@ -14,7 +14,7 @@ from standin import SOURCE, standin_wheel
 from halo_fast.data.clips import write_clip
 from halo_fast.errors import UserError
 from halo_fast.judges import vbench2_totals, vbench_totals
-from halo_fast.judges.environment import build_environment
+from halo_fast.judges.environment import build_environment, last_line
 from halo_fast.judges.suites import VBENCH2_PARTS, VBENCH_DIMENSIONS
 from halo_fast.judges.vbench import read_results, suite_prompts, vbench, vbench2
 
@@ -211,6 +211,16 @@ def test_vbench_takes_frames_and_an_environment_as_it_is(tmp_path, standin):
     assert [row["temporal_flickering"] for row in table.scores] == pytest.approx([byte(path) for path in links])
     log = (tmp_path / "work" / "all" / "temporal_flickering.log").read_text()
     assert f"weights {weights} local True" in log
+
+
+def test_the_error_of_a_log_is_found(tmp_path):
+    log = tmp_path / "a.log"
+    assert last_line(log) == "nothing was printed"
+    log.write_text("args\nhalf way\n=====\n\n")
+    assert last_line(log) == "half way"
+    # as torch.distributed.run ends
+    log.write_text("RuntimeError: no NCCL\n    raise\nelastic.ChildFailedError: \n====\nexitcode: 1\n====\n")
+    assert last_line(log) == "RuntimeError: no NCCL"
 
 
 def test_vbench_mistakes_are_named(tmp_path, standin, clips):
