@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,10 +153,11 @@ def judge_clips(
     for index, row in enumerate(table.scores):
         if set(row) != dimensions or not dimensions:
             raise UserError(f"{place}: expected the same dimensions for every clip, got {sorted(row)} for clip {index}")
-        wrong = [one for one, value in row.items() if not isinstance(value, int | float) or math.isinf(value)]
+        given: dict[str, Any] = dict(row)  # whatever a judge of the user's own put there
+        wrong = [one for one, value in given.items() if not isinstance(value, Real) or math.isinf(value)]
         if wrong:
             raise UserError(f"{place}: expected a number or NaN for clip {index}, {wrong[0]}, got {row[wrong[0]]!r}")
-    return table
+    return replace(table, scores=[{one: float(value) for one, value in row.items()} for row in table.scores])
 
 
 def read_video(clip: Video) -> Tensor:

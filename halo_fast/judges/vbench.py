@@ -242,7 +242,7 @@ def _check(suite: _Suite, dimensions: Sequence[str], mode: str) -> None:
 
 
 def _path(environment: str | None) -> Path | None:
-    return None if environment is None else Path(environment)
+    return None if environment is None else Path(environment).expanduser()
 
 
 def _package_folder(interpreter: Path, package: str, folder: Path) -> Path:
@@ -311,7 +311,7 @@ def _variables(suite: _Suite, weights: str | None, device: str) -> dict[str, str
     """Environment variables: where its weights are, and the device."""
     found: dict[str, str] = {}
     if weights:
-        place = Path(weights).resolve()
+        place = Path(weights).expanduser().resolve()
         if not place.is_dir():
             raise UserError(f"{_SETTING}.{suite.name}.weights: expected a folder, got {weights!r}")
         found |= {suite.cache: str(place), "TORCH_HOME": str(place / "torch"), "HF_HUB_OFFLINE": "1"}

@@ -142,7 +142,7 @@ def test_another_reward_model_is_a_judge(tmp_path):
 
 def own(clips, prompts, fps, device, *, level: float, seed: int = 7, folder=None) -> JudgeTable:
     """A judge of one's own."""
-    return JudgeTable(f"own {seed} {folder}", [{"level": level} for _ in clips])
+    return JudgeTable(f"own {seed} {folder}", [{"level": np.float32(level)} for _ in clips])
 
 
 def wrong(clips, prompts, fps, device, *, kind: str) -> JudgeTable:
