@@ -29,7 +29,7 @@ def register(kind: str, names: Mapping[str, str]) -> None:
     """Add names of a kind.
 
     Args:
-        kind: "model", "family", "prompts", "teacher", "meter", "reward backbone", "reward examples",
+        kind: "model", "family", "prompts", "teacher", "meter", "judge", "reward backbone", "reward examples",
             "reward evaluation", "objective", "recipe", "comparison", "command", "command help" (the text of a command
             in `halo --help`), or whatever else has names.
         names: name -> "module:attribute".

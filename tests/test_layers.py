@@ -19,7 +19,7 @@ HEAVY = {
     "jsonargparse", "openai", "tqdm", "PIL", "annotated_types", "filelock",
 }  # fmt: skip
 LEAVES = {"halo_fast.errors", "halo_fast.files", "halo_fast.patches", "halo_fast.registry", "halo_fast.settings"}
-LIBRARIES = {"agreement", "data", "export", "families", "loss", "rewards", "teachers", "train"}
+LIBRARIES = {"agreement", "data", "export", "families", "judges", "loss", "rewards", "teachers", "train"}
 
 
 @cache

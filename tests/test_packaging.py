@@ -71,6 +71,7 @@ def test_wheel_holds_what_it_should(wheel):
     assert wheel.name.endswith(".whl") and "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     data = ("halo_fast/py.typed", "halo_fast/pipeline/report/page.html.j2", "halo_fast/demo/recipe.yaml")
+    data += ("halo_fast/pipeline/report/judges.html.j2", "halo_fast/judges/videoreward.txt")
     assert {"halo_fast/kernels/__init__.py", *data} <= set(names)
     assert [name for name in names if name.startswith("halo_fast/kernels/_cpu.")]
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "halo_fast").rglob("*.py")}

@@ -75,11 +75,17 @@ class EvaluateConfig:
         num_prompts: prompts taken from the top of the list; null for all.
         meter: what measures defects: "reward", the trained reward model, which the aligned model was trained to please;
             or a meter of your own as "package.module:attribute".
+        judges: what else scores the clips, by name: "frames", "vbench", "vbench2", "videoscore", "videoscore2",
+            "videoreward", "reward_model", "openai", or your own as "package.module:function". At least one should be
+            none that training optimised: without it, a gain on the reward may be reward hacking.
+        judge_options: options of each judge, by its name.
         bootstrap: resamples of the prompts behind each interval.
     """
 
     num_prompts: Annotated[int, Ge(1)] | None = 64
     meter: str = "reward"
+    judges: list[str] = field(default_factory=list)
+    judge_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     bootstrap: Annotated[int, Ge(1)] = 1000
 
 

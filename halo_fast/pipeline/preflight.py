@@ -70,6 +70,7 @@ def check_run(config: Config, run: Run) -> None:
     check_required(config, stages)
     # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
+    from halo_fast.pipeline.judging import check_judges
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.pipeline.stages.generate import warn_of_prompts
@@ -83,6 +84,7 @@ def check_run(config: Config, run: Run) -> None:
     prompts = read_prompts(config.prompts, config.generate.num_prompts, config.seed) if own else []
     if "evaluate" in stages:
         evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
+        check_judges(config)
     if "annotate" in stages and not (run.path / "annotate" / "manifest.json").exists():
         kept = run.path / "labels.sqlite"
         with LabelStore(kept if kept.exists() else Path(":memory:")) as store:

@@ -11,10 +11,11 @@ from halo_fast.pipeline.config import Config
 __all__ = ["render_page", "settings_text"]
 
 
-def render_page(**content: Any) -> str:
+def render_page(judges: Mapping[str, Any] | None = None, **content: Any) -> str:
     """The page as text.
 
     Args:
+        judges: what judges/judges.json holds; None for no section about it.
         content: what the template names: title, metrics (of evaluate), probes, clips, charts, counts, settings,
             versions; and notes, what the meter says about itself, or None:
             {"title": str, "parts": [a paragraph or {"caption": str, "head": [str, ...], "rows": [[str, ...], ...]}]}.
@@ -25,7 +26,7 @@ def render_page(**content: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda share: f"{round(100 * share)}%"
-    return environment.get_template("page.html.j2").render(defective=DEFECTIVE, **content)
+    return environment.get_template("page.html.j2").render(defective=DEFECTIVE, judges=judges, **content)
 
 
 def settings_text(manifests: Mapping[str, Mapping[str, Any]], config: Config) -> str:

@@ -20,6 +20,7 @@ from halo_fast.families import family_of, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.files import progress, write_bytes, write_json, write_parquet
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.judging import check_judges, judge_arms
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.train import training_folder, trainings
 from halo_fast.rewards import RewardModel
@@ -61,6 +62,7 @@ def evaluate(config: Config, run: Run) -> None:
         UserError: an earlier stage is missing, no such meter, clips that it does not read, an unreadable file.
     """
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
+    check_judges(config)
     own = training_folder(config)
     trained = {own: run.require(f"{own}/{'lora' if config.train.rank else 'model'}")}
     # other networks of the model that were trained in this run, such as Wan 2.2's other expert
@@ -75,7 +77,9 @@ def evaluate(config: Config, run: Run) -> None:
         "reward": reward,
         **meter.sources,
     }
-    keys = asdict(settings) | {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}
+    # judges come after the clips, which they do not change
+    keys = {name: value for name, value in asdict(settings).items() if not name.startswith("judge")}
+    keys |= {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}
     with run.stage("evaluate", keys, inputs) as stage:
         if not stage.done:
             model = RewardModel.load(reward)
@@ -90,6 +94,7 @@ def evaluate(config: Config, run: Run) -> None:
             write_json(stage.folder / "metrics.json", metrics)
             stage.finish({"prompts": len(prompts), "clips": len(clips)})
     write_bytes(run.path / "metrics.json", (stage.folder / "metrics.json").read_bytes())
+    judge_arms(config, run)
 
 
 def evaluation_prompts(config: Config) -> list[str]:

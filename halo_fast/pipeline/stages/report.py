@@ -6,6 +6,7 @@ from pathlib import Path
 
 from halo_fast.files import read_json, versions, write_bytes
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.judging import JUDGES_FILE
 from halo_fast.pipeline.report.clips import compared_clips
 from halo_fast.pipeline.report.curves import diagnostics_charts, reward_charts, training_charts
 from halo_fast.pipeline.report.page import render_page, settings_text
@@ -27,6 +28,8 @@ def write_report(config: Config, run: Run) -> None:
         name: run.require(name) for name in ("reward", training_folder(config), "evaluate")
     }
     inputs |= {path.name: path for path in trainings(run)}
+    if (run.path / JUDGES_FILE).exists():
+        inputs["judges"] = run.path / JUDGES_FILE
     notes = evaluation_meter(config, [], run.path / "reward").notes
     if notes:
         inputs["notes on the meter"] = json.dumps(notes, sort_keys=True)
@@ -43,6 +46,7 @@ def write_report(config: Config, run: Run) -> None:
                 metrics=read_json(measured / "metrics.json"),
                 probes=json.loads(probes.read_text()) if probes.exists() else [],
                 notes=notes,
+                judges=read_json(run.path / JUDGES_FILE),
                 clips=clips,
                 charts=[
                     chart

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["READERS", "Frames", "read_idefics", "read_llava", "read_qwen"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "READERS", "Frames", "pack_tubes", "read_idefics", "read_llava", "read_qwen"]
 
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -48,20 +48,35 @@ def _normalise(videos: Tensor, side: int, multiple: int, mean: Sequence[float], 
     return ((frames - shift) / unit).unflatten(0, (count, -1))
 
 
+def pack_tubes(frames: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
+    """Normalised frames in the order in which Qwen's vision towers read them: tubes of two frames, merged two by two.
+
+    Args:
+        frames: float [N, F, 3, H, W], sides divisible by patch and merge; a last tube is filled up with the last frame.
+        vision: the tower's config.
+
+    Returns:
+        [N * patches, 3 * tube * patch * patch], and time, height and width of each clip in patches, int64 [N, 3].
+    """
+    patch, merge, tube = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    x = frames
+    if x.shape[1] % tube:
+        x = torch.cat((x, x[:, -1:].expand(-1, tube - x.shape[1] % tube, -1, -1, -1)), dim=1)
+    count, length, channels, height, width = x.shape
+    steps, rows, columns = length // tube, height // patch // merge, width // patch // merge
+    x = x.reshape(count, steps, tube, channels, rows, merge, patch, columns, merge, patch)
+    x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, channels * tube * patch * patch)
+    return x, torch.tensor([[steps, rows * merge, columns * merge]] * count, device=frames.device)
+
+
 def read_qwen(network: Any, videos: Tensor, side: int) -> Frames:
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: tubes of two frames, merged two by two."""
     vision = network.config.vision_config
-    patch, merge, tube = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    merge = vision.spatial_merge_size
     deep_tower = hasattr(vision, "deepstack_visual_indexes")
-    mean, std = (_HALF, _HALF) if deep_tower else (_CLIP_MEAN, _CLIP_STD)
-    x = _normalise(videos, side, patch * merge, mean, std)
-    if x.shape[1] % tube:
-        x = torch.cat((x, x[:, -1:].expand(-1, tube - x.shape[1] % tube, -1, -1, -1)), dim=1)
-    count, frames, channels, height, width = x.shape
-    steps, rows, columns = frames // tube, height // patch // merge, width // patch // merge
-    x = x.reshape(count, steps, tube, channels, rows, merge, patch, columns, merge, patch)
-    x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, channels * tube * patch * patch)
-    thw = torch.tensor([[steps, rows * merge, columns * merge]] * count, device=videos.device)
+    mean, std = (_HALF, _HALF) if deep_tower else (CLIP_MEAN, CLIP_STD)
+    x, thw = pack_tubes(_normalise(videos, side, vision.patch_size * merge, mean, std), vision)
+    count, steps, rows, columns = len(videos), *(thw[0] // torch.tensor([1, merge, merge], device=x.device)).tolist()
     output = network.model.get_video_features(x.to(network.dtype), thw, return_dict=True)
     tokens = torch.stack(list(output.pooler_output)).unflatten(1, (steps, rows * columns))
     maps = tokens.unflatten(2, (rows, columns)).movedim(-1, 1)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["PublishedScore", "published_scores"]
+__all__ = ["VIDEO_REWARD", "VIDEO_SCORE", "PublishedScore", "published_scores", "read_heads"]
 
 logger = logging.getLogger(__name__)
 
-_VIDEO_SCORE = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency")
+VIDEO_SCORE = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency")
 _VIDEO_SCORE_MIDDLE = 2.5  # of its scale from 1 to 4
 # short name, mean and deviation of VideoReward's rewards, as published with it
-_VIDEO_REWARD = {
+VIDEO_REWARD = {
     "visual_quality": ("VQ", 3.6757, 2.2476),
     "dynamic_degree": ("MQ", 1.1646, 1.3811),
     "text_alignment": ("TA", 2.8105, 2.5121),
@@ -59,25 +59,25 @@ def published_scores(
         UserError: weights that cannot be fetched, another head than the two, a tokenizer without the reward tokens.
     """
     folder = _weights_folder(name)
-    heads = _read_heads(folder)
+    heads = read_heads(folder)
     if not heads:
         return {}
-    if len(heads.get("score.weight", ())) == len(_VIDEO_SCORE):
-        published: Sequence[str] = _VIDEO_SCORE
+    if len(heads.get("score.weight", ())) == len(VIDEO_SCORE):
+        published: Sequence[str] = VIDEO_SCORE
     elif "rm_head.weight" in heads:
-        published = tuple(_VIDEO_REWARD)
+        published = tuple(VIDEO_REWARD)
     else:
         raise UserError(f"{folder}: expected VideoScore's head of 5 scores or VideoReward's, got {sorted(heads)}")
     found = {}
     for dimension in dimensions:
         if dimension not in published:
             logger.warning("reward.backbone: %s does not score %s, it starts at random", folder, dimension)
-        elif published is _VIDEO_SCORE:
-            row = _VIDEO_SCORE.index(dimension)
+        elif published is VIDEO_SCORE:
+            row = VIDEO_SCORE.index(dimension)
             bias = heads["score.bias"][row] if "score.bias" in heads else 0
             found[dimension] = PublishedScore(heads["score.weight"][row], bias - _VIDEO_SCORE_MIDDLE, None)
         else:
-            word, mean, deviation = _VIDEO_REWARD[dimension]
+            word, mean, deviation = VIDEO_REWARD[dimension]
             query = embeddings[_reward_token(folder, tokenizer, word)]
             found[dimension] = PublishedScore(heads["rm_head.weight"][0] / deviation, -mean / deviation, query)
     return found
@@ -95,7 +95,7 @@ def _weights_folder(name: str) -> Path:
         raise UserError(f"reward.backbone: expected the weights of {name}, got none ({first_line(error)})") from error
 
 
-def _read_heads(folder: Path) -> dict[str, Tensor]:
+def read_heads(folder: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     heads: dict[str, Tensor] = {}
