@@ -5,8 +5,8 @@
 generates, pairs and trains for each strategy and seed. The reward of all is the demo's meter itself, so that nothing
 hangs on the training of a reward model; the same meter reads the result. It prints a Markdown table of the forward
 passes of the transformer, of generation and training together, after which 75% and 80% of the base's severity are gone
-on held-out prompts. A training ends at the first reading beyond that. A killed benchmark continues; --only takes some of
-the strategies.
+on held-out prompts. A training ends at the first reading beyond that. A killed benchmark continues; --only takes some
+of the strategies.
 """
 
 import argparse
