@@ -3,10 +3,10 @@
     python -m benchmarks.candidates runs/candidates --seeds 0 1 2
 
 generates, pairs and trains for each strategy and seed. The reward of all is the demo's meter itself, so that nothing
-hangs on the training of a reward model; the same meter reads the result. It
-prints a Markdown table of the forward passes of the transformer, of generation and training together, after which 80%
-of the base's severity is gone on held-out prompts. A training ends at the first reading beyond that. A killed benchmark
-continues; --only takes some of the strategies.
+hangs on the training of a reward model; the same meter reads the result. It prints a Markdown table of the forward
+passes of the transformer, of generation and training together, after which 75% and 80% of the base's severity are gone
+on held-out prompts. A training ends at the first reading beyond that. A killed benchmark continues; --only takes some
+of the strategies.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from halo_fast.rewards import RewardModel, RewardModelConfig
 from halo_fast.train import fit
 
 BACKWARD = 1.25  # of a forward pass, with a LoRA: docs/training.md, "What a step costs"
-GOAL = 0.8
+GOALS = 0.75, 0.8  # of the base's severity; a training ends at the last
 
 _SCORED = ("reward", "score", "pairs", "cache")
 
@@ -222,7 +222,7 @@ def _curve(
             for key, value in (("steps", done), ("passes", counter.passes), ("mitigated", share)):
                 curve[key].append(value)
             print(f"{place.name}: step {done}, {counter.passes:.0f} passes, {100 * share:.0f}%", file=sys.stderr)
-            return share >= GOAL
+            return share >= GOALS[-1]
 
         fit(family, pairs, replace(config.train, seed=seed), progress=read_between)
     curve["pairs"] = len(pairs)
@@ -244,12 +244,12 @@ def _real_clips(folder: Path, seed: int, count: int = 48) -> Path:
     return place
 
 
-def _passes_to_goal(curve: Mapping[str, Any]) -> float | None:
-    """Passes at which the goal is reached, on the straight line between two readings; None if it is not."""
+def _passes_to(goal: float, curve: Mapping[str, Any]) -> float | None:
+    """Passes at which a goal is reached, on the straight line between two readings; None if it is not."""
     before = (curve["generation"], 0.0)
     for point in zip(curve["passes"], curve["mitigated"], strict=True):
-        if point[1] >= GOAL:
-            return before[0] + (point[0] - before[0]) * (GOAL - before[1]) / (point[1] - before[1])
+        if point[1] >= goal:
+            return before[0] + (point[0] - before[0]) * (goal - before[1]) / (point[1] - before[1])
         before = point
     return None
 
@@ -265,21 +265,19 @@ def _table(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
     """The table of all arms; the first one is what the others are compared with, seed by seed."""
     places = {name: [folder / f"{name.replace(',', '').replace(' ', '_')}_{seed}" for seed in seeds] for name in names}
     curves = {name: [read_json(place / "curve.json") or {} for place in places[name]] for name in names}
-    base = [_passes_to_goal(curve) for curve in curves[names[0]]]
+    goals = " | ".join(f"to {100 * goal:.0f}%, by seed | of the first row" for goal in GOALS)
     lines = [
-        "| candidates | generation | to 80%, by seed | of the first row | mitigated at most, by seed |",
-        "|---|---|---|---|---|",
+        f"| candidates | generation | {goals} | mitigated at most, by seed |",
+        "|---|---|" + "---|---|" * 2 + "---|",
     ]
     for name, found in curves.items():
-        reached = [_passes_to_goal(curve) for curve in found]
-        ratios = [a / b for a, b in zip(reached, base, strict=True) if a and b]
-        cells = [
-            name,
-            f"{statistics.mean(curve['generation'] for curve in found):,.0f}",
-            ", ".join("not reached" if one is None else f"{one:,.0f}" for one in reached),
-            f"{statistics.mean(ratios):.2f}" if len(ratios) == len(found) else "",
-            ", ".join(f"{100 * max(curve['mitigated']):.0f}" for curve in found),
-        ]
+        cells = [name, f"{statistics.mean(curve['generation'] for curve in found):,.0f}"]
+        for goal in GOALS:
+            reached, first = ([_passes_to(goal, curve) for curve in one] for one in (found, curves[names[0]]))
+            ratios = [a / b for a, b in zip(reached, first, strict=True) if a and b]
+            cells.append(", ".join("not reached" if one is None else f"{one:,.0f}" for one in reached))
+            cells.append(f"{statistics.mean(ratios):.2f}" if len(ratios) == len(found) else "")
+        cells.append(", ".join(f"{100 * max(curve['mitigated']):.0f}" for curve in found))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -185,3 +185,8 @@ def test_pretraining_cut_off_ends_as_undisturbed(tmp_path: Path, monkeypatch):
     pretrain.train_phase(continued, recipe, tmp_path / "cut.safetensors")
     for name, value in undisturbed.transformer.state_dict().items():
         torch.testing.assert_close(continued.transformer.state_dict()[name], value, msg=name)
+
+
+def test_loading_a_base_draws_no_bars(capfd):
+    load_pipeline("graded")
+    assert "Loading" not in capfd.readouterr().err

@@ -65,7 +65,15 @@ def latents(run, row):
     return load_file(run.path / "generate" / row.latents)["latents"]
 
 
-@pytest.mark.parametrize("strategy", ["branched", "guided", "repair", "corrupt"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "branched",
+        "corrupt",
+        pytest.param("guided", marks=pytest.mark.slow),
+        pytest.param("repair", marks=pytest.mark.slow),
+    ],
+)
 def test_rows_say_how_a_clip_was_made_and_a_killed_stage_ends_the_same(base, whole, tmp_path, strategy, monkeypatch):
     run, rows = whole(strategy)
     first = strategy if strategy == "branched" else "independent"
