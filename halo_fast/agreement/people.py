@@ -260,7 +260,7 @@ def _score(clip: Path | bytes, prompt: str, model: RewardModel, rate: float) -> 
 
 
 def rater_mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the raters of scores [N, R], NaN left out; NaN where nobody scored."""
+    """Mean over the raters of scores [N, R, ...], NaN left out; NaN where nobody scored."""
     known = ~np.isnan(scores)
     return np.where(known, scores, 0).sum(axis=1) / np.where(known.any(axis=1), known.sum(axis=1), np.nan)
 

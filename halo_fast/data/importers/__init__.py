@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halo_fast.data.importers import marks, preferences, ratings
-from halo_fast.data.importers.base import Preference, Ratings, load_frames
+from halo_fast.data.importers.base import PatchScores, Preference, Ratings, load_frames
 from halo_fast.data.importers.marks import pool_marks
 from halo_fast.data.records import SUFFIXES, Row, exists, read_records
 from halo_fast.errors import UserError
 
-__all__ = ["Preference", "Ratings", "load_frames", "pool_marks", "read_human", "read_preferences", "read_ratings"]
+__all__ = [
+    "PatchScores",
+    "Preference",
+    "Ratings",
+    "load_frames",
+    "pool_marks",
+    "read_human",
+    "read_preferences",
+    "read_ratings",
+]
 
 _FOLDERS: dict[tuple[str, ...], Callable[[Path], Ratings | list[Preference]]] = {
     **ratings.FOLDERS,
