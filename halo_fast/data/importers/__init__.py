@@ -41,8 +41,9 @@ _COLUMNS = {
 _KNOWN = (
     "a folder like FETV's (clips.csv, npz), of local defects (manifest.csv, npz), like VideoDPO's (metadata.json,"
     " pair.json), or a csv, tsv, json, jsonl or parquet table with columns video and prompt and scores, id and"
-    " 'text prompt' (VideoFeedback), filename and artifact_score (RichHF), path_A and path_B (VideoAlign),"
-    " pos_video_path (Local-DPO), chosen and rejected (TRL, UnifiedReward) or jpg_0 and label_0 (Pick-a-Pic)"
+    " 'text prompt' (VideoFeedback), img_path and total_score (EvalMuse), filename and artifact_score (RichHF),"
+    " path_A and path_B (VideoAlign), pos_video_path (Local-DPO), chosen and rejected (TRL, UnifiedReward) or jpg_0 and"
+    " label_0 (Pick-a-Pic)"
 )
 
 

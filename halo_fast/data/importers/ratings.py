@@ -127,6 +127,28 @@ def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
     return Ratings("VideoFeedback", clips, prompts, read_scores(path, rows, columns, 1, 4))
 
 
+def _eval_muse(path: Path, rows: Sequence[Row]) -> Ratings:
+    """Table with img_path, prompt and total_score, a list of raters' scores from 1 to 5 (EvalMuse)."""
+    clips: list[Path] = []
+    given: list[list[float]] = []
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: row {number}"
+        name = required_text(row, "img_path", place)
+        found = [path.parent / folder / name for folder in ("images", ".")]
+        existing = [file for file in found if exists(file)]
+        if not existing:
+            raise UserError(f"{place}: no picture {name!r}; expected {found[0]} or {found[1]}")
+        clips.append(existing[0])
+        scores = row.get("total_score")
+        listed = scores if isinstance(scores, list | tuple | np.ndarray) else [scores]
+        given.append([rescaled_score(score, 1, 5, "total_score", place) for score in listed])
+    table = np.full((len(rows), max(map(len, given)) or 1), np.nan)
+    for number, scores_of_row in enumerate(given):
+        table[number, : len(scores_of_row)] = scores_of_row
+    prompts = [required_text(row, "prompt", f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    return Ratings("EvalMuse", clips, prompts, {"text_alignment": table})
+
+
 def _plain(path: Path, rows: Sequence[Row]) -> Ratings:
     """Table with video, prompt and a column of scores from 1 to 5 for each dimension; generator and rater if known."""
     dimensions = _dimensions(path, rows)
@@ -222,5 +244,6 @@ def _score_tables(
 FOLDERS: dict[tuple[str, ...], Callable[[Path], Ratings]] = {("clips.csv", "*.npz"): _fetv}
 TABLES: dict[tuple[str, ...], Callable[[Path, Sequence[Row]], Ratings]] = {
     ("id", "text prompt", "visual quality"): _video_feedback,
+    ("img_path", "prompt", "total_score"): _eval_muse,
     ("video", "prompt"): _plain,
 }
