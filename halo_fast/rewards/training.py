@@ -17,7 +17,7 @@ from halo_fast.files import progress, read_checkpoint, scratch_tensor, write_che
 from halo_fast.rewards.base import RewardConfig, RewardModelConfig
 from halo_fast.rewards.clips import MIRRORS, LabelledClips, Mirror, mirror_clips, split_heldout
 from halo_fast.rewards.losses import calibrate
-from halo_fast.rewards.model import RewardModel
+from halo_fast.rewards.model import RewardModel, copy_start
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
 from halo_fast.settings import validate
 
@@ -89,6 +89,8 @@ def train_reward_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = RewardModel(model_config)
+    if config.start:
+        copy_start(model, config.start)
     inputs = _prepare_inputs(model, data, rows, config, checkpoint and checkpoint.parent)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
     state = _start(model, config, checkpoint)

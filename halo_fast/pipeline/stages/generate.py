@@ -97,7 +97,7 @@ def _reward_model(config: Config) -> Path:
         raise UserError(
             "reward_model: required by the strategy repair; give the folder of a trained one, such as runs/first/reward"
         )
-    return Path(config.reward_model)
+    return model_folder(config.reward_model)
 
 
 def warn_of_prompts(prompts: Sequence[str], config: Config) -> None:

@@ -18,6 +18,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
 from halo_fast.rewards.examples import add_examples
+from halo_fast.rewards.model import model_folder
 
 __all__ = ["read_labels", "train_reward"]
 
@@ -35,7 +36,7 @@ def train_reward(config: Config, run: Run) -> None:
         UserError: no annotated clips, or one that cannot be read.
     """
     if config.reward_model:
-        _take_trained(Path(config.reward_model), run)
+        _take_trained(model_folder(config.reward_model), run)
         return
     clips = run_clips(run)
     labels = _tables(config, run)
