@@ -65,7 +65,7 @@ def patch_labels_table(
     truth = np.mean(complete, axis=0).reshape(count, -1)
     folds = folds_by_name(prompts, PATCH_FOLDS, seed)
     learned = rater_mean(patches.scores).reshape(count, -1)
-    rows = {"frames model": cross_validate(config, data, patch_reward_config(), folds, seed, "folds")[1]}
+    rows = {"kernel model": cross_validate(config, data, patch_reward_config(), folds, seed, "folds")[1]}
     if model is not None:
         rows["the model given"] = _score(model, patches, prompts)
     rows |= _baselines(ratings, learned, folds, grid)
@@ -82,12 +82,12 @@ def patch_labels_table(
 
 def patch_model_config() -> RewardModelConfig:
     """Of the reward model that is cross-validated: every frame and 16 x 16 pixels are a position of the latent."""
-    return RewardModelConfig(("visual_quality",), spatial_factor=16, temporal_factor=1, causal=False, backbone="frames")
+    return RewardModelConfig(("visual_quality",), spatial_factor=16, temporal_factor=1, causal=False, backbone="kernel")
 
 
 def patch_reward_config() -> RewardConfig:
     """Of its training."""
-    return RewardConfig(video_steps=0, patch_steps=100, learning_rate=2e-3, held_out_share=0, backbone="frames")
+    return RewardConfig(video_steps=0, patch_steps=0, held_out_share=0, backbone="kernel")
 
 
 def labelled_clips(patches: PatchScores, prompts: Sequence[str], config: RewardModelConfig) -> LabelledClips:

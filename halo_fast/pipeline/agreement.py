@@ -37,7 +37,7 @@ def reward_eval(data: str = "", model: str = "", json: str = "", seed: int = 0) 
 
     Ratings (FETV's folder, VideoFeedback, a plain table): the compact model, trained with folds by prompt. Marks (local
     defects, RichHF): patch scores, with folds by picture. Scores of patches (FETV's, by a vision-language model): the
-    "frames" model with folds by prompt, and the model given. Preferences: the model given. With a model also the
+    "kernel" model with folds by prompt, and the model given. Preferences: the model given. With a model also the
     probes and whatever else is registered as a "reward evaluation".
 
     Args:

