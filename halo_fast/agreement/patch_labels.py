@@ -26,7 +26,15 @@ from halo_fast.data.importers import PatchScores, Ratings, load_frames
 from halo_fast.files import progress
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig
 
-__all__ = ["PATCH_FOLDS", "clip_in_parts", "labelled_clips", "patch_labels_table"]
+__all__ = [
+    "PATCH_FOLDS",
+    "clip_format",
+    "clip_in_parts",
+    "labelled_clips",
+    "patch_labels_table",
+    "patch_model_config",
+    "patch_reward_config",
+]
 
 logger = logging.getLogger(__name__)
 
