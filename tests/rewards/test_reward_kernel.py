@@ -48,7 +48,7 @@ def test_random_features_give_the_kernel_of_the_docstring():
     for part, weight in zip(views, (5, 3), strict=True):
         for view in part.flatten(1, 4).double():
             expected = expected + weight * torch.exp(-torch.cdist(view, view).square() / 2)
-    # 768 features each: an error of about 1 / sqrt(768) of the weight in each of six kernels
+    # 1280 features each: an error of about 1 / sqrt(1280) of the weight in each of six kernels
     assert (found @ found.T - expected).abs().mean() < 0.3
     own = views[0][0, 0, 1, :, :].double()
     around = (

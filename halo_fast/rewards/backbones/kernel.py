@@ -26,7 +26,7 @@ _MOTION = 3 * len(_MATCHED)
 _FROZEN = 3 * _STAGES + _MOTION  # mean, deviation and change from frame to frame of each channel, and matches
 _LOOKS = 4 * _STAGES  # and how far the means spread over a patch
 _FRAMES, _TIMES, _SIDE = 16, 8, 8  # frames that are read; cells along time, height and width that are kept of them
-_COMPONENTS, _FOURIER = 160, 768  # principal components; random features of a view
+_COMPONENTS, _FOURIER = 128, 1280  # principal components; random features of a view
 _VIEWS = 3  # patch, surroundings, clip
 _WEIGHTS = 5.0, 3.0, 1.0  # in the kernel: of the looks' views, the motion's views, and the place
 _PLACE = 6
@@ -168,7 +168,7 @@ class KernelRidge(nn.Module):
         return ((features - self.centre) * self.scale).clamp(-_CLAMP, _CLAMP)
 
     def _views(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks [3, N, f, h, w, 160] and motion [3, N, f, h, w, 12] of the patch, its surroundings and its clip."""
+        """Looks [3, N, f, h, w, 128] and motion [3, N, f, h, w, 12] of the patch, its surroundings and its clip."""
         looks, motion = self._standardised(features).split((_LOOKS, _MOTION), dim=-1)
         views = []
         for own, scale in zip((looks @ self.components, motion), self.view_scale, strict=True):
@@ -179,7 +179,7 @@ class KernelRidge(nn.Module):
         return views[0], views[1]
 
     def _fourier(self, views: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Random features [..., 2 * 768] of the looks and the motion in a view; their products are its kernels."""
+        """Random features [..., 2 * 1280] of the looks and the motion in a view; their products are its kernels."""
         parts = [
             math.sqrt(2 * weight / _FOURIER) * torch.cos(part[index] @ waves[index] + phases[index])
             for part, waves, phases, weight in zip(
@@ -189,13 +189,13 @@ class KernelRidge(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def _patch_inputs(self, views: tuple[Tensor, Tensor]) -> Tensor:
-        """What the patch head reads: [N, f, h, w, 6 * 768 + 6]."""
+        """What the patch head reads: [N, f, h, w, 6 * 1280 + 6]."""
         kernels = torch.cat([self._fourier(views, index) for index in range(_VIEWS)], dim=-1)
         place = _places(kernels.shape[1:4]).to(kernels) * math.sqrt(_WEIGHTS[2] / _PLACE)
         return torch.cat((kernels, place.expand(len(kernels), -1, -1, -1, -1)), dim=-1)
 
     def _video_inputs(self, views: tuple[Tensor, Tensor]) -> Tensor:
-        """What the video head reads: [N, 2 * 768]."""
+        """What the video head reads: [N, 2 * 1280]."""
         return self._fourier((views[0][:, :, 0, 0, 0], views[1][:, :, 0, 0, 0]), _VIEWS - 1)
 
 
