@@ -128,4 +128,4 @@ def local_ssim(first: Tensor, second: Tensor, grid: Sequence[int]) -> NDArray[np
     spread = blur(x * x) - m * m + blur(y * y) - n * n
     c, d = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * m * n + c) * (2 * (blur(x * y) - m * n) + d) / ((m * m + n * n + c) * (spread + d))
-    return F.adaptive_avg_pool3d(similarity.movedim(0, 1), tuple(grid))[0].double().numpy()
+    return F.adaptive_avg_pool3d(similarity.movedim(0, 1), (grid[0], grid[1], grid[2]))[0].double().numpy()

@@ -328,16 +328,27 @@ def patch_figures(
     left = [(values - mean[:, None]).round(9) for values, mean in zip((x, y), means, strict=True)]
     areas = np.array([auc(-a[k], p[k]) for a, p, k in zip(x, positive, known, strict=True)])
     pairs = {"": (x, y, known), "_within": (*left, known), "_across": (*means, known.any(axis=1))}
-    figures: dict[str, Statistic] = {}
-    for part, (a, b, k) in pairs.items():
-        for name, correlation in (("srocc", spearman), ("plcc", pearson)):
-            figures[name + part] = lambda rows, a=a, b=b, k=k, of=correlation: of(a[rows][k[rows]], b[rows][k[rows]])
+    figures: dict[str, Statistic] = {
+        name + part: _rowwise(correlation, *pair)
+        for part, pair in pairs.items()
+        for name, correlation in (("srocc", spearman), ("plcc", pearson))
+    }
     figures["auc"] = lambda rows: auc(-x[rows][known[rows]], positive[rows][known[rows]])
     figures["auc_within"] = lambda rows: _mean(areas[rows])
     right, either = (found & positive).sum(axis=1), (found | positive).sum(axis=1)
     figures["f1"] = lambda rows: _share(2 * right[rows].sum(), (right + either)[rows].sum())
     figures["iou"] = lambda rows: _share(right[rows].sum(), either[rows].sum())
     return _figures(figures, _numbered(prompts), resamples, seed)
+
+
+def _rowwise(
+    correlation: Callable[[ArrayLike, ArrayLike], float],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    known: NDArray[np.bool_],
+) -> Statistic:
+    """A correlation of what is known in given rows of x and y."""
+    return lambda rows: correlation(x[rows][known[rows]], y[rows][known[rows]])
 
 
 def _found(

@@ -180,7 +180,7 @@ def _baselines(
     prompt = predict_ridge(prompt_features(ratings.prompts), np.nanmean(labels, axis=1), folds)
     known["prompt only"] = np.broadcast_to(prompt[:, None], labels.shape)
     clips = ratings.patches.clips if ratings.patches else ()
-    pixels = np.concatenate([patch_statistics(load_frames(clip)[None], grid) for clip in clips])
+    pixels = np.concatenate([patch_statistics(load_frames(clip)[None], (grid[0], grid[1], grid[2])) for clip in clips])
     flat = predict_ridge(pixels.reshape(labels.size, -1), labels.ravel(), np.repeat(folds, labels.shape[1]))
     return known | {"frame statistics": flat.reshape(labels.shape)}
 

@@ -93,7 +93,8 @@ class KernelRidge(nn.Module):
     def frozen_features(self, videos: Tensor) -> Tensor:
         """Features of up to sixteen frames enlarged to 224: [N, 2364, up to 8, up to 8, up to 8]."""
         height, width = videos.shape[2:4]
-        grid = tuple(min(_SIDE, side // self.config.spatial_factor) for side in (height, width))
+        factor = self.config.spatial_factor
+        grid = min(_SIDE, height // factor), min(_SIDE, width // factor)
         clips = []
         for video in videos.split(1):
             parts = [
@@ -199,7 +200,7 @@ class KernelRidge(nn.Module):
         return self._fourier((views[0][:, :, 0, 0, 0], views[1][:, :, 0, 0, 0]), _VIEWS - 1)
 
 
-def _statistics(stage: Tensor, grid: tuple[int, ...], matched: bool) -> tuple[Tensor, ...]:
+def _statistics(stage: Tensor, grid: tuple[int, int], matched: bool) -> tuple[Tensor, ...]:
     """What is kept of a stage [f', c, y, x] in each cell of the grid (h, w).
 
     Mean, deviation and mean change to the next frame of each channel, [f', c, h, w] each; where it is `matched` also
