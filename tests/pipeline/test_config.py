@@ -15,7 +15,7 @@ from halo_fast.pipeline.clips import run_stages
 from halo_fast.pipeline.config import Config, PairsConfig, TrainConfig, to_yaml
 from halo_fast.pipeline.preflight import check_required
 from halo_fast.pipeline.stages import STAGES
-from halo_fast.rewards.model import start_folder
+from halo_fast.rewards.model import model_folder
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
@@ -102,10 +102,10 @@ def test_recipes_load_and_fit_their_models(file):
     assert all(patches <= length for patches, length in zip(config.grid, latent, strict=True)), latent
     assert config.train.mixed_precision == "bf16" and config.train.gradient_checkpointing == "selective"
     assert 1e-6 <= config.train.learning_rate <= 2e-4
-    assert config.annotate.teacher == ("openai" if config.reward.needs_labels else "")
+    assert config.annotate.teacher == ("" if config.reward_model else "openai")
     assert config.evaluate.meter == "reward"
-    if config.reward.start:
-        start_folder(config.reward.start)
+    if config.reward_model:
+        assert (model_folder(config.reward_model) / "model.safetensors").exists()
     # what a family needs at least is in the documentation, the rest is the file's own choice
     assert config.output_dir == f"runs/{file.stem}"
 

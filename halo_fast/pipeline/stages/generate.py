@@ -22,6 +22,7 @@ from halo_fast.files import progress, write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
 from halo_fast.rewards import RewardModel
+from halo_fast.rewards.model import model_folder
 
 __all__ = ["generate", "varies_imports", "warn_of_prompts"]
 
