@@ -5,9 +5,11 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ __all__ = [
     "read_json",
     "read_table",
     "replacing",
+    "scratch_tensor",
     "versions",
     "write_bytes",
     "write_checkpoint",
@@ -59,6 +62,29 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def scratch_tensor(folder: Path | None, shape: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
+    """A tensor of zeros that lies in a file of a folder, so that it may be larger than memory.
+
+    The file has no name, and is gone when the tensor or the process is.
+
+    Args:
+        folder: on a disk with enough room; None for a tensor in memory.
+        shape: no side may be 0.
+        dtype: of the numbers.
+    """
+    import torch
+
+    if folder is None:
+        return torch.zeros(*shape, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".scratch")
+    os.close(handle)
+    try:
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+    finally:
+        Path(name).unlink()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

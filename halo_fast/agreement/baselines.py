@@ -10,7 +10,15 @@ from torch import Tensor
 
 from halo_fast.rewards.pretrained import read_text
 
-__all__ = ["folds_by_name", "frame_statistics", "group_means", "patch_statistics", "predict_ridge", "prompt_features"]
+__all__ = [
+    "folds_by_name",
+    "frame_statistics",
+    "group_means",
+    "local_ssim",
+    "patch_statistics",
+    "predict_ridge",
+    "prompt_features",
+]
 
 
 def folds_by_name(names: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
@@ -91,3 +99,33 @@ def patch_statistics(videos: Tensor, grid: tuple[int, int, int]) -> NDArray[np.f
     mean, square, *rest = (F.adaptive_avg_pool3d(part, grid) for part in (x, x**2, detail, change))
     values = torch.cat((mean, (square - mean**2).clamp(min=0).sqrt()[:, :2], *rest), dim=1).flatten(2)
     return torch.cat((values, values - values.mean(dim=2, keepdim=True)), dim=1).transpose(1, 2).double().numpy()
+
+
+def local_ssim(first: Tensor, second: Tensor, grid: Sequence[int]) -> NDArray[np.float64]:
+    """Structural similarity of two clips (Wang et al., 2004, 10.1109/TIP.2003.819861), averaged over each patch.
+
+    SSIM = (2 m n + c) (2 s_xy + d) / ((m^2 + n^2 + c) (s_x^2 + s_y^2 + d)), c = (0.01 * 255)^2, d = (0.03 * 255)^2, of
+    the grey value (mean of the colours) in Gaussian windows of 11 x 11 pixels with deviation 1.5, mirrored at the edge.
+
+    Args:
+        first: values from 0 to 255, [F, H, W, 3], sides of at least 6 pixels.
+        second: of the same shape.
+        grid: patches (f, h, w).
+
+    Returns:
+        float64 [f, h, w], at most 1.
+    """
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = (window / window.sum()).float()
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(F.pad(x, (5, 5, 0, 0), mode="reflect"), kernel.view(1, 1, 1, -1))
+        return F.conv2d(F.pad(x, (0, 0, 5, 5), mode="reflect"), kernel.view(1, 1, -1, 1))
+
+    x, y = (clip.float().mean(dim=-1)[:, None] for clip in (first, second))
+    m, n = blur(x), blur(y)
+    spread = blur(x * x) - m * m + blur(y * y) - n * n
+    c, d = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * m * n + c) * (2 * (blur(x * y) - m * n) + d) / ((m * m + n * n + c) * (spread + d))
+    return F.adaptive_avg_pool3d(similarity.movedim(0, 1), (grid[0], grid[1], grid[2]))[0].double().numpy()

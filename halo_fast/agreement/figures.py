@@ -22,6 +22,8 @@ __all__ = [
     "pair_accuracy",
     "pair_agreement",
     "patch_agreement",
+    "patch_figures",
+    "pearson",
     "rater_ceiling",
     "spearman",
     "video_agreement",
@@ -70,8 +72,12 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Rank correlation of two arrays, flattened; ties share their mean rank. NaN if either is constant."""
     from scipy.stats import rankdata
 
-    ranks = [rankdata(np.asarray(values).ravel()) for values in (x, y)]
-    centred = [rank - rank.mean() for rank in ranks]
+    return pearson(*(rankdata(np.asarray(values).ravel()) for values in (x, y)))
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Linear correlation of two arrays, flattened; NaN if either is constant."""
+    centred = [values - values.mean() for values in (np.asarray(one, dtype=float).ravel() for one in (x, y))]
     scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
     return float((centred[0] * centred[1]).sum() / scale) if scale > 0 else float("nan")
 
@@ -281,6 +287,100 @@ def patch_agreement(
         "auc_within": lambda rows: _mean(areas[rows]),
     }
     return _figures(figures, _numbered(prompts), resamples, seed)
+
+
+def patch_figures(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    prompts: Sequence[str],
+    folds: ArrayLike,
+    bad: float = 2.5,
+    resamples: int = 300,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """Agreement of patch scores with patch labels: over all patches, within clips and across clips.
+
+    Args:
+        scores: [N, P], high is good.
+        labels: [N, P]; patches that are NaN do not count.
+        prompts: of each clip; the unit of the bootstrap.
+        folds: [N], fold of each clip, for the threshold of F1 and IoU.
+        bad: a patch whose label is at most this is a positive.
+        resamples: draws of the bootstrap.
+        seed: of the draws.
+
+    Returns:
+        srocc and plcc (Spearman, Pearson) over all patches; both within clips: of what is left when its clip's mean is
+        taken from both sides; both across clips: of the clips' means. auc of the positives, and auc_within, its mean
+        over clips that have both kinds. f1 and iou of calling a patch bad up to the score that has the best F1 on the
+        other folds: 2 TP / (2 TP + FP + FN) and TP / (TP + FP + FN).
+
+    Raises:
+        ValueError: the score of a labelled patch is NaN.
+    """
+    x, y = (np.asarray(values, dtype=float).reshape(len(prompts), -1) for values in (scores, labels))
+    known = ~np.isnan(y)
+    _require_known(x[known], "scores of labelled patches")
+    x = np.where(known, x, np.nan)
+    positive, found = y <= bad, _found(x, y <= bad, known, np.asarray(folds))
+    means = [_clip_means(values) for values in (x, y)]
+    # rounding left over from centring must not be ranked as if it were a score
+    left = [(values - mean[:, None]).round(9) for values, mean in zip((x, y), means, strict=True)]
+    areas = np.array([auc(-a[k], p[k]) for a, p, k in zip(x, positive, known, strict=True)])
+    pairs = {"": (x, y, known), "_within": (*left, known), "_across": (*means, known.any(axis=1))}
+    figures: dict[str, Statistic] = {
+        name + part: _rowwise(correlation, *pair)
+        for part, pair in pairs.items()
+        for name, correlation in (("srocc", spearman), ("plcc", pearson))
+    }
+    figures["auc"] = lambda rows: auc(-x[rows][known[rows]], positive[rows][known[rows]])
+    figures["auc_within"] = lambda rows: _mean(areas[rows])
+    right, either = (found & positive).sum(axis=1), (found | positive).sum(axis=1)
+    figures["f1"] = lambda rows: _share(2 * right[rows].sum(), (right + either)[rows].sum())
+    figures["iou"] = lambda rows: _share(right[rows].sum(), either[rows].sum())
+    return _figures(figures, _numbered(prompts), resamples, seed)
+
+
+def _rowwise(
+    correlation: Callable[[ArrayLike, ArrayLike], float],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    known: NDArray[np.bool_],
+) -> Statistic:
+    """A correlation of what is known in given rows of x and y."""
+    return lambda rows: correlation(x[rows][known[rows]], y[rows][known[rows]])
+
+
+def _found(
+    scores: NDArray[np.float64], positive: NDArray[np.bool_], known: NDArray[np.bool_], folds: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """The patches [N, P] that score no more than the threshold which has the best F1 on the other folds."""
+    found = np.zeros_like(positive)
+    for fold in np.unique(folds):
+        others = known & (folds != fold)[:, None]
+        if (positive & others).any():
+            limit = _best_limit(scores[others], positive[others])
+            found[folds == fold] = (scores <= limit)[folds == fold]
+    return found
+
+
+def _best_limit(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """The score up to which calling everything positive has the best F1."""
+    order = np.argsort(scores, kind="stable")
+    ranked, right = scores[order], positive[order].cumsum()
+    quality = 2 * right / (np.arange(1, len(ranked) + 1) + right[-1])
+    last = np.append(ranked[1:] > ranked[:-1], True)  # a limit cannot part equal scores
+    return float(ranked[last][quality[last].argmax()])
+
+
+def _clip_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of each row, NaN left out; NaN of a row without numbers."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(axis=1) / np.where(known.any(axis=1), known.sum(axis=1), np.nan)
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else float("nan")
 
 
 def rater_ceiling(ratings: ArrayLike, prompts: Sequence[str], resamples: int = 1000, seed: int = 0) -> Figure:

@@ -33,6 +33,7 @@ from halo_fast.data.importers import Preference, Ratings, load_frames, pool_mark
 from halo_fast.errors import UserError
 from halo_fast.files import progress
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
+from halo_fast.rewards.training import frozen_features
 
 __all__ = ["cross_validate", "marks_table", "preferences_table", "rater_mean", "ratings_tables"]
 
@@ -136,13 +137,15 @@ def cross_validate(
         video scores [N, D] and patch scores [N, Q, f, h, w].
     """
     grid = tuple(data.patch_scores.shape[2:])
+    frozen = frozen_features(RewardModel(model_config), data.videos, torch.arange(len(data)))  # once for all folds
     video, patches = np.empty(data.video_scores.shape), np.empty(data.patch_scores.shape)
     for fold in progress(np.unique(folds), len(np.unique(folds)), label):
         train, test = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
-        model, _ = train_reward_model(model_config, data.select(train), config, seed)
+        known = (None, None) if frozen is None else (frozen[train], frozen[test].float())
+        model, _ = train_reward_model(model_config, data.select(train), config, seed, frozen=known[0])
         tested = data.select(test)
         with torch.no_grad():
-            rewards = model(tested.videos, tested.prompts, grid)
+            rewards = model(tested.videos, tested.prompts, grid, known[1])
         video[test], patches[test] = rewards.video.numpy(), rewards.patches.numpy()
     return video, patches
 
@@ -260,7 +263,7 @@ def _score(clip: Path | bytes, prompt: str, model: RewardModel, rate: float) -> 
 
 
 def rater_mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the raters of scores [N, R], NaN left out; NaN where nobody scored."""
+    """Mean over the raters of scores [N, R, ...], NaN left out; NaN where nobody scored."""
     known = ~np.isnan(scores)
     return np.where(known, scores, 0).sum(axis=1) / np.where(known.any(axis=1), known.sum(axis=1), np.nan)
 

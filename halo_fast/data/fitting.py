@@ -16,6 +16,7 @@ from halo_fast.patches import PatchGrid
 
 __all__ = ["Fit", "FitPolicy", "Fitted", "VideoFormat", "fit_clip", "pool_damage"]
 
+_CANDIDATES = 16  # frames in memory for one that is kept
 _SAME_RATE = 0.01  # rates that differ by a smaller share are the same: 30 and 29.97
 
 
@@ -42,13 +43,14 @@ class FitPolicy:
     Args:
         size: "crop" scales a clip until it covers the size and cuts what is over on both sides; "resize" scales height
             and width by themselves, which changes the proportions.
-        frames: "trim" takes the first frames. A clip with too few frames is always left out.
+        frames: "trim" takes the first frames, "spread" evenly spread ones of the whole clip. A clip with too few frames
+            is always left out.
         fps: "sample" takes what is shown at the times of the run's rate; "keep" takes frame after frame, whatever their
             rate.
     """
 
     size: Literal["crop", "resize", "refuse"] = "crop"
-    frames: Literal["trim", "refuse"] = "trim"
+    frames: Literal["trim", "spread", "refuse"] = "trim"
     fps: Literal["sample", "keep", "refuse"] = "sample"
 
 
@@ -88,12 +90,7 @@ def fit_clip(frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy) ->
     """
     watched = _Watch(frames)
     sampled = sample_frames(watched, wanted.fps) if policy.fps == "sample" else watched
-    pictures, numbers, count = [], [], 0
-    for frame in sampled:
-        if count < wanted.num_frames:
-            pictures.append(_resized(frame.picture, wanted, policy))
-            numbers.append(frame.number)
-        count += 1
+    kept, count = _kept_frames(sampled, wanted, policy)
     source = watched.format()
     same_rate = abs(source.fps - wanted.fps) <= _SAME_RATE * wanted.fps
     if policy.fps == "refuse" and not same_rate:
@@ -108,10 +105,34 @@ def fit_clip(frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy) ->
         verb = "sampled at" if policy.fps == "sample" else "taken as"
         changes.append(f"{source.fps:.4g} frames a second {verb} {wanted.fps:g}")
     if count > wanted.num_frames:
-        changes.append(f"first {wanted.num_frames} of {count} frames")
+        which = f"{wanted.num_frames} spread over" if policy.frames == "spread" else f"first {wanted.num_frames} of"
+        changes.append(f"{which} {count} frames")
     box = _box(source.height, source.width, wanted, policy)
     changes += _size_changes(source, wanted, box)
+    pictures, numbers = [picture for _, picture in kept], [number for number, _ in kept]
     return Fitted(torch.stack(pictures), Fit(numbers, box, source, "; ".join(changes)))
+
+
+def _kept_frames(
+    frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy
+) -> tuple[list[tuple[int, Tensor]], int]:
+    """Number and picture of the frames that are kept, at most as many as wanted; and how many there were.
+
+    Frames are spread at the middles of equal parts. Of a long clip every second, fourth, ... frame is a candidate, so
+    that no more than sixteen times the wanted number are in memory.
+    """
+    kept: list[tuple[int, Tensor]] = []
+    count, stride = 0, 1
+    for frame in frames:
+        if count % stride == 0 and (policy.frames == "spread" or count < wanted.num_frames):
+            kept.append((frame.number, _resized(frame.picture, wanted, policy)))
+        if len(kept) > _CANDIDATES * wanted.num_frames:
+            kept, stride = kept[::2], 2 * stride
+        count += 1
+    if policy.frames == "spread" and count > wanted.num_frames:
+        middles = [(2 * k + 1) * count // (2 * wanted.num_frames) for k in range(wanted.num_frames)]
+        kept = [kept[middle // stride] for middle in middles]
+    return kept, count
 
 
 class _Watch:

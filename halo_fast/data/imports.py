@@ -44,7 +44,8 @@ class ImportConfig(FitPolicy):
         generate: also generate candidates, of the prompts of the imported clips if `prompts` is not set.
         size: "crop" scales a clip until it covers the size and cuts what is over; "resize" scales height and width by
             themselves; "refuse" leaves clips of another size out.
-        frames: "trim" takes the first frames; "refuse" leaves longer clips out. Shorter ones are always left out.
+        frames: "trim" takes the first frames; "spread" evenly spread ones of the whole clip; "refuse" leaves longer
+            clips out. Shorter ones are always left out.
         fps: "sample" takes what is shown at the times of the run's rate; "keep" takes frame after frame; "refuse"
             leaves clips of another rate out.
     """

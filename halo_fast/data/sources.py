@@ -63,6 +63,7 @@ _EXPORTED = {"labeller", "grid", "frame_edges", "row_edges", "column_edges"}
 _PUBLISHED = (
     ("path_a", "path_b", "prompt"), ("pos_video_path", "neg_video_path"), ("jpg_0", "jpg_1", "label_0"),
     ("chosen", "rejected"), ("filename", "artifact_score"), ("id", "text prompt", "visual quality"),
+    ("img_path", "prompt", "total_score"),
 )  # fmt: skip
 _KNOWN = (
     "a folder of videos with captions (x.mp4 and x.txt, or metadata.csv), a table with columns video and prompt, "

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halo_fast.agreement.evaluations import EvaluationRequest, run_evaluations
+from halo_fast.agreement.patch_labels import patch_labels_table
 from halo_fast.agreement.people import marks_table, preferences_table, ratings_tables
 from halo_fast.agreement.probes import Probe
 from halo_fast.agreement.scorers import Scores, compare_scorers
@@ -32,14 +33,15 @@ _REWARD, _IMPORTED = "reward model", "imported labels"
 
 
 def reward_eval(data: str = "", model: str = "", json: str = "", seed: int = 0) -> None:
-    """Print how reward models agree with people's labels, beside baselines, and write the figures as JSON.
+    """Print how reward models agree with labels, beside baselines, and write the figures as JSON.
 
     Ratings (FETV's folder, VideoFeedback, a plain table): the compact model, trained with folds by prompt. Marks (local
-    defects, RichHF): patch scores, with folds by picture. Preferences: the model given. With a model also the probes
-    and whatever else is registered as a "reward evaluation".
+    defects, RichHF): patch scores, with folds by picture. Scores of patches (FETV's, by a vision-language model): the
+    "kernel" model with folds by prompt, and the model given. Preferences: the model given. With a model also the
+    probes and whatever else is registered as a "reward evaluation".
 
     Args:
-        data: file or folder that people's labels are read from; empty for none.
+        data: file or folder that labels are read from; empty for none.
         model: folder of a trained reward model, RUN/reward; empty for none.
         json: file that the figures are written to; empty for none.
         seed: of folds, training and bootstrap.
@@ -55,6 +57,9 @@ def reward_eval(data: str = "", model: str = "", json: str = "", seed: int = 0) 
     if isinstance(human, Ratings):
         if human.marks is not None:
             tables["patches that people marked, folds by picture"] = marks_table(human, seed)
+        if human.patches is not None:
+            title = f"{human.source}: patches, labelled by {human.patches.labeller}, folds by prompt"
+            tables[title] = patch_labels_table(human, seed, trained)
         if human.scores:
             tables |= ratings_tables(human, seed)
     elif human is not None:

@@ -114,8 +114,8 @@ class Config:
         seed: every random number of a run follows from it.
         precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0
             training loads float32.
-        reward_model: folder of a trained reward model, such as runs/first/reward. Then nothing is annotated, and
-            reward takes that one instead of training another.
+        reward_model: folder of a trained reward model, such as runs/first/reward, or "fetv", which is shipped. Then
+            nothing is annotated, and reward takes that one instead of training another.
         imports: clips, pairs and labels of your own.
         generate: candidates of the base model, and the format of all clips.
         annotate: labels of the teacher.

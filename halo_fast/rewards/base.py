@@ -43,6 +43,8 @@ class RewardConfig:
         backbone: "compact" or "frames"; a vision-language model's folder or hub name; or your own as
             "package.module:Class".
         lora_rank: rank of the LoRA matrices in a vision-language model; 0 trains its whole language model.
+        start: reward model of the same backbone that training starts from: a folder that `halo reward` wrote, or
+            "fetv", which is shipped; null starts anew.
         checkpointing_steps: steps between two checkpoints.
     """
 
@@ -63,6 +65,7 @@ class RewardConfig:
     pretrained: bool = True
     backbone: str = "compact"
     lora_rank: Annotated[int, Ge(0)] = 0
+    start: str | None = None
     checkpointing_steps: Annotated[int, Ge(1)] = 50
 
 

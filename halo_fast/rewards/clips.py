@@ -50,23 +50,26 @@ class LabelledClips:
             patch_scores=self.patch_scores[rows],
         )
 
-    def prompt_confidence(self) -> Tensor:
-        """How far each clip shows what its prompt says, [N] in [0, 1].
+    def prompt_confidence(self, rows: Tensor) -> Tensor:
+        """How far some of the clips show what their prompts say, [M] in [0, 1].
 
-        (text_alignment - 1) / 4; the mean of all where a clip has no such score; 1 where no clip has one.
+        (text_alignment - 1) / 4; the mean of all of them where a clip has no such score; 1 where none has one.
+
+        Args:
+            rows: indices of the clips, int64 [M].
         """
         if PROMPT_DIMENSION not in self.video_dimensions:
-            return torch.ones(len(self))
-        scores = self.video_scores[:, self.video_dimensions.index(PROMPT_DIMENSION)]
+            return torch.ones(len(rows))
+        scores = self.video_scores[rows, self.video_dimensions.index(PROMPT_DIMENSION)]
         confidence = (scores - 1) / 4
         return torch.where(confidence.isnan(), confidence.nanmean().nan_to_num(1.0), confidence)
 
 
-def split_heldout(data: LabelledClips, share: float, seed: int) -> tuple[LabelledClips, LabelledClips]:
-    """The clips that train, and those of a random share of the prompts, which are held out."""
+def split_heldout(data: LabelledClips, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the clips that train, and of those of a random share of the prompts, which are held out."""
     chosen = heldout_prompts(data.prompts, share, seed)
     heldout = torch.tensor([prompt in chosen for prompt in data.prompts], dtype=torch.bool)
-    return data.select((~heldout).nonzero()[:, 0]), data.select(heldout.nonzero()[:, 0])
+    return (~heldout).nonzero()[:, 0], heldout.nonzero()[:, 0]
 
 
 def heldout_prompts(prompts: Iterable[str], share: float, seed: int) -> set[str]:

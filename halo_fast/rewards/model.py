@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,17 +18,21 @@ from halo_fast.files import write_json, write_safetensors
 from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
 
-__all__ = ["RewardModel", "check_backbone"]
+__all__ = ["RewardModel", "check_backbone", "copy_start", "model_folder", "start_folder"]
+
+logger = logging.getLogger(__name__)
 
 register(
     "reward backbone",
     {
         "compact": "halo_fast.rewards.backbones.compact:Compact",
         "frames": "halo_fast.rewards.backbones.frames:FrameStages",
+        "kernel": "halo_fast.rewards.backbones.kernel:KernelRidge",
     },
 )
 # what training and scoring use of a backbone
 _BACKBONE = ("parameters", "negatives", "frozen_features", "fit_closed_form", "encode", "logits", "video_logits_for")
+_SHIPPED = Path(__file__).parent / "weights"
 _BACKBONE_FILES = "backbone"  # folder beside the weights, of backbones that keep files of their own
 
 
@@ -49,13 +55,16 @@ class RewardModel(nn.Module):
         self.config = config
         self.backbone: Any = _build_backbone(config, weights)
 
-    def forward(self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
+    def forward(
+        self, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], frozen: Tensor | None = None
+    ) -> Rewards:
         """Scores of videos and of their patches, from one pass over the pixels.
 
         Args:
             videos: uint8 [N, F, H, W, 3].
             prompts: of each.
             grid: patches (f, h, w); see PatchGrid.
+            frozen: the videos' frozen features, float32; None computes them.
 
         Raises:
             ValueError: no videos, or of another dtype or shape, not one prompt each, a grid finer than the latent,
@@ -70,7 +79,7 @@ class RewardModel(nn.Module):
             raise ValueError("videos: expected at least one, got none")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
-        features = self.backbone.encode(videos, self.backbone.frozen_features(videos))
+        features = self.backbone.encode(videos, self.backbone.frozen_features(videos) if frozen is None else frozen)
         video, patches = self.backbone.logits(features, prompts, grid)
         clips = [f"clip {index} of {len(prompts)}, {prompt!r}" for index, prompt in enumerate(prompts)]
         for logits in (video, patches):
@@ -119,6 +128,51 @@ class RewardModel(nn.Module):
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path}: expected a reward model's ({error}); run `halo reward` to train one") from error
         return model.eval().requires_grad_(False)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a shipped reward model, by its name, or the folder that is named."""
+    shipped = _SHIPPED / name
+    return shipped if re.fullmatch(r"\w+", name) and shipped.is_dir() else Path(name)
+
+
+def start_folder(name: str) -> Path:
+    """The folder of the reward model that `reward.start` names: one of those shipped, or the folder itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = model_folder(name)
+    if not (folder / "config.json").exists():
+        raise UserError(f"reward.start: expected 'fetv' or a folder that `halo reward` wrote, got {name!r}")
+    return folder
+
+
+@torch.no_grad()
+def copy_start(model: RewardModel, name: str) -> None:
+    """Give a fresh model the weights of the one that `reward.start` names.
+
+    Heads of other dimensions start anew: whatever has another shape is left as it is.
+
+    Raises:
+        UserError: there is no such model, or it has another backbone, or as many dimensions of other names.
+    """
+    start = RewardModel.load(start_folder(name))
+    if type(model.backbone) is not type(start.backbone) or model.config.pretrained != start.config.pretrained:
+        raise UserError(
+            f"reward.start: expected a model with the backbone {model.config.backbone!r}, {name!r} has "
+            f"{start.config.backbone!r}; set reward.backbone to that"
+        )
+    for part in ("video_dimensions", "patch_dimensions"):
+        own, given = getattr(model.config, part), getattr(start.config, part)
+        if own != given and len(own) == len(given):
+            raise UserError(f"reward.start: expected a model that scores {own}, {name!r} scores {given}; start anew")
+        if own != given:
+            logger.info("reward.start: the labels have %s, the start %s; their heads start anew", own, given)
+    known = start.state_dict()
+    for key, tensor in model.state_dict().items():
+        if key in known and known[key].shape == tensor.shape:
+            tensor.copy_(known[key])
 
 
 def check_backbone(name: str) -> None:

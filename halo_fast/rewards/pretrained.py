@@ -45,19 +45,20 @@ def frame_network() -> Any:
     return network.eval().requires_grad_(False)
 
 
-def frame_stages(videos: Tensor, mode: str, enlargement: float = math.inf) -> Iterator[Tensor]:
-    """The outputs of the stages of EfficientNet-Lite0 on up to five frames of each clip, one after another.
+def frame_stages(videos: Tensor, mode: str, enlargement: float = math.inf, frames: int = _FRAMES) -> Iterator[Tensor]:
+    """The outputs of the stages of EfficientNet-Lite0 on some frames of each clip, one after another.
 
     Args:
         videos: uint8 [N, F, H, W, 3].
         mode: interpolation that brings the shorter side to 224 pixels, "bilinear" or "bicubic".
         enlargement: frames are not enlarged by more.
+        frames: how many at most, evenly spread.
 
     Yields:
         float32 [N * f', STAGE_CHANNELS[k], y, x] for k = 0 to 6. Stages that are not asked for are not computed.
     """
-    network, (_, frames, height, width) = frame_network().to(videos.device), videos.shape[:4]
-    chosen = torch.linspace(0, frames - 1, min(frames, _FRAMES)).round().long()
+    network, (_, length, height, width) = frame_network().to(videos.device), videos.shape[:4]
+    chosen = torch.linspace(0, length - 1, min(length, frames)).round().long()
     scale = min(enlargement, _SIDE / min(height, width))
     size = [max(1, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in (height, width)]
     x = videos[:, chosen].flatten(0, 1).permute(0, 3, 1, 2).float() / 255

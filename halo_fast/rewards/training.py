@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from halo_fast.files import progress, read_checkpoint, write_checkpoint
+from halo_fast.files import progress, read_checkpoint, scratch_tensor, write_checkpoint
 from halo_fast.rewards.base import RewardConfig, RewardModelConfig
 from halo_fast.rewards.clips import MIRRORS, LabelledClips, Mirror, mirror_clips, split_heldout
 from halo_fast.rewards.losses import calibrate
-from halo_fast.rewards.model import RewardModel
+from halo_fast.rewards.model import RewardModel, copy_start
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
 from halo_fast.settings import validate
 
-__all__ = ["TrainingInputs", "draw_batch", "train_reward_model"]
+__all__ = ["TrainingInputs", "draw_batch", "frozen_features", "train_reward_model"]
 
 _WEIGHT_DECAY = 0.05
 _EMA_DECAY = 0.98
@@ -36,13 +36,15 @@ class TrainingInputs:
     """The clips that train and what is computed of them once.
 
     Args:
-        clips: N labelled clips.
+        clips: labelled clips.
+        rows: int64 [N], which of them train; the others are never read.
         frozen: float16 [N, c, f', y, x], or None; see Backbone.frozen_features.
         word_evidence: [N, k], or None; see Backbone.fit_closed_form.
         mirrors: that keep the labels true.
     """
 
     clips: LabelledClips
+    rows: Tensor
     frozen: Tensor | None = None
     word_evidence: Tensor | None = None
     mirrors: Sequence[Mirror] = ()
@@ -64,6 +66,7 @@ def train_reward_model(
     config: RewardConfig,
     seed: int,
     checkpoint: Path | None = None,
+    frozen: Tensor | None = None,
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
     """Train a reward model: `video_steps` on video scores, then `patch_steps` on patch scores with the video loss kept.
 
@@ -72,7 +75,9 @@ def train_reward_model(
         data: the labels. A clip may be a still of one frame.
         config: steps, weights, learning rate, losses.
         seed: of weights, held-out prompts and batches.
-        checkpoint: file that is written every `checkpointing_steps`, and continued from if it is there.
+        checkpoint: file that is written every `checkpointing_steps`, and continued from if it is there. Frozen features
+            lie on the disk beside it; without it they are in memory.
+        frozen: frozen features of all clips, float16, as `frozen_features` gives them; None computes them.
 
     Returns:
         the model with exponentially averaged weights, in eval mode, and one row for each step.
@@ -82,12 +87,18 @@ def train_reward_model(
         ValueError: no clips, a held-out share that leaves none to train on.
     """
     validate(config, "reward")
-    clips, heldout = _split(data, config, seed)
+    rows, heldout = _split(data, config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = RewardModel(model_config)
-    inputs = _prepare_inputs(model, clips, config)
-    scales = loss_scales(clips.video_scores), loss_scales(clips.patch_scores)
+    if config.start:
+        copy_start(model, config.start)
+    if frozen is None:
+        frozen = frozen_features(model, data.videos, rows, checkpoint and checkpoint.parent)
+    else:
+        frozen = frozen[rows]
+    inputs = _prepare_inputs(model, data, rows, config, frozen)
+    scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
     state = _start(model, config, checkpoint)
     total, begun = config.video_steps + config.patch_steps, len(state.history)
     schedule = LambdaLR(state.optimizer, lambda done: _peak_share(min(begun + done, total - 1), config))
@@ -104,26 +115,29 @@ def train_reward_model(
             parameter.copy_(mean)
     model.eval().requires_grad_(False)
     if len(heldout):
-        _calibrate(model, heldout)
+        _calibrate(model, data, heldout)
     return model, state.history
 
 
-def _split(data: LabelledClips, config: RewardConfig, seed: int) -> tuple[LabelledClips, LabelledClips]:
-    """The clips that train and those that calibrate; ValueError if none are left to train on."""
+def _split(data: LabelledClips, config: RewardConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the clips that train and of those that calibrate; ValueError if none are left to train on."""
     if not len(data):
         raise ValueError("data: expected labelled clips, got none")
     share, prompts = config.held_out_share, len(set(data.prompts))
-    clips, heldout = split_heldout(data, share, seed)
-    if not len(clips):
+    rows, heldout = split_heldout(data, share, seed)
+    if not len(rows):
         raise ValueError(f"reward.held_out_share: {share:g} of {prompts} prompts leaves no clip to train on")
-    return clips, heldout
+    return rows, heldout
 
 
-def _prepare_inputs(model: RewardModel, clips: LabelledClips, config: RewardConfig) -> TrainingInputs:
-    """Compute frozen features and closed-form fit, once for all steps."""
-    parts = [model.backbone.frozen_features(part) for part in clips.videos.split(_FEATURE_BATCH)]
-    frozen = None if parts[0] is None else torch.cat([part.half() for part in parts])
-    word_evidence = model.backbone.fit_closed_form(frozen, clips.prompts, clips.prompt_confidence())
+def _prepare_inputs(
+    model: RewardModel, clips: LabelledClips, rows: Tensor, config: RewardConfig, frozen: Tensor | None
+) -> TrainingInputs:
+    """Fit what has a closed form, once for all steps."""
+    prompts = [clips.prompts[row] for row in rows.tolist()]
+    word_evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
+    if hasattr(model.backbone, "fit_scores") and not config.start:
+        model.backbone.fit_scores(frozen, clips, rows)
     chosen = {"none": (), "horizontal": ("horizontal",), "both": ("horizontal", "vertical")}[config.mirror]
     # patches of unequal size do not map onto each other in a mirror
     mirrors = [
@@ -132,7 +146,30 @@ def _prepare_inputs(model: RewardModel, clips: LabelledClips, config: RewardConf
         if clips.videos.shape[mirror.axis - 1] // model.config.spatial_factor % clips.patch_scores.shape[mirror.axis]
         == 0
     ]
-    return TrainingInputs(clips, frozen, word_evidence, mirrors)
+    return TrainingInputs(clips, rows, frozen, word_evidence, mirrors)
+
+
+def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Path | None = None) -> Tensor | None:
+    """Frozen features of some clips, or None if the backbone has none.
+
+    Args:
+        model: whose backbone reads the clips.
+        videos: uint8 [N, F, H, W, 3].
+        rows: int64 [M], which of them.
+        folder: on whose disk the features lie; None keeps them in memory.
+
+    Returns:
+        float16 [M, c, f', y, x].
+    """
+    frozen = None
+    for start in progress(range(0, len(rows), _FEATURE_BATCH), -(-len(rows) // _FEATURE_BATCH), "features"):
+        part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]])
+        if part is None:
+            return None
+        if frozen is None:
+            frozen = scratch_tensor(folder, (len(rows), *part.shape[1:]), torch.float16)
+        frozen[start : start + len(part)] = part
+    return frozen
 
 
 def _start(model: RewardModel, config: RewardConfig, checkpoint: Path | None) -> _State:
@@ -196,8 +233,11 @@ def _take_step(
 def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch:
     """The batch of one step: clips drawn without replacement, some mirrored with their labels and prompts."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    chosen = torch.randperm(len(inputs.clips), generator=generator)[:size]
-    clips, frozen = inputs.clips.select(chosen), None if inputs.frozen is None else inputs.frozen[chosen].float()
+    chosen = torch.randperm(len(inputs.rows), generator=generator)[:size]
+    clips, frozen = (
+        inputs.clips.select(inputs.rows[chosen]),
+        None if inputs.frozen is None else inputs.frozen[chosen].float(),
+    )
     for mirror in inputs.mirrors:
         which = torch.rand(len(chosen), generator=generator) < _MIRROR_SHARE
         clips = mirror_clips(clips, which, mirror)
@@ -207,19 +247,19 @@ def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch
 
 
 @torch.no_grad()
-def _calibrate(model: RewardModel, data: LabelledClips) -> None:
+def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor) -> None:
     """Fit slope and offset of every dimension to held-out labels, and keep them in the model's config."""
     grid = tuple(data.patch_scores.shape[2:])
     video, patches = [], []
-    for start in range(0, len(data), _FEATURE_BATCH):
-        clips, prompts = (part[start : start + _FEATURE_BATCH] for part in (data.videos, data.prompts))
-        features = model.backbone.encode(clips, model.backbone.frozen_features(clips))
-        logits = model.backbone.logits(features, prompts, grid)
+    for rows in heldout.split(_FEATURE_BATCH):
+        clips = data.select(rows)
+        features = model.backbone.encode(clips.videos, model.backbone.frozen_features(clips.videos))
+        logits = model.backbone.logits(features, clips.prompts, grid)
         video.append(logits[0])
         patches.append(logits[1])
     fits = [
         tuple(calibrate(*pair) for pair in zip(torch.cat(logits).unbind(1), scores.unbind(1), strict=True))
-        for logits, scores in ((video, data.video_scores), (patches, data.patch_scores))
+        for logits, scores in ((video, data.video_scores[heldout]), (patches, data.patch_scores[heldout]))
     ]
     model.config = replace(model.config, video_calibration=fits[0], patch_calibration=fits[1])
 

@@ -16,6 +16,7 @@ from sources import table, touch
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import Ratings, load_frames, pool_marks, read_human, read_preferences, read_ratings
+from halo_fast.data.sources import read_source
 from halo_fast.errors import UserError
 
 SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -89,6 +90,39 @@ def test_video_feedback(tmp_path, suffix):
     (tmp_path / "images" / "3").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"row 4: no frames of '3'"):
         read_ratings(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json"])
+def test_eval_muse(tmp_path, suffix):
+    """As published: img_path below images/, one whole number a rater; of raters there may be fewer for one picture."""
+    names = ["sd/0.png", "sd/1.png"]
+    for index, name in enumerate(names):
+        (tmp_path / "images" / "sd").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 8), (index, 90, 200)).save(tmp_path / "images" / name)
+    scores = [[5, 4, 3], [1, 2]]
+    rows = [
+        {"prompt_id": "7", "prompt": f"p{k}", "type": "synth", "img_path": names[k], "total_score": scores[k],
+         "element_score": "{}", "fidelity_label": ["a", "b"]}
+        for k in range(2)
+    ]  # fmt: skip
+    path = tmp_path / f"train_list.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows))
+    found = read_ratings(path)
+    np.testing.assert_array_equal(found.scores["text_alignment"], [[5, 4, 3], [1, 2, np.nan]])
+    assert found.source == "EvalMuse" and found.prompts == ["p0", "p1"]
+    assert load_frames(found.clips[1]).tolist() == [[[[1, 90, 200]] * 16] * 8]
+    source = read_source(path)
+    assert [clip.prompt for clip in source.clips] == ["p0", "p1"] and len(source.scores) == 6
+    (tmp_path / "images" / names[1]).unlink()
+    with pytest.raises(UserError, match=r"row 2: no picture 'sd/1.png'; expected .*images.*"):
+        read_ratings(path)
+    rows[0]["total_score"] = [5, 9]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="row 1: expected 1 to 5 in 'total_score', got 9"):
+        read_ratings(tmp_path / "t.json")
 
 
 def test_rich_hf(tmp_path):

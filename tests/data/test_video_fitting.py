@@ -14,7 +14,8 @@ from halo_fast.patches import PatchGrid
 def film(count: int, fps: float, height: int = 32, width: int = 48) -> list[Frame]:
     """Frames whose brightness is their number."""
     return [
-        Frame(k, k / fps, (k + 1) / fps, torch.full((height, width, 3), k, dtype=torch.uint8)) for k in range(count)
+        Frame(k, k / fps, (k + 1) / fps, torch.full((height, width, 3), k % 256, dtype=torch.uint8))
+        for k in range(count)
     ]
 
 
@@ -89,6 +90,17 @@ def test_sizes_against_pillow(height, width, size):
     side = min(height, width)
     assert (round(box[2]), round(box[3])) == ((side, side) if size == "crop" else (height, width))
     assert bool(found.fit.changes) == ((height, width) != (32, 32))
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(5, 5), (9, 5), (33, 16), (200, 5), (1000, 7)])
+def test_spread_frames_are_the_middles_of_equal_parts(count, wanted):
+    fitted = fit_clip(iter(film(count, 8, 2, 2)), VideoFormat(wanted, 2, 2, 8), FitPolicy(frames="spread"))
+    middles = [(k + 0.5) * count / wanted for k in range(wanted)]
+    # of a long film every second, fourth, ... frame may stand for its neighbours, a sixteenth of a part at most
+    near = max(1, count / wanted / 8)
+    assert all(0 <= middle - frame <= near for middle, frame in zip(middles, fitted.fit.frames, strict=True))
+    assert fitted.video[:, 0, 0, 0].tolist() == [frame % 256 for frame in fitted.fit.frames]
+    assert (f"{wanted} spread over {count} frames" in fitted.fit.changes) == (count > wanted)
 
 
 def test_an_equal_clip_is_unchanged():

@@ -11,9 +11,11 @@ from recipe import demo_config
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.pipeline.arguments import load_config
+from halo_fast.pipeline.clips import run_stages
 from halo_fast.pipeline.config import Config, PairsConfig, TrainConfig, to_yaml
 from halo_fast.pipeline.preflight import check_required
 from halo_fast.pipeline.stages import STAGES
+from halo_fast.rewards.model import model_folder
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
@@ -91,7 +93,7 @@ def test_the_demo_says_every_setting_that_a_default_could_change():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_load_and_fit_their_models(file):
     config = load_config(file, {"prompts": "prompts.txt", "evaluation_prompts": "heldout.txt"})
-    check_required(config, STAGES)
+    check_required(config, run_stages(config, list(STAGES)))
     maker = next(maker for maker in SIZES if config.pretrained_model_name_or_path.startswith(maker))
     rules, clip = SIZES[maker], config.generate
     assert clip.num_frames % rules["frames"] == 1
@@ -100,13 +102,24 @@ def test_recipes_load_and_fit_their_models(file):
     assert all(patches <= length for patches, length in zip(config.grid, latent, strict=True)), latent
     assert config.train.mixed_precision == "bf16" and config.train.gradient_checkpointing == "selective"
     assert 1e-6 <= config.train.learning_rate <= 2e-4
-    assert config.annotate.teacher == "openai" and config.evaluate.meter == "reward"
+    assert config.annotate.teacher == ("" if config.reward_model else "openai")
+    assert config.evaluate.meter == "reward"
+    if config.reward_model:
+        assert (model_folder(config.reward_model) / "model.safetensors").exists()
     # what a family needs at least is in the documentation, the rest is the file's own choice
     assert config.output_dir == f"runs/{file.stem}"
 
 
 def test_every_promised_recipe_is_there():
-    names = ("wan2.1-1.3b", "wan2.1-14b", "cogvideox-2b", "cogvideox-5b", "ltx-video", "hunyuanvideo")
+    names = (
+        "wan2.1-1.3b",
+        "wan2.1-1.3b-no-teacher",
+        "wan2.1-14b",
+        "cogvideox-2b",
+        "cogvideox-5b",
+        "ltx-video",
+        "hunyuanvideo",
+    )
     assert {file.stem for file in RECIPES} == set(names)
 
 

@@ -74,10 +74,12 @@ def test_prompts_without_words_are_learned_from(pretrained):
 
 
 def test_the_prompt_confidence_of_a_clip_without_a_label_is_the_mean_of_the_others():
-    assert labelled(["a"] * 3, [5.0, 2.0, math.nan]).prompt_confidence().tolist() == pytest.approx([1, 0.25, 0.625])
-    assert labelled(["a"] * 2, [math.nan] * 2).prompt_confidence().tolist() == [1, 1]
+    assert labelled(["a"] * 3, [5.0, 2.0, math.nan]).prompt_confidence(torch.arange(3)).tolist() == pytest.approx(
+        [1, 0.25, 0.625]
+    )
+    assert labelled(["a"] * 2, [math.nan] * 2).prompt_confidence(torch.arange(2)).tolist() == [1, 1]
     other = replace(labelled(["a"] * 2), video_dimensions=("visual_quality", "beauty"))
-    assert other.prompt_confidence().tolist() == [1, 1]
+    assert other.prompt_confidence(torch.arange(2)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "idefics2", "smolvlm"])

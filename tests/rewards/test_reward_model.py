@@ -142,7 +142,7 @@ def test_mirrored_clips_take_labels_and_captions_with_them():
         ("visual_quality", "text_alignment"),
     )
     frozen = data.videos.permute(0, 4, 1, 2, 3).float()
-    drawn = draw_batch(TrainingInputs(data, frozen, None, list(MIRRORS.values())), 16, seed=0, step=5)
+    drawn = draw_batch(TrainingInputs(data, torch.arange(16), frozen, None, list(MIRRORS.values())), 16, seed=0, step=5)
     batch = drawn.clips
     torch.testing.assert_close(drawn.frozen, batch.videos.permute(0, 4, 1, 2, 3).float())
     places = set()

@@ -54,6 +54,7 @@ _ROWS = {
     "local dpo": {"pos_video_path": "clip.mp4", "neg_video_path": "clip.mp4", "gen_caption": "a", "mask": "mask.npy"},
     "trl": {"prompt": "a", "chosen": "clip.mp4", "rejected": "clip.mp4"},
     "rich hf": {"filename": "still.png", "prompt": "a", "artifact_score": 0.5, "overall_score": 0.1},
+    "eval muse": {"img_path": "still.png", "prompt": "a", "total_score": [5, 4, 3]},
     "video feedback": {
         "id": "clip", "text prompt": "a", "images": ["x"], "visual quality": 2, "temporal consistency": 3,
         "dynamic degree": 1, "text-to-video alignment": 4, "factual consistency": 2,

@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halo_fast.data.importers import marks, preferences, ratings
-from halo_fast.data.importers.base import Preference, Ratings, load_frames
+from halo_fast.data.importers.base import PatchScores, Preference, Ratings, load_frames
 from halo_fast.data.importers.marks import pool_marks
 from halo_fast.data.records import SUFFIXES, Row, exists, read_records
 from halo_fast.errors import UserError
 
-__all__ = ["Preference", "Ratings", "load_frames", "pool_marks", "read_human", "read_preferences", "read_ratings"]
+__all__ = [
+    "PatchScores",
+    "Preference",
+    "Ratings",
+    "load_frames",
+    "pool_marks",
+    "read_human",
+    "read_preferences",
+    "read_ratings",
+]
 
 _FOLDERS: dict[tuple[str, ...], Callable[[Path], Ratings | list[Preference]]] = {
     **ratings.FOLDERS,
@@ -32,8 +41,9 @@ _COLUMNS = {
 _KNOWN = (
     "a folder like FETV's (clips.csv, npz), of local defects (manifest.csv, npz), like VideoDPO's (metadata.json,"
     " pair.json), or a csv, tsv, json, jsonl or parquet table with columns video and prompt and scores, id and"
-    " 'text prompt' (VideoFeedback), filename and artifact_score (RichHF), path_A and path_B (VideoAlign),"
-    " pos_video_path (Local-DPO), chosen and rejected (TRL, UnifiedReward) or jpg_0 and label_0 (Pick-a-Pic)"
+    " 'text prompt' (VideoFeedback), img_path and total_score (EvalMuse), filename and artifact_score (RichHF),"
+    " path_A and path_B (VideoAlign), pos_video_path (Local-DPO), chosen and rejected (TRL, UnifiedReward) or jpg_0 and"
+    " label_0 (Pick-a-Pic)"
 )
 
 

@@ -14,7 +14,31 @@ from halo_fast.data.clips import read_clip, read_frames, read_picture
 from halo_fast.data.records import Row, is_empty
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["Preference", "Ratings", "load_array", "load_frames", "read_array", "read_scores", "rescaled_score"]
+__all__ = [
+    "PatchScores",
+    "Preference",
+    "Ratings",
+    "load_array",
+    "load_frames",
+    "read_array",
+    "read_scores",
+    "rescaled_score",
+]
+
+
+@dataclass(frozen=True)
+class PatchScores:
+    """Scores of the patches of clips.
+
+    Args:
+        clips: of each clip the file that was judged.
+        scores: [N, R, f, h, w] of R raters or passes, 1 to 5; NaN where one gave none. The patches divide clips evenly.
+        labeller: who judged, in words.
+    """
+
+    clips: Sequence[Path]
+    scores: NDArray[np.float64]
+    labeller: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,7 @@ class Ratings:
         scores: for each dimension [N, R], one column a rater, 1 to 5; NaN where a rater gave none.
         generators: the model that made each clip, if known.
         marks: for each clip the share to which each pixel is marked as damaged, float [H, W] in [0, 1], if known.
+        patches: scores of the patches of the same clips, if known.
     """
 
     source: str
@@ -36,6 +61,7 @@ class Ratings:
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     generators: list[str] | None = None
     marks: list[NDArray[np.float32]] | None = None
+    patches: PatchScores | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,6 +1,8 @@
 """Scores of single clips, in the layouts they are published in."""
 
 import logging
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from halo_fast.data.importers.base import Ratings, read_array, read_scores, rescaled_score
+from halo_fast.data.importers.base import PatchScores, Ratings, read_array, read_scores, rescaled_score
 from halo_fast.data.records import Row, exists, is_empty, read_records, required_text
 from halo_fast.errors import UserError
 
@@ -21,6 +23,8 @@ _FETV = {"static_quality": "static", "temporal_quality": "temporal", "text_align
 FETV_COLUMNS = tuple(f"{short}_h0" for short in _FETV.values())
 """Columns by which FETV's table of ratings is known."""
 
+_MOST_SCORES = 100_000_000
+
 # columns of a plain table that are numbers but no scores
 _NO_SCORES = {
     *("", "id", "index", "row", "seed", "split", "fps", "frames", "num_frames", "width", "height", "duration", "size"),
@@ -29,7 +33,11 @@ _NO_SCORES = {
 
 
 def _fetv(folder: Path) -> Ratings:
-    """Folder with clips.csv, row by row three raters' scores, and an npz of the clips (FETV)."""
+    """Folder with clips.csv, row by row three raters' scores, and an npz of the clips (FETV).
+
+    If patch_labels.csv is there, a vision-language model scored the patches of the clips in videos/, whose names begin
+    with the row's number.
+    """
     path = folder / "clips.csv"
     rows = read_records(path)
     missing = [name for name in ("prompt", "model") if rows and name not in rows[0]]
@@ -44,7 +52,45 @@ def _fetv(folder: Path) -> Ratings:
         [row["prompt"] for row in rows],
         fetv_scores(path, rows),
         [row["model"] for row in rows],
+        patches=_fetv_patches(folder, len(rows)) if (folder / "patch_labels.csv").exists() else None,
     )
+
+
+def _fetv_patches(folder: Path, count: int) -> PatchScores:
+    """The patch scores of `count` clips: rows of row, pass, half, patch_row, patch_column, score.
+
+    Raises:
+        UserError: a missing column or clip, no number, a patch that a pass scored twice.
+    """
+    path = folder / "patch_labels.csv"
+    columns = ("row", "pass", "half", "patch_row", "patch_column")
+    named = {file: re.match(r"\d+(?=_)", file.name) for file in sorted((folder / "videos").glob("*.mp4"))}
+    files = {int(number[0]): file for file, number in named.items() if number}
+    missing = [row for row in range(count) if row not in files]
+    if missing:
+        raise UserError(f"{folder / 'videos'}: expected a clip {missing[0]:03d}_*.mp4, got none; put it there")
+    found: dict[tuple[int, ...], float] = {}
+    for number, row in enumerate(read_records(path), 1):
+        place = f"{path}: row {number}"
+        try:
+            key = tuple(int(row[name]) for name in columns)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{place}: expected whole numbers in {', '.join(columns)}, got {dict(row)}") from error
+        if not (0 <= key[0] < count and min(key) >= 0):
+            raise UserError(f"{place}: expected a clip from 0 to {count - 1} and places from 0 on, got {key}")
+        if key in found:
+            raise UserError(f"{place}: pass {key[1]} scores this patch twice; keep one row")
+        found[key] = rescaled_score(row.get("score"), 1, 5, "score", place)
+    if not found:
+        raise UserError(f"{path}: expected at least one row, got none")
+    passes = {name: index for index, name in enumerate(sorted({key[1] for key in found}))}
+    grid = [1 + max(key[axis] for key in found) for axis in (2, 3, 4)]
+    if count * len(passes) * math.prod(grid) > _MOST_SCORES:
+        raise UserError(f"{path}: expected patches of one grid, got numbers up to {[side - 1 for side in grid]}")
+    scores = np.full((count, len(passes), *grid), np.nan)
+    for (row_number, name, *patch), score in found.items():
+        scores[(row_number, passes[name], *patch)] = score
+    return PatchScores([files[row] for row in range(count)], scores, "a vision-language model")
 
 
 def fetv_scores(path: Path, rows: Sequence[Row]) -> dict[str, NDArray[np.float64]]:
@@ -79,6 +125,28 @@ def _video_feedback(path: Path, rows: Sequence[Row]) -> Ratings:
         clips.append(existing[0])
     prompts = [required_text(row, "text prompt", f"{path}: row {number}") for number, row in enumerate(rows, 1)]
     return Ratings("VideoFeedback", clips, prompts, read_scores(path, rows, columns, 1, 4))
+
+
+def _eval_muse(path: Path, rows: Sequence[Row]) -> Ratings:
+    """Table with img_path, prompt and total_score, a list of raters' scores from 1 to 5 (EvalMuse)."""
+    clips: list[Path] = []
+    given: list[list[float]] = []
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: row {number}"
+        name = required_text(row, "img_path", place)
+        found = [path.parent / folder / name for folder in ("images", ".")]
+        existing = [file for file in found if exists(file)]
+        if not existing:
+            raise UserError(f"{place}: no picture {name!r}; expected {found[0]} or {found[1]}")
+        clips.append(existing[0])
+        scores = row.get("total_score")
+        listed = scores if isinstance(scores, list | tuple | np.ndarray) else [scores]
+        given.append([rescaled_score(score, 1, 5, "total_score", place) for score in listed])
+    table = np.full((len(rows), max(map(len, given)) or 1), np.nan)
+    for number, scores_of_row in enumerate(given):
+        table[number, : len(scores_of_row)] = scores_of_row
+    prompts = [required_text(row, "prompt", f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    return Ratings("EvalMuse", clips, prompts, {"text_alignment": table})
 
 
 def _plain(path: Path, rows: Sequence[Row]) -> Ratings:
@@ -176,5 +244,6 @@ def _score_tables(
 FOLDERS: dict[tuple[str, ...], Callable[[Path], Ratings]] = {("clips.csv", "*.npz"): _fetv}
 TABLES: dict[tuple[str, ...], Callable[[Path, Sequence[Row]], Ratings]] = {
     ("id", "text prompt", "visual quality"): _video_feedback,
+    ("img_path", "prompt", "total_score"): _eval_muse,
     ("video", "prompt"): _plain,
 }

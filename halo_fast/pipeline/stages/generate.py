@@ -22,6 +22,7 @@ from halo_fast.files import progress, write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
 from halo_fast.rewards import RewardModel
+from halo_fast.rewards.model import model_folder
 
 __all__ = ["generate", "varies_imports", "warn_of_prompts"]
 
@@ -97,7 +98,7 @@ def _reward_model(config: Config) -> Path:
         raise UserError(
             "reward_model: required by the strategy repair; give the folder of a trained one, such as runs/first/reward"
         )
-    return Path(config.reward_model)
+    return model_folder(config.reward_model)
 
 
 def warn_of_prompts(prompts: Sequence[str], config: Config) -> None:

@@ -12,12 +12,13 @@ import torch
 from halo_fast.data.clips import read_clip
 from halo_fast.data.labels import has_scores, join_labels
 from halo_fast.errors import UserError
-from halo_fast.files import write_csv
+from halo_fast.files import progress, scratch_tensor, write_csv
 from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
 from halo_fast.rewards.examples import add_examples
+from halo_fast.rewards.model import model_folder
 
 __all__ = ["read_labels", "train_reward"]
 
@@ -35,7 +36,7 @@ def train_reward(config: Config, run: Run) -> None:
         UserError: no annotated clips, or one that cannot be read.
     """
     if config.reward_model:
-        _take_trained(Path(config.reward_model), run)
+        _take_trained(model_folder(config.reward_model), run)
         return
     clips = run_clips(run)
     labels = _tables(config, run)
@@ -44,7 +45,7 @@ def train_reward(config: Config, run: Run) -> None:
     with run.stage("reward", settings, labels | clips.inputs) as stage:
         if stage.done:
             return
-        model_config, data = read_labels(list(labels.values()), clips, patches=reward.patch_steps > 0)
+        model_config, data = read_labels(list(labels.values()), clips, reward.patch_steps > 0, stage.folder)
         try:
             if reward.examples:
                 data = add_examples(data, reward.examples, reward.num_examples, config.seed)
@@ -87,15 +88,16 @@ def _tables(config: Config, run: Run) -> dict[str, Path]:
 
 
 def read_labels(
-    tables: Sequence[Path], clips: RunClips, patches: bool = True
+    tables: Sequence[Path], clips: RunClips, patches: bool = True, folder: Path | None = None
 ) -> tuple[RewardModelConfig, LabelledClips]:
-    """The labelled clips in memory (F * H * W * 3 bytes each), and the model's config that fits them.
+    """The labelled clips, F * H * W * 3 bytes each, and the model's config that fits them.
 
     Args:
         tables: labels.parquet of one or several; rows whose status is not "ok" are left out. Of a clip in several the
             scores of the first count, and those of the next where it has none.
         clips: of the run.
         patches: whether a label of a patch is needed; without any the model scores whole videos only.
+        folder: on whose disk the clips' frames lie; None keeps them in memory.
 
     Raises:
         UserError: no usable label, a clip that is missing or unreadable, clips of several sizes.
@@ -109,10 +111,7 @@ def read_labels(
     if strays:
         raise UserError(f"{place}: clip {strays[0]} is not in {clips.folder}; run `halo annotate --force`")
     found = [known[row.clip_id] for row in rows]
-    videos = [read_clip(clips.folder / clip.video) for clip in found]
-    sizes = {tuple(video.shape) for video in videos}
-    if len(sizes) > 1:
-        raise UserError(f"{clips.folder}: expected clips of one size, got {sorted(sizes)}; make them alike")
+    videos = _read_videos([clips.folder / clip.video for clip in found], clips.folder, folder)
     # a dimension without any score would be made up by the model
     video_dimensions = _scored([row.video for row in rows])
     patch_dimensions = _scored([row.patches for row in rows])
@@ -126,7 +125,7 @@ def read_labels(
         [[row.patches.get(name, missing) for name in patch_dimensions] for row in rows], dtype=torch.float32
     )
     data = LabelledClips(
-        torch.stack(videos),
+        videos,
         [clip.prompt for clip in found],
         torch.tensor([[row.video.get(name, math.nan) for name in video_dimensions] for row in rows]),
         patch_scores.reshape(len(rows), len(patch_dimensions), *rows[0].grid),
@@ -134,6 +133,20 @@ def read_labels(
         patch_dimensions,
     )
     return RewardModelConfig(video_dimensions, patch_dimensions, *(clips.factors() or ())), data
+
+
+def _read_videos(files: Sequence[Path], place: Path, folder: Path | None) -> torch.Tensor:
+    """The frames of clips of one size, uint8 [N, F, H, W, 3]; one clip after another is decoded."""
+    first = read_clip(files[0])
+    videos, sizes = scratch_tensor(folder, (len(files), *first.shape), torch.uint8), set()
+    for index, file in enumerate(progress(files, len(files), "clips")):
+        video = read_clip(file)
+        sizes.add(tuple(video.shape))
+        if video.shape == first.shape:
+            videos[index] = video
+    if len(sizes) > 1:
+        raise UserError(f"{place}: expected clips of one size, got {sorted(sizes)}; make them alike")
+    return videos
 
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
