@@ -1,14 +1,15 @@
 """Figures of a base and an aligned model on the same prompts and seeds; plain functions of arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from halo_fast.agreement.figures import bootstrap_interval, spearman
+from halo_fast.data.tables import EvaluatedRow
 
-__all__ = ["DEFECTIVE", "compare_arms", "compare_rewards", "rates_by_kind", "severity_mitigated"]
+__all__ = ["DEFECTIVE", "arm_columns", "compare_arms", "compare_rewards", "rates_by_kind", "severity_mitigated"]
 
 DEFECTIVE = 0.25
 """A patch whose severity is above this is defective; severity is in [0, 1]."""
@@ -45,6 +46,28 @@ def rates_by_kind(severity: ArrayLike, by_kind: ArrayLike) -> NDArray[np.float64
     severity, by_kind = np.asarray(severity), np.asarray(by_kind)
     kinds = np.arange(len(by_kind)).reshape(-1, *[1] * severity.ndim)
     return ((by_kind.argmax(axis=0) == kinds) & (severity > DEFECTIVE)).reshape(len(by_kind), -1).mean(axis=1)
+
+
+def arm_columns(rows: Sequence[EvaluatedRow], arm: str) -> dict[str, NDArray[Any]]:
+    """What was measured of an arm's clips, by the names of columns: [N], or [N, P] of patches.
+
+    Args:
+        rows: of both arms; a prompt's clips are in the same place among those of their arm.
+        arm: "base" or "aligned".
+
+    Returns:
+        severity, severity_<kind> and the meter's other readings in float64; video_<dimension> and patch_<dimension> in
+        float32, as the reward model gives them.
+    """
+    own = [row for row in rows if row.arm == arm]
+    columns: dict[str, NDArray[Any]] = {"severity": np.array([row.severity for row in own])}
+    for prefix, name, kind in (
+        ("severity_", "kinds", np.float64), ("", "readings", np.float64),
+        ("video_", "video_scores", np.float32), ("patch_", "patch_scores", np.float32),
+    ):  # fmt: skip
+        found = [getattr(row, name) for row in own]
+        columns |= {f"{prefix}{key}": np.array([one[key] for one in found], dtype=kind) for key in found[0]}
+    return columns
 
 
 def compare_arms(

@@ -12,9 +12,10 @@ from halo_fast.data.imports import ImportedRow
 from halo_fast.data.sources import LeftOutRow
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow
 
-__all__ = ["Section", "summarise"]
+__all__ = ["Section", "format_section", "summarise"]
 
 _WORST = 10
+_WIDEST = 72  # characters of a cell in the terminal
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 
 
@@ -25,6 +26,15 @@ class Section:
     title: str
     columns: list[str]
     rows: list[list[str]]
+
+
+def format_section(section: Section) -> str:
+    """A section as a title and aligned columns."""
+    rows = [section.columns, *section.rows] if any(section.columns) else section.rows
+    cells = [[cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 3]}..." for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([section.title, *(f"  {line}" for line in lines)])
 
 
 def summarise(

@@ -1,7 +1,7 @@
 """The tables of a run as typed rows: a frozen dataclass a table, stored as parquet.
 
 A field of type `dict[str, ...]` holds one column for each of its keys, named by its prefix: the score
-video["visual_quality"] is the column video_visual_quality.
+video["visual_quality"] is the column video_visual_quality. A column belongs to the longest prefix that it begins with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from halo_fast.files import read_table, write_parquet
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["CacheRow", "ClipRow", "LabelRow", "PairRow", "ScoreRow", "read_rows", "write_rows"]
+__all__ = ["CacheRow", "ClipRow", "EvaluatedRow", "LabelRow", "PairRow", "ScoreRow", "read_rows", "write_rows"]
 
 Row = TypeVar("Row")
 
@@ -136,6 +136,41 @@ class PairRow:
 
 
 @dataclass(frozen=True)
+class EvaluatedRow:
+    """A clip of one arm and everything that was measured of it, in the clips.parquet of evaluate.
+
+    Args:
+        clip_id: the clip.
+        arm: "base" or "aligned".
+        prompt_id: number of its prompt.
+        prompt: the prompt.
+        seed: of its noise; both arms have a clip of every prompt and seed.
+        video: file of its frames, relative to the table's folder.
+        severity: how defective each patch is, 0 to 1, frame by frame, row by row.
+        kinds: its split by kind of defect, where the meter knows kinds.
+        readings: whatever else the meter reads, a number of the clip each.
+        video_scores: the reward model's score of each video dimension.
+        patch_scores: its scores of all patches for each patch dimension.
+        change: mean absolute difference of successive frames, 0 to 1; 0 of a single frame.
+        look: mean colours of the boxes of a coarse grid, for how much clips differ.
+    """
+
+    clip_id: str
+    arm: str
+    prompt_id: int
+    prompt: str
+    seed: int
+    video: str
+    severity: list[float] = field(default_factory=list, metadata={"type": "list<float64>"})
+    kinds: dict[str, list[float]] = _columns("severity_", "list<float64>")
+    readings: dict[str, float] = _columns("", "float64")
+    video_scores: dict[str, float] = _columns("video_", "float64")
+    patch_scores: dict[str, list[float]] = _columns("patch_", "list<float64>")
+    change: float = math.nan
+    look: list[float] = field(default_factory=list, metadata={"type": "list<float32>"})
+
+
+@dataclass(frozen=True)
 class CacheRow:
     """A cached file, in index.parquet.
 
@@ -182,13 +217,14 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     A field with a default may have no column, as in tables that were written before there was one.
 
     Raises:
-        UserError: the file is missing, damaged, or lacks a column.
+        UserError: the file is missing, damaged, or lacks a column whose field has no default.
     """
     table = read_table(path)
     columns = fields(kind)  # type: ignore[arg-type]
     own = [one for one in columns if "prefix" not in one.metadata]
     prefixed = [one for one in columns if "prefix" in one.metadata]
-    missing = [one.name for one in own if one.name not in table.column_names and one.default is MISSING]
+    required = [one.name for one in own if one.default is MISSING and one.default_factory is MISSING]
+    missing = [name for name in required if name not in table.column_names]
     if missing:
         raise UserError(
             f"{path}: expected a column {missing[0]!r}, got {', '.join(table.column_names)}; make the table again"
@@ -198,9 +234,12 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[Field[Any]]) -> dict[str, Any]:
     values = {one.name: row[one.name] for one in own if one.name in row}
-    for one in prefixed:
+    # the longest prefix comes first and takes its columns away from shorter ones
+    left = {name: value for name, value in row.items() if name not in values}
+    for one in sorted(prefixed, key=lambda one: -len(one.metadata["prefix"])):
         prefix = one.metadata["prefix"]
-        values[one.name] = {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
+        names = [name for name in left if name.startswith(prefix)]
+        values[one.name] = {name.removeprefix(prefix): left.pop(name) for name in names}
     return values
 
 

@@ -5,14 +5,12 @@ from pathlib import Path
 
 from halo_fast.data.imports import ImportedRow
 from halo_fast.data.sources import LeftOutRow
-from halo_fast.data.summary import Section, summarise
+from halo_fast.data.summary import Section, format_section, summarise
 from halo_fast.data.tables import read_rows
 from halo_fast.files import write_bytes
 from halo_fast.pipeline.clips import read_run_data
 
 __all__ = ["inspect_run"]
-
-_WIDEST = 72  # characters of a cell in the terminal
 
 
 def inspect_run(run: Path, page: Path | None = None) -> str:
@@ -36,16 +34,7 @@ def inspect_run(run: Path, page: Path | None = None) -> str:
     sections = summarise(data.clips, data.labels, data.pairs, imported, left_out)
     file = Path(page) if page is not None else run / "inspect.html"
     write_bytes(file, _page(run.resolve().name, sections).encode())
-    return "\n\n".join([*map(_text, sections), f"page: {file}"])
-
-
-def _text(section: Section) -> str:
-    """A section as aligned columns."""
-    rows = [section.columns, *section.rows] if any(section.columns) else section.rows
-    cells = [[cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 3]}..." for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([section.title, *(f"  {line}" for line in lines)])
+    return "\n\n".join([*map(format_section, sections), f"page: {file}"])
 
 
 def _page(title: str, sections: Sequence[Section]) -> str:

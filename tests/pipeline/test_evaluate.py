@@ -15,6 +15,7 @@ from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 from halo_fast.agreement.arms import compare_arms, compare_rewards, rates_by_kind, severity_mitigated
 from halo_fast.agreement.figures import bootstrap_interval, spearman
 from halo_fast.data.clips import read_clip
+from halo_fast.data.tables import EvaluatedRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.families import load
 from halo_fast.families.sampling import clip_seed, sample_clips
@@ -149,6 +150,7 @@ def aligned_run(folder: Path, scale: float = 2.0) -> Run:
     """A run directory as it is before evaluate: a random LoRA and a random reward model."""
     config = tiny_config(folder)
     config.evaluation_prompts = config.prompts
+    config.generate.crf = None  # what is measured on the files is compared with what was sampled
     config.evaluate = EvaluateConfig(num_prompts=3, meter="reward", bootstrap=20)
     run = Run(config)
     with run.stage("train", {}, {}) as stage:
@@ -218,6 +220,32 @@ def test_metrics_are_those_of_the_clips(evaluated):
     assert "patch_spearman" not in metrics
 
 
+def test_what_is_counted_is_printed_and_kept_as_figures(evaluated, capsys):
+    evaluate(evaluated.config, evaluated)
+    printed = capsys.readouterr().out
+    for words in (
+        "two-stage",
+        "end-to-end",
+        "persistence",
+        "win rate",
+        "what a video preference cannot see",
+        "diversity",
+    ):
+        assert words in printed
+    figures = json.loads((evaluated.path / "evaluate" / "analysis.json").read_text())["figures"]
+    metrics = json.loads((evaluated.path / "metrics.json").read_text())
+    for arm in ("base", "aligned"):
+        assert figures["two_stage"]["severity"][arm]["value"] == pytest.approx(metrics[f"{arm}_severity"])
+        assert figures["sizes"]["defective patches"][arm]["value"] == pytest.approx(metrics[f"{arm}_defect_rate"])
+    rows = read_rows(evaluated.path / "evaluate" / "clips.parquet", EvaluatedRow)
+    for row in rows:
+        video = read_clip(evaluated.path / "evaluate" / row.video).double() / 255
+        assert row.change == pytest.approx((video[1:] - video[:-1]).abs().mean().item(), abs=1e-6)
+        # the first box in colour red: the first half of the frames, the upper left 64th of the picture
+        frames, side = -(-video.shape[0] // 2), [-(-length // 8) for length in video.shape[1:3]]
+        assert row.look[0] == pytest.approx(video[:frames, : side[0], : side[1], 0].mean().item(), abs=1e-5)
+
+
 def test_a_lora_of_nothing_changes_nothing(tmp_path):
     run = aligned_run(tmp_path, scale=0.0)
     evaluate(run.config, run)
@@ -269,6 +297,21 @@ def test_a_meter_of_ones_own_has_a_dotted_name(tmp_path):
     assert metrics["meter_clean_reading"] == 0.25 and "patch_spearman" in metrics
     manifest = json.loads((run.path / "evaluate" / "manifest.json").read_text())
     assert manifest["inputs"]["darkness"] == hash_file(__file__)
+
+
+class Heat(Darkness):
+    """A meter that gives a number of every patch under a name that stands for one of the clip."""
+
+    def __call__(self, videos, prompts):
+        found = super().__call__(videos, prompts)
+        return found | {"heat": found["severity"]}
+
+
+def test_a_reading_of_every_patch_under_another_name_is_refused(tmp_path):
+    run = aligned_run(tmp_path)
+    run.config.evaluate.meter = f"{__name__}:Heat"
+    with pytest.raises(UserError, match=r"evaluate.meter: .*:Heat gives 12 numbers of a clip as 'heat', expected one"):
+        evaluate(run.config, run)
 
 
 def test_mistakes_are_named(tmp_path):
