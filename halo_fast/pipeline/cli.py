@@ -144,9 +144,17 @@ def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
     if name == "train":
         parser.add_argument("--dry-run", action="store_true", help="Print plan, memory and time of a step and stop.")
+    if name == "report":
+        parser.add_argument("--compare", nargs="+", metavar="RUN", help="Compare these run directories on one page.")
     config, settings = parse_config(parser, _sources_as_setting(arguments) if name == "import" else arguments)
     if settings.print_config:
         print(to_yaml(config), end="")
+        return
+    if name == "report" and settings.compare:
+        page = registry.load("halo_fast.pipeline.report.several:compare_runs")(
+            settings.compare, config.report.num_clips
+        )
+        print(f"report: {page}")
         return
     run = Run(config, force=settings.force)
     if name == "run":

@@ -94,10 +94,10 @@ class ReportConfig:
     """The HTML page.
 
     Args:
-        num_clips: held-out prompts whose clips are on the page, base beside aligned.
+        num_clips: held-out prompts whose clips are on the page, base beside aligned; null for all.
     """
 
-    num_clips: Annotated[int, Ge(1)] = 8
+    num_clips: Annotated[int, Ge(1)] | None = 64
 
 
 @dataclass

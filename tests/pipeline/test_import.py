@@ -95,7 +95,7 @@ def test_fetv_from_the_import_to_the_report(tmp_path, model, capsys):
     assert len(list((run / "cache" / "latents").iterdir())) == 50
     assert len(read_rows(run / "pairs" / "pairs.parquet", PairRow)) == 25
     assert (run / "train" / "lora" / "pytorch_lora_weights.safetensors").exists()
-    assert "<video" in (run / "report" / "report.html").read_text()
+    assert '<figure class="screen' in (run / "report" / "report.html").read_text()
 
 
 def _check_fetv_labels(fetv: Path, run: Path) -> None:

@@ -19,7 +19,9 @@ from halo_fast.judges.dimensions import temporal_flickering
 from halo_fast.pipeline.arguments import build_parser, parse_config
 from halo_fast.pipeline.config import Config, EvaluateConfig
 from halo_fast.pipeline.judging import JUDGES_FILE, check_judges, judge_arms
-from halo_fast.pipeline.report.page import render_page
+from halo_fast.pipeline.report.clips import cards_of
+from halo_fast.pipeline.report.page import write_page
+from halo_fast.pipeline.report.runs import read_run
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.evaluate import evaluate
 from halo_fast.rewards import RewardModel, RewardModelConfig
@@ -146,7 +148,7 @@ def test_a_reward_that_rises_while_a_judge_falls_is_warned_of(run, caplog, capsy
     assert "training reward (optimised)" in printed and "temporal_flickering" in printed and "-0.500" in printed
 
 
-def test_without_an_independent_judge_there_is_a_warning(run, caplog):
+def test_without_an_independent_judge_there_is_a_warning(run, caplog, tmp_path):
     # amounts are no judge either
     config = Config(**vars(run.config) | {"evaluate": EvaluateConfig(num_prompts=3, bootstrap=5, judges=["frames"])})
     judge_arms(config, run)
@@ -158,17 +160,18 @@ def test_without_an_independent_judge_there_is_a_warning(run, caplog):
     assert len(judges_of(run)["warnings"]) == 1
     own = next(judge for judge in judges_of(run)["judges"] if judge["name"] == "reward_model")
     assert own["optimised"]
-    page = render_page_of(judges_of(run))
+    page = page_of(run, tmp_path / "report.html")
     assert "<strong>Warning.</strong> evaluate.judges names no judge" in page and "reward_model (optimised)" in page
 
 
-def render_page_of(judges: dict) -> str:
-    metrics = {"num_prompts": 3, "base_defect_rate": 0.5, "aligned_defect_rate": 0.4, "per_kind": {}, "fidelity": {}}
-    metrics |= {"base_severity": 0.5, "aligned_severity": 0.4, "reward_base": {}, "reward_aligned": {}}
-    return render_page(
-        judges, title="t", metrics=metrics | {"meter_clean_reading": 0.0}, probes=[], notes=None, clips=[], charts=[],
-        counts={}, settings="", versions={},
+def page_of(run: Run, path: Path) -> str:
+    view = read_run(run.path)
+    cards = cards_of([("", view.folder, view.rows, tuple(run.config.grid), run.config.generate.fps)], 1)
+    write_page(
+        path, "page.html.j2", cards, title="t", run=view, judges=view.judges, notes=None, charts=[], counts={},
+        settings="", versions={},
     )  # fmt: skip
+    return path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,32 @@
-"""The page of a run: what it holds, what it leaves out, and that a real browser plays its clips."""
+"""The page of a run: what it holds and leaves out, files beside it, several runs, and all of it in a real browser."""
 
 import base64
+import csv
 import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import time
-import urllib.request
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from browser import PROGRAM, Browser
 from recipe import demo_config
 
+from halo_fast.agreement.analysis import Rule, analyse, analysis_as_json, analysis_sections
 from halo_fast.data.clips import write_clip
+from halo_fast.data.tables import EvaluatedRow, write_rows
 from halo_fast.demo import WEIGHTS
 from halo_fast.errors import UserError
-from halo_fast.files import hash_file, write_csv, write_json, write_parquet
+from halo_fast.files import hash_file, write_csv, write_json
+from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.report.chart import Series, line_chart
-from halo_fast.pipeline.report.clips import browser_video, severity_strip
+from halo_fast.pipeline.report.clips import browser_picture, browser_video, cards_of, frame_layers
+from halo_fast.pipeline.report.several import compare_runs
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.report import write_report
 
@@ -68,7 +72,7 @@ def clip(number: int, arm: str) -> np.ndarray:
     return frames
 
 
-def make_run(folder, metrics=METRICS, prompts=5, meter="demo") -> Run:
+def make_run(folder, metrics=METRICS, prompts=5, meter="demo", better=0.0) -> Run:
     config = demo_config(output_dir=str(folder / "run"))
     config.evaluate.num_prompts, config.evaluate.bootstrap = prompts, 7
     config.evaluate.meter, config.report.num_clips = meter, 4
@@ -113,22 +117,35 @@ def make_run(folder, metrics=METRICS, prompts=5, meter="demo") -> Run:
         ]
         write_csv(stage.folder / "diagnostics.csv", rows)
         stage.finish({"steps": 100, "pairs": 96})
-    with run.stage("evaluate", {"meter": meter, "num_prompts": prompts, "bootstrap": 7}, {}) as stage:
-        generator, rows = np.random.default_rng(1), []
-        for number in range(prompts):
-            for arm in ("base", "aligned"):
-                name = f"videos/{arm}/p{number}.mp4"
-                write_clip(stage.folder / name, torch.from_numpy(clip(number, arm)), 8)
-                severity = generator.uniform(0, 0.15, GRID)
-                if arm == "base":
-                    severity[1:, 1, 2] = 0.9, 0.6
-                prompt = HOSTILE if number == 0 else f"a green {number} drifts left over a dark field"
-                row = {"clip_id": f"p{number}", "arm": arm, "prompt": prompt, "seed": number, "video": name}
-                rows.append({**row, "severity": severity.ravel().tolist()})
-        write_parquet(stage.folder / "clips.parquet", pyarrow.Table.from_pylist(rows))
+    settings = {"meter": meter, "num_prompts": prompts, "bootstrap": 7, "grid": GRID}
+    with run.stage("evaluate", settings | {"generate": {"fps": 8}}, {}) as stage:
+        rows = [measured(number, arm, better) for arm in ("base", "aligned") for number in range(prompts)]
+        for number, row in enumerate(rows):
+            write_clip(stage.folder / row.video, torch.from_numpy(clip(number % prompts, row.arm)), 8)
+        write_rows(stage.folder / "clips.parquet", rows)
         write_json(stage.folder / "metrics.json", metrics)
+        analysis = analyse(rows, GRID, Rule({}, 0.4, resamples=10))
+        tables = [asdict(section) for section in analysis_sections(analysis)]
+        write_json(stage.folder / "analysis.json", {"figures": analysis_as_json(analysis), "tables": tables})
         stage.finish({"prompts": prompts})
     return run
+
+
+def measured(number: int, arm: str, better: float) -> EvaluatedRow:
+    """A clip's row: the base's has a severe flicker in place (1, 2) of the second and third layer."""
+    severity = np.random.default_rng([number, arm == "base"]).uniform(0, 0.15, GRID) * (1 - better)
+    if arm == "base":
+        severity[1:, 1, 2] = 0.9, 0.6
+    flat = severity.ravel().tolist()
+    prompt = HOSTILE if number == 0 else f"a green {number} drifts left over a dark field"
+    return EvaluatedRow(
+        f"{arm}_p{number}", arm, number, prompt, number, f"videos/{arm}/p{number}.mp4", flat,
+        kinds={"flicker": flat, "smear": [value / 2 for value in flat]},
+        readings={"fidelity_correct": 1.0},
+        video_scores={"visual_quality": 5 - 4 * float(severity.mean())},
+        patch_scores={"quality": (5 - 4 * severity).ravel().tolist()},
+        change=0.1, look=[0.1 * number] * 3,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +200,8 @@ def test_page_holds_headline_tables_and_every_setting(run, page):
         "digit 74.0% 80.0%",
         "video visual quality 2.75 4.50",
         "train 100 steps, 96 pairs",
+        "persistence",
+        "p, sign test",
     ):
         assert words in text
     for setting in (
@@ -190,8 +209,10 @@ def test_page_holds_headline_tables_and_every_setting(run, page):
         "bootstrap: 7",
         "pretrained_model_name_or_path: demo:graded",
         "num_clips: 4",
+        "sha256 of outputs",
     ):
         assert setting in text
+    assert hash_file(run.path / "evaluate" / "clips.parquet") in text
     # of stages that this directory does not hold nothing is known
     assert "num_inference_steps" not in text
 
@@ -246,11 +267,12 @@ def test_page_is_self_contained_and_accessible(page):
         for key, value in attributes.items()
         if key in ("src", "href", "poster")
     ]
-    assert links and all(link.startswith("data:") for link in links)
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    places = {attributes["id"] for _, attributes in elements.found if "id" in attributes}
+    assert {link[1:] for link in links if link[0] == "#"} <= places
     assert not re.search(r"url\(|@import|=\s*[\"']?https?://", page)
-    assert len(elements.all("video")) == 8
-    for video in elements.all("video"):
-        assert {"muted", "autoplay", "loop", "playsinline"} <= video.keys() and video["aria-label"]
+    clips = [image["alt"] for image in elements.all("img")]
+    assert len(clips) == 8 and set(clips) == {"base: first frame", "aligned: first frame"}
     pictures = elements.all("svg")
     assert pictures and all(picture["role"] == "img" and picture["aria-label"] for picture in pictures)
     assert elements.all("html")[0]["lang"] == "en" and "viewport" in [meta.get("name") for meta in elements.all("meta")]
@@ -259,7 +281,8 @@ def test_page_is_self_contained_and_accessible(page):
 def test_text_from_users_is_escaped(page):
     elements = Elements(page)
     assert HOSTILE in elements.text
-    assert len(elements.all("script")) == 1 and "alert(1)</script>" not in page
+    assert [script.get("type") for script in elements.all("script")] == [None, *["text/plain"] * 8, None]
+    assert "alert(1)</script>" not in page
 
 
 def test_a_missing_key_leaves_its_row_out(tmp_path):
@@ -282,7 +305,7 @@ def test_report_is_reproducible(run, page, tmp_path):
 
 def test_embedded_clip_is_h264_for_browsers_and_true_to_its_source():
     frames = clip(0, "base")
-    data = base64.b64decode(browser_video(frames, 8).partition("base64,")[2])
+    data = base64.b64decode(browser_video(frames, 8))
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -310,7 +333,7 @@ print(hashlib.sha256(browser_video(frames, 8).encode()).hexdigest())
 
 def test_odd_clip_sides_are_made_even():
     frames = np.zeros((2, 33, 201, 3), np.uint8)
-    data = base64.b64decode(browser_video(frames, 8).partition("base64,")[2])
+    data = base64.b64decode(browser_video(frames, 8))
     with av.open(io.BytesIO(data)) as container:
         assert container.streams.video[0].height % 2 == container.streams.video[0].width % 2 == 0
 
@@ -322,31 +345,88 @@ def test_unreadable_clip_is_named(tmp_path):
         write_report(run.config, run)
 
 
-def test_severity_strip_places_every_patch():
-    severity = np.zeros(GRID)
-    severity[2, 3, 1] = 0.8
-    first, _, last = severity_strip(np.zeros((9, 32, 32, 3), np.uint8), severity.ravel(), GRID)
-    assert first.count("<rect") == last.count("<rect") == 16
-    assert "0 of 16 patches defective" in first and "1 of 16 patches defective" in last
-    (worst,) = re.findall(r"<rect class='cell defective' x='(\d+)' y='(\d+)' width='(\d+)' height='(\d+)'", last)
-    assert worst == ("8", "24", "8", "8")
+def test_large_clips_are_made_smaller():
+    frames = np.zeros((2, 720, 1280, 3), np.uint8)
+    data = base64.b64decode(browser_video(frames, 8))
+    with av.open(io.BytesIO(data)) as container:
+        assert (container.streams.video[0].height, container.streams.video[0].width) == (360, 640)
+    assert browser_picture(frames[0]).startswith("data:image/jpeg")
 
 
-def test_ragged_patches_cover_the_frame():
-    (picture,) = severity_strip(np.zeros((4, 7, 11, 3), np.uint8), [0.5] * 6, (1, 2, 3))
-    boxes = [tuple(map(int, box)) for box in re.findall(r"x='(\d+)' y='(\d+)' width='(\d+)' height='(\d+)'", picture)]
-    covered = np.zeros((7, 11), int)
-    for x, y, width, height in boxes:
-        covered[y : y + height, x : x + width] += 1
-    assert (covered == 1).all()
+@pytest.mark.parametrize(
+    ("frames", "layers", "expected"),
+    [
+        (9, 3, [0] + [1] * 4 + [2] * 4),
+        (9, 2, [0] + [1] * 8),
+        (6, 3, [0, 0, 1, 1, 2, 2]),
+        (4, 1, [0] * 4),
+        (2, 2, [0, 1]),
+    ],
+)
+def test_every_frame_has_the_layer_that_covers_it(frames, layers, expected):
+    assert frame_layers(frames, layers) == expected
+
+
+def test_everything_is_also_there_for_programs(run):
+    with open(run.path / "report" / "clips.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and {row["arm"] for row in rows} == {"base", "aligned"}
+    assert rows[0]["prompt"] == HOSTILE
+    severity = np.array(measured(0, "base", 0.0).severity)
+    assert float(rows[0]["severity"]) == pytest.approx(severity.mean())
+    assert float(rows[0]["defective_share"]) == pytest.approx(2 / 48)
+    (found,) = json.loads((run.path / "report" / "report.json").read_text()).values()
+    assert found["metrics"] == METRICS and len(found["clips"]) == 10
+    assert found["analysis"]["wins"]["severity"]["wins"] == 5
+    assert found["stages"]["evaluate"]["sha256 of outputs"]["metrics.json"] == hash_file(
+        run.path / "evaluate" / "metrics.json"
+    )
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
+    return make_run(first), make_run(second, better=0.5)
+
+
+def test_runs_are_compared_on_one_page(two_runs, capsys):
+    first, second = (run.path for run in two_runs)
+    assert main(["report", "--compare", str(first), str(second)]) == 0
+    page = second / "compare" / "report.html"
+    assert f"report: {page}" in capsys.readouterr().out
+    elements = Elements(page.read_text())
+    text = " ".join(elements.text.split())
+    names = [f"{path.parent.name}/run" for path in (first, second)]
+    for words in (", ".join(names), "0.580 → 0.070", "0.830 [0.790, 0.870]", "5 0 0 1.000"):
+        assert words in text
+    # both bases are the same files, so they are shown once
+    assert len([attributes for attributes in elements.all("figure") if "screen" in attributes["class"]]) == 5 * 3
+    assert HOSTILE in elements.text
+    means = [np.mean([measured(number, "aligned", better).severity for number in range(5)]) for better in (0.0, 0.5)]
+    assert f"{means[0]:.3f}" in text and f"{means[1]:.3f}" in text
+    with open(second / "compare" / "clips.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == set(names)
+
+
+def test_runs_that_cannot_be_compared_are_named(two_runs, tmp_path):
+    first = two_runs[0].path
+    with pytest.raises(UserError, match="--compare: expected at least two run directories, got "):
+        compare_runs([first])
+    with pytest.raises(UserError, match="--compare: expected different runs"):
+        compare_runs([first, first])
+    with pytest.raises(UserError, match="expected a run directory; run `halo evaluate` in it first"):
+        compare_runs([first, tmp_path])
+    other = make_run(tmp_path, prompts=1, meter="reward")
+    with pytest.raises(UserError, match=r"--compare: expected one evaluate.meter, got demo in .* and reward in "):
+        compare_runs([first, other.path])
 
 
 def test_wrong_number_of_severities_is_refused(tmp_path):
-    run = make_run(tmp_path, prompts=1, meter="reward")
-    run.config.grid = (3, 2, 2)
-    with pytest.raises(UserError, match="48 severities"):
-        write_report(run.config, run)
-    assert not (run.path / "report" / "report.html").exists()
+    rows = [measured(0, arm, 0.0) for arm in ("base", "aligned")]
+    with pytest.raises(UserError, match=r"base_p0 has 48 severities, expected one for each patch of grid \(3, 2, 2\)"):
+        cards_of([("", tmp_path, rows, (3, 2, 2), 8)], None)
+    with pytest.raises(UserError, match="no prompt has both a base and an aligned clip; redo evaluate"):
+        cards_of([("", tmp_path, rows[:1], GRID, 8)], None)
 
 
 def test_report_asks_for_the_stages_before_it(tmp_path):
@@ -372,56 +452,110 @@ def test_chart_axis_spans_its_values(values):
     assert labels == sorted(labels) and labels[0] <= min(values) and max(values) <= labels[-1] and len(labels) <= 8
 
 
-class Browser:
-    """A headless Chromium, driven by the WebDriver protocol."""
-
-    def __init__(self, profile) -> None:
-        self.process = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
-        line = next(line for line in self.process.stdout if "started successfully on port" in line)
-        self.address = "http://127.0.0.1:{}/session".format(re.search(r"port (\d+)", line)[1])
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-        flags += [
-            "--disable-component-update",
-            "--no-first-run",
-            "--window-size=1200,900",
-            f"--user-data-dir={profile}",
-        ]
-        self.session = self.send("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": flags}}}})
-        self.address += "/" + self.session["sessionId"]
-
-    def send(self, path, body):
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script):
-        return self.send("/execute/sync", {"script": script, "args": []})
-
-    def close(self):
-        urllib.request.urlopen(urllib.request.Request(self.address, method="DELETE"), timeout=60).close()
-        self.process.terminate()
-        self.process.wait()
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if PROGRAM is None:
+        pytest.skip("needs chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver")
-def test_clips_play_in_a_browser(run, tmp_path):
-    browser = Browser(tmp_path / "profile")
-    try:
-        browser.send("/url", {"url": (run.path / "report" / "report.html").resolve().as_uri()})
-        times = "return [...document.querySelectorAll('video')].map((v) => v.currentTime)"
-        deadline, seen = time.monotonic() + 20, [browser.run(times)]
-        while time.monotonic() < deadline and not all(len(set(clock)) > 2 for clock in zip(*seen, strict=True)):
-            time.sleep(0.1)
-            seen.append(browser.run(times))
-        assert all(len(set(clock)) > 2 for clock in zip(*seen, strict=True))
-        states = browser.run(
-            "return [...document.querySelectorAll('video')].map((v) => [v.videoWidth, v.paused, v.error === null])"
-        )
-        assert states == [[160, False, True]] * 8
-        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-        browser.run("document.querySelector('button').click()")
-        assert browser.run("return [...document.querySelectorAll('video')].every((v) => v.paused)")
-    finally:
-        browser.close()
+def trouble(browser) -> list[str]:
+    """What the browser logged as errors, uncaught exceptions included."""
+    return [
+        str(event["params"])
+        for event in browser.events
+        if event["method"] == "Runtime.exceptionThrown"
+        or (event["method"] == "Runtime.consoleAPICalled" and event["params"]["type"] in ("error", "warning"))
+        or (event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error")
+    ]
+
+
+VIDEOS = "[...document.querySelectorAll('video')]"
+
+
+def open_page(browser, path) -> None:
+    browser.events.clear()
+    browser.open(path.resolve().as_uri())
+    browser.until("document.readyState === 'complete'")
+    browser.until(f"{VIDEOS}.length > 0 && {VIDEOS}.every((v) => v.readyState >= 2)")
+
+
+def test_clips_play_in_step_and_the_slider_moves_both(run, browser):
+    open_page(browser, run.path / "report" / "report.html")
+    browser.until(f"(window.seen ??= new Set()).add({VIDEOS}[0].currentTime.toFixed(2)).size > 4")
+    assert browser.run(f"{VIDEOS}.every((v) => v.videoWidth === 160 && !v.paused && v.error === null)")
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    first = "document.querySelector('#c0000 input')"
+    browser.run(f"({first}.value = 6, {first}.dispatchEvent(new Event('input')))")
+    times = browser.until("((v) => v.every((x) => x.paused && !x.seeking) && v.map((x) => x.currentTime))"
+                          "([...document.querySelectorAll('#c0000 video')])")  # fmt: skip
+    assert times == pytest.approx([6.5 / 8] * 2)
+    spoken = "frame 7 of 9: base 1 patches defective, aligned 0 patches defective"
+    assert browser.run(f"{first}.getAttribute('aria-valuetext')") == spoken
+    browser.run(f"{first}.focus()")
+    browser.press("ArrowLeft")
+    browser.until("cards[0].frame === 5 && [...document.querySelectorAll('#c0000 video')].every((v) => !v.seeking)")
+    browser.run("document.getElementById('pause').click()")
+    assert browser.run(f"{VIDEOS}.every((v) => v.paused)")
+    assert not trouble(browser)
+
+
+def test_the_heat_map_shades_the_right_patch(run, browser):
+    open_page(browser, run.path / "report" / "report.html")
+    browser.run("document.getElementById('pause').click()")
+    browser.run("seek(cards[0], 8)")
+    # shade in the middle of each patch of the base's last layer
+    shades = browser.run("""(() => {
+        const canvas = cards[0].screens[0].canvas, pen = canvas.getContext("2d");
+        return Array.from({length: 16}, (_, k) =>
+            pen.getImageData((k % 4 + 0.5) * canvas.width / 4, (Math.floor(k / 4) + 0.5) * canvas.height / 4, 1, 1)
+                .data[3] / 255);
+    })()""")
+    severity = np.array(measured(0, "base", 0.0).severity).reshape(GRID)[2].ravel()
+    np.testing.assert_allclose(shades, 0.7 * severity, atol=0.012)
+    assert np.argmax(shades) == 6
+    browser.run("document.getElementById('heat').click()")
+    assert browser.run("getComputedStyle(cards[0].screens[0].canvas).display") == "none"
+
+
+def test_clips_are_found_sorted_and_reached_from_the_table(run, browser):
+    open_page(browser, run.path / "report" / "report.html")
+    shown = "cards.filter((c) => !c.hidden).sort((a, b) => a.compareDocumentPosition(b) & 4 ? -1 : 1).map((c) => c.id)"
+
+    def choose(name: str, value: str) -> list[str]:
+        field = f"document.getElementById('{name}')"
+        browser.run(f"({field}.value = {value!r}, {field}.dispatchEvent(new Event('input', {{bubbles: true}})))")
+        return browser.run(shown)
+
+    assert choose("find", "GREEN drifts") == ["c0001", "c0002", "c0003"]
+    assert browser.run("document.getElementById('count').textContent") == "3 of 4 prompts, 3 shown"
+    margins = {f"c{number:04d}": np.mean(measured(number, "base", 0.0).severity)
+               - np.mean(measured(number, "aligned", 0.0).severity) for number in range(4)}  # fmt: skip
+    choose("find", "")
+    assert choose("order", "worst") == sorted(margins, key=margins.get)
+    assert browser.run("[...document.querySelectorAll('#rows tbody a')].map((a) => a.hash.slice(1))") == sorted(
+        margins, key=margins.get
+    )
+    assert choose("kind", "flicker") == sorted(margins, key=margins.get)
+    assert choose("outcome", "worse") == []
+    # a link shows its clip, whatever was chosen
+    browser.run("document.querySelector(\"#rows a[href='#c0002']\").click()")
+    browser.until("document.activeElement.id === 'c0002' && !document.activeElement.hidden")
+    assert not trouble(browser)
+
+
+def test_players_exist_for_clips_in_view_alone(two_runs, tmp_path, browser):
+    run = make_run(tmp_path, prompts=30)
+    run.config.report.num_clips = None
+    write_report(run.config, run)
+    open_page(browser, run.path / "report" / "report.html")
+    assert browser.run("cards.filter((c) => !c.hidden).length") == 24
+    assert 0 < browser.run(f"{VIDEOS}.length") < 30
+    browser.run("document.getElementById('more').click()")
+    assert browser.run("cards.filter((c) => !c.hidden).length") == 30
+    browser.run("cards[29].scrollIntoView()")
+    browser.until("cards[29].videos?.every((v) => v.readyState >= 2) && !cards[0].videos")
+    assert browser.run(f"{VIDEOS}.length") < 30
+    open_page(browser, compare_runs([run.path for run in two_runs]))
+    assert browser.run("cards[0].videos.length") == 3 and not trouble(browser)

@@ -63,4 +63,4 @@ def test_a_run_whose_every_stage_was_killed_ends_as_an_undisturbed_one(tmp_path)
     metrics = json.loads((whole / "metrics.json").read_text())
     assert 0.25 <= metrics["base_defect_rate"] <= 1
     assert metrics["mitigated_interval"][0] <= metrics["mitigated"] <= metrics["mitigated_interval"][1]
-    assert (whole / "report" / "report.html").read_text().count("<video") >= 4
+    assert (whole / "report" / "report.html").read_text().count('<figure class="screen') >= 4

@@ -1,75 +1,205 @@
-"""Clips and frames in the form a browser shows: data: URIs and inline SVG."""
+"""The clips of a page: which there are, and each in the form a browser shows, made when the page is written."""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.data.clips import read_clip
+from halo_fast.data.tables import EvaluatedRow
 from halo_fast.errors import UserError
-from halo_fast.files import progress, read_table
+from halo_fast.files import hash_file
+from halo_fast.patches import PatchGrid
 
-__all__ = ["browser_picture", "browser_video", "compared_clips", "severity_strip"]
+__all__ = ["Card", "Media", "Screen", "browser_picture", "browser_video", "cards_of", "frame_layers", "media_of"]
 
-_SIDE = 160  # pixels: small clips are enlarged to this height
+_SMALL = 160  # pixels: lower clips are enlarged to about this height without smoothing
+_LARGE = 360  # pixels: higher ones are made smaller, so that hundreds fit on a page
 
 
-def compared_clips(folder: Path, count: int, grid: tuple[int, ...], fps: int) -> list[dict[str, Any]]:
-    """The first evaluated prompts and seeds that have a base and an aligned clip, as the template reads them.
+@dataclass(frozen=True)
+class Screen:
+    """A clip of one model.
 
     Args:
-        folder: of the stage evaluate.
-        count: prompts.
+        name: of the model.
+        file: of the clip.
+        row: what was measured.
         grid: patches along time, height and width.
         fps: frames a second.
+    """
+
+    name: str
+    file: Path
+    row: EvaluatedRow
+    grid: tuple[int, ...]
+    fps: int
+
+    @property
+    def mean(self) -> float:
+        """Mean severity of its patches."""
+        return float(np.mean(self.row.severity))
+
+    @property
+    def defective(self) -> int:
+        """How many of its patches are defective."""
+        return int((np.asarray(self.row.severity) > DEFECTIVE).sum())
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds that are severest in a defective patch; none where the meter knows no kinds."""
+        if not self.row.kinds:
+            return []
+        names = list(self.row.kinds)
+        bad = np.asarray(self.row.severity) > DEFECTIVE
+        severest = np.array([self.row.kinds[name] for name in names]).argmax(axis=0)[bad]
+        return [names[index] for index in np.unique(severest)]
+
+
+@dataclass(frozen=True)
+class Card:
+    """All models' clips of one prompt and seed; the first is the base's, the last the model that is looked at.
+
+    Args:
+        anchor: its address on the page.
+        prompt: the prompt.
+        seed: of the noise.
+        screens: the clips.
+    """
+
+    anchor: str
+    prompt: str
+    seed: int
+    screens: list[Screen]
+
+    @property
+    def margin(self) -> float:
+        """Severity of the first clip less that of the last: above 0 the last one is better."""
+        return self.screens[0].mean - self.screens[-1].mean
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of defects in any of the clips."""
+        return sorted({kind for screen in self.screens for kind in screen.kinds})
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a browser needs of a clip: data of the video in base64, its first frame as a data: URI, sizes, heat map.
+
+    Args:
+        video: H.264 in mp4.
+        poster: the first frame.
+        width: pixels of the clip itself.
+        height: likewise.
+        layers: for each frame the layer of patches that covers it.
+        severity: of all patches, in hundredths; 0 where the meter reads nothing.
+    """
+
+    video: str
+    poster: str
+    width: int
+    height: int
+    layers: list[int]
+    severity: list[int]
+
+
+def cards_of(
+    tables: Sequence[tuple[str, Path, Sequence[EvaluatedRow], tuple[int, ...], int]], count: int | None
+) -> list[Card]:
+    """The prompts and seeds of which all runs have a base and an aligned clip, in the order of the first run.
+
+    Args:
+        tables: of each run its name on the page (empty for a run by itself), the folder of evaluate, its clips, its
+            grid and its frames a second.
+        count: prompts at most; None for all.
 
     Raises:
-        UserError: an unreadable clip, severities of another grid, or no such prompt.
+        UserError: severities of another grid, or no such prompt.
     """
-    rows = read_table(folder / "clips.parquet").to_pylist()
-    aligned = {(row["prompt"], row["seed"]): row for row in rows if row["arm"] == "aligned"}
-    pairs = [
-        (row, aligned[row["prompt"], row["seed"]])
-        for row in rows
-        if row["arm"] == "base" and (row["prompt"], row["seed"]) in aligned
-    ][:count]
-    if not pairs:
-        raise UserError(f"{folder / 'clips.parquet'}: no prompt has both a base and an aligned clip; redo evaluate")
+    found = [_screens(*table) for table in tables]
+    shared = [key for key in found[0] if all(key in screens for screens in found)][:count]
+    if not shared:
+        where = " and ".join(str(folder / "clips.parquet") for _, folder, *_ in tables)
+        raise UserError(f"{where}: no prompt has both a base and an aligned clip; redo evaluate")
     return [
-        {
-            "prompt": base["prompt"],
-            "seed": base["seed"],
-            "arms": [_arm(folder, row, grid, fps) for row in (base, other)],
-        }
-        for base, other in progress(pairs, len(pairs), "report: encoding clips")
+        Card(f"c{number:04d}", *key, _without_copies([screen for screens in found for screen in screens[key]]))
+        for number, key in enumerate(shared)
     ]
 
 
-def _arm(folder: Path, row: Mapping[str, Any], grid: tuple[int, ...], fps: int) -> dict[str, Any]:
-    """One clip as the template reads it: video, first frame, patches shaded by severity, mean severity."""
-    frames = read_clip(folder / row["video"]).numpy()
-    severity = row.get("severity")
-    if severity is not None and len(severity) != grid[0] * grid[1] * grid[2]:
-        raise UserError(
-            f"{folder / 'clips.parquet'}: {row['clip_id']} has {len(severity)} severities, expected one for each patch "
-            f"of grid {tuple(grid)}; redo evaluate"
-        )
-    return {
-        "name": row["arm"],
-        "video": browser_video(frames, fps),
-        "poster": browser_picture(frames[0]),
-        "strip": severity_strip(frames, severity, grid) if severity is not None else None,
-        "mean": sum(severity) / len(severity) if severity is not None else None,
-    }
+def _screens(
+    name: str, folder: Path, rows: Sequence[EvaluatedRow], grid: tuple[int, ...], fps: int
+) -> dict[tuple[str, int], list[Screen]]:
+    """Base and aligned clip of every prompt and seed that has both."""
+    found: dict[tuple[str, int], dict[str, Screen]] = {}
+    for row in rows:
+        if len(row.severity) != np.prod(grid):
+            raise UserError(
+                f"{folder / 'clips.parquet'}: {row.clip_id} has {len(row.severity)} severities, expected one for each "
+                f"patch of grid {tuple(grid)}; redo evaluate"
+            )
+        title = f"{name}: {row.arm}" if name else row.arm
+        found.setdefault((row.prompt, row.seed), {})[row.arm] = Screen(title, folder / row.video, row, grid, fps)
+    return {key: [arms["base"], arms["aligned"]] for key, arms in found.items() if "base" in arms and "aligned" in arms}
+
+
+def _without_copies(screens: list[Screen]) -> list[Screen]:
+    """The clips without those whose file equals an earlier one: the base of several runs is mostly the same."""
+    if len(screens) == 2:
+        return screens
+    kept: dict[str, Screen] = {}
+    for screen in screens:
+        kept.setdefault(hash_file(screen.file) if screen.row.arm == "base" else screen.name, screen)
+    return list(kept.values())
+
+
+def media_of(screen: Screen) -> Media:
+    """A clip for the page; UserError if its file is unreadable."""
+    frames = read_clip(screen.file).numpy()
+    _, height, width, _ = frames.shape
+    return Media(
+        browser_video(frames, screen.fps),
+        browser_picture(frames[0]),
+        width,
+        height,
+        frame_layers(len(frames), screen.grid[0]),
+        np.rint(100 * np.nan_to_num(screen.row.severity).clip(0, 1)).astype(int).tolist(),
+    )
+
+
+def frame_layers(frames: int, layers: int) -> list[int]:
+    """The layer of patches that covers each frame.
+
+    Args:
+        frames: of the clip; where it is 1 more than a multiple of 4, as autoencoders of videos want it, the first one
+            is a latent frame by itself and each other latent frame is four of them.
+        layers: patches along time.
+    """
+    try:
+        edges = PatchGrid((layers, 1, 1), frames, 8, 8).pixel_edges(0)
+    except ValueError:  # an autoencoder of another kind
+        edges = [layer * frames // layers for layer in range(layers + 1)]
+    return [sum(edge <= frame for edge in edges[1:]) for frame in range(frames)]
+
+
+def _shown_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which a clip is shown; even, as yuv420p needs it."""
+    if height <= _LARGE:
+        scale = max(1, round(_SMALL / height))
+        return height * scale - height * scale % 2, width * scale - width * scale % 2
+    wide = round(width * _LARGE / height)
+    return _LARGE, wide + wide % 2
 
 
 def browser_video(frames: np.ndarray[Any, Any], fps: int) -> str:
-    """A clip as H.264 in yuv420p, in a data: URI; small clips are enlarged without smoothing.
+    """A clip as H.264 in yuv420p, in base64; small clips are enlarged without smoothing, large ones made smaller.
 
     Args:
         frames: uint8 [F, H, W, 3].
@@ -78,72 +208,42 @@ def browser_video(frames: np.ndarray[Any, Any], fps: int) -> str:
     import av
 
     _, height, width, _ = frames.shape
-    scale = max(1, round(_SIDE / height))
-    shape = tuple(side * scale - side * scale % 2 for side in (height, width))  # yuv420p needs even sides
-    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)[:, : shape[0], : shape[1]]
+    shape, quality = _shown_size(height, width), "20" if height < _SMALL else "24"
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # one thread: the bytes must not depend on the machine; x264's mbtree reads uninitialised memory
-        options = {"crf": "18", "preset": "slow", "threads": "1", "mbtree": "0"}
+        options = {"crf": quality, "preset": "veryfast", "threads": "1", "mbtree": "0", "g": "16"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = shape
         stream.pix_fmt = "yuv420p"
         bt709 = 1
         stream.codec_context.color_primaries = stream.codec_context.color_trc = bt709
         stream.codec_context.colorspace = bt709
-        for picture in large:
+        for picture in _enlarged(frames, shape):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=bt709)))
+            small = frame.reformat(width=shape[1], height=shape[0], format="yuv420p", dst_colorspace=bt709)
+            container.mux(stream.encode(small))
         container.mux(stream.encode())
-    return _data_uri("video/mp4", file.getvalue())
+    return base64.b64encode(file.getvalue()).decode()
 
 
-def severity_strip(frames: np.ndarray[Any, Any], severity: Sequence[float], grid: tuple[int, ...]) -> list[Markup]:
-    """Frames of the first, middle and last time patch as SVG, each patch shaded by its severity.
-
-    Args:
-        frames: uint8 [F, H, W, 3].
-        severity: of every patch, in [0, 1], the order of grid [f, h, w].
-        grid: patches along time, height and width.
-    """
-    _, height, width, _ = frames.shape
-    cells = np.asarray(severity, dtype=float).reshape(grid)
-    times = sorted({0, (grid[0] - 1) // 2, grid[0] - 1})
-    pictures = []
-    for time in times:
-        frame = round(time * (len(frames) - 1) / max(grid[0] - 1, 1))
-        shades = [
-            Markup(
-                "<rect class='{}' x='{}' y='{}' width='{}' height='{}' fill-opacity='{:.2f}'>"
-                "<title>severity {:.2f}</title></rect>"
-            ).format("cell defective" if cells[time, row, column] > DEFECTIVE else "cell", x0, y0, x1 - x0, y1 - y0,
-                     0.85 * min(max(cells[time, row, column], 0), 1), cells[time, row, column])
-            for row in range(grid[1])
-            for column in range(grid[2])
-            for y0, y1 in [(row * height // grid[1], (row + 1) * height // grid[1])]
-            for x0, x1 in [(column * width // grid[2], (column + 1) * width // grid[2])]
-        ]  # fmt: skip
-        label = (
-            f"frame {frame + 1}: {(cells[time] > DEFECTIVE).sum()} of {cells[time].size} patches defective, "
-            f"mean severity {cells[time].mean():.2f}"
-        )
-        pictures.append(
-            Markup(
-                "<svg viewBox='0 0 {0} {1}' role='img' aria-label='{2}'>"
-                "<image href='{3}' width='{0}' height='{1}'/>{4}</svg>"
-            ).format(width, height, label, browser_picture(frames[frame]), Markup("").join(shades))
-        )
-    return pictures
+def _enlarged(frames: np.ndarray[Any, Any], shape: tuple[int, int]) -> Iterator[np.ndarray[Any, Any]]:
+    """Frames of a small clip at a multiple of their size, cut to even sides; those of a large clip as they are."""
+    scale = max(1, round(_SMALL / frames.shape[1]))
+    for frame in frames:
+        large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+        yield large[: shape[0], : shape[1]] if frames.shape[1] <= _LARGE else frame
 
 
 def browser_picture(frame: np.ndarray[Any, Any]) -> str:
-    """A frame (uint8 [H, W, 3]) in PNG as a data: URI."""
+    """A frame (uint8 [H, W, 3]) as a data: URI: PNG of a small one, JPEG of a larger one at the size of its video."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "PNG")
-    return _data_uri("image/png", file.getvalue())
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    file, picture = io.BytesIO(), Image.fromarray(frame)
+    height, width, _ = frame.shape
+    if height < _SMALL:
+        picture.save(file, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    shape = _shown_size(height, width)
+    picture.resize((shape[1], shape[0])).save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -21,9 +21,9 @@ _TRAINING = {
 _REWARD = {"loss": ("loss",), "agreement": ("acc", "spearman", "correlation")}
 
 
-def training_charts(log: Path) -> list[Markup]:
-    """Loss, accuracies, margins, errors and gradient norm over steps, from the trainer's log.csv."""
-    return [line_chart(title, curves) for title, curves in _columns(_read_csv(log), _TRAINING).items()]
+def training_charts(log: Path, of: str = "") -> list[Markup]:
+    """Loss, accuracies, margins, errors and gradient norm over steps, from the trainer's log.csv; titled `of` a run."""
+    return [line_chart(f"{of}{title}", curves) for title, curves in _columns(_read_csv(log), _TRAINING).items()]
 
 
 def diagnostics_charts(file: Path) -> list[Markup]:

@@ -1,32 +1,55 @@
-"""The HTML page, from the template beside it."""
+"""The HTML pages, from the templates beside it, written piece by piece: a clip is in memory while it is written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from halo_fast.agreement.arms import DEFECTIVE
+from halo_fast.files import progress, replacing
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.report.clips import Card, media_of
+from halo_fast.pipeline.report.runs import settings_of
 
-__all__ = ["render_page", "settings_text"]
+__all__ = ["settings_text", "write_page"]
+
+_TEMPLATES = Path(__file__).parent
 
 
-def render_page(judges: Mapping[str, Any] | None = None, **content: Any) -> str:
-    """The page as text.
+def write_page(path: Path, template: str, cards: Sequence[Card], **content: Any) -> None:
+    """Write a page atomically.
 
     Args:
-        judges: what judges/judges.json holds; None for no section about it.
-        content: what the template names: title, metrics (of evaluate), probes, clips, charts, counts, settings,
-            versions; and notes, what the meter says about itself, or None:
+        path: of the page.
+        template: "page.html.j2" of one run or "compare.html.j2" of several.
+        cards: the clips.
+        content: what else the template names; notes are what the meter says about itself, or None:
             {"title": str, "parts": [a paragraph or {"caption": str, "head": [str, ...], "rows": [[str, ...], ...]}]}.
+
+    Raises:
+        UserError: an unreadable clip.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda share: f"{round(100 * share)}%"
-    return environment.get_template("page.html.j2").render(defective=DEFECTIVE, judges=judges, **content)
+    environment.globals |= {
+        "defective": DEFECTIVE,
+        "media": media_of,
+        "style": Markup((_TEMPLATES / "page.css").read_text()),
+        "script": Markup((_TEMPLATES / "page.js").read_text()),
+    }
+
+    def shown() -> Iterator[Card]:
+        return progress(cards, len(cards), "report: encoding clips")
+
+    with replacing(path) as temporary:
+        stream = environment.get_template(template).stream(cards=cards, shown=shown, **content)
+        stream.enable_buffering(32)
+        stream.dump(str(temporary), encoding="utf-8")
 
 
 def settings_text(manifests: Mapping[str, Mapping[str, Any]], config: Config) -> str:
@@ -39,8 +62,9 @@ def settings_text(manifests: Mapping[str, Mapping[str, Any]], config: Config) ->
     import yaml
 
     names = ("pretrained_model_name_or_path", "prompts", "evaluation_prompts")
-    stages = {
-        name: {**manifest["settings"], "sha256 of inputs": manifest["inputs"]} for name, manifest in manifests.items()
+    everything = {
+        "run": {name: getattr(config, name) for name in names},
+        **settings_of(manifests),
+        "report": asdict(config.report),
     }
-    everything = {"run": {name: getattr(config, name) for name in names}, **stages, "report": asdict(config.report)}
     return str(yaml.safe_dump(everything, sort_keys=False, width=120))

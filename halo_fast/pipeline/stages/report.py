@@ -4,14 +4,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from halo_fast.files import read_json, versions, write_bytes
+from halo_fast.files import versions
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.judging import JUDGES_FILE
-from halo_fast.pipeline.report.clips import compared_clips
+from halo_fast.pipeline.report.clips import cards_of
 from halo_fast.pipeline.report.curves import diagnostics_charts, reward_charts, training_charts
-from halo_fast.pipeline.report.page import render_page, settings_text
+from halo_fast.pipeline.report.page import settings_text, write_page
+from halo_fast.pipeline.report.runs import read_run, write_data
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter
 from halo_fast.pipeline.stages.train import training_folder, trainings
 
@@ -19,7 +19,9 @@ __all__ = ["write_report"]
 
 
 def write_report(config: Config, run: Run) -> None:
-    """Write report/report.html, one self-contained page; a stage. Reads the folders of reward, train and evaluate.
+    """Write report/report.html, one self-contained page, with clips.csv and report.json beside it; a stage.
+
+    Reads the folders of reward, train and evaluate.
 
     Raises:
         UserError: one of these stages has not finished, a clip is unreadable, or no prompt has clips of both models.
@@ -37,27 +39,27 @@ def write_report(config: Config, run: Run) -> None:
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     with run.stage("report", settings, inputs) as stage:
         if not stage.done:
-            manifests = {name: found for name in STAGES if (found := read_json(run.path / name / "manifest.json"))}
-            measured = run.path / "evaluate"
-            probes = measured / "probes.json"
-            clips = compared_clips(measured, config.report.num_clips, config.grid, config.generate.fps)
-            page = render_page(
-                title=run.path.resolve().name,
-                metrics=read_json(measured / "metrics.json"),
-                probes=json.loads(probes.read_text()) if probes.exists() else [],
+            view = read_run(run.path, [path.name for path in trainings(run)])
+            table = ("", view.folder, view.rows, tuple(config.grid), config.generate.fps)
+            cards = cards_of([table], config.report.num_clips)
+            charts = [
+                chart
+                for path in trainings(run)
+                for chart in training_charts(path / "log.csv") + diagnostics_charts(path / "diagnostics.csv")
+            ]
+            write_page(
+                stage.folder / "report.html",
+                "page.html.j2",
+                cards,
+                title=view.name,
+                run=view,
                 notes=notes,
-                judges=read_json(run.path / JUDGES_FILE),
-                clips=clips,
-                charts=[
-                    chart
-                    for path in trainings(run)
-                    for chart in training_charts(path / "log.csv") + diagnostics_charts(path / "diagnostics.csv")
-                ]
-                + reward_charts(run.path / "reward" / "history.csv"),
-                counts={name: manifest["counts"] for name, manifest in manifests.items()},
-                settings=settings_text(manifests, config),
+                judges=view.judges,
+                charts=charts + reward_charts(run.path / "reward" / "history.csv"),
+                counts={name: manifest["counts"] for name, manifest in view.manifests.items()},
+                settings=settings_text(view.manifests, config),
                 versions=versions(),
             )
-            write_bytes(stage.folder / "report.html", page.encode())
-            stage.finish({"clips": len(clips)})
+            write_data(stage.folder, [view])
+            stage.finish({"clips": len(cards)})
     print(f"report: {stage.folder / 'report.html'}")
