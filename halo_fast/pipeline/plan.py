@@ -345,7 +345,7 @@ def _teacher(config: Config) -> str:
     with LabelStore(Path(":memory:")) as store, _notes() as notes:
         try:
             teacher: Any = load_teacher(config, store, prompts=prompts)
-            check_budget(config, teacher, prompts)
+            check_budget(config, teacher, prompts, needs_key=False)
             if not isinstance(teacher, Paid):
                 return f"teacher: {config.annotate.teacher} costs no money"
         except UserError as error:

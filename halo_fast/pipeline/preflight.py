@@ -93,7 +93,7 @@ def check_run(config: Config, run: Run) -> None:
     warn_of_prompts(prompts, config)
 
 
-def check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> None:
+def check_budget(config: Config, teacher: Teacher, prompts: Sequence[str], *, needs_key: bool = True) -> None:
     """Raise if a paid teacher lacks its key, or a budget for the clips that this config makes; their size is known."""
     import torch
 
@@ -114,4 +114,6 @@ def check_budget(config: Config, teacher: Teacher, prompts: Sequence[str]) -> No
     # of the candidates of a prompt, those are compared that were drawn: about this share of all pairs
     share = (clips / made) ** 2
     pairs = round(share * len(prompts) * comb(settings.num_videos_per_prompt, 2)) if isinstance(teacher, Judge) else 0
-    teacher.check_budget([clip] * clips, [(clip, clip)] * pairs)
+    # an estimate alone, where the teacher gives one
+    check = teacher.check_budget if needs_key else getattr(teacher, "estimate", teacher.check_budget)
+    check([clip] * clips, [(clip, clip)] * pairs)

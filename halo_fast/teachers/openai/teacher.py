@@ -103,11 +103,18 @@ class OpenAITeacher:
         Raises:
             UserError: there is no key, or nothing is spent yet and the estimate exceeds the budget.
         """
-        if clips:
-            pairs = [partial(self._comparisons, pair) for pair in compared]
-            self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
-        # after the estimate, which nobody needs a key to see
         key_for(self._config)
+        if clips:
+            self.estimate(clips, compared)
+
+    def estimate(self, clips: Sequence[Clip], compared: Sequence[tuple[Clip, Clip]] = ()) -> None:
+        """As `check_budget`, without asking for a key.
+
+        Raises:
+            UserError: nothing is spent yet and the estimate exceeds the budget.
+        """
+        pairs = [partial(self._comparisons, pair) for pair in compared]
+        self._estimate({"clips": [partial(self._questions, clip) for clip in clips], "pairs": pairs})
 
     def _results(
         self, jobs: Sequence[Job], combine: Callable[[list[Answer]], Result], planned: Mapping[str, Sequence[Job]]
