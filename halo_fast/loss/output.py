@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ class GranDPOOutput:
     video_logits: Tensor
     log_ratio: Tensor | None
     active: Tensor
-    _objective: Objective
-    _inputs: Inputs
-    _error: Tensor | None
+    _objective: Objective = field(repr=False)
+    _inputs: Inputs = field(repr=False)
+    _error: Tensor | None = field(repr=False)
 
     @property
     def num_pairs(self) -> Tensor:

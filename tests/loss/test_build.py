@@ -79,6 +79,7 @@ def test_an_objective_from_outside_the_package(spec, scale):
     (gradient,), (expected,) = (torch.autograd.grad(loss, policy) for loss in (out.loss, truth))
     torch.testing.assert_close(gradient, expected)
     assert out.metrics()["rewards/margins"].item() == pytest.approx(out.video_logits.mean().item())
+    assert "_inputs" not in repr(out)  # predictions of a whole batch
     margin = out.metrics()["rewards/chosen"] - out.metrics()["rewards/rejected"]
     torch.testing.assert_close(margin, out.metrics()["rewards/margins"])
     coefficients, _ = gran_dpo_coefficients(policy, target, ref, None, video_rewards, objective=spec)
