@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,16 @@ def build_parser(program: str, description: str) -> ArgumentParser:
         program: how the command is called, for messages: "halo train".
         description: one line for `--help`.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _expand_help(self, action: Any) -> str:
+            return _plain_types(super()._expand_help(action))
 
     parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
-    )
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False, print_config=None,
+        formatter_class=Formatter,
+    )  # fmt: skip
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the word --config may be left out.")
     return parser
 
@@ -47,7 +53,34 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError) as error:
         place = f"{arguments[1]}: " if _is_of_file(parser, arguments, error) else ""
-        raise UserError(f"{place}{_plain(str(error))}; `{parser.prog} --help` lists the settings") from None
+        message = _plain(str(error))
+        raise UserError(
+            f"{place}{message}{_nearest(parser, message)} `{parser.prog} --help` lists the settings"
+        ) from None
+
+
+def _nearest(parser: ArgumentParser, message: str) -> str:
+    """What follows a message: a question if the setting that it misses is near to one that exists, else ";"."""
+    found = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    wrong = found[1] if found else ".".join(in_file.groups()) if in_file else None
+    near = difflib.get_close_matches(wrong, [action.dest for action in parser._actions], 1) if wrong else []
+    return f"; did you mean {near[0]}?" if near else ";"
+
+
+def _plain_types(text: str) -> str:
+    """A line of `--help` with types in words: "int >= 1" for Annotated[int, Ge(ge=1)]."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+    def bounds(found: re.Match[str]) -> str:
+        limits = re.findall(r"([gl][et])=([-+.\w]+)", found[2])
+        limits = [limit for limit in limits if limit[1] not in ("None", "inf")]
+        return f"{found[1]} {', '.join(f'{signs[name]} {limit}' for name, limit in limits)}"
+
+    text = re.sub(r"Annotated\[(\w+), ((?:G[et]|L[et]|Interval)\([^\]]*)\]", bounds, text)
+    text = re.sub(r"Literal\[([^\]]*)\]", r"\1", text)
+    text = re.sub(r"Optional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 or null", text)
+    return re.sub(r"\(type: [^()]*", lambda found: found[0].replace(" | None", " or null").replace(" | ", " or "), text)
 
 
 def _is_of_file(parser: ArgumentParser, arguments: Sequence[str], error: Exception) -> bool:

@@ -234,6 +234,7 @@ def test_a_recipe_is_taken_by_name_and_overrides_win(calls, tmp_path, monkeypatc
         (["demo", "dance"], ["'dance'", "pretrain", "compare"]),
         (["doctor", "who"], ["doctor", "'who'"]),
         (["train", "--train.lr", "3"], ["--train.lr", "halo train --help"]),
+        (["train", "--train.learning_rat", "3"], ["did you mean train.learning_rate? `halo train --help`"]),
         (["train", "--colour", "3"], ["--colour"]),
         (["train", "--train.learning_rate", "fast"], ["train.learning_rate", "fast"]),
         (["train", "--train.max_train_steps", "1.5"], ["train.max_train_steps", "int", "1.5"]),
@@ -257,7 +258,7 @@ def test_mistakes_in_words(capsys, calls, arguments, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train: {learning_rat: 1}", ["config.yaml: ", "train", "learning_rat"]),
+        ("train: {learning_rat: 1}", ["config.yaml: ", "train", "'learning_rat'; did you mean train.learning_rate?"]),
         ("colour: 1", ["colour"]),
         ("train: {learning_rate: fast}", ["train.learning_rate", "fast"]),
         ("train: [", ["config.yaml", "line"]),
@@ -399,6 +400,8 @@ def test_help_of_a_verb_lists_settings(capsys):
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--train.heldout_share" in text and "share of the prompts whose pairs are kept out of training" in text
+    assert "(type: float >= 0, <= 1, default: 0.1)" in text and "(type: int >= 0, <= 51 or null, default: 12)" in text
+    assert not any(word in text for word in ("Annotated[", "Literal[", "Optional["))
 
 
 def test_doctor_names_versions_and_backends(capsys):
