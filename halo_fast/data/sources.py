@@ -360,7 +360,10 @@ def _add_scores(found: Source, path: Path, rows: Sequence[Row], names: Sequence[
         try:
             scores = {name: rescaled_score(row.get(name), 1, 5, name, place) for name in names}
         except UserError as error:
-            raise UserError(f"{error}; or name the columns that hold scores in imports.scores ([] for none)") from error
+            raise UserError(
+                f"{error}; rescale the column to 1 to 5, or name the columns that hold scores in imports.scores "
+                "([] for none)"
+            ) from error
         found.scores.append(ClipScores(ref, scores, place))
 
 

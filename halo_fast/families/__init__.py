@@ -136,7 +136,9 @@ def _load_pipeline(name: str, precision: Precision, weights: Collection[str] | N
         return load_pipeline(name, precision, weights)
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # which the hub's own error does not say
+        reason = "no such folder" if is_path and not Path(name).exists() else first_line(error)
         raise UserError(
-            f"{_SETTING}: no diffusers pipeline at {name!r} ({first_line(error)}); "
-            f"give a folder with model_index.json, a hub name{names}"
+            f"{_SETTING}: no diffusers pipeline at {name!r}; give a folder with model_index.json, a hub name as its "
+            f"page spells it (the first time it needs the network){names}; the reason was: {reason}"
         ) from error

@@ -45,7 +45,7 @@ class Label:
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"dimension: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        scores = [*self.video.values(), *(score for patches in self.patches.values() for score in patches)]
-        outside = [score for score in scores if not (math.isnan(score) or 1 <= score <= 5)]
-        if outside:
-            raise ValueError(f"score: expected 1 to 5 or NaN, got {outside[0]}")
+        scores = [*self.video.items(), *((name, score) for name, patches in self.patches.items() for score in patches)]
+        for name, score in scores:
+            if not (math.isnan(score) or 1 <= score <= 5):
+                raise ValueError(f"score of {name}: expected 1 to 5 or NaN, got {score}; rescale it to 1 to 5")

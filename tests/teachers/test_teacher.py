@@ -37,8 +37,8 @@ def labels_of(run: Run) -> list[dict]:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"video": {"visual_quality": 5.5}}, "expected 1 to 5 or NaN, got 5.5"),
-        ({"patches": {"quality": [3.0, 0.0]}}, "expected 1 to 5 or NaN, got 0.0"),
+        ({"video": {"visual_quality": 5.5}}, "score of visual_quality: expected 1 to 5 or NaN, got 5.5"),
+        ({"patches": {"quality": [3.0, 0.0]}}, "score of quality: expected 1 to 5 or NaN, got 0.0"),
         ({"video": {"beauty": 3.0}}, "got 'beauty'"),
         ({"video": {"visual_quality": 3.0}, "status": "refused"}, "only an ok label"),
     ],
