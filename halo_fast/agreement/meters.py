@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from halo_fast.errors import UserError
 from halo_fast.registry import create, register
 from halo_fast.rewards import RewardModel
 
-__all__ = ["Meter", "MeterRequest", "RewardMeter", "load_meter"]
+__all__ = ["Meter", "MeterRequest", "RewardMeter", "load_meter", "read_meter"]
 
 register("meter", {"reward": "halo_fast.agreement.meters:RewardMeter"})
 
@@ -73,6 +75,35 @@ def load_meter(name: str, request: MeterRequest) -> Meter:
     requires = ("clean", "sources", "notes", "__call__")
     meter: Meter = create("meter", name, "evaluate.meter", request, requires=requires)
     return meter
+
+
+def read_meter(meter: Meter, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Readings of a meter, after a check that they are what `Meter` says.
+
+    Raises:
+        UserError: no severity, another number of clips or patches, or severities outside [0, 1].
+    """
+    readings = dict(meter(videos, prompts))
+    if "severity" not in readings:
+        raise UserError(f"evaluate.meter: expected readings with 'severity', got {sorted(readings)}")
+    for name, values in readings.items():
+        if name == "severity" or name.startswith("severity_"):
+            shapes = (len(videos), math.prod(grid)), (len(videos), *grid)
+            if tuple(values.shape) not in shapes:
+                raise UserError(
+                    f"evaluate.meter: expected {name} of shape {shapes[0]} or {shapes[1]}, clips and their patches; "
+                    f"got {tuple(values.shape)}"
+                )
+            # scores of a reward model may leave the scale from 1 to 5
+            if not isinstance(meter, RewardMeter) and not ((values >= 0) & (values <= 1)).all():
+                low, high = values.min().item(), values.max().item()
+                raise UserError(
+                    f"evaluate.meter: expected {name} from 0, no defect, to 1; got values from {low:.3g} to "
+                    f"{high:.3g}; rescale what the meter returns"
+                )
+        elif len(values) != len(videos):
+            raise UserError(f"evaluate.meter: expected {name} of {len(videos)} clips, got {len(values)}")
+    return readings
 
 
 class RewardMeter:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halo_fast.agreement.meters import Meter
+from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.tables import EvaluatedRow
 from halo_fast.errors import UserError
@@ -98,7 +98,7 @@ def measure_arms(
         videos = torch.stack([read_clip(folder / clip.video) for clip in batch])
         prompts = [clip.prompt for clip in batch]
         video, patches = model.by_dimension(model(videos, prompts, config.grid))
-        readings, looks, changes = dict(meter(videos, prompts)), _looks(videos), _changes(videos)
+        readings, looks, changes = read_meter(meter, videos, prompts, config.grid), _looks(videos), _changes(videos)
         for index, clip in enumerate(batch):
             read, scores, quality = (
                 {name: values[index].flatten().tolist() for name, values in found.items()}

@@ -16,7 +16,7 @@ from annotated_types import Ge
 
 from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
-from halo_fast.agreement.meters import Meter
+from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data import CachedPairs
 from halo_fast.data.prompts import prompt_source
 from halo_fast.families import Family, load, source
@@ -202,7 +202,7 @@ def _sample_and_measure(config: Config, prompts: Sequence[str], family: Family, 
         batch = prompts[start : start + size]
         seeds = [clip_seed(config.seed, start + index, _CANDIDATE) for index in range(len(batch))]
         _, videos = sample_clips(family, batch, seeds, config.generate)
-        found = meter(videos, batch)
+        found = read_meter(meter, videos, batch, config.grid)
         severity = found["severity"].flatten(1)
         values = {"severity": severity.mean(1), "defective": (severity > DEFECTIVE).float().mean(1)}
         values |= {name: found[name] for name in found if name.endswith("_correct") or name == "motion_amount"}

@@ -14,6 +14,7 @@ from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 
 from halo_fast.agreement.arms import compare_arms, compare_rewards, rates_by_kind, severity_mitigated
 from halo_fast.agreement.figures import bootstrap_interval, spearman
+from halo_fast.agreement.meters import read_meter
 from halo_fast.data.clips import read_clip
 from halo_fast.data.tables import EvaluatedRow, read_rows
 from halo_fast.errors import UserError
@@ -312,6 +313,21 @@ def test_a_reading_of_every_patch_under_another_name_is_refused(tmp_path):
     run.config.evaluate.meter = f"{__name__}:Heat"
     with pytest.raises(UserError, match=r"evaluate.meter: .*:Heat gives 12 numbers of a clip as 'heat', expected one"):
         evaluate(run.config, run)
+
+
+@pytest.mark.parametrize(
+    ("readings", "complaint"),
+    [
+        ({"defects": torch.zeros(2, 4)}, r"readings with 'severity', got \['defects'\]"),
+        ({"severity": torch.zeros(2, 5)}, r"severity of shape \(2, 4\) or \(2, 1, 2, 2\), .*; got \(2, 5\)"),
+        ({"severity": torch.full((2, 4), 7.0)}, "severity from 0, no defect, to 1; got values from 7 to 7; rescale"),
+        ({"severity": torch.full((2, 4), torch.nan)}, "severity from 0, no defect, to 1; got values from nan to nan"),
+        ({"severity": torch.zeros(2, 4), "motion_amount": torch.zeros(1)}, "motion_amount of 2 clips, got 1"),
+    ],
+)
+def test_readings_of_a_meter_of_ones_own_are_checked(readings, complaint):
+    with pytest.raises(UserError, match=f"evaluate.meter: expected {complaint}"):
+        read_meter(lambda videos, prompts: readings, torch.zeros(2, 1, 4, 4, 3), ["a", "b"], (1, 2, 2))
 
 
 def test_mistakes_are_named(tmp_path):
