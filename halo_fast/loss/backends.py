@@ -76,7 +76,8 @@ def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torc
     if name == "triton" and device.type not in ("cuda", "xpu"):
         interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         if not interpreted:
-            return f"runs on cuda and xpu tensors, on {device.type} only as the cpu interpreter with TRITON_INTERPRET=1"
+            emulated = "; with TRITON_INTERPRET=1 also on cpu, slowly, for tests" if device.type == "cpu" else ""
+            return f"runs on cuda and xpu tensors{emulated}"
     module = _load(name)
     if isinstance(module, str):
         return module
