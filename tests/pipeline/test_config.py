@@ -100,7 +100,9 @@ def test_recipes_load_and_fit_their_models(file):
     assert clip.height % rules["sides"] == clip.width % rules["sides"] == 0
     latent = ((clip.num_frames - 1) // TIME[maker] + 1, clip.height // rules["space"], clip.width // rules["space"])
     assert all(patches <= length for patches, length in zip(config.grid, latent, strict=True)), latent
-    assert config.train.mixed_precision == "bf16" and config.train.gradient_checkpointing == "selective"
+    assert config.train.mixed_precision == "bf16"
+    # selective needs 89.7 GiB for the 14B (docs/memory.md)
+    assert config.train.gradient_checkpointing == ("full" if file.stem == "wan2.1-14b" else "selective")
     assert 1e-6 <= config.train.learning_rate <= 2e-4
     assert config.annotate.teacher == ("" if config.reward_model else "openai")
     assert config.evaluate.meter == "reward"

@@ -17,7 +17,7 @@ from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.export import export_run
 from halo_fast.pipeline.inspect import inspect_run
 
-FORMAT = ["--generate.num_frames=9", "--generate.height=32", "--generate.width=32", "--generate.fps=8"]
+FORMAT = [f"--generate.{setting}" for setting in ("num_frames=9", "height=32", "width=32", "fps=8", "crf=null")]
 PROMPTS = ['a <b>ball</b>, "red"', "two\u2028lines", "a cube"]
 
 
