@@ -83,8 +83,9 @@ def write_clip(path: Path | str, video: Tensor, fps: int, crf: int | None = None
         raise ValueError(f"video: expected even sides, got {height} x {width}; crf=None takes any")
     # with crf the index comes first in the file, so that a browser starts before it has the whole
     options = {"fflags": "+bitexact"} | ({} if crf is None else {"movflags": "+faststart"})
-    # One thread: x264 divides its work by threads, and the bytes must not depend on the machine.
-    coding = {"x264-params": "threads=1"} | ({"qp": "0"} if crf is None else {"crf": str(crf)})
+    # x264 divides its work by threads, and its macroblock tree varies from call to call, in one of six files of 32 x 32
+    # pixels; equal clips must be equal bytes, here and on another machine.
+    coding = {"x264-params": "threads=1:mbtree=0"} | ({"qp": "0"} if crf is None else {"crf": str(crf)})
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=fps, options=coding)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p" if crf is None else "yuv420p"
