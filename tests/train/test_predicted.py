@@ -105,7 +105,7 @@ FEW = [
 ]
 
 
-# The peak of whole weights, one sample at a time, moves to the second sample's pass as blocks are added: 4% too low here.
+# With whole weights, one sample at a time, the peak moves to the second sample as blocks are added: 4% too low here.
 LOW = pytest.param(
     "HunyuanVideo 1.5", "margin_first", {"rank": 0}, marks=[pytest.mark.slow, pytest.mark.xfail(strict=True)]
 )
