@@ -179,7 +179,7 @@ def test_options_order_as_their_settings_say():
 
 
 def test_an_anchored_objective_has_no_margin_first():
-    config = plain(objective={"preset": "halo", "anchor_weight": 1.0})
+    config = plain(objective={"preset": "halo", "anchor_weight": 1.0}, reference_draws=None)
     found = predict_options(Plain(64), (4, 4, 16, 16), GRID, {}, config, FLOAT)
     assert {one.schedule for one in found} == {"batched", SUPERVISED}
 
