@@ -132,6 +132,7 @@ def test_it_learns_flicker_without_a_step_and_goes_on_from_its_files(tmp_path):
         start_folder("absent")
 
 
+@pytest.mark.slow
 def test_stills_and_clips_of_any_size_are_read():
     torch.manual_seed(0)
     model = RewardModel(replace(CONFIG, spatial_factor=8, temporal_factor=4, causal=True)).eval()

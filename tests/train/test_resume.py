@@ -127,6 +127,7 @@ def test_newest_checkpoints_are_kept(pipeline, pairs, tmp_path):
     assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
 
 
+@pytest.mark.slow
 def test_a_schedule_chosen_by_free_memory_stays_when_memory_changes(pipeline, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "_free_memory", lambda device: 0)
     config = dataclasses.replace(CONFIG, max_train_steps=4, objective=objective_with(**ARMS["both"]))

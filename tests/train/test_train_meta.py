@@ -82,7 +82,14 @@ NOT_ON_META = ("HunyuanVideo 1.5", "Mochi")
 
 
 @pytest.mark.parametrize(("schedule", "draws"), [("batched", None), ("margin_first", 2)])
-@pytest.mark.parametrize("name", [name for name in TINY if name not in NOT_ON_META])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "TextToVideoSD" else name
+        for name in TINY
+        if name not in NOT_ON_META
+    ],
+)
 def test_a_step_reads_no_value_from_the_device(name, schedule, draws):
     tiny = TINY[name]
     settings = {"schedule": schedule, "reference_draws": draws, "gradient_checkpointing": "none"}

@@ -193,7 +193,7 @@ def test_selective_spares_the_products_that_sum_over_more_than_they_give(pairs):
     assert counts["full"] - counts["selective"] == spared > 0
 
 
-@pytest.mark.parametrize("frames", [3, 6])
+@pytest.mark.parametrize("frames", [3, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_predicted_peak_is_the_measured_one(frames, mode):
     from diffusers import WanTransformer3DModel
