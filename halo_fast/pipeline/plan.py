@@ -192,6 +192,7 @@ def _head(config: Config, found: Prediction, card: Device) -> str:
 
 
 def _memory(found: Prediction, card: Device) -> str:
+    """The table of training's memory for every schedule and checkpointing mode, what fits, and sampling's peak."""
     rows: list[tuple[str, ...]] = [
         ("training: schedule, checkpointing", "weights", "training", "activations", "peak", "work", "fits")
     ]
@@ -250,6 +251,7 @@ def _are_there(prompts: str) -> bool:
 
 
 def _work(config: Config, found: Prediction, card: Device) -> str:
+    """The table of the video model's operations and time in each stage."""
     settings, train = config.generate, config.train
     passes = found.family.passes(settings.guidance_scale)
     one = found.forward[1] / (settings.batch_size * passes)
@@ -269,7 +271,7 @@ def _work(config: Config, found: Prediction, card: Device) -> str:
     return (
         f"{_table(rows)}\n"
         f"time: one device at {rate}; steps with the settings of least work.\n"
-        f"A clip is {settings.num_inference_steps} steps of {passes} pass{'es'[: 2 * (passes > 1)]}, {clip:.3g} "
+        f"A clip is {settings.num_inference_steps} steps of {passes} pass{'' if passes == 1 else 'es'}, {clip:.3g} "
         f"operations; a pass {one:.3g}. Each prompt is taken to\ngive one pair. Autoencoder, text encoder, teacher and "
         "reward model are not counted."
     )
@@ -279,16 +281,17 @@ def _time(flops: float | None, card: Device) -> str:
     if flops is None or not card.tflops:
         return "-"
     seconds = flops / (card.tflops * 1e12 * SHARE)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else (f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days")
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 def _disk(config: Config, found: Prediction) -> str:
+    """The table of the run directory's files: bytes of one, and of all where their number is known."""
     settings, train = config.generate, config.train
     prompts, evaluated = _prompts(config), _evaluated(config)
     pixels = settings.num_frames * settings.height * settings.width * 3

@@ -118,10 +118,10 @@ def predict_step(
     trials = [{}] if exact else _depths(network)
     found = [_trial(family, depths, latents, grid, conditions, config, objective, dtype, schedule) for depths in trials]
     whole = {name: network.config[name] for name in trials[0]}
-    weights, trained, first, rest, flops = _extrapolated(trials, found, whole)
+    weights, trained, *peaks, flops = _extrapolated(trials, found, whole)
     moments, static = 2 * trained, trained if _gradients_wait(config, schedule) else 0
     # without gradients that wait, those of all blocks are part of what the end of the backward pass holds
-    most = max(first, rest) + static - trained
+    most = max(peaks) + static - trained
     return Step(weights, moments + trained, most, flops)
 
 
@@ -293,11 +293,13 @@ def _trial(
     objective: Objective,
     dtype: torch.dtype,
     schedule: str,
-) -> tuple[int, int, int, int, int]:
-    """Bytes of weights and of what is trained, of the rest at its two peaks, and operations, of a smaller network.
+) -> tuple[int, ...]:
+    """Bytes of weights and of what is trained, of the rest at its three peaks, and operations, of a smaller network.
 
-    The first peak is until the backward pass reaches the first block, the second is after it: the one grows with the
-    activations of each block, the other with its gradients.
+    The peaks are those of the forward passes, of the backward pass until it reaches the first block, and after that.
+    Each is linear in the number of blocks, and the largest of them is not: the first grows with the activations of each
+    block and, under autocast, with the copies of its weights; the second with its activations, the third with its
+    gradients.
     """
     with ExitStack() as stack:
         small = _with_network(family, _on_meta(family.transformer, dtype, depths))
@@ -324,9 +326,10 @@ def _trial(
         known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
         known += [value.grad for value in parameters.values() if value.grad is not None]
         with _Watch(known) as watch, _watched_block(model, watch):
+            job.accelerator.backward = watch.backward
             _RUNS[schedule](job, batch)
         work = watch.flops * (2 * config.train_batch_size if schedule == "margin_first" else 1)
-        return weights, trained, inputs + watch.before, inputs + watch.after, work
+        return weights, trained, *(inputs + peak for peak in watch.peaks), work
 
 
 def _gradients_wait(config: TrainConfig, schedule: str) -> bool:
@@ -490,22 +493,31 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.level = self.peak = self.before = self.after = self.flops = 0
+        self.level = self.flops = 0
+        self.peaks = [0, 0, 0]  # forward passes, backward pass until the first block, after that
+        self._phase = 0
         self._prompts = _FullPrompts()
         self._alive: dict[int, Any] = {}
         self._known = [value.untyped_storage() for value in known]  # kept, so that their addresses are not reused
         self._known_addresses = {storage._cdata for storage in self._known}
 
+    @property
+    def peak(self) -> int:
+        """Bytes at the largest of the peaks."""
+        return max(self.peaks)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run a backward pass; what follows is counted apart from the forward passes."""
+        self._begin(1)
+        loss.backward()
+
     def first_block(self) -> None:
         """The backward pass has reached the first block."""
-        self.before, self.peak = max(self.before, self.peak), self.level
+        self._begin(2)
 
-    def __exit__(self, *error: Any) -> None:
-        if self.before:
-            self.after = self.peak
-        self.before = self.before or self.peak
-        self.peak = max(self.before, self.after)
-        super().__exit__(*error)
+    def _begin(self, phase: int) -> None:
+        self._phase = max(self._phase, phase)
+        self.peaks[self._phase] = max(self.peaks[self._phase], self.level)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":
@@ -533,7 +545,7 @@ class _Watch(TorchDispatchMode):
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, lambda _: self._freed(address, size))
         self.level += size
-        self.peak = max(self.peak, self.level)
+        self.peaks[self._phase] = max(self.peaks[self._phase], self.level)
 
     def _freed(self, address: int, size: int) -> None:
         self._alive.pop(address, None)

@@ -24,10 +24,10 @@ _CLAMP = 6.0  # standardised features beyond this are outliers of a few training
 
 
 class FrameFeatures(NamedTuple):
-    """Standardised features of clips.
+    """Frozen features of clips.
 
     Args:
-        frozen: [N, 944, f', y, x].
+        frozen: [N, C, f', y, x]; C is 944 here and 2364 in the backbone kernel.
         size: frames, height, width of the clips.
     """
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halo_fast.rewards.backbones.frames import FrameFeatures
 from halo_fast.rewards.base import RewardModelConfig
 from halo_fast.rewards.clips import LabelledClips
 from halo_fast.rewards.pretrained import STAGE_CHANNELS, frame_stages
 
-__all__ = ["KernelFeatures", "KernelRidge", "as_logit"]
+__all__ = ["KernelRidge", "as_logit"]
 
 _STAGES = sum(STAGE_CHANNELS)
 _MATCHED = (1, 2, 4, 6)  # stages whose frames are matched with the next
@@ -35,18 +35,6 @@ _CLIP_NOISE = 10.0  # variance of what all labels of a clip have in common and i
 _CLAMP = 6.0  # standardised features beyond this are outliers of a few training clips
 _EDGE = 0.02
 _BATCH = 16
-
-
-class KernelFeatures(NamedTuple):
-    """Frozen features of clips.
-
-    Args:
-        frozen: [N, 2364, f', y, x].
-        size: frames, height, width of the clips.
-    """
-
-    frozen: Tensor
-    size: tuple[int, int, int]
 
 
 class KernelRidge(nn.Module):
@@ -119,7 +107,7 @@ class KernelRidge(nn.Module):
         """
         grid = clips.patch_scores.shape[2:]
         size = (clips.videos.shape[1], clips.videos.shape[2], clips.videos.shape[3])
-        features = torch.cat([self._pooled(KernelFeatures(x.float(), size), grid) for x in frozen.split(_BATCH)])
+        features = torch.cat([self._pooled(FrameFeatures(x.float(), size), grid) for x in frozen.split(_BATCH)])
         self._fit_views(features)
         views = [self._views(part) for part in features.split(_BATCH)]
         patches = torch.cat([self._patch_inputs(view).flatten(1, 3) for view in views])
@@ -129,22 +117,22 @@ class KernelRidge(nn.Module):
         for index, scores in enumerate(clips.video_scores[rows].unbind(1)):
             _solve(self.video_head, index, whole, scores[:, None])
 
-    def encode(self, videos: Tensor, frozen: Tensor, word_evidence: Tensor | None = None) -> KernelFeatures:
+    def encode(self, videos: Tensor, frozen: Tensor, word_evidence: Tensor | None = None) -> FrameFeatures:
         """The frozen features [N, 2364, f', y, x] and the clips' size."""
-        return KernelFeatures(frozen, (videos.shape[1], videos.shape[2], videos.shape[3]))
+        return FrameFeatures(frozen, (videos.shape[1], videos.shape[2], videos.shape[3]))
 
-    def logits(self, features: KernelFeatures, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def logits(self, features: FrameFeatures, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits of the video scores [N, D] and of the patch scores [N, Q, f, h, w]."""
         views = self._views(self._pooled(features, grid))
         patches = self.patch_head(self._patch_inputs(views)).movedim(-1, 1)
         return as_logit(self.video_head(self._video_inputs(views))), as_logit(patches)
 
-    def video_logits_for(self, features: KernelFeatures, prompts: Sequence[str], others: Tensor) -> Tensor:
+    def video_logits_for(self, features: FrameFeatures, prompts: Sequence[str], others: Tensor) -> Tensor:
         """Video logits [N, M, D]; no prompt is read, so they are the same for all."""
         logits = self.logits(features, prompts, (1, 1, 1))[0]
         return logits[:, None].expand(-1, others.shape[1], -1)
 
-    def _pooled(self, features: KernelFeatures, grid: Sequence[int]) -> Tensor:
+    def _pooled(self, features: FrameFeatures, grid: Sequence[int]) -> Tensor:
         """Features of every patch [N, f, h, w, 3136 + 12]."""
         pool, means = self.config.patches(grid, features.size).pool, features.frozen[:, :_STAGES]
         pooled = pool(features.frozen)
