@@ -69,12 +69,31 @@ def test_a_file_cut_short_is_refused(tmp_path, kind, share):
     path = write(tmp_path / f"clip.{kind}", noise(), kind)
     assert len(read_clip(path)) == 24
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
+    # a transport stream cut between two of its packets may be a whole shorter one: the next test
+    path.write_bytes(whole[: int(share * len(whole)) // 188 * 188 + 94])
     with pytest.raises(
         UserError, match=rf"clip .*clip\.{kind}: expected a readable video, got .*make it again"
     ) as caught:
         read_clip(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_transport_stream_is_refused_unless_it_ends_with_a_frame(tmp_path):
+    path = write(tmp_path / "clip.ts", noise(), "ts")
+    whole = path.read_bytes()
+    packets = [whole[start : start + 188] for start in range(0, len(whole), 188)]
+    # ISO/IEC 13818-1: 13 bits of identity, and one bit that marks the packet in which a frame begins
+    video = [int.from_bytes(packet[1:3], "big") & 0x1FFF == 0x100 for packet in packets]
+    begins = [packet[1] & 0x40 and seen for packet, seen in zip(packets, video, strict=True)]
+    third = [number for number, begin in enumerate(begins) if begin][2]
+    last = max(number for number in range(third) if video[number])
+    for end, frames in [(third, 2), (last + 1, 2), (last, None), (third + 4, None)]:
+        path.write_bytes(b"".join(packets[:end]))
+        if frames:
+            assert len(read_clip(path)) == frames
+            continue
+        with pytest.raises(UserError, match="expected a readable video, got a damaged or cut one"):
+            read_clip(path)
 
 
 # a matrix (a, b, c, d) takes the pixel (x, y) to (a x + c y, b x + d y), as ISO/IEC 14496-12 has it

@@ -75,6 +75,13 @@ def spending(run: Run) -> float:
         return store.spent()
 
 
+def unseen(run: Run) -> int:
+    """How many requests the client gave up because no answer came in time."""
+    with sqlite3.connect(run.path / "labels.sqlite") as connection:
+        query = "SELECT COUNT(*) FROM requests WHERE status = 'lost' AND reason LIKE '%no answer within%'"
+        return connection.execute(query).fetchone()[0]
+
+
 class Killer:
     """Decides how the server answers: misbehaves on a third of the questions, and kills the client at given requests.
 
@@ -138,7 +145,9 @@ def test_200_clips_with_a_misbehaving_server_killed_three_times(tmp_path):
             killer.kills = {len(server.requests) + after: quiet}
             assert start() == -signal.SIGKILL
             if quiet:
-                assert set(server.usable_answers().values()) == {1}
+                # on a busy machine an answer may come after the client stopped waiting: that one alone is asked again
+                twice = sum(server.usable_answers().values()) - len(server.usable_answers())
+                assert twice <= unseen(run) - sum(request.outcome == "slow" for request in server.requests)
         killer.kills = {}
         assert start() == 0, log.read_text()[-2000:]
 
