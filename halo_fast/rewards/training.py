@@ -167,7 +167,10 @@ def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Pa
         if part is None:
             return None
         if frozen is None:
-            frozen = scratch_tensor(folder, (len(rows), *part.shape[1:]), torch.float16)
+            # in the order in which the backbone laid them out, which decides the last bit of sums over channels
+            order = sorted(range(part.ndim), key=lambda axis: (axis > 0, -part.stride(axis)))
+            sides = [len(rows), *(part.shape[axis] for axis in order[1:])]
+            frozen = scratch_tensor(folder, sides, torch.float16).permute(*map(order.index, range(part.ndim)))
         frozen[start : start + len(part)] = part
     return frozen
 

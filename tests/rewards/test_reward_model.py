@@ -14,7 +14,7 @@ from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, cal
 from halo_fast.rewards.backbones.compact.palette import palette_distance
 from halo_fast.rewards.clips import MIRRORS
 from halo_fast.rewards.pretrained import read_text, words_of
-from halo_fast.rewards.training import TrainingInputs, draw_batch
+from halo_fast.rewards.training import TrainingInputs, draw_batch, frozen_features
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 BOTH = pytest.mark.parametrize("pretrained", [False, True])
@@ -224,6 +224,18 @@ def test_the_words_of_a_clip_are_predicted_by_the_fit_to_all_other_clips():
     for evidence in (left_out @ words.T, features.word_evidence @ words.T):
         named = np.arange(len(evidence))[:, None] % 4 == np.arange(4)
         assert np.mean([roc_auc_score(named[:, n], evidence[:, n]) for n in range(4)]) > 0.9
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_kept_features_are_those_of_the_backbone_and_lie_as_it_laid_them(tmp_path, on_disk):
+    """Sums over channels depend on the layout in their last bit, and a whole training on that."""
+    model = RewardModel(replace(CONFIG, pretrained=True))
+    rng = np.random.default_rng(0)
+    clips = torch.from_numpy(np.stack([draw_clip(rng, "disc", "red", "left", 1.2) for _ in range(20)]))
+    rows = torch.tensor([*range(17), 19])
+    kept = frozen_features(model, clips, rows, tmp_path if on_disk else None)
+    expected = torch.cat([model.backbone.frozen_features(part) for part in clips[rows].split(16)]).half()
+    assert kept.stride() == expected.stride() and torch.equal(kept, expected)
 
 
 def test_palette_distance_is_numpys():
