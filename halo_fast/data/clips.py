@@ -24,6 +24,7 @@ __all__ = [
     "latent_factors",
     "motion_amount",
     "natural_order",
+    "plays_everywhere",
     "read_clip",
     "read_frames",
     "read_picture",
@@ -103,6 +104,24 @@ def _tag_bt709(codec: Any) -> None:
     """Say in the stream that its colours are those of BT.709, so that every player shows the same."""
     codec.colorspace = codec.color_primaries = codec.color_trc = 1
     codec.color_range = 1
+
+
+def plays_everywhere(path: Path | str) -> bool:
+    """Whether a file is an mp4 as `write_clip` makes it with `crf`: H.264 in yuv420p, upright, with square pixels.
+
+    Args:
+        path: a video that `read_clip` reads.
+    """
+    import av
+
+    if Path(path).suffix.lower() != ".mp4":
+        return False
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        codec, first = stream.codec_context, next(container.decode(stream))
+        square = (codec.sample_aspect_ratio or 1) == 1
+        upright = first.side_data.get("DISPLAYMATRIX") is None
+        return codec.name == "h264" and codec.pix_fmt == "yuv420p" and square and upright
 
 
 def read_clip(path: Path | str, fps: float | None = None) -> Tensor:

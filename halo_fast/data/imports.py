@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from halo_fast.data.clips import Frame, read_picture, stream_clip, stream_frames, write_clip
+from halo_fast.data.clips import Frame, plays_everywhere, read_picture, stream_clip, stream_frames, write_clip
 from halo_fast.data.fitting import Fit, FitPolicy, VideoFormat, fit_clip, pool_damage
 from halo_fast.data.importers import Preference
 from halo_fast.data.records import SUFFIXES
@@ -26,7 +26,7 @@ from halo_fast.data.sources import (
 )
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow
 from halo_fast.errors import UserError
-from halo_fast.files import hash_bytes, hash_file, hash_text, progress, read_json, write_json
+from halo_fast.files import hash_bytes, hash_file, hash_text, progress, read_json, replacing, write_json
 from halo_fast.patches import PatchGrid
 
 __all__ = ["ImportConfig", "Imported", "ImportedRow", "forget_facts", "import_sources", "source_key"]
@@ -224,10 +224,21 @@ def _fitted(
     if known and known["key"] == key and video.exists():
         return Fit(known["frames"], tuple(known["box"]), VideoFormat(*known["source"]), known["changes"])
     fitted = fit_clip(_stream(clip, wanted.fps), wanted, settings)
-    write_clip(video, fitted.video, round(wanted.fps), crf)
     fit = fitted.fit
+    own = _fitting_file(clip, fit)
+    if own:
+        with replacing(video) as temporary:
+            shutil.copyfile(own, temporary)
+    else:
+        write_clip(video, fitted.video, round(wanted.fps), crf)
     write_json(facts, {"key": key, "frames": fit.frames, "box": fit.box, "source": fit.source, "changes": fit.changes})
     return fit
+
+
+def _fitting_file(clip: CaptionedClip, fit: Fit) -> Path | None:
+    """The clip's own file if it can stay as it is: another encoding would lose quality for nothing."""
+    file, unchanged = clip.clip, not fit.changes and fit.frames == list(range(fit.source.num_frames))
+    return file if unchanged and isinstance(file, Path) and file.is_file() and plays_everywhere(file) else None
 
 
 def _stream(clip: CaptionedClip, fps: float) -> Iterator[Frame]:

@@ -1,8 +1,10 @@
 """What users bring, each layout written by the test: folders with captions, tables, scores, boxes, masks, patches."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -13,8 +15,10 @@ from sources import table, touch
 
 from halo_fast.data.clips import write_clip
 from halo_fast.data.fitting import VideoFormat
+from halo_fast.data.imports import ImportConfig, import_sources
 from halo_fast.data.sources import read_source
 from halo_fast.errors import UserError
+from halo_fast.patches import PatchGrid
 
 
 def test_a_folder_of_clips_with_captions_in_natural_order(tmp_path):
@@ -30,6 +34,39 @@ def test_a_folder_of_clips_with_captions_in_natural_order(tmp_path):
         ("alone.mp4", "no caption: alone.txt: No such file or directory"),
         ("empty.mov", "no caption: empty.txt is empty"),
     ]
+
+
+def test_a_clip_in_the_runs_format_is_copied_and_any_other_is_encoded(tmp_path):
+    video = torch.from_numpy(np.random.default_rng(0).integers(256, size=(9, 32, 48, 3)).astype(np.uint8))
+    source = tmp_path / "source"
+    for name, frames, fps, crf in [
+        ("same.mp4", video, 8, 40),
+        ("long.mp4", torch.cat((video, video)), 8, 40),
+        ("fast.mp4", video.repeat_interleave(2, dim=0), 16, 40),
+        ("lossless.mp4", video, 8, None),
+    ]:
+        write_clip(source / name, frames, fps, crf)
+    # as many frames in as many seconds, but the second one comes late: [0, 0, 1, 3, 4, ...] are shown at a rate of 8
+    with av.open(str(source / "uneven.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "40", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 8000)
+        for time, picture in zip((0, 2, 2.1, 3, 4, 5, 6, 7, 8), video.numpy(), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 8000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (source / "another.mkv").write_bytes((source / "lossless.mp4").read_bytes() + b"\0")
+    for file in list(source.iterdir()):
+        file.with_suffix(".txt").write_text(file.stem)
+    patches = PatchGrid((3, 2, 2), 9, 32, 48, 8, 4, True)
+    rows = import_sources(
+        ImportConfig(sources=[str(source)]), VideoFormat(9, 32, 48, 8), patches, tmp_path, crf=12
+    ).clips
+    kept = [row for row in rows if (tmp_path / row.video).read_bytes() == Path(row.source).read_bytes()]
+    assert [row.prompt for row in kept] == ["same"] and len(rows) == 6
+    frames = {row.prompt: row.frames for row in rows}
+    assert frames["uneven"] == [0, 0, 1, 3, 4, 5, 6, 7, 8] and frames["same"] == list(range(9))
 
 
 def test_folders_of_frames_are_clips(tmp_path):
