@@ -24,6 +24,7 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_resources_stay_in_budget_when_compiled_now():
     """A part of the matrix; `python -m benchmarks.resources` compiles all of it."""
     done = compiled(
