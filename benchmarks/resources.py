@@ -161,11 +161,19 @@ def launch_all(latent: str, grid: tuple[int, ...], dtype: str) -> None:
 
 
 def launch_table(
-    pairs: int, grid: tuple[int, ...], link: str, everything: bool, dtype: torch.dtype, shape: tuple[int, ...]
+    pairs: int,
+    grid: tuple[int, ...],
+    link: str,
+    everything: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    bounded: bool = False,
 ) -> None:
-    """The table's launches; with `everything` every optional argument is there."""
-    table, videos, scale = (torch.empty(size, dtype=dtype) for size in ((2 * pairs, *grid), (2 * pairs,), (2, pairs)))
-    numbers = TableNumbers(0.1, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1)
+    """The table's launches; with `everything` every optional argument is there, `bounded` has caps and pair weights."""
+    sizes = (2 * pairs, *grid), (2 * pairs,), (3 if bounded else 2, pairs)
+    table, videos, scale = (torch.empty(size, dtype=dtype) for size in sizes)
+    caps = (2.0, 1.0) if bounded else ()
+    numbers = TableNumbers(0.1, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1, *caps)
     optional = (scale, table, table) if everything else (None, None, None)
     kernels.gran_dpo_table(table, table, videos, *optional, shape, link, numbers)
 
@@ -318,7 +326,7 @@ def _describe(target: str, dtype: str, name: str, options: dict[str, Any]) -> di
         "programs_a_multiprocessor": round(programs / MULTIPROCESSORS[target], 1),
     }
     if name in ("table", "sum"):
-        flags = [flag for flag in ("SUPERVISED", "SUMS", "RESULTS") if options.get(flag)]
+        flags = [flag for flag in ("SUPERVISED", "CAPPED", "WEIGHTED", "SUMS", "RESULTS") if options.get(flag)]
         sizes = [f"{size} {options[size]}" for size in ("LINK", "PAIRS", "PATCHES", "ROWS", "PARTS") if size in options]
         return row | {"variant": " ".join([*sizes, *flags]), "align_bytes": "", "thread_bytes": ""}
     flags = [flag for flag in ("POSITIONS", "WIDE", "HAS_REFERENCE") if options.get(flag)]
@@ -349,10 +357,14 @@ def _launch_matrix(latents: list[str], dtypes: list[str]) -> Iterator[dict[str, 
         launch_all(latent, grid, dtype)
         yield {"latent": latent, "pairs": 1, "grid": "x".join(map(str, grid)), "dtype": dtype, "everything": False}
     if latents == list(SHAPES):
-        cases = [(pairs, grid, "sigmoid", full) for pairs in PAIRS for grid in TABLE_GRIDS for full in (False, True)]
-        cases += [(1, TABLE_GRIDS[0], link, True) for link in kernels.LINKS[1:]]
-        for pairs, grid, link, everything in cases:
-            launch_table(pairs, grid, link, everything, torch.float32, SHAPES["cogvideox"])
+        cases = [
+            (pairs, grid, "sigmoid", full, False) for pairs in PAIRS for grid in TABLE_GRIDS for full in (False, True)
+        ]
+        cases += [(1, TABLE_GRIDS[0], link, True, False) for link in kernels.LINKS[1:]]
+        cases += [(pairs, grid, "sigmoid", True, True) for pairs in PAIRS for grid in TABLE_GRIDS]
+        cases += [(1, TABLE_GRIDS[0], "poly", True, True)]
+        for pairs, grid, link, everything, bounded in cases:
+            launch_table(pairs, grid, link, everything, torch.float32, SHAPES["cogvideox"], bounded)
             named = {"latent": "cogvideox", "pairs": pairs, "grid": "x".join(map(str, grid)), "dtype": "fp32"}
             yield named | {"everything": everything}
 

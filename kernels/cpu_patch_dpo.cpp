@@ -525,11 +525,11 @@ void backward(const Geometry& g, const void* factor, const void* grad, View<cons
 
 // ---- the H1 loss and its coefficients on the [2B, P] table
 
-enum Link { sigmoid, conservative, robust, hinge, ipo, kto, links };
+enum Link { sigmoid, conservative, robust, hinge, ipo, kto, poly, links };
 
 struct TableNumbers {
-    double label_smoothing, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma, patch_delta,
-        sft_weight, patch_sft_weight;
+    double link_parameter, video_weight, patch_weight, video_beta, patch_beta, video_gamma, video_delta, patch_gamma, patch_delta,
+        sft_weight, patch_sft_weight, video_cap, patch_cap;
 };
 
 double sigma(double z) {
@@ -543,6 +543,7 @@ struct Value {
     double value, slope;
 };
 
+// phi(z) and its derivative; e is the label smoothing or, of poly, alpha.
 Value apply_link(Link link, double e, double z) {
     switch (link) {
         case conservative:
@@ -555,12 +556,19 @@ Value apply_link(Link link, double e, double z) {
             return {(z - 0.5) * (z - 0.5), 2 * (z - 0.5)};
         case kto:
             return {sigma(-z), -sigma(z) * sigma(-z)};
+        case poly:
+            return {softplus(-z) + e * sigma(-z), -sigma(-z) - e * sigma(z) * sigma(-z)};
         case sigmoid:
             return {softplus(-z), -sigma(-z)};
         case links:
             break;
     }
     return {NAN, NAN};  // never: the caller's link was checked
+}
+
+// phi(min(z, cap)): beyond the cap there is no slope, at the cap itself there still is. A NaN stays a NaN.
+Value capped_link(Link link, double e, double z, double cap) {
+    return z > cap ? Value{apply_link(link, e, cap).value, 0.0} : apply_link(link, e, z);
 }
 
 // s w of one group: a comparison with NaN is false, so an unlabelled entry is a tie.
@@ -584,7 +592,7 @@ struct PairSums {
 
 template <class A>
 void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const A* video_rewards, const A* logit_scale,
-           const A* error, const A* loser_scale, Link link, const TableNumbers& to, A* loss, A* coefficients, A* video_logits, A* patch_logits,
+           const A* pair_weight, const A* error, const A* loser_scale, Link link, const TableNumbers& to, A* loss, A* coefficients, A* video_logits, A* patch_logits,
            A* active, int threads) {
     const int64_t P = g.f * g.h * g.w, B = g.N / 2, blocks = ceil_div(P, table_block), work = B * blocks;
     [[maybe_unused]] const int team = P * B > table_block ? threads : 1;
@@ -630,18 +638,20 @@ void table(const Geometry& g, const A* log_ratio, const A* patch_rewards, const 
         const double video_scale = 0.5 * to.video_beta * (logit_scale ? static_cast<double>(logit_scale[i]) : 1.0);
         const double patch_scale = 0.5 * to.patch_beta * (logit_scale ? static_cast<double>(logit_scale[B + i]) : 1.0);
         const double video_logit = video_scale * sign(video[i]) * pairs[i].margin;
-        const Value video_link = apply_link(link, to.label_smoothing, video_logit);
-        const double patch_share = to.patch_weight / (pairs[i].weight > 0 ? pairs[i].weight : 1.0);
+        const Value video_link = capped_link(link, to.link_parameter, video_logit, to.video_cap);
+        const double omega = pair_weight ? static_cast<double>(pair_weight[i]) : 1.0;
+        const double video_share = omega * to.video_weight;
+        const double patch_share = omega * (to.patch_weight / (pairs[i].weight > 0 ? pairs[i].weight : 1.0));
         const double patch_rho = to.patch_sft_weight / std::max(pairs[i].labelled, 1.0);
-        double sum = first == 0 ? to.video_weight * std::abs(video[i]) * video_link.value : 0.0;
+        double sum = first == 0 ? video_share * std::abs(video[i]) * video_link.value : 0.0;
         for (int64_t p = first; p < std::min(first + table_block, P); ++p) {
             const int64_t a = i * P + p, b = (B + i) * P + p;
             const double margin = static_cast<double>(log_ratio[a]) - static_cast<double>(log_ratio[b]), weight = weights[a];
             const double logit = patch_scale * sign(weight) * margin;
-            const Value patch_link = apply_link(link, to.label_smoothing, logit);
+            const Value patch_link = capped_link(link, to.link_parameter, logit, to.patch_cap);
             patch_logits[a] = static_cast<A>(logit);
             sum += patch_share * std::abs(weight) * patch_link.value;
-            const double slope = -to.video_weight * video[i] * video_link.slope * video_scale * volume(p) -
+            const double slope = -video_share * video[i] * video_link.slope * video_scale * volume(p) -
                                  patch_share * patch_scale * weight * patch_link.slope;
             double c_a = slope, c_b = -slope;
             if (loser_scale != nullptr && c_a < 0) c_a *= static_cast<double>(loser_scale[a]);
@@ -727,7 +737,7 @@ HALO_EXPORT int halo_patch_backward(const int* dtypes, int threads, const int64_
 // dtype: of every table, float64 or float32. numbers: those of TableNumbers, in order. Null tables are absent; the outputs are as
 // in the reference.
 HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* sizes, const void* log_ratio, const void* patch_rewards,
-                                    const void* video_rewards, const void* logit_scale, const void* error,
+                                    const void* video_rewards, const void* logit_scale, const void* pair_weight, const void* error,
                                     const void* loser_scale, int link, const double* numbers, void* loss, void* coefficients,
                                     void* video_logits, void* patch_logits, void* active) {
     if (link < 0 || link >= links) return unknown_link;
@@ -737,7 +747,7 @@ HALO_EXPORT int halo_gran_dpo_table(int dtype, int threads, const int64_t* sizes
         using A = decltype(number);
         const auto in = [](const void* data) { return static_cast<const A*>(data); };
         const auto out = [](void* data) { return static_cast<A*>(data); };
-        table<A>(Geometry(sizes, sizes + 5), in(log_ratio), in(patch_rewards), in(video_rewards), in(logit_scale), in(error),
+        table<A>(Geometry(sizes, sizes + 5), in(log_ratio), in(patch_rewards), in(video_rewards), in(logit_scale), in(pair_weight), in(error),
                  in(loser_scale), static_cast<Link>(link), values, out(loss), out(coefficients), out(video_logits),
                  out(patch_logits), out(active), threads);
     };

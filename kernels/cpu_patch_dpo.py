@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto", "poly")
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -34,7 +34,7 @@ def _bind(path: str) -> ctypes.CDLL:
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     library.halo_patch_forward.argtypes = [pointer, integer, *[pointer] * 5]
     library.halo_patch_backward.argtypes = [pointer, integer, *[pointer] * 6]
-    library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 7 + [integer] + [pointer] * 6
+    library.halo_gran_dpo_table.argtypes = [integer, integer] + [pointer] * 8 + [integer] + [pointer] * 6
     library.halo_instruction_set.argtypes = [integer]
     return library
 
@@ -167,10 +167,11 @@ def gran_dpo_table(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
     samples, *grid = log_ratio.shape
+    omega = None if logit_scale is None or len(logit_scale) == 2 else logit_scale[2]
     # Names keep the contiguous tables alive while the kernel reads them.
     tables = [
         None if table is None else table.contiguous()
-        for table in (log_ratio, patch_rewards, video_rewards, logit_scale, error, loser_scale)
+        for table in (log_ratio, patch_rewards, video_rewards, logit_scale, omega, error, loser_scale)
     ]
     pairs = samples // 2
     outputs = [log_ratio.new_empty(shape) for shape in ((), (samples, *grid), (pairs,), (pairs, *grid), (pairs,))]
@@ -180,7 +181,7 @@ def gran_dpo_table(
         _sizes((samples, *latent_shape), grid),
         *(None if table is None else table.data_ptr() for table in tables),
         LINKS.index(link_name),
-        (ctypes.c_double * 11)(*numbers),
+        (ctypes.c_double * 13)(*numbers),
         *(output.data_ptr() for output in outputs),
     )
     _check(status)

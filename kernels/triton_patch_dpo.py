@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto", "poly")
 INTERPRETED = triton.knobs.runtime.interpret
 
 # Four programs of full tiles for each of the 132 multiprocessors of an H100.
@@ -463,7 +463,7 @@ def _softplus(z):
 
 @triton.jit
 def _link(z, E, LINK: tl.constexpr):
-    """phi(z) and its derivative, with E the label smoothing."""
+    """phi(z) and its derivative, with E the label smoothing or, of poly, alpha."""
     if LINK == "conservative":
         value = (1 - E) * _softplus(-z) + E * _softplus(z)
         slope = -(1 - E) * _sigmoid(-z) + E * _sigmoid(z)
@@ -479,10 +479,25 @@ def _link(z, E, LINK: tl.constexpr):
     elif LINK == "kto":
         value = _sigmoid(-z)
         slope = -_sigmoid(z) * _sigmoid(-z)
+    elif LINK == "poly":
+        value = _softplus(-z) + E * _sigmoid(-z)
+        slope = -_sigmoid(-z) - E * _sigmoid(z) * _sigmoid(-z)
     else:
         tl.static_assert(LINK == "sigmoid", "unknown link")
         value = _softplus(-z)
         slope = -_sigmoid(-z)
+    return value, slope
+
+
+@triton.jit
+def _capped_link(z, cap, E, LINK: tl.constexpr, CAPPED: tl.constexpr):
+    """phi(min(z, cap)) and its derivative: 0 beyond the cap, phi' at the cap itself; a NaN stays a NaN."""
+    if CAPPED:
+        beyond = z > cap
+        value, slope = _link(tl.where(beyond, cap, z), E, LINK)
+        slope = tl.where(beyond, 0.0, slope)
+    else:
+        value, slope = _link(z, E, LINK)
     return value, slope
 
 
@@ -563,7 +578,7 @@ def _table_kernel(
     video_logits,
     patch_logits,
     active,
-    label_smoothing: tl.float64,
+    link_parameter: tl.float64,
     video_weight: tl.float64,
     patch_weight: tl.float64,
     video_beta: tl.float64,
@@ -574,6 +589,8 @@ def _table_kernel(
     patch_delta: tl.float64,
     sft_weight: tl.float64,
     patch_sft_weight: tl.float64,
+    video_cap: tl.float64,
+    patch_cap: tl.float64,
     B,
     P,
     F,
@@ -589,6 +606,8 @@ def _table_kernel(
     part_stride: tl.int64,
     LINK: tl.constexpr,
     SUPERVISED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     SUMS: tl.constexpr,
     RESULTS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -606,6 +625,8 @@ def _table_kernel(
     |------------|----------------------------------------------------------------------|
     | LINK       | phi, one of LINKS                                                    |
     | SUPERVISED | the loss has a supervised term, and `error` its errors               |
+    | CAPPED     | a logit of the video or of the patches has a cap                     |
+    | WEIGHTED   | logit_scale has a third row, which weights each pair's preferences   |
     | SUMS       | this launch adds the parts, and the sums over each pair's patches    |
     | RESULTS    | this launch computes the results from those sums; both: one program  |
     | PAIRS      | pairs of a tile                                                      |
@@ -616,7 +637,7 @@ def _table_kernel(
     | ACCUMULATE | dtype of every table                                                 |
     """
     ALONE: tl.constexpr = SUMS and RESULTS
-    label_smoothing = tl.full([1], label_smoothing, ACCUMULATE)
+    link_parameter = tl.full([1], link_parameter, ACCUMULATE)
     video_weight = tl.full([1], video_weight, ACCUMULATE)
     patch_weight = tl.full([1], patch_weight, ACCUMULATE)
     video_beta = tl.full([1], video_beta, ACCUMULATE)
@@ -627,6 +648,8 @@ def _table_kernel(
     patch_delta = tl.full([1], patch_delta, ACCUMULATE)
     sft_weight = tl.full([1], sft_weight, ACCUMULATE)
     patch_sft_weight = tl.full([1], patch_sft_weight, ACCUMULATE)
+    video_cap = tl.full([1], video_cap, ACCUMULATE)
+    patch_cap = tl.full([1], patch_cap, ACCUMULATE)
     by_video = (video_weight != 0) | (sft_weight != 0)
     by_patch = (patch_weight != 0) | (patch_sft_weight != 0)
     chunk = tl.program_id(1)
@@ -695,10 +718,15 @@ def _table_kernel(
             first_chunk = pair < tl.where(chunk == 0, B, 0)
             tl.store(active + pair, used, mask=first_chunk)
             tl.store(video_logits + pair, video_logit, mask=first_chunk)
-            video_value, video_derivative = _link(video_logit, label_smoothing, LINK)
+            video_value, video_derivative = _capped_link(video_logit, video_cap, link_parameter, LINK, CAPPED)
             pair_loss = tl.where(first_chunk, video_weight * tl.abs(video) * video_value, 0.0)
             video_slope = -video_weight * video * video_derivative * video_scale
             patch_share = patch_weight / tl.where(weight_sum > 0, weight_sum, 1.0)
+            if WEIGHTED:
+                omega = tl.load(logit_scale + 2 * B + pair, mask=pair < B, other=0.0)
+                pair_loss *= omega
+                video_slope *= omega
+                patch_share *= omega
             patch_rho = patch_sft_weight / tl.where(labelled > 1, labelled, 1.0)
 
             for first in range(first_patch, last_patch, PATCHES):
@@ -710,7 +738,7 @@ def _table_kernel(
                 volume = _volume(p, F, H, W, grid_f, grid_h, grid_w, ACCUMULATE)[None, :]
                 logit = patch_scale[:, None] * _sign(weight) * margin
                 tl.store(patch_logits + a, logit, mask=live)
-                value, derivative = _link(logit, label_smoothing, LINK)
+                value, derivative = _capped_link(logit, patch_cap, link_parameter, LINK, CAPPED)
                 term = patch_share[:, None] * tl.abs(weight) * value
                 slope = video_slope[:, None] * volume - (patch_share * patch_scale)[:, None] * weight * derivative
                 c_a, c_b = slope, -slope
@@ -1001,6 +1029,8 @@ def _table_plan(
     latent_shape: tuple[int, ...],
     link_name: str,
     supervised: bool,
+    capped: bool,
+    weighted: bool,
     parts: _Parts,
     tables: tuple[bool | None, ...],
     dtype: torch.dtype,
@@ -1018,10 +1048,11 @@ def _table_plan(
     chunks = math.ceil(patches / share)
     programs = (1, 1, 1) if alone else (math.ceil(pairs / pair_block), chunks, 1)
     together = min(64 if parts.part_stride == 1 else 8, triton.next_power_of_2(parts.number))
-    sizes = (pairs, patches, *latent_shape[1:], *grid, parts.number, chunks, share, *parts[1:], link_name, supervised)
+    sizes = (pairs, patches, *latent_shape[1:], *grid, parts.number, chunks, share, *parts[1:])
+    variant = link_name, supervised, capped, weighted
     flags = pair_block, patch_block, min(64, triton.next_power_of_2(chunks)), 2 * TILE // together, together
     launches = tuple(
-        _Plan(_table_kernel, programs, (*sizes, *which, *flags, _accumulate(dtype)[1]), 8, device)
+        _Plan(_table_kernel, programs, (*sizes, *variant, *which, *flags, _accumulate(dtype)[1]), 8, device)
         for which in ([(True, True)] if alone else [(True, False), (False, True)])
     )
     return _TablePlan(launches, (chunks, 3, pairs), programs[0] * programs[1])
@@ -1050,9 +1081,10 @@ def _table(
             log_ratio, error, parts, reference_error, patch_rewards, video_rewards, logit_scale, loser_scale
         )
     ]  # fmt: skip
+    capped, weighted = min(numbers[-2:]) < math.inf, logit_scale is not None and len(logit_scale) == 3
     plan = _table_plan(
-        log_ratio.shape, tuple(latent_shape), link_name, supervised, where, tuple(map(_aligned, tables)),
-        log_ratio.dtype, log_ratio.device,
+        log_ratio.shape, tuple(latent_shape), link_name, supervised, capped, weighted, where,
+        tuple(map(_aligned, tables)), log_ratio.dtype, log_ratio.device,
     )  # fmt: skip
     loss = log_ratio.new_empty(() if plan.loss_parts == 1 else (plan.loss_parts,))
     coefficients, video_logits, patch_logits, active, sums = (

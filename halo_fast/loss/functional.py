@@ -112,6 +112,7 @@ def gran_dpo(
     reference_error: Tensor | None = None,
     layout: str = "BCFHW",
     kappa: Tensor | None = None,
+    pair_weight: Tensor | None = None,
 ) -> GranDPOOutput:
     """Granular DPO loss: the video and every spatio-temporal patch have their own preference.
 
@@ -138,6 +139,9 @@ def gran_dpo(
             then reference is None.
         layout: "BCFHW"; "BFCHW" for CogVideoX, "BCHW" for images.
         kappa: [B] timestep weight of each pair ([N] unpaired), default 1; see ``timestep_weight``.
+        pair_weight: [B] omega, default 1: multiplies the preference terms of each pair's loss, where kappa multiplies
+            the logits. Supervised terms and the mean over pairs stay as they are; 0 masks a pair's preferences. For
+            the objectives on pairs with a reference (``GranDPO``, ``PooledDPO``).
 
     Returns:
         ``GranDPOOutput``; its loss is differentiable in prediction only, once, and the gradient has prediction's dtype:
@@ -153,8 +157,9 @@ def gran_dpo(
     """
     built = build(objective)
     policy, inputs = check_inputs(
-        built, objective, prediction, target, reference, patch_rewards, video_rewards, reference_error, layout, kappa
-    )
+        built, objective, prediction, target, reference, patch_rewards, video_rewards, reference_error, layout, kappa,
+        pair_weight,
+    )  # fmt: skip
     _, out = _evaluate(built, policy, inputs)
     return _anchored(built, policy, inputs, out) if built.anchor_weight else out
 
@@ -170,6 +175,7 @@ def gran_dpo_coefficients(
     reference_error: Tensor | None = None,
     layout: str = "BCFHW",
     kappa: Tensor | None = None,
+    pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, GranDPOOutput]:
     """The first half of ``gran_dpo``, without a graph: c_p = dL/dE_p [2B, f, h, w] and the output (its loss detached).
 
@@ -180,8 +186,9 @@ def gran_dpo_coefficients(
     """
     built = build(objective)
     policy, inputs = check_inputs(
-        built, objective, prediction, target, reference, patch_rewards, video_rewards, reference_error, layout, kappa
-    )
+        built, objective, prediction, target, reference, patch_rewards, video_rewards, reference_error, layout, kappa,
+        pair_weight,
+    )  # fmt: skip
     if built.anchor_weight:
         raise ValueError("anchor_weight must be 0 for gran_dpo_coefficients: use gran_dpo, or sft_weight in its place")
     with torch.no_grad():

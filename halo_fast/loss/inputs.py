@@ -73,6 +73,7 @@ class Inputs:
         video_rewards: [N], likewise.
         kappa: [B] timestep weights ([N] unpaired); None for 1.
         grid: (f, h, w) patches.
+        pair_weight: [B], what multiplies the preference terms of each pair's loss; None for 1.
     """
 
     prediction: Tensor
@@ -83,6 +84,7 @@ class Inputs:
     video_rewards: Tensor | None
     kappa: Tensor | None
     grid: tuple[int, ...]
+    pair_weight: Tensor | None = None
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -132,6 +134,7 @@ def check_inputs(
     reference_error: Tensor | None,
     layout: str,
     kappa: Tensor | None,
+    pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, Inputs]:
     """The prediction as a view that carries its graph, and the record of all inputs; arguments as in ``gran_dpo``.
 
@@ -166,8 +169,14 @@ def check_inputs(
     if kappa is not None:
         shape = (samples // 2 if objective.paired else samples,)
         kappa = _check_numbers("kappa", kappa, shape, policy, dtype, missing="")
+    if pair_weight is not None:
+        if not getattr(objective, "weighs_pairs", False):
+            raise ValueError(
+                f"pair_weight must be left out: objective {name} has no preference term of pairs that it could weight"
+            )
+        pair_weight = _check_numbers("pair_weight", pair_weight, (samples // 2,), policy, dtype, missing="")
     record = Inputs(
-        policy.detach(), target, reference, reference_error, patch_rewards, video_rewards, kappa, grid
+        policy.detach(), target, reference, reference_error, patch_rewards, video_rewards, kappa, grid, pair_weight
     )  # fmt: skip
     return policy, record
 
@@ -336,7 +345,7 @@ def _check_numbers(
     dtype: torch.dtype,
     missing: str = ", or NaN for 'not labelled'",
 ) -> Tensor:
-    """Rewards or kappa in ``dtype``; ``missing`` says what a NaN means, "" if there must be none."""
+    """Rewards, kappa or pair weights in ``dtype``; ``missing`` says what a NaN means, "" if there must be none."""
     value = check_tensor(name, value, policy)
     check_constant(name, value)
     if value.dtype == torch.bool or value.is_complex():

@@ -6,9 +6,9 @@ Nothing here is differentiable by itself: ``ops`` attaches the gradients.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +36,20 @@ __all__ = [
 ]
 
 
-LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+LINKS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto", "poly")
 
 # (loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B])
 Table = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# phi and phi' of logits
-Link = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 class TableNumbers(NamedTuple):
-    """The numbers of the Gran-DPO loss in the order in which every backend takes them; see ``GranDPO``."""
+    """The numbers of the Gran-DPO loss in the order in which every backend takes them; see ``GranDPO``.
 
-    label_smoothing: float
+    ``link_parameter`` is the label smoothing of the links conservative and robust, and alpha of poly. A cap that is
+    infinite is none.
+    """
+
+    link_parameter: float
     video_weight: float
     patch_weight: float
     video_beta: float
@@ -59,6 +60,8 @@ class TableNumbers(NamedTuple):
     patch_delta: float
     sft_weight: float
     patch_sft_weight: float
+    video_cap: float = math.inf
+    patch_cap: float = math.inf
 
     @property
     def supervised(self) -> bool:
@@ -135,8 +138,11 @@ def gran_dpo_backward(factor: Tensor, grad: Tensor, prediction: Tensor, target: 
     return patch_error_backward(factor * grad, prediction, target)
 
 
-def link(z: Tensor, name: str, smoothing: float) -> tuple[Tensor, Tensor]:
-    """phi(z) and phi'(z) of a link, in forms that stay finite for any finite z.
+def link(z: Tensor, name: str, parameter: float, cap: float = math.inf) -> tuple[Tensor, Tensor]:
+    """phi(min(z, cap)) of a link and its derivative by z, in forms that stay finite for any finite z.
+
+    Beyond the cap the derivative is 0. At the cap itself it is still phi'(cap), the derivative from the left. A NaN
+    stays a NaN in both. ``parameter`` is e or a of the links that have one:
 
     sigmoid       softplus(-z)                                              Rafailov et al. 2023
     conservative  (1-e) softplus(-z) + e softplus(z)                        Mitchell 2023
@@ -144,8 +150,12 @@ def link(z: Tensor, name: str, smoothing: float) -> tuple[Tensor, Tensor]:
     hinge         max(0, 1-z)                                               Zhao et al. 2023
     ipo           (z - 1/2)^2                                               Azar et al. 2023
     kto           1 - sigma(z)                                              Ethayarajh et al. 2024
+    poly          softplus(-z) + a (1 - sigma(z)), a >= -1                  Poly-DPO, arXiv 2604.24953
     """
-    e = smoothing
+    if cap < math.inf:
+        value, slope = link(z.clamp(max=cap), name, parameter)
+        return value, torch.where(z > cap, 0.0, slope)
+    e = parameter
     if name == "sigmoid":
         return softplus(-z), -torch.sigmoid(-z)
     if name == "conservative":
@@ -160,6 +170,9 @@ def link(z: Tensor, name: str, smoothing: float) -> tuple[Tensor, Tensor]:
         return (z - 0.5).square(), 2 * (z - 0.5)
     if name == "kto":
         return torch.sigmoid(-z), -torch.sigmoid(z) * torch.sigmoid(-z)
+    if name == "poly":
+        wrong = torch.sigmoid(-z)
+        return softplus(-z) + e * wrong, -wrong - e * torch.sigmoid(z) * wrong
     raise ValueError(f"link must be one of {', '.join(LINKS)}; got {name!r}")
 
 
@@ -218,12 +231,12 @@ def gran_dpo_table(
 ) -> Table:
     """The Gran-DPO loss and its coefficients from the [2B, f, h, w] table of log-ratios.
 
-    One pair: video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p
+    One pair: omega (video_weight w_v phi(z_v) + patch_weight sum_p w_p phi(z_p) / sum_p w_p)
               + sft_weight E(video winner) + patch_sft_weight mean of E_p over the winning patches,
-    z = -(beta kappa / 2) s D, D_p = d_p(a) - d_p(b), D = sum_p (Z_p / sum Z) D_p.
+    z = -(beta kappa / 2) s D, D_p = d_p(a) - d_p(b), D = sum_p (Z_p / sum Z) D_p; phi of min(z, cap) with a cap.
 
-    All floating tensors have the dtype of ``log_ratio``. ``logit_scale`` is [2, B]: what multiplies video_beta and
-    patch_beta of each pair. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w]
+    All floating tensors have the dtype of ``log_ratio``. ``logit_scale`` is [2, B], what multiplies video_beta and
+    patch_beta of each pair, or [3, B] with each pair's omega. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w]
     when the loser guard is on; ``latent_shape`` is (C, F, H, W); ``numbers`` are those of ``TableNumbers``.
     Returns loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B]
     (1 for a pair that counts in the mean, else 0).
@@ -233,42 +246,42 @@ def gran_dpo_table(
     sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
     volume = sizes / sizes.sum()
     to = TableNumbers(*numbers)
-    video_scale, patch_scale = margin.new_ones(2, margin.shape[0]) if logit_scale is None else logit_scale
+    video_scale, patch_scale, *omega = margin.new_ones(2, margin.shape[0]) if logit_scale is None else logit_scale
     video_scale, patch_scale = 0.5 * to.video_beta * video_scale, 0.5 * to.patch_beta * patch_scale
     video, patch = margin.new_zeros(margin.shape[0]), torch.zeros_like(margin)
     if video_rewards is not None:
         video = signed_weights(video_rewards, to.video_gamma, to.video_delta)
     if patch_rewards is not None:
         patch = signed_weights(patch_rewards, to.patch_gamma, to.patch_delta)
-    phi = functools.partial(link, name=link_name, smoothing=to.label_smoothing)
 
-    video_logits, video_loss, video_slope = _video_term(margin, volume, video, video_scale, phi, to)
-    patch_logits, patch_loss, patch_slope = _patch_term(margin, patch, patch_scale, phi, to)
+    video_logits, video_loss, video_slope = _video_term(margin, volume, video, video_scale, link_name, to)
+    patch_logits, patch_loss, patch_slope = _patch_term(margin, patch, patch_scale, link_name, to)
+    pair_loss, slope = video_loss + patch_loss, video_slope + patch_slope
+    for weight in omega:
+        pair_loss, slope = weight * pair_loss, weight[:, None, None, None] * slope
     active, supervision = _active_pairs(video, patch, to), None
     if error is not None:
         supervision = _supervision(video, patch, volume, to)
-    loss, coefficients = reduce_pairs(
-        video_loss + patch_loss, video_slope + patch_slope, active, supervision, error, loser_scale
-    )
+    loss, coefficients = reduce_pairs(pair_loss, slope, active, supervision, error, loser_scale)
     return loss, coefficients, video_logits, patch_logits, active
 
 
 def _video_term(
-    margin: Tensor, volume: Tensor, video: Tensor, scale: Tensor, phi: Link, numbers: TableNumbers
+    margin: Tensor, volume: Tensor, video: Tensor, scale: Tensor, link_name: str, numbers: TableNumbers
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B] and loss [B] of the videos, and its slope dL/dD_p [B, f, h, w]; ``scale`` [B] is beta kappa / 2."""
     logits = scale * video.sign() * (volume * margin).flatten(1).sum(1)
-    value, derivative = phi(logits)
+    value, derivative = link(logits, link_name, numbers.link_parameter, numbers.video_cap)
     slope = -numbers.video_weight * video * derivative * scale
     return logits, numbers.video_weight * video.abs() * value, slope[:, None, None, None] * volume
 
 
 def _patch_term(
-    margin: Tensor, patch: Tensor, scale: Tensor, phi: Link, numbers: TableNumbers
+    margin: Tensor, patch: Tensor, scale: Tensor, link_name: str, numbers: TableNumbers
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, f, h, w] and loss [B] of the patches, and its slope dL/dD_p [B, f, h, w]."""
     logits = scale[:, None, None, None] * patch.sign() * margin
-    value, derivative = phi(logits)
+    value, derivative = link(logits, link_name, numbers.link_parameter, numbers.patch_cap)
     total = patch.abs().flatten(1).sum(1)
     share = numbers.patch_weight / torch.where(total > 0, total, 1.0)
     slope = -(share * scale)[:, None, None, None] * patch * derivative

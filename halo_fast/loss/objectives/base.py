@@ -92,6 +92,11 @@ class Objective(Requirements, Protocol):
         return 1.0
 
     @property
+    def weighs_pairs(self) -> bool:
+        """Whether ``table`` multiplies the preference terms of each pair by ``Inputs.pair_weight``, where it is given."""
+        return False
+
+    @property
     def shared_logit(self) -> bool:
         """Whether all labels of a pair share one logit, which stands in video_logits."""
         return False
@@ -127,6 +132,9 @@ class PairObjective(Objective):
     anchor_weight: float = 0.0
     loser_guard: str | None = None
     loser_guard_mu: float = field(default=0.9, kw_only=True)
+    poly_alpha: float = field(default=0.0, kw_only=True)
+    video_cap: float | None = field(default=None, kw_only=True)
+    patch_cap: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice("link", self.link, LINKS)
@@ -141,12 +149,32 @@ class PairObjective(Objective):
                 f"label_smoothing must be 0 with link {self.link!r}, which has none; got {self.label_smoothing}: "
                 'choose link="conservative" (TRL\'s "sigmoid" with label_smoothing) or "robust"'
             )
+        if self.poly_alpha and self.link != "poly":
+            raise ValueError(
+                f"poly_alpha must be 0 with link {self.link!r}, which has none; got {self.poly_alpha}: "
+                'choose link="poly"'
+            )
         if self.loser_guard_mu > 1:
             raise ValueError(f"loser_guard_mu must be between 0 and 1; got {self.loser_guard_mu}")
 
     @property
+    def weighs_pairs(self) -> bool:
+        return True
+
+    @property
     def labels(self) -> frozenset[str]:
         return used_labels(self.video_weight or self.sft_weight, self.patch_weight or self.patch_sft_weight)
+
+    @property
+    def link_parameter(self) -> float:
+        """The number of the link: its label smoothing, or alpha of poly."""
+        return self.poly_alpha if self.link == "poly" else self.label_smoothing
+
+    @property
+    def caps(self) -> tuple[float, float]:
+        """The caps on the logits of videos and of patches; infinite without one."""
+        video, patch = (math.inf if cap is None else cap for cap in (self.video_cap, self.patch_cap))
+        return video, patch
 
     @property
     def supervised(self) -> bool:
@@ -191,12 +219,17 @@ class PairObjective(Objective):
 
 
 def check_fields(objective: Any) -> None:
-    """Raise TypeError or ValueError unless each beta of a dataclass is above 0 and each other number at least 0."""
+    """Raise TypeError or ValueError unless betas and caps are above 0, alphas at least -1, other numbers 0."""
     for one in fields(objective):
         value = getattr(objective, one.name)
         if one.name.endswith("_beta"):
             if value is not None or one.name == "video_beta":
                 check_number(one.name, value, above=0.0)
+        elif one.name.endswith("_cap"):
+            if value is not None:
+                check_number(one.name, value, above=0.0)
+        elif one.name == "poly_alpha":
+            check_number(one.name, value, least=-1.0)  # phi' < 0 at every z exactly if alpha >= -1
         elif isinstance(one.default, float):
             check_number(one.name, value, least=0.0)
 
@@ -216,18 +249,20 @@ def logit_scale(objective: Any, inputs: Inputs, groups: int) -> tuple[float, flo
         groups: B pairs, or N unpaired samples.
 
     Returns:
-        Both betas and None; or 1, 1 and [2, groups], beta kappa of video and patches, where a beta is a tensor or kappa
-        is given.
+        Both betas and None; or 1, 1 and [2, groups], beta kappa of video and patches, where a beta is a tensor, kappa or
+        a pair weight is given. The pair weight is then a third row.
     """
     video_beta, patch_beta = objective.video_beta, objective.patch_beta
     if patch_beta is None:
         patch_beta = video_beta / math.sqrt(math.prod(inputs.grid))
-    kappa = inputs.kappa
-    if kappa is None and not isinstance(video_beta, Tensor) and not isinstance(patch_beta, Tensor):
+    kappa, omega = inputs.kappa, inputs.pair_weight
+    constant = not isinstance(video_beta, Tensor) and not isinstance(patch_beta, Tensor)
+    if kappa is None and omega is None and constant:
         return video_beta, patch_beta, None
     if kappa is None:
         kappa = inputs.prediction.new_ones(groups, dtype=inputs.dtype)
-    return 1.0, 1.0, torch.stack([kappa * video_beta, kappa * patch_beta]).to(inputs.dtype)
+    rows = [kappa * video_beta, kappa * patch_beta]
+    return 1.0, 1.0, torch.stack(rows if omega is None else [*rows, omega]).to(inputs.dtype)
 
 
 def half_scales(objective: Any, inputs: Inputs, groups: int) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class GranDPO(PairObjective):
         video_beta: above 0, multiplies half a MEAN squared error; ``convert_beta`` translates other conventions. A 0-d
             tensor may stand for a float: a schedule then compiles once.
         patch_beta: likewise; None is video_beta / sqrt(P).
-        link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto.
+        link: phi, one of sigmoid, conservative, robust, hinge, ipo, kto, poly.
         label_smoothing: share of wrong labels, in [0, 1/2); for the links conservative and robust only.
         patch_gamma: exponent of a patch's weight.
         patch_delta: a gap of patch rewards up to this is a tie.
@@ -45,11 +45,17 @@ class GranDPO(PairObjective):
             0, 1) where <g_w, g_l> > 0, over the video or over each patch; None does not.
         form: always "H1"; other values raise. Kept for callers that pass it.
         loser_guard_mu: mu of the guard, between 0 and 1; at 1 a loser that opposes its winner has no gradient.
+        poly_alpha: a of the link poly, softplus(-z) + a (1 - sigma(z)), at least -1: above 0 for noisy labels, below 0
+            for pairs that are too easy; 0 is sigmoid.
+        video_cap: above 0; the video's phi(z) becomes phi(min(z, video_cap)). A video whose logit is beyond the cap has
+            no gradient from its preference; at the cap itself it has. It stays in the mean. None is no cap.
+        patch_cap: likewise, for the logit of each patch.
 
     Raises:
         TypeError, ValueError: naming the field.
 
-    Source: own formulation after HALO, arXiv 2502.06812; the guard is Diffusion-SDPO's, arXiv 2511.03317.
+    Source: own formulation after HALO, arXiv 2502.06812; the guard is Diffusion-SDPO's, arXiv 2511.03317; poly is
+    Poly-DPO's, arXiv 2604.24953.
     """
 
     form: str = "H1"
@@ -99,7 +105,7 @@ def _numbers(objective: GranDPO, inputs: Inputs) -> tuple[Tensor | None, TableNu
     """What the operators take beside tables: the scale of the logits and the numbers."""
     video_beta, patch_beta, scale = logit_scale(objective, inputs, inputs.prediction.shape[0] // 2)
     numbers = TableNumbers(
-        label_smoothing=objective.label_smoothing,
+        link_parameter=objective.link_parameter,
         video_weight=objective.video_weight,
         patch_weight=objective.patch_weight,
         video_beta=video_beta,
@@ -110,5 +116,7 @@ def _numbers(objective: GranDPO, inputs: Inputs) -> tuple[Tensor | None, TableNu
         patch_delta=objective.patch_delta,
         sft_weight=objective.sft_weight,
         patch_sft_weight=objective.patch_sft_weight,
+        video_cap=objective.caps[0],
+        patch_cap=objective.caps[1],
     )
     return scale, numbers

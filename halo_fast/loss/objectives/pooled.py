@@ -50,18 +50,20 @@ class PooledDPO(PairObjective):
         labelled = (total(patch != 0) > 0).to(margin.dtype)
 
         groups = [
-            (per_patch(video.sign()) * volume, video_scale, self.video_weight * video.abs()),
-            (pool, patch_scale, self.patch_weight * labelled),
+            (per_patch(video.sign()) * volume, video_scale, self.video_weight * video.abs(), self.caps[0]),
+            (pool, patch_scale, self.patch_weight * labelled, self.caps[1]),
         ]
         pair_loss, slope, logits = torch.zeros_like(video), torch.zeros_like(margin), []
-        for pooling, scale, weight in groups:
+        for pooling, scale, weight, cap in groups:
             z = scale * total(pooling * margin)
-            value, derivative = link(z, self.link, self.label_smoothing)
+            value, derivative = link(z, self.link, self.link_parameter, cap)
+            if inputs.pair_weight is not None:
+                weight = weight * inputs.pair_weight
             pair_loss = pair_loss + weight * value
             slope = slope - per_patch(weight * derivative * scale) * pooling
             logits.append(z)
 
-        active = sum(weight for *_, weight in groups) > 0
+        active = sum(weight for _, _, weight, _ in groups) > 0
         active = active | ((video != 0) & (self.sft_weight > 0)) | ((labelled > 0) & (self.patch_sft_weight > 0))
         active = active.to(margin.dtype)
         needed = self.supervised or self.loser_guard
