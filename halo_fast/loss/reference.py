@@ -236,8 +236,9 @@ def gran_dpo_table(
     z = -(beta kappa / 2) s D, D_p = d_p(a) - d_p(b), D = sum_p (Z_p / sum Z) D_p; phi of min(z, cap) with a cap.
 
     All floating tensors have the dtype of ``log_ratio``. ``logit_scale`` is [2, B], what multiplies video_beta and
-    patch_beta of each pair, or [3, B] with each pair's omega. ``error`` [2B, f, h, w] is there when an sft weight is not 0, ``loser_scale`` [2B, f, h, w]
-    when the loser guard is on; ``latent_shape`` is (C, F, H, W); ``numbers`` are those of ``TableNumbers``.
+    patch_beta of each pair, or [3, B] with each pair's omega (1 without). ``error`` [2B, f, h, w] is there when an sft
+    weight is not 0, ``loser_scale`` [2B, f, h, w] when the loser guard is on; ``latent_shape`` is (C, F, H, W);
+    ``numbers`` are those of ``TableNumbers``.
     Returns loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B]
     (1 for a pair that counts in the mean, else 0).
     """

@@ -41,6 +41,8 @@ class TrainConfig:
         attention_backend: diffusers' name of it ("native", "flash", "xformers", ...); null: as the model has it.
         mixed_precision: "no" or "bf16", as in accelerate.
         auto_beta: adjust video_beta, and patch_beta with it, so that the mean gradient factor is this; null: constant.
+        time_weights: weights of the pairs' preferences by time: equal parts of 0 (clean) to 1 (noise), as many as there
+            are numbers. [0, 1, 1, 0.5] masks the first quarter and halves the last. null: 1 everywhere.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: newest checkpoints that are kept; null: all.
         logging_steps: steps between two readings of the log from the device; every step has its row.
@@ -48,6 +50,9 @@ class TrainConfig:
         loss_spike_factor: training stops when the loss over 5 steps exceeds its median before by this; null: never.
         winner_alarm: share by which the error on winning patches may exceed the reference's before a warning. Its root
             is how far the policy has moved, in units of how far the reference is from the truth. null: no warning.
+        displacement_alarm: share by which the errors on winners and on losers may both exceed the reference's before
+            a warning. null: no warning.
+        margin_alarm: mean logit beyond which a warning says that the margin is over-maximised. null: no warning.
         off_policy_pairs: pairs whose base errors are compared before training, to recognise clips of another model.
         off_policy_fresh: of these, pairs for which two clips are also sampled and compared.
         heldout_share: share of the prompts whose pairs are kept out of training for diagnostics.csv.
@@ -80,12 +85,15 @@ class TrainConfig:
     attention_backend: str | None = None
     mixed_precision: Literal["no", "bf16"] = "bf16"
     auto_beta: Annotated[float, Interval(gt=0, lt=0.5)] | None = None
+    time_weights: list[float] | None = None
     checkpointing_steps: Count = 100
     checkpoints_total_limit: Count | None = 3
     logging_steps: Count = 10
     report_to: list[str] = field(default_factory=list)
     loss_spike_factor: Annotated[float, Gt(0)] | None = 5.0
     winner_alarm: Annotated[float, Gt(0)] | None = 0.5
+    displacement_alarm: Annotated[float, Gt(0)] | None = 0.1
+    margin_alarm: Annotated[float, Gt(0)] | None = 5.0
     off_policy_pairs: CountOrZero = 16
     off_policy_fresh: CountOrZero = 0
     heldout_share: Annotated[float, Interval(ge=0, le=1)] = 0.1

@@ -29,6 +29,7 @@ class Batch:
         patch_rewards: [2B, f, h, w]; NaN is not labelled.
         video_rewards: [2B]; NaN is not labelled.
         reference_error: E_p of the reference's prediction, [2B, f, h, w]; None if it was not computed before training.
+        pair_weight: what multiplies the preferences of each pair in the loss, [B]; None for 1. A selection has none.
     """
 
     noisy: Tensor
@@ -38,6 +39,7 @@ class Batch:
     patch_rewards: Tensor
     video_rewards: Tensor
     reference_error: Tensor | None = None
+    pair_weight: Tensor | None = None
 
     def select(self, samples: slice) -> "Batch":
         """Some samples of the batch."""

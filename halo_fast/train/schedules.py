@@ -102,6 +102,7 @@ def loss_arguments(
         "objective": objective,
         "reference_error": error,
         "layout": layout,
+        "pair_weight": batch.pair_weight,
     }
 
 

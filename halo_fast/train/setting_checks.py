@@ -1,5 +1,6 @@
 """Checks of the settings that need no model: bounds, the objective, what excludes each other, what is installed."""
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -34,7 +35,24 @@ def checked_objective(config: TrainConfig) -> Objective:
     if objective.anchor_weight and config.schedule == "margin_first":
         raise UserError("train.objective.anchor_weight: needs both samples in one batch; set train.schedule to batched")
     build_auto_beta(config, objective, torch.device("cpu"))
+    _check_time_weights(config.time_weights, objective)
     return objective
+
+
+def _check_time_weights(weights: Sequence[float] | None, objective: Objective) -> None:
+    """Raise unless the weights are numbers of at least 0, not all 0, and the objective has preferences to weight."""
+    if weights is None:
+        return
+    if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(
+            f"train.time_weights: expected numbers of at least 0, one of them above 0, got {weights}; "
+            "null is 1 everywhere"
+        )
+    if not getattr(objective, "weighs_pairs", False):
+        raise UserError(
+            "train.time_weights: weights the preferences of pairs with a reference, which "
+            f"{type(objective).__name__} does not have; set null"
+        )
 
 
 def build_auto_beta(config: TrainConfig, objective: Objective, device: torch.device) -> AutoBeta | None:

@@ -1,6 +1,7 @@
 """One optimiser step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from halo_fast.train.job import Job
 from halo_fast.train.parallel import average_gradients, batches_of_process, gather_shards
 from halo_fast.train.schedules import batched, margin_first, uses_reference
 
-__all__ = ["learning_rate", "run_batch", "take_step"]
+__all__ = ["learning_rate", "run_batch", "take_step", "weights_at"]
 
 
 def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
@@ -69,10 +70,18 @@ def run_batch(job: Job, batch: Batch) -> PairFigures:
         with accelerator.autocast(), job.reference_mode():
             return family.predict(model, part.noisy, part.t, part.conditions)
 
+    if job.config.time_weights:
+        batch = replace(batch, pair_weight=weights_at(batch.t[: len(batch.t) // 2], job.config.time_weights))
     objective = job.current_objective()
     in_loop = reference if job.reference_errors is None and uses_reference(objective) else None
     schedule = batched if job.plan.schedule == "batched" else margin_first
     return schedule(policy, in_loop, batch, objective, family.layout, accelerator.backward)
+
+
+def weights_at(t: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weight of each time's part of 0..1; t = 1 belongs to the last one."""
+    part = (t * len(weights)).long().clamp(max=len(weights) - 1)
+    return t.new_tensor(weights)[part]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

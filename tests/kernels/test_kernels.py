@@ -187,9 +187,9 @@ def test_kernels_of_every_backend_take_the_same_numbers_and_links():
 def test_kernels_refuse_an_unknown_link(backend):
     table = inputs(backend)[0][:, 0, :2, :2, :2].contiguous()
     with pytest.raises(ValueError):
-        module(backend).gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 11)
+        module(backend).gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 13)
     with pytest.raises(ValueError):
-        reference.gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 11)
+        reference.gran_dpo_table(table, table, None, None, None, None, SHAPE, "logistic", (1.0,) * 13)
 
 
 INT64 = """

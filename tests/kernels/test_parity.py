@@ -182,7 +182,7 @@ def test_equal_policy_and_reference_give_exact_zero(backend):
     assert not module(backend).patch_log_ratio(policy, policy.clone(), target, (2, 3, 4)).any()
 
 
-NUMBERS = (0.1, 1.0, 2.0, 5.0, 3.0, 0.0, 0.1, 1.0, 0.2, 0.0, 0.0)
+NUMBERS = (0.1, 1.0, 2.0, 5.0, 3.0, 0.0, 0.1, 1.0, 0.2, 0.0, 0.0, math.inf, math.inf)
 
 
 def table_inputs(pairs: int, grid, dtype=torch.float64):
@@ -215,10 +215,15 @@ def test_parity_of_the_table_for_every_link(backend, link):
     ("pairs", "grid"), [(1, (1, 1, 1)), (2, (2, 3, 4)), (40, (1, 2, 2)), (2, (5, 30, 31)), (3, (5, 15, 31))]
 )
 def test_parity_of_the_table_with_everything_in_use(backend, pairs, grid):
-    numbers = (0.1, 0.7, 2.0, 5.0, 3.0, 0.5, 0.1, 1.5, 0.2, 0.3, 0.4)
+    numbers = (0.1, 0.7, 2.0, 5.0, 3.0, 0.5, 0.1, 1.5, 0.2, 0.3, 0.4, math.inf, math.inf)
     assert_same_table(backend, table_inputs(pairs, grid), (4, 5, 31, 33), "conservative", numbers)
     single = tuple(x.float() for x in table_inputs(pairs, grid))
     assert_same_table(backend, single, (4, 5, 31, 33), "conservative", numbers, tolerance=2e-5)
+    # caps that some logits are beyond, and a weight for each pair
+    log_ratio, patch, video, scale, error, loser = table_inputs(pairs, grid)
+    weighted = torch.cat([scale, 2 * scale[:1]])
+    bounded = log_ratio, patch, video, weighted, error, loser
+    assert_same_table(backend, bounded, (4, 5, 31, 33), "poly", (*numbers[:-2], 0.05, 0.4))
 
 
 def test_parity_of_the_table_without_labels_or_at_extremes(backend):

@@ -54,9 +54,9 @@ def test_resources_committed_are_complete_in_budget_and_of_these_kernels():
     assert each["cogvideox", "13x60x90", "backward"] == 7 * 3
     assert each["hunyuanvideo", "13x4x6", "forward"] == 2 * 7 * 3
     tables = [row for row in rows if row["kernel"] == "table"]
-    assert {row["pairs"] for row in tables} == {"1", "2", "4", "8", "16"} and {True, False} == {
-        "SUPERVISED" in row["variant"] for row in tables
-    }
+    assert {row["pairs"] for row in tables} == {"1", "2", "4", "8", "16"}
+    for flag in ("SUPERVISED", "CAPPED", "WEIGHTED"):
+        assert {True, False} == {flag in row["variant"] for row in tables}
     for row in rows:
         nvidia = row["target"].startswith("sm_")
         # The table, one program that waits for memory, may keep a few values in local memory. So do three forward
@@ -129,13 +129,19 @@ with compile_only(TARGETS["sm_90"]) as launches:
     bytes = moved(named, "factor", "grad", "prediction", "target", "gradient")
     assert bytes == kernels.backward_bytes(shape, grid, 2, 4)
     launches.clear()
-    numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    inf = float("inf")
+    numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, inf, inf)
     videos = table[:, 0, 0, 0].contiguous()
     for beta in (500.0, 501.5):
         new = (0.0, 1.0, 1.0, beta, *numbers[4:])
         kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", new)
     (_, one, _, _), (_, other, _, _) = launches
     assert one is other, "a new beta compiles nothing"
+    launches.clear()
+    for cap in (1.5, 2.0):
+        kernels.gran_dpo_table(table, table, videos, None, None, None, shape[1:], "sigmoid", (*numbers[:-1], cap))
+    (_, capped, _, named), (_, other, _, _) = launches
+    assert named["CAPPED"] and capped is other and capped is not one, "nor does a new cap"
     launches.clear()
     # a large table takes several programs: its sums, its results, the parts of the loss
     fine = torch.empty(2, 13, 60, 90)

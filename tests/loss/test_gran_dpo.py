@@ -29,6 +29,7 @@ from halo_fast import (
     using_backend,
 )
 from halo_fast.loss.objectives import DiffusionKTO, MaPO, PooledDPO, WeightedRegression
+from halo_fast.loss.reference import LINKS
 
 SHAPE, GRID = (3, 5, 7, 9), (2, 3, 4)
 PATCHES = math.prod(GRID)
@@ -110,7 +111,7 @@ CHECKED = {
         link: GranDPO(
             link=link, label_smoothing=0.1 if link in ("conservative", "robust") else 0.0, form="H1", **SUPERVISED
         )
-        for link in ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto")
+        for link in LINKS
     },
     "pooled": PooledDPO(**SUPERVISED),
     "mapo": MaPO(),
@@ -331,7 +332,7 @@ def test_finite_for_huge_logits(size):
     policy, target, ref, *labels = batch(dtype=torch.float32)
     base = gran_dpo(policy, target, ref, *labels, objective=GranDPO(video_beta=1.0, patch_beta=1.0))
     beta = size / base.video_logits.abs().max().item()
-    for link in ("sigmoid", "conservative", "robust", "hinge", "ipo", "kto"):
+    for link in LINKS:
         smoothing = 0.1 if link in ("conservative", "robust") else 0.0
         objective = GranDPO(video_beta=beta, patch_beta=beta, link=link, label_smoothing=smoothing)
         out = gran_dpo(policy, target, ref, *labels, objective=objective)

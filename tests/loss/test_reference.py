@@ -63,6 +63,7 @@ def test_links_match_their_formulas_and_derivatives(name):
         "hinge": torch.clamp(1 - z, min=0),
         "ipo": (z - 0.5) ** 2,
         "kto": 1 - sigma(z),
+        "poly": -torch.log(sigma(z)) + e * (1 - sigma(z)),
     }[name]
     value, slope = reference.link(z, name, e)
     torch.testing.assert_close(value, formula, rtol=1e-10, atol=1e-12)

@@ -14,7 +14,7 @@ from halo_fast.families import family_of
 from halo_fast.train import fit
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import make_batch
-from halo_fast.train.observers.diagnostics import winner_warning
+from halo_fast.train.observers.diagnostics import displacement_warning, margin_warning, winner_warning
 from halo_fast.train.observers.guards import check_rows
 from halo_fast.train.off_policy import OffPolicy, fresh_pairs, off_policy_gap
 
@@ -108,6 +108,65 @@ def test_the_limit_of_the_warning_is_the_square_of_how_far_the_policy_has_moved(
 @pytest.fixture(scope="module")
 def family():
     return family_of(tiny_wan())
+
+
+def warnings_of(caplog, pairs, objective, **changes):
+    """What a training of the tiny model logs about its diagnostics."""
+    caplog.clear()
+    config = dataclasses.replace(
+        CONFIG, objective={"preset": "diffusion_dpo", "video_beta": 500.0} | objective, winner_alarm=None,
+        loss_spike_factor=None, **changes,
+    )  # fmt: skip
+    fit(family_of(tiny_wan()), pairs, config, progress=quiet)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_winners_and_losers_that_rise_together_are_named(family, caplog):
+    """Two clips that are nearly one: what moves the loser away moves the winner too."""
+    pairs = []
+    for pair in make_pairs(family):
+        latents = torch.stack([pair.latents[0], pair.latents[0] + 0.1 * pair.latents[1]])
+        pairs.append(dataclasses.replace(pair, latents=latents, video_rewards=torch.tensor([3.1, 3.0])))
+    steps = {"learning_rate": 2e-2, "max_train_steps": 20, "diagnostics_steps": 20}
+    (said,) = warnings_of(caplog, pairs, {}, **steps)
+    assert said.startswith("train: likelihood displacement at step 20: the errors on winning and losing videos rise")
+    assert "raise objective.video_delta" in said and "sft_weight" in said
+    # the advice: a supervised term; or these pairs as ties, beside others, whose errors do not rise together
+    assert not warnings_of(caplog, pairs, {"sft_weight": 2000.0}, **steps)
+    assert not warnings_of(caplog, pairs, {}, displacement_alarm=None, **steps)
+
+
+def test_a_margin_that_is_pushed_on_is_named_and_a_cap_ends_it(family, caplog):
+    pairs = make_pairs(family)
+    steps = {"learning_rate": 4e-3, "max_train_steps": 40, "diagnostics_steps": 40}
+    (said,) = warnings_of(caplog, pairs, {}, **steps)
+    assert said.startswith("train: over-maximised margin at step 40: the mean logit of videos is ")
+    assert "expected at most 5" in said and "set objective.video_cap" in said
+    assert not warnings_of(caplog, pairs, {"video_cap": 0.3}, **steps)
+    assert not warnings_of(caplog, pairs, {}, margin_alarm=None, **steps)
+
+
+def test_rows_that_warn_of_displacement_and_of_margins():
+    def row(winner, loser, margin=0.0, label="patch", split="heldout", group="all"):
+        return {
+            "step": 40, "label": label, "split": split, "group": group, "margin": margin,
+            "winner_policy": 0.4 * (1 + winner), "winner_reference": 0.4,
+            "loser_policy": 0.5 * (1 + loser), "loser_reference": 0.5,
+        }  # fmt: skip
+
+    # both must rise: a loser alone is what a preference asks for, a winner alone is the other warning's
+    for winner, loser in ((-0.1, 0.9), (0.09, 0.9), (0.9, 0.05), (0.9, -0.2)):
+        assert displacement_warning([row(winner, loser)], "patch", 0.1) is None
+    said = displacement_warning([row(0.2, 0.3)], "patch", 0.1)
+    assert "patches rise together, 20% and 30% above the reference's, expected at most 10% of both" in said
+    assert "objective.patch_delta" in said
+    # held-out pairs go before the training's own, and the whole before its parts
+    hidden = [row(0.2, 0.3, 9.0, split="train"), row(0.0, 0.3), row(0.9, 0.9, 9.0, group="timestep")]
+    assert displacement_warning(hidden, "patch", 0.1) is None and margin_warning(hidden, "patch", 5.0) is None
+    assert displacement_warning([], "video", 0.1) is None and margin_warning([], "video", 5.0) is None
+    assert margin_warning([row(0, 0, 5.0)], "patch", 5.0) is None
+    assert "mean logit of patches is 5.1" in margin_warning([row(0, 0, 5.1)], "patch", 5.0)
+    assert margin_warning([row(0, 0, 5.1)], "patch", None) is None
 
 
 def batches(family, pairs):

@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY, TINY_TRAIN, output_hashes, tiny_config, write_scores
+from tiny import TINY, TINY_TRAIN, output_hashes, tiny_config, tiny_wan, write_scores
 from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
@@ -21,7 +22,10 @@ from halo_fast.pipeline.stages.cache import build_cache
 from halo_fast.pipeline.stages.generate import generate
 from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.train import TrainConfig, fit
+from halo_fast.train.draws import draws_of_step, make_batch
 from halo_fast.train.schedules import loss_arguments
+from halo_fast.train.setting_checks import checked_objective
+from halo_fast.train.steps import weights_at
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +165,50 @@ def test_kto_takes_the_better_clip_for_good_and_the_other_for_bad(pipeline, pair
 
 def test_the_default_objective_is_the_arm_that_leads_the_comparison():
     assert build(TrainConfig().objective) == PRESETS["halo_sft"] == GranDPO(patch_sft_weight=0.5)
+
+
+@pytest.mark.parametrize("schedule", ["batched", "margin_first"])
+def test_bounds_are_settings_of_halo_train(cached, schedule):
+    bounds = "{preset: halo_sft, link: poly, poly_alpha: 0.5, video_cap: 2.0, patch_cap: 1.0}"
+    words = ("--train.objective", bounds, "--train.time_weights", "[0.5, 2]", "--train.schedule", schedule)
+    log = log_of(cached, *words)
+    assert [row["step"] for row in log] == ["1", "2"]
+
+
+def test_time_weights_multiply_the_preferences_of_their_times(tmp_path):
+    """The first loss, where every logit is 0: the mean over pairs of omega(t) times both weights log 2."""
+    family = family_of(tiny_wan())
+    pairs = make_pairs(family)
+    weights = [0.0, 3.0, 0.5]
+    objective = {"preset": "halo", "video_weight": 0.25, "patch_weight": 1.0}
+    config = dataclasses.replace(CONFIG, objective=objective, max_train_steps=1, time_weights=weights)
+    fit(family, pairs, config, folder=tmp_path, progress=quiet)
+    (row,) = csv.DictReader((tmp_path / "log.csv").open())
+    draws = draws_of_step(0, config.train_batch_size, len(pairs), config.seed, None)
+    batch = make_batch(family, pairs, draws, config.seed, torch.device("cpu"), limit=None)
+    times = batch.t[: len(draws)].tolist()
+    expected = [weights[0 if t < 1 / 3 else 1 if t < 2 / 3 else 2] * 1.25 * math.log(2) for t in times]
+    assert len(set(expected)) > 1
+    assert float(row["loss"]) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_weights_at_the_ends_of_time():
+    t = torch.tensor([0.0, 0.249, 0.25, 0.5, 0.999, 1.0])
+    assert weights_at(t, [1.0, 2.0, 3.0, 4.0]).tolist() == [1.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"time_weights": [0.0, 0.0]}, "train.time_weights: expected numbers of at least 0, one of them above 0"),
+        ({"time_weights": []}, "train.time_weights: expected numbers"),
+        ({"time_weights": [1.0, -1.0]}, "train.time_weights: expected numbers"),
+        ({"time_weights": [1.0, math.nan]}, "train.time_weights: expected numbers"),
+        ({"time_weights": [1.0], "objective": "diffusion_kto"}, "train.time_weights: .* DiffusionKTO does not have"),
+        ({"objective": {"preset": "halo", "patch_cap": -1.0}}, "train.objective: patch_cap must be .* above 0"),
+        ({"objective": {"preset": "halo", "poly_alpha": 0.5}}, "train.objective: poly_alpha must be 0 with link"),
+    ],
+)
+def test_bounds_without_a_meaning_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        checked_objective(dataclasses.replace(CONFIG, **changes))

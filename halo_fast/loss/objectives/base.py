@@ -93,7 +93,7 @@ class Objective(Requirements, Protocol):
 
     @property
     def weighs_pairs(self) -> bool:
-        """Whether ``table`` multiplies the preference terms of each pair by ``Inputs.pair_weight``, where it is given."""
+        """Whether ``table`` multiplies the preference terms of each pair by ``Inputs.pair_weight``."""
         return False
 
     @property
@@ -249,8 +249,8 @@ def logit_scale(objective: Any, inputs: Inputs, groups: int) -> tuple[float, flo
         groups: B pairs, or N unpaired samples.
 
     Returns:
-        Both betas and None; or 1, 1 and [2, groups], beta kappa of video and patches, where a beta is a tensor, kappa or
-        a pair weight is given. The pair weight is then a third row.
+        Both betas and None; or 1, 1 and [2, groups], beta kappa of video and patches, where a beta is a tensor or kappa
+        or a pair weight is given. The pair weight is a third row.
     """
     video_beta, patch_beta = objective.video_beta, objective.patch_beta
     if patch_beta is None:

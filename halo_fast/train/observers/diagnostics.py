@@ -31,7 +31,7 @@ from halo_fast.families import Denoiser
 from halo_fast.files import write_csv
 from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.functional import gran_dpo_coefficients, patch_error
-from halo_fast.loss.objectives import Objective, PairObjective
+from halo_fast.loss.objectives import Objective, PairObjective, PooledDPO
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, make_batch
 from halo_fast.train.job import Job
@@ -39,7 +39,15 @@ from halo_fast.train.observers.base import Observer
 from halo_fast.train.observers.log import read_rows
 from halo_fast.train.schedules import loss_arguments
 
-__all__ = ["Diagnostics", "heldout_errors", "heldout_figures", "summarize", "winner_warning"]
+__all__ = [
+    "Diagnostics",
+    "displacement_warning",
+    "heldout_errors",
+    "heldout_figures",
+    "margin_warning",
+    "summarize",
+    "winner_warning",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +58,7 @@ Row = dict[str, float | str]
 
 
 class Diagnostics(Observer):
-    """Rows of diagnostics.csv, of the training's own pairs and of held-out ones, and the warning about winners.
+    """Rows of diagnostics.csv, of the training's own pairs and of held-out ones, and the warnings from them.
 
     Args:
         job: before its first step.
@@ -88,9 +96,16 @@ class Diagnostics(Observer):
             new += summarize(figures, done, "heldout")
         self._figures.clear()
         self.rows += new
-        label = "patch" if getattr(job.objective, "patch_weight", 0) else "video"
-        warning = winner_warning(new, label, job.config.winner_alarm)
-        if warning and job.is_main:
+        used = [label for label in ("patch", "video") if getattr(job.objective, f"{label}_weight", 0)]
+        label = "patch" if "patch" in used else "video"
+        if isinstance(job.objective, PooledDPO):
+            used = [one for one in used if one != "patch"]  # its patches have no logit of their own
+        warnings = [
+            winner_warning(new, label, job.config.winner_alarm),
+            displacement_warning(new, label, job.config.displacement_alarm),
+            *(margin_warning(new, one, job.config.margin_alarm) for one in used),
+        ]
+        for warning in filter(None, warnings if job.is_main else ()):
             logger.warning(warning)
 
     def write(self, folder: Path) -> None:
@@ -242,11 +257,10 @@ def winner_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit:
         label: "patch", or "video" where the objective has no patch preference.
         limit: a; None for no warning.
     """
-    whole = {row["split"]: row for row in rows if row["group"] == "all" and row["label"] == label}
-    row = whole.get("heldout", whole.get("train"))
+    row = _judged(rows, label)
     if limit is None or row is None:
         return None
-    rise = float(row["winner_policy"]) / float(row["winner_reference"]) - 1
+    rise = _rise(row, "winner")
     if rise <= limit:
         return None
     return (
@@ -255,3 +269,64 @@ def winner_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit:
         "falls by spoiling losers; raise objective.patch_sft_weight or sft_weight, set objective.loser_guard, or lower "
         "the betas"
     )
+
+
+def displacement_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit: float | None) -> str | None:
+    """One line if the errors on winners and losers have risen together (likelihood displacement), else None.
+
+    A preference is satisfied by the gap between two errors. Where two samples are nearly as good, what moves the loser
+    away moves the winner too: both become less likely, and the gap grows although the policy predicts both worse.
+
+    Args:
+        rows: as for `winner_warning`.
+        label: likewise.
+        limit: share by which both errors may exceed the reference's; None for no warning.
+
+    Source: the first failure that PG-DPO names, arXiv 2511.19049.
+    """
+    row = _judged(rows, label)
+    if limit is None or row is None:
+        return None
+    winner, loser = _rise(row, "winner"), _rise(row, "loser")
+    if min(winner, loser) <= limit:
+        return None
+    return (
+        f"train: likelihood displacement at step {row['step']}: the errors on winning and losing "
+        f"{'patches' if label == 'patch' else 'videos'} rise together, {100 * winner:.0f}% and {100 * loser:.0f}% "
+        f"above the reference's, expected at most {100 * limit:.0f}% of both; raise objective.{label}_delta, so that "
+        "pairs of nearly equal rewards teach nothing, and objective.patch_sft_weight or sft_weight"
+    )
+
+
+def margin_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit: float | None) -> str | None:
+    """One line if the mean margin is over-maximised, else None.
+
+    The sigmoid link never stops pushing: at a logit of 5 its slope is 0.7% of 1, and most of what still moves is the
+    loser's error, which is cheap to raise. A cap ends that.
+
+    Args:
+        rows: as for `winner_warning`.
+        label: "patch" or "video".
+        limit: largest mean logit; None for no warning.
+
+    Source: the second failure that PG-DPO names, arXiv 2511.19049.
+    """
+    row = _judged(rows, label)
+    if limit is None or row is None or float(row["margin"]) <= limit:
+        return None
+    return (
+        f"train: over-maximised margin at step {row['step']}: the mean logit of "
+        f"{'patches' if label == 'patch' else 'videos'} is {float(row['margin']):.1f}, expected at most {limit:g}, and "
+        f"the preference pushes on; set objective.{label}_cap, or lower objective.{label}_beta or the learning rate"
+    )
+
+
+def _judged(rows: Sequence[Mapping[str, float | str]], label: str) -> Mapping[str, float | str] | None:
+    """The row over all pairs of a label: of the held-out pairs where there are some, else of the training's own."""
+    whole = {row["split"]: row for row in rows if row["group"] == "all" and row["label"] == label}
+    return whole.get("heldout", whole.get("train"))
+
+
+def _rise(row: Mapping[str, float | str], outcome: str) -> float:
+    """By which share the policy's error exceeds the reference's on winners or losers."""
+    return float(row[f"{outcome}_policy"]) / float(row[f"{outcome}_reference"]) - 1
