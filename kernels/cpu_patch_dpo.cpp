@@ -566,7 +566,7 @@ Value apply_link(Link link, double e, double z) {
     return {NAN, NAN};  // never: the caller's link was checked
 }
 
-// phi(min(z, cap)): beyond the cap there is no slope, at the cap itself there still is. A NaN stays a NaN.
+// phi(min(z, cap)): beyond the cap there is no slope, at the cap itself there still is. A NaN is beyond no cap.
 Value capped_link(Link link, double e, double z, double cap) {
     return z > cap ? Value{apply_link(link, e, cap).value, 0.0} : apply_link(link, e, z);
 }

@@ -491,7 +491,7 @@ def _link(z, E, LINK: tl.constexpr):
 
 @triton.jit
 def _capped_link(z, cap, E, LINK: tl.constexpr, CAPPED: tl.constexpr):
-    """phi(min(z, cap)) and its derivative: 0 beyond the cap, phi' at the cap itself; a NaN stays a NaN."""
+    """phi(min(z, cap)) and its derivative: 0 beyond the cap, phi' at the cap itself; a NaN is beyond no cap."""
     if CAPPED:
         beyond = z > cap
         value, slope = _link(tl.where(beyond, cap, z), E, LINK)

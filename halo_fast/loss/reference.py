@@ -142,7 +142,7 @@ def link(z: Tensor, name: str, parameter: float, cap: float = math.inf) -> tuple
     """phi(min(z, cap)) of a link and its derivative by z, in forms that stay finite for any finite z.
 
     Beyond the cap the derivative is 0. At the cap itself it is still phi'(cap), the derivative from the left. A NaN
-    stays a NaN in both. ``parameter`` is e or a of the links that have one:
+    is beyond no cap. ``parameter`` is e or a of the links that have one:
 
     sigmoid       softplus(-z)                                              Rafailov et al. 2023
     conservative  (1-e) softplus(-z) + e softplus(z)                        Mitchell 2023
