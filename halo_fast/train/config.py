@@ -85,7 +85,7 @@ class TrainConfig:
     attention_backend: str | None = None
     mixed_precision: Literal["no", "bf16"] = "bf16"
     auto_beta: Annotated[float, Interval(gt=0, lt=0.5)] | None = None
-    time_weights: list[float] | None = None
+    time_weights: list[Annotated[float, Ge(0)]] | None = None
     checkpointing_steps: Count = 100
     checkpoints_total_limit: Count | None = 3
     logging_steps: Count = 10

@@ -1,6 +1,5 @@
 """Checks of the settings that need no model: bounds, the objective, what excludes each other, what is installed."""
 
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -40,13 +39,12 @@ def checked_objective(config: TrainConfig) -> Objective:
 
 
 def _check_time_weights(weights: Sequence[float] | None, objective: Objective) -> None:
-    """Raise unless the weights are numbers of at least 0, not all 0, and the objective has preferences to weight."""
+    """Raise unless the weights are not all 0 and the objective has preferences to weight."""
     if weights is None:
         return
-    if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+    if not any(weights):
         raise UserError(
-            f"train.time_weights: expected numbers of at least 0, one of them above 0, got {weights}; "
-            "null is 1 everywhere"
+            f"train.time_weights: expected a number above 0 among them, got {weights}; null is 1 everywhere"
         )
     if not getattr(objective, "weighs_pairs", False):
         raise UserError(

@@ -200,10 +200,10 @@ def test_weights_at_the_ends_of_time():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"time_weights": [0.0, 0.0]}, "train.time_weights: expected numbers of at least 0, one of them above 0"),
-        ({"time_weights": []}, "train.time_weights: expected numbers"),
-        ({"time_weights": [1.0, -1.0]}, "train.time_weights: expected numbers"),
-        ({"time_weights": [1.0, math.nan]}, "train.time_weights: expected numbers"),
+        ({"time_weights": [0.0, 0.0]}, "train.time_weights: expected a number above 0 among them"),
+        ({"time_weights": []}, "train.time_weights: expected a number above 0 among them"),
+        ({"time_weights": [1.0, -1.0]}, "train.time_weights.1.: expected at least 0"),
+        ({"time_weights": [1.0, math.nan]}, "train.time_weights.1.: expected at least 0"),
         ({"time_weights": [1.0], "objective": "diffusion_kto"}, "train.time_weights: .* DiffusionKTO does not have"),
         ({"objective": {"preset": "halo", "patch_cap": -1.0}}, "train.objective: patch_cap must be .* above 0"),
         ({"objective": {"preset": "halo", "poly_alpha": 0.5}}, "train.objective: poly_alpha must be 0 with link"),
