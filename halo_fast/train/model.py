@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from halo_fast.errors import UserError, first_line
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import keep_gradients
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.memory import checkpointing
 
@@ -34,6 +35,7 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
         for module, _ in compiled:
             module._compiled_call_impl = None
         model.to(device).eval().requires_grad_(False)
+        keep_gradients(model)
         if config.attention_backend:
             _set_attention(model, config.attention_backend)
         if config.gradient_checkpointing != "none":

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.families.base import repeated_blocks
 
 __all__ = [
     "any_process",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import stored_bytes
 from halo_fast.loss.objectives import Objective
-from halo_fast.train.adapters import repeated_blocks
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.devices import USABLE, size_text
 from halo_fast.train.draws import Batch
@@ -101,7 +102,7 @@ def make_plan(
 
     activations = _measure(forward, model, parameters, config)
     parts = accelerator.num_processes if sharded else 1
-    weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
+    weights = stored_bytes(model) // parts
     # gradient and two moments, in their own precision
     training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
     need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
