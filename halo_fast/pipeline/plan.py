@@ -317,7 +317,8 @@ def _disk(config: Config, found: Prediction) -> str:
     pixels = settings.num_frames * settings.height * settings.width * 3
     latent = 4 * math.prod(found.latents)
     text = sum(value.numel() * value.element_size() for value in found.conditions.values())
-    trained = found.options[0].step.training // 3
+    step = found.options[0].step
+    trained = step.trained
     rows: list[tuple[str, str, str]] = [("disk space of the run directory, predicted", "of one", "of all")]
 
     def row(name: str, size: int, count: int | None) -> None:
@@ -329,7 +330,7 @@ def _disk(config: Config, found: Prediction) -> str:
     row("cache: texts, at most", text, prompts)
     row("reference errors of a pair", 8 * math.prod(config.grid) * (train.reference_draws or 0), prompts)
     limit = train.checkpoints_total_limit
-    row("training: checkpoints", 3 * trained, -(-train.max_train_steps // train.checkpointing_steps) if limit is None
+    row("training: checkpoints", step.training, -(-train.max_train_steps // train.checkpointing_steps) if limit is None
         else limit)  # fmt: skip
     row("LoRA" if train.rank else "trained network", trained, 1)
     row("evaluate: clips, base and aligned", pixels, None if evaluated is None else 2 * evaluated)

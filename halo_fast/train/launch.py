@@ -61,6 +61,16 @@ def check_launch(config: TrainConfig, model: nn.Module) -> None:
     }  # fmt: skip
     if uses_fsdp():
         launched |= _SHARDED
+        if config.offload_blocks:
+            raise UserError(
+                "accelerate launch: FSDP2 shards the blocks that train.offload_blocks moves; leave out --use_fsdp, or "
+                "set it to false"
+            )
+        if config.optimizer != "adamw":
+            raise UserError(
+                f"accelerate launch: FSDP2 does not shard what {config.optimizer} keeps; leave out --use_fsdp, or set "
+                "train.optimizer to adamw"
+            )
         if any(is_quantized(layer) for layer in model.modules()):
             raise UserError(
                 "accelerate launch: FSDP2 does not shard a quantised base; leave out --use_fsdp, or set quantization "

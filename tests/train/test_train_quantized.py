@@ -26,6 +26,7 @@ from halo_fast.pipeline.stages.train import train
 from halo_fast.train import fit
 from halo_fast.train.devices import find_device
 from halo_fast.train.memory import kept_bytes
+from halo_fast.train.predicted import SUPERVISED
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -175,7 +176,9 @@ def killed_and_continued(folder, settings, more):
 
 @pytest.mark.parametrize("backend", ["bnb_nf4", "torchao_int8"])
 def test_a_killed_training_ends_with_the_same_bits_and_exports(cached, backend):
-    continued, undisturbed, run = killed_and_continued(cached, SETTINGS, {"quantization": backend})
+    # at rank 64 the moments of matrices are in 8 bits
+    less = {"optimizer": "adamw_8bit", "offload_blocks": True, "rank": 64} if backend == "bnb_nf4" else {}
+    continued, undisturbed, run = killed_and_continued(cached, SETTINGS | less, {"quantization": backend})
     assert continued == undisturbed
     assert read_json(run.path / "train/manifest.json")["settings"]["quantization"] == backend
     file = export_run(run.path, "comfyui")
@@ -215,8 +218,9 @@ def test_bytes_are_predicted_and_counted(folders, backend, precision):
         )[0]
 
     keep = [kept(network) for network in (plain, found)]
-    # torchao keeps the weights that it computed with
-    weights = sum(plain.get_submodule(name).weight.nbytes for name in quantization.quantized_layers(plain))
+    # torchao keeps the weights that it computed with, but for keys and values of the text, which has no gradient
+    names = [name for name in quantization.quantized_layers(plain) if not name.endswith(("attn2.to_k", "attn2.to_v"))]
+    weights = sum(plain.get_submodule(name).weight.nbytes for name in names)
     assert keep[1] - keep[0] == pytest.approx(weights if backend.startswith("torchao") else 0, abs=0.05 * keep[0])
 
 
@@ -224,7 +228,7 @@ def test_plan_counts_quantised_weights():
     config = Config(pretrained_model_name_or_path="Wan-AI/Wan2.1-T2V-14B-Diffusers", precision="bf16")
     config.grid = (5, 4, 6)
     config.generate.num_frames, config.generate.height, config.generate.width = 17, 480, 832
-    choices = [("margin_first", "full", True)]
+    choices = [("margin_first", "full", True), (SUPERVISED, "full", False)]
     steps = []
     for backend in (None, "bnb_nf4"):
         found = predict(dataclasses.replace(config, quantization=backend), choices)
