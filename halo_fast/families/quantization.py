@@ -114,10 +114,11 @@ def load_quantized(folder: Path, empty: nn.Module, quantization: Quantization, d
         raise UserError(f"quantization: {kind} names no blocks with linear layers to quantise; set null")
     if quantization == "bnb_nf4":
         for name in wanted:  # bitsandbytes reads other scales than it wrote where a block goes on in the next row
-            if (inputs := empty.get_submodule(name).in_features) % _NF4_BLOCK:
+            layer: Any = empty.get_submodule(name)
+            if layer.in_features % _NF4_BLOCK:
                 raise UserError(
                     f"quantization: bnb_nf4 takes layers with a multiple of {_NF4_BLOCK} inputs, {name} of {kind} has "
-                    f"{inputs}; set torchao_int8"
+                    f"{layer.in_features}; set torchao_int8"
                 )
     others = [name for name, layer in empty.named_modules() if isinstance(layer, nn.Linear) and name not in wanted]
     settings = _settings(quantization, dtype, others)

@@ -22,7 +22,7 @@ _SETTING, _TAKES = "train.offload_blocks: true", "moves weights that are not qua
 _CURE = "choose another quantization, or set false"
 
 
-def waiting_weights(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+def waiting_weights(model: nn.Module) -> dict[nn.Module, list[Tensor]]:
     """The weights that wait, by the block that brings them: of frozen linear layers inside the outermost blocks.
 
     Autograd keeps such a weight as a view, which goes on holding the copy on the device. Other operations keep the
@@ -67,7 +67,7 @@ def check_offload(config: TrainConfig, quantization: str | None = None) -> None:
         raise UserError(f"{_SETTING} {_TAKES}, got {quantization}; {_CURE}")
 
 
-def _check_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+def _check_weights(model: nn.Module, weights: Iterable[Tensor]) -> None:
     """Raise unless there are weights to move, each of them in one piece."""
     found = [type(value).__name__ for value in weights]
     if not found:
@@ -77,7 +77,7 @@ def _check_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
             raise UserError(f"{_SETTING} {_TAKES}, got {name}; {_CURE}")
 
 
-def waiting_bytes(model: nn.Module, size: Callable[[nn.Parameter], int]) -> tuple[int, int]:
+def waiting_bytes(model: nn.Module, size: Callable[[Tensor], int]) -> tuple[int, int]:
     """Bytes of all weights that wait, and of those of the largest block.
 
     Args:
@@ -145,7 +145,7 @@ def _waiting(data: Tensor, device: torch.device) -> Tensor:
     return data.pin_memory() if device.type == "cuda" else data
 
 
-def _move_rest(model: nn.Module, left: set[nn.Parameter], device: torch.device) -> None:
+def _move_rest(model: nn.Module, left: set[Tensor], device: torch.device) -> None:
     """Move everything but some parameters to a device."""
     places = [(part, name, value) for part in model.modules() for name, value in part._parameters.items()]
     kept = [(part, name, value) for part, name, value in places if value in left]
