@@ -53,5 +53,5 @@ clean:
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.cpp) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
 	$(BIN)/python -m pip show --quiet triton || $(BIN)/python -m pip install --quiet triton==3.9.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,reward,teacher,docs,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,reward,teacher,quant,docs,dev]"
 	touch $@

@@ -13,6 +13,7 @@ import torch
 from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
+from halo_fast.families.quantization import Quantization
 from halo_fast.families.weights import Precision, hub_commit, load_pipeline
 from halo_fast.files import no_loading_bars
 
@@ -84,6 +85,7 @@ def load(
     network: str | None = None,
     precision: Precision = "auto",
     weights: Collection[str] | None = None,
+    quantization: Quantization | None = None,
 ) -> Family:
     """A model by its name.
 
@@ -97,12 +99,13 @@ def load(
         precision: of the weights; "auto" for the one in which they are stored.
         weights: parts whose weights are loaded, such as "transformer"; the others are on the meta device, without
             memory. None for all; () for tokenizers, as `cut_prompts` needs them.
+        quantization: of the frozen network's layers, in 8 or 4 bits; None for none.
 
     Raises:
-        UserError: nothing loadable under that name, or no family for it.
+        UserError: nothing loadable under that name, no family for it, or a network that cannot be quantised.
     """
     with no_loading_bars("diffusers", "transformers"):
-        pipeline = _load_pipeline(name, precision, weights)
+        pipeline = _load_pipeline(name, precision, weights, quantization)
         _check_family(pipeline, f"{_SETTING}: {name!r}")
         family = family_of(pipeline, network)
     if not isinstance(family, Family):
@@ -124,16 +127,22 @@ def _check_family(pipeline: Any, place: str) -> None:
         raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
 
 
-def _load_pipeline(name: str, precision: Precision, weights: Collection[str] | None) -> Any:
+def _load_pipeline(
+    name: str, precision: Precision, weights: Collection[str] | None, quantization: Quantization | None
+) -> Any:
     """The pipeline or model under a registered or dotted name, in a folder, or on the hub."""
     if registry.is_name("model", name):
+        if quantization:
+            raise UserError(
+                f"quantization: {name!r} loads what it likes; give a diffusers folder or a hub name, or set null"
+            )
         model = registry.resolve("model", name, _SETTING)
         if not isinstance(model, RegisteredModel):
             return registry.create("model", name, _SETTING)
         with registry.user_errors("model", name, _SETTING):
             return model.load()
     try:
-        return load_pipeline(name, precision, weights)
+        return load_pipeline(name, precision, weights, quantization)
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # which the hub's own error does not say

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halo_fast.errors import UserError
 
-__all__ = ["Denoiser", "Family", "shift_times", "unwrapped"]
+__all__ = ["Denoiser", "Family", "repeated_blocks", "shift_times", "unwrapped"]
 
 
 class Denoiser(ABC):
@@ -193,6 +193,12 @@ class Family(Denoiser):
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Load a trained LoRA into the network, as diffusers does."""
         self.pipeline.load_lora_weights(dict(lora))
+
+
+def repeated_blocks(model: Any) -> list[nn.Module]:
+    """The blocks that make up most of a diffusers model: what is compiled and sharded, each for itself."""
+    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

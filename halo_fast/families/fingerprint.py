@@ -1,7 +1,7 @@
 """What identifies a model: its weights, settings and vocabularies."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,10 +25,19 @@ def fingerprint(parts: Sequence[Any]) -> str:
         if isinstance(part, nn.Module):
             # the normalisation of latents and the number of heads are settings that no weight shows
             described.append(json.dumps(_settings(part), sort_keys=True, default=str))
-            described.append(dict(sorted(part.state_dict().items())))
+            described.append(_tensors(sorted(part.state_dict().items())))
         elif part is not None:
             described.append(json.dumps([sorted(part.get_vocab().items()), part.model_max_length]))
     return hash_tensors(*described)
+
+
+def _tensors(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a state by name; of a quantised one, those that it consists of."""
+    found: dict[str, Tensor] = {}
+    for name, value in state:
+        inside = getattr(value, "__tensor_flatten__", None)
+        found |= {f"{name}.{inner}": getattr(value, inner) for inner in inside()[0]} if inside else {name: value}
+    return found
 
 
 def _settings(module: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from halo_fast.families.quantization import Quantization, load_quantized
+
 __all__ = ["Precision", "hub_commit", "load_pipeline", "stored_dtype"]
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -18,7 +20,12 @@ Precision = Literal["auto", "fp32", "bf16"]
 _STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[str] | None = None) -> Any:
+def load_pipeline(
+    name: str,
+    precision: Precision = "auto",
+    weights: Collection[str] | None = None,
+    quantization: Quantization | None = None,
+) -> Any:
     """A diffusers pipeline from a folder or the hub.
 
     Args:
@@ -26,9 +33,11 @@ def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[
         precision: of all networks. "auto" is the one in which each is stored. float16 needs loss scaling, so it becomes
             bfloat16 where the GPU computes in that, else float32. Layers that diffusers keeps in float32 stay so.
         weights: networks whose weights are loaded; the others are on the meta device. None for all.
+        quantization: of the denoising networks; None for none.
 
     Raises:
         OSError, ValueError: from diffusers, if there is no such pipeline.
+        UserError: a network that cannot be quantised, or a package that is missing.
     """
     import diffusers
 
@@ -42,12 +51,17 @@ def load_pipeline(name: str, precision: Precision = "auto", weights: Collection[
         else {part: _empty(folder / part, networks[part]) for part in networks if part not in weights}
     )
     dtypes = {part: _dtype(folder / part, precision) for part in networks if part not in empty}
+    ready = dict(empty)
+    for part in dtypes:
+        if quantization and part.partition("_")[0] in ("transformer", "unet"):
+            shell = _empty(folder / part, networks[part])
+            ready[part] = load_quantized(folder / part, shell, quantization, dtypes[part])
     # the class itself: DiffusionPipeline would load parts that are optional in it again
     kind: Any = getattr(diffusers, _index(folder).get("_class_name", ""), diffusers.DiffusionPipeline)
     with warnings.catch_warnings():
         # newer versions call it dtype, older ones know this name alone
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-        return kind.from_pretrained(str(folder), torch_dtype=dtypes | {"default": torch.float32}, **empty)
+        return kind.from_pretrained(str(folder), torch_dtype=dtypes | {"default": torch.float32}, **ready)
 
 
 def hub_commit(name: str) -> str | None:

@@ -61,7 +61,10 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
         return
     from halo_fast.export.lora import load_trained, trained_network
 
-    family = load(config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision)
+    family = load(
+        config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision,
+        quantization=config.quantization,
+    )  # fmt: skip
     arm = _ARMS[0]
     for batch in progress(missing, len(missing), "evaluate"):
         if batch[0].arm != arm:

@@ -9,6 +9,7 @@ from annotated_types import Ge
 from halo_fast.data.imports import ImportConfig
 from halo_fast.data.pairs import PairsConfig
 from halo_fast.errors import UserError
+from halo_fast.families.quantization import Quantization
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.families.weights import Precision
 from halo_fast.rewards.base import RewardConfig
@@ -114,6 +115,8 @@ class Config:
         seed: every random number of a run follows from it.
         precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0
             training loads float32.
+        quantization: of the frozen base in generate, train and evaluate, in 4 or 8 bits: "bnb_nf4", "bnb_int8",
+            "torchao_int8" or "torchao_float8"; null for none. A LoRA belongs to the base that it was trained on.
         reward_model: folder of a trained reward model, such as runs/first/reward, or "fetv", which is shipped. Then
             nothing is annotated, and reward takes that one instead of training another.
         imports: clips, pairs and labels of your own.
@@ -135,6 +138,7 @@ class Config:
     grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
     seed: Annotated[int, Ge(0)] = 0
     precision: Precision = "auto"
+    quantization: Quantization | None = None
     reward_model: str = ""
     imports: ImportConfig = field(default_factory=ImportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -149,6 +153,10 @@ class Config:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.quantization and not self.train.rank:
+            raise UserError(
+                f"quantization: {self.quantization} freezes the base, and train.rank 0 trains it; set null, or a rank"
+            )
         clip = (self.generate.num_frames, self.generate.height, self.generate.width)
         if any(patches > length for patches, length in zip(self.grid, clip, strict=True)):
             raise UserError(

@@ -16,6 +16,7 @@ from halo_fast.data.prompts import read_prompts
 from halo_fast.errors import UserError
 from halo_fast.families import Family, load
 from halo_fast.families.pipeline import PipelineFamily
+from halo_fast.families.quantization import quantized_bytes
 from halo_fast.families.shells import PUBLISHED, find_shell, load_shell, network_of
 from halo_fast.families.weights import stored_dtype
 from halo_fast.files import write_bytes
@@ -75,6 +76,7 @@ class Prediction:
         options: of training.
         forward: bytes and operations of one forward pass of a batch of clips.
         decode: bytes that decoding a clip needs.
+        quantization: of the denoising networks; None for none.
     """
 
     family: Family
@@ -84,19 +86,32 @@ class Prediction:
     options: list[Option]
     forward: tuple[int, int]
     decode: int
+    quantization: str | None = None
 
     @property
-    def parts(self) -> dict[str, int]:
-        """Parameters of each network of the pipeline, of the one that is trained first."""
+    def networks(self) -> dict[str, nn.Module]:
+        """Each network of the pipeline, the one that is trained first."""
         networks = {self.family.network: self.family.transformer}
         components = getattr(self.family.pipeline, "components", {})
         networks |= {name: components[name] for name in sorted(components) if isinstance(components[name], nn.Module)}
-        return {name: sum(value.numel() for value in network.parameters()) for name, network in networks.items()}
+        return networks
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Parameters of each network, and bytes of its weights as they are loaded."""
+        found = {}
+        for name, network in self.networks.items():
+            count = sum(value.numel() for value in network.parameters())
+            size = count * self.dtype.itemsize
+            if self.quantization and (name == self.family.network or name.startswith(("transformer", "unet"))):
+                size = quantized_bytes(network, self.quantization, self.dtype)
+            found[name] = count, size
+        return found
 
     @property
     def sampling(self) -> tuple[int, int]:
         """Bytes of the weights and of the rest while clips are sampled: all parts are on the device."""
-        return sum(self.parts.values()) * self.dtype.itemsize, max(self.forward[0], self.decode)
+        return sum(size for _, size in self.parts.values()), max(self.forward[0], self.decode)
 
 
 def plan(config: Config, device: str = "") -> None:
@@ -142,11 +157,13 @@ def predict(config: Config, choices: Sequence[tuple[str, str, bool]] | None = No
     latents = family.latent_shape(settings.num_frames, settings.height, settings.width)
     conditions = family.blank_conditions()
     trained = dtype if config.train.rank else torch.float32
-    options = predict_options(family, latents, config.grid, conditions, config.train, trained, choices)
+    options = predict_options(
+        family, latents, config.grid, conditions, config.train, trained, choices, config.quantization
+    )
     batch = settings.batch_size * family.passes(settings.guidance_scale)
     forward = predict_forward(family, latents, conditions, dtype, batch)
     decode = predict_autoencoder(family, latents, dtype) if isinstance(family, PipelineFamily) else 0
-    return Prediction(family, latents, conditions, dtype, options, forward, decode)
+    return Prediction(family, latents, conditions, dtype, options, forward, decode, config.quantization)
 
 
 def _family(config: Config) -> tuple[Family, torch.dtype]:
@@ -182,7 +199,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _head(config: Config, found: Prediction, card: Device) -> str:
     settings, trained = config.generate, found.family.transformer
     rows = [("weights, predicted", "parameters", str(found.dtype).removeprefix("torch."))]
-    rows += [(name, f"{count:,}", size_text(count * found.dtype.itemsize)) for name, count in found.parts.items()]
+    rows += [(name, f"{count:,}", size_text(size)) for name, (count, size) in found.parts.items()]
+    if found.quantization:
+        rows[0] = (*rows[0][:2], f"{rows[0][2]}, {found.quantization}")
     return (
         f"{config.pretrained_model_name_or_path}: {type(trained).__name__}, clips of {settings.num_frames} x "
         f"{settings.height} x {settings.width}, latents {list(found.latents)}\n"
@@ -225,6 +244,7 @@ def _advice(found: Prediction, card: Device) -> str:
         (option for option in found.options if option.schedule != SUPERVISED), key=lambda option: option.step.peak
     )
     halves = "--precision bf16 halves the weights, " if found.dtype == torch.float32 else ""
+    halves += "" if found.quantization else "--quantization bnb_nf4 more so, "
     return (
         f"nothing fits {card.name}: the least is {size_text(smallest.step.peak)}, {smallest.settings}; {halves}"
         "clips of fewer frames need less, a smaller model too"
@@ -297,7 +317,8 @@ def _disk(config: Config, found: Prediction) -> str:
     pixels = settings.num_frames * settings.height * settings.width * 3
     latent = 4 * math.prod(found.latents)
     text = sum(value.numel() * value.element_size() for value in found.conditions.values())
-    trained = found.options[0].step.training // 3
+    step = found.options[0].step
+    trained = step.trained
     rows: list[tuple[str, str, str]] = [("disk space of the run directory, predicted", "of one", "of all")]
 
     def row(name: str, size: int, count: int | None) -> None:
@@ -309,7 +330,7 @@ def _disk(config: Config, found: Prediction) -> str:
     row("cache: texts, at most", text, prompts)
     row("reference errors of a pair", 8 * math.prod(config.grid) * (train.reference_draws or 0), prompts)
     limit = train.checkpoints_total_limit
-    row("training: checkpoints", 3 * trained, -(-train.max_train_steps // train.checkpointing_steps) if limit is None
+    row("training: checkpoints", step.training, -(-train.max_train_steps // train.checkpointing_steps) if limit is None
         else limit)  # fmt: skip
     row("LoRA" if train.rank else "trained network", trained, 1)
     row("evaluate: clips, base and aligned", pixels, None if evaluated is None else 2 * evaluated)

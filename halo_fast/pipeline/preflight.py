@@ -48,8 +48,14 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
             names = ", ".join(registry.known(kind))
             raise UserError(f"{setting}: required; give {what}, or one of {names}")
     if "train" in stages:
+        from halo_fast.families.quantization import check_quantization
+        from halo_fast.train.block_offload import check_offload
+        from halo_fast.train.optimizers import check_optimizer
         from halo_fast.train.setting_checks import check_trackers, checked_objective
 
+        check_quantization(config.quantization)
+        check_optimizer(config.train)
+        check_offload(config.train, config.quantization)
         checked_objective(config.train)
         check_trackers(config.train.report_to)
 

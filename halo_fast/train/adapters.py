@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser
+from halo_fast.families.quantization import is_quantized
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.model_checks import check_layer_names
 
@@ -19,7 +20,6 @@ __all__ = [
     "adapters_off",
     "check_adapted",
     "reference_switch",
-    "repeated_blocks",
     "trained_parameters",
 ]
 
@@ -46,12 +46,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(not was_disabled)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def repeated_blocks(model: Any) -> list[nn.Module]:
-    """The blocks that make up most of a diffusers model: what is compiled and sharded, each for itself."""
-    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ()
-    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 @contextmanager
@@ -153,6 +147,10 @@ def check_adapted(forward: Callable[[], Tensor], model: nn.Module, config: Train
 def _require_gradients(model: nn.Module, targets: list[str]) -> None:
     for name, value in model.named_parameters():
         layer = "." + name.rpartition(".")[0]
+        if is_quantized(model.get_submodule(layer[1:])):
+            raise UserError(
+                f"train.rank: 0 trains the weights themselves, and {layer[1:]} is quantised; set a rank for a LoRA"
+            )
         value.requires_grad_(not targets or layer.endswith(tuple(f".{target}" for target in targets)))
 
 

@@ -15,7 +15,8 @@ from halo_fast.files import hash_tensors, read_checkpoint, write_checkpoint
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.job import Job
 from halo_fast.train.observers.base import Observer
-from halo_fast.train.parallel import gather_shards
+from halo_fast.train.optimizers import kept_state, restore_state
+from halo_fast.train.parallel import gather_shards, placed_like
 
 __all__ = ["prune_checkpoints", "resume", "save_checkpoint"]
 
@@ -40,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, job: Job, observers: Sequence[Obser
     tensors: dict[str, Tensor] = {}
     for name, parameter in job.parameters.items():
         tensors[f"weights.{name}"] = on_cpu(parameter)
-        for key, value in job.optimizer.state[parameter].items():
+        for key, value in kept_state(job.optimizer, parameter, job.config).items():
             tensors[f"{key}.{name}"] = on_cpu(value)
     if job.auto_beta is not None:
         tensors["auto_beta"] = job.auto_beta.beta.detach().cpu()
@@ -91,14 +92,8 @@ def resume(folder: Path | None, job: Job, observers: Sequence[Observer]) -> int:
     job.plan = job.plan.scheduled(state["schedule"])
     with torch.no_grad():
         for name, parameter in job.parameters.items():
-            parameter.copy_(_placed_like(tensors[f"weights.{name}"], parameter))
-            job.optimizer.state[parameter] = {
-                # the count of steps is a number, never sharded
-                key: tensors[f"{key}.{name}"].to(parameter.device)
-                if key == "step"
-                else _placed_like(tensors[f"{key}.{name}"], parameter)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            parameter.copy_(placed_like(tensors[f"weights.{name}"], parameter))
+            restore_state(job.optimizer, parameter, tensors, name, job.config)
     if job.auto_beta is not None:
         job.auto_beta.load_state_dict({"beta": tensors["auto_beta"]})
     found = tensors | state["observers"]
@@ -126,14 +121,3 @@ def _digest(pair: Pair) -> str:
     """A short hash of everything in a pair."""
     rewards = {"patch_rewards": pair.patch_rewards, "video_rewards": pair.video_rewards}
     return hash_tensors({"latents": pair.latents, **rewards, **dict(sorted(pair.conditions.items()))})[:16]
-
-
-def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """The value where and as the parameter is, sharded or whole."""
-    value = value.to(parameter.device)
-    if not hasattr(parameter, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = parameter
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements)

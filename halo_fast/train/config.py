@@ -31,12 +31,15 @@ class TrainConfig:
         lora_alpha: LoRA scale times rank.
         target_modules: layers that get LoRA, by the end of their names; null for the attention of the model's family.
             At rank 0 the layers that are trained; null for all.
+        optimizer: "adamw", or "adamw_8bit", whose moments take a quarter (bitsandbytes).
         max_grad_norm: gradients are clipped to this norm; .inf clips nothing.
         schedule: "batched", all samples at once; "margin_first", one sample at a time with the same gradient; "auto":
             the first unless its activations do not fit.
         gradient_checkpointing: recompute activations in the backward pass: "none", "full", or "selective", which keeps
             outputs that took much work for their size: of attention, and of layers wider in than out.
         offload_activations: keep activations in the CPU's memory until the backward pass.
+        offload_blocks: keep the frozen weights of the model's blocks in the CPU's memory; a block has them on the
+            device while it runs. Needs gradient_checkpointing.
         compile: compile the model's blocks.
         attention_backend: diffusers' name of it ("native", "flash", "xformers", ...); null: as the model has it.
         mixed_precision: "no" or "bf16", as in accelerate.
@@ -77,10 +80,12 @@ class TrainConfig:
     rank: CountOrZero = 32
     lora_alpha: Count = 32
     target_modules: list[str] | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     max_grad_norm: Annotated[float, Interval(gt=0, le=math.inf)] = 1.0
     schedule: Literal["auto", "batched", "margin_first"] = "auto"
     gradient_checkpointing: Literal["none", "full", "selective"] = "selective"
     offload_activations: bool = False
+    offload_blocks: bool = False
     compile: bool = False
     attention_backend: str | None = None
     mixed_precision: Literal["no", "bf16"] = "bf16"

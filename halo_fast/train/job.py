@@ -14,11 +14,13 @@ from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
+from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import Batch, check_pairs, make_batch
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.model_checks import check_network
+from halo_fast.train.optimizers import check_optimizer, make_optimizer
 from halo_fast.train.parallel import broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.reference_check import check_start
@@ -114,6 +116,8 @@ def prepared_job(
     check_pairs(family, pairs)
     objective = checked_objective(config)
     check_trackers(config.report_to)
+    check_optimizer(config)
+    check_offload(config)
     check_launch(config, family.transformer)
     with ExitStack() as stack:
         accelerator = stack.enter_context(own_accelerator(config, folder))
@@ -133,6 +137,8 @@ def prepared_job(
             first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
         check_reference_errors(first, base, family.layout)
         parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
+        for value in parameters.values():  # a LoRA is made where its layer's weight waits
+            value.data = value.data.to(accelerator.device)
         if config.target_modules:
             check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
@@ -146,8 +152,8 @@ def prepared_job(
             predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype)
         )
         yield Job(
-            family, model, reference_mode, parameters, _optimizer(parameters, config), accelerator, config, objective,
-            pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
+            family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
+            objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
         )  # fmt: skip
 
 
@@ -193,8 +199,3 @@ def _rounding(config: TrainConfig, dtype: torch.dtype) -> float:
     """Largest rounding of a prediction, as a share of its norm; compiled blocks are another graph for each state."""
     precision = torch.bfloat16 if config.mixed_precision == "bf16" else dtype
     return (1000 if config.compile else 32) * torch.finfo(precision).eps
-
-
-def _optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    # lr is set before each step by steps.learning_rate
-    return torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from halo_fast.errors import UserError
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import is_quantized
 from halo_fast.train.config import TrainConfig
 
 __all__ = ["check_launch", "own_accelerator", "uses_fsdp"]
@@ -60,6 +61,21 @@ def check_launch(config: TrainConfig, model: nn.Module) -> None:
     }  # fmt: skip
     if uses_fsdp():
         launched |= _SHARDED
+        if config.offload_blocks:
+            raise UserError(
+                "accelerate launch: FSDP2 shards the blocks that train.offload_blocks moves; leave out --use_fsdp, or "
+                "set it to false"
+            )
+        if config.optimizer != "adamw":
+            raise UserError(
+                f"accelerate launch: FSDP2 does not shard what {config.optimizer} keeps; leave out --use_fsdp, or set "
+                "train.optimizer to adamw"
+            )
+        if any(is_quantized(layer) for layer in model.modules()):
+            raise UserError(
+                "accelerate launch: FSDP2 does not shard a quantised base; leave out --use_fsdp, or set quantization "
+                "to null"
+            )
         blocks = {type(block).__name__ for block in repeated_blocks(model)}
         wrapped = {name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")} - {""}
         if wrapped and wrapped != blocks:

@@ -13,6 +13,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from halo_fast.families.quantization import plain_tensors
+
 __all__ = ["checkpointing", "count_recomputed", "is_attention", "kept_bytes", "offloaded"]
 
 
@@ -172,7 +174,7 @@ class _Calls(TorchDispatchMode):
 def _storages(model: nn.Module) -> set[int]:
     # of a sharded weight, this process's part
     values = [getattr(value, "_local_tensor", value) for value in (*model.parameters(), *model.buffers())]
-    return {_address(value) for value in values}
+    return {_address(value) for value in (*values, *plain_tensors(model))}
 
 
 def _address(tensor: Tensor) -> int:

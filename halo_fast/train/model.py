@@ -1,13 +1,15 @@
 """The model as training runs it: on its device, with checkpointing, compiled blocks and attention as set."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from halo_fast.errors import UserError, first_line
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import keep_gradients
+from halo_fast.train.block_offload import offloaded_blocks
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.memory import checkpointing
 
@@ -30,10 +32,16 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    moved = ExitStack()
     try:
         for module, _ in compiled:
             module._compiled_call_impl = None
-        model.to(device).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        keep_gradients(model)
+        if config.offload_blocks:
+            moved.enter_context(offloaded_blocks(model, device))
+        else:
+            model.to(device)
         if config.attention_backend:
             _set_attention(model, config.attention_backend)
         if config.gradient_checkpointing != "none":
@@ -49,6 +57,7 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
         with _many_graphs() if config.compile else nullcontext():
             yield model
     finally:
+        moved.close()
         for block in repeated_blocks(model):
             block._compiled_call_impl = None
         for module, implementation in compiled:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.families.base import repeated_blocks
 
 __all__ = [
     "any_process",
@@ -21,6 +21,7 @@ __all__ = [
     "broadcast_first",
     "gather_rows",
     "gather_shards",
+    "placed_like",
     "shard",
 ]
 
@@ -124,3 +125,14 @@ def gather_rows(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value)
     return torch.cat(parts)
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """The value where and as the parameter is, sharded or whole."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import stored_bytes
 from halo_fast.loss.objectives import Objective
-from halo_fast.train.adapters import repeated_blocks
+from halo_fast.train.block_offload import waiting_bytes
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.devices import USABLE, size_text
 from halo_fast.train.draws import Batch
 from halo_fast.train.memory import count_recomputed, kept_bytes, offloaded
 from halo_fast.train.model import without_compile
+from halo_fast.train.optimizers import moment_bytes
 from halo_fast.train.parallel import any_process
 
 __all__ = ["Plan", "make_plan"]
@@ -101,9 +104,13 @@ def make_plan(
 
     activations = _measure(forward, model, parameters, config)
     parts = accelerator.num_processes if sharded else 1
-    weights = sum(value.numel() * value.element_size() for value in model.parameters()) // parts
-    # gradient and two moments, in their own precision
-    training = 3 * sum(value.numel() * value.element_size() for value in parameters.values()) // parts
+    weights = stored_bytes(model) // parts
+    travelling = ", those of blocks one block at a time" if config.offload_blocks else ""
+    if config.offload_blocks:
+        waiting, block = waiting_bytes(model, lambda value: value.numel() * value.element_size())
+        weights -= waiting - block
+    gradients = sum(value.numel() * value.element_size() for value in parameters.values())
+    training = (gradients + moment_bytes(parameters.values(), config)) // parts
     need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
     free = _free_memory(accelerator.device)
     schedule = config.schedule
@@ -118,7 +125,7 @@ def make_plan(
         f"precision {precision}",
         f"activations: {size_text(activations.kept)} a sample, {config.gradient_checkpointing} checkpointing"
         f"{activations.text}" + (", kept in the CPU's memory" if config.offload_activations else ""),
-        f"memory: weights {size_text(weights)}, gradients and moments {size_text(training)}, activations "
+        f"memory: weights {size_text(weights)}{travelling}, gradients and moments {size_text(training)}, activations "
         f"{size_text(need[schedule] - training)}; predicted peak {size_text(weights + need[schedule])}, "
         f"free now {size_text(free)}",
     ]

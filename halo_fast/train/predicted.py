@@ -21,16 +21,20 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, Family
+from halo_fast.families.base import repeated_blocks
+from halo_fast.families.quantization import quantized_bytes, quantized_layers
 from halo_fast.loss.backends import using_backend
 from halo_fast.loss.functional import patch_weighted_mse
 from halo_fast.loss.objectives import Objective
-from halo_fast.train.adapters import reference_switch, repeated_blocks, trained_parameters
+from halo_fast.train.adapters import reference_switch, trained_parameters
+from halo_fast.train.block_offload import check_offload, waiting_bytes
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.devices import Device, fits
 from halo_fast.train.draws import Batch
 from halo_fast.train.job import Job
 from halo_fast.train.memory import offloaded
 from halo_fast.train.model import prepared_model
+from halo_fast.train.optimizers import moment_bytes
 from halo_fast.train.planner import Plan
 from halo_fast.train.schedules import uses_reference
 from halo_fast.train.setting_checks import checked_objective
@@ -72,12 +76,14 @@ class Step:
         training: gradients and the optimizer's two moments.
         activations: most that else is there at once.
         flops: floating-point operations of matrix products, convolutions and attention for one batch.
+        trained: of what is trained alone.
     """
 
     weights: int
     training: int
     activations: int
     flops: int
+    trained: int = 0
 
     @property
     def peak(self) -> int:
@@ -95,6 +101,7 @@ def predict_step(
     schedule: str,
     *,
     exact: bool = False,
+    quantization: str | None = None,
 ) -> Step:
     """Predict one training step of a schedule; the network's weights may be on the meta device and are not read.
 
@@ -109,20 +116,57 @@ def predict_step(
         dtype: in which the weights are loaded.
         schedule: "batched", "margin_first" or `SUPERVISED`.
         exact: run all blocks instead of few; minutes for large networks.
+        quantization: of the frozen weights. They count as they are stored, and once more as they are computed with;
+            the step is that of the network as it is without.
 
     Raises:
         UserError: a network that cannot run without values, or settings that do not fit it.
     """
     objective = checked_objective(config)
+    check_offload(config, quantization)
     network: Any = family.transformer
     trials = [{}] if exact else _depths(network)
-    found = [_trial(family, depths, latents, grid, conditions, config, objective, dtype, schedule) for depths in trials]
+    found = [
+        _trial(family, depths, latents, grid, conditions, config, objective, dtype, schedule, quantization)
+        for depths in trials
+    ]
     whole = {name: network.config[name] for name in trials[0]}
-    weights, trained, *peaks, flops = _extrapolated(trials, found, whole)
-    moments, static = 2 * trained, trained if _gradients_wait(config, schedule) else 0
+    weights, trained, moments, *peaks, flops = _extrapolated(trials, found, whole)
+    static = trained if _gradients_wait(config, schedule) else 0
     # without gradients that wait, those of all blocks are part of what the end of the backward pass holds
-    most = max(peaks) + static - trained
-    return Step(weights, moments + trained, most, flops)
+    most = max(peaks) + static - trained + _computed_with(network, dtype, quantization, config.gradient_checkpointing)
+    if config.offload_blocks:
+        waiting, block = _travelling(network, dtype, quantization)
+        weights -= waiting - block
+    return Step(weights, moments + trained, most, flops, trained)
+
+
+def _travelling(network: nn.Module, dtype: torch.dtype, quantization: str | None) -> tuple[int, int]:
+    """Bytes of the weights that wait in the CPU's memory, and of the block that has them on the device."""
+    base: nn.Module = _on_meta(network, dtype, {}).requires_grad_(False)
+    few = {id(base.get_submodule(name).weight) for name in quantized_layers(base)} if quantization else set()
+    return waiting_bytes(base, lambda value: -(-value.numel() // 2) if id(value) in few else _size(value))
+
+
+def _computed_with(network: nn.Module, dtype: torch.dtype, quantization: str | None, checkpointing: str) -> int:
+    """Bytes of quantised weights in the precision in which layers compute: most that is there at once.
+
+    bitsandbytes makes them for a layer at a time. torchao keeps them until the backward pass has used them: of a block
+    where it is recomputed, of all blocks where it is not.
+    """
+    if not quantization:
+        return 0
+    wanted = set(quantized_layers(network))
+    sizes: dict[nn.Module, int] = {network.get_submodule(name): 0 for name in wanted}
+    for layer in sizes:
+        weight: Any = layer.weight
+        sizes[layer] = weight.numel() * dtype.itemsize
+    if quantization.startswith("bnb"):
+        return max(sizes.values(), default=0)
+    if checkpointing == "none":
+        return sum(sizes.values())
+    blocks = repeated_blocks(network)
+    return max((sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks), default=0)
 
 
 def predict_forward(
@@ -202,6 +246,7 @@ def predict_options(
     config: TrainConfig,
     dtype: torch.dtype,
     choices: Sequence[tuple[str, str, bool]] | None = None,
+    quantization: str | None = None,
 ) -> list[Option]:
     """What a training step needs with each schedule and checkpointing mode that this model and objective allow.
 
@@ -213,11 +258,14 @@ def predict_options(
         config: all other settings.
         dtype: of the weights.
         choices: schedule, checkpointing and offload of each option; None for all.
+        quantization: of the frozen weights.
     """
     network: Any = family.transformer
     modes = ["none"]
     if hasattr(network, "enable_gradient_checkpointing") and getattr(network, "_supports_gradient_checkpointing", True):
         modes += ["selective", "full"]
+    if config.offload_blocks:
+        modes.remove("none")
     objective = checked_objective(config)
     if choices is None and objective.anchor_weight:  # its gradient is no function of patch errors
         choices = [(schedule, mode, False) for schedule in ("batched", SUPERVISED) for mode in modes]
@@ -230,7 +278,7 @@ def predict_options(
     for schedule, mode, offload in choices:
         checkpointing: Any = mode
         settings = replace(config, gradient_checkpointing=checkpointing, offload_activations=offload)
-        step = predict_step(family, latents, grid, conditions, settings, dtype, schedule)
+        step = predict_step(family, latents, grid, conditions, settings, dtype, schedule, quantization=quantization)
         found.append(Option(schedule, mode, offload, step))
     if derived:
         forward = predict_forward(family, latents, conditions, dtype)[1]
@@ -293,8 +341,9 @@ def _trial(
     objective: Objective,
     dtype: torch.dtype,
     schedule: str,
+    quantization: str | None,
 ) -> tuple[int, ...]:
-    """Bytes of weights and of what is trained, of the rest at its three peaks, and operations, of a smaller network.
+    """Bytes of weights, of what is trained and its moments, of the rest at three peaks, and operations, of few blocks.
 
     The peaks are those of the forward passes, of the backward pass until it reaches the first block, and after that.
     Each is linear in the number of blocks, and the largest of them is not: the first grows with the activations of each
@@ -303,13 +352,15 @@ def _trial(
     """
     with ExitStack() as stack:
         small = _with_network(family, _on_meta(family.transformer, dtype, depths))
-        prepared = replace(config, compile=False, schedule="auto", attention_backend=None)
+        base = quantized_bytes(small.transformer, quantization) if quantization else None
+        prepared = replace(config, compile=False, schedule="auto", attention_backend=None, offload_blocks=False)
         model = stack.enter_context(prepared_model(small.transformer, prepared, torch.device("meta")))
         stack.enter_context(trained_parameters(small, prepared))
         stack.enter_context(_without_values(model))
         parameters: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        weights = sum(_size(value) for value in model.parameters())
         trained = sum(_size(value) for value in parameters.values())
+        moments = moment_bytes(parameters.values(), config)
+        weights = sum(_size(value) for value in model.parameters()) if base is None else base + trained
         reference = stack.enter_context(reference_switch(model, parameters, prepared))
         # one sample follows the other in margin_first, so one pair shows what any number needs
         pairs = config.train_batch_size if schedule != "margin_first" else 1
@@ -329,7 +380,7 @@ def _trial(
             job.accelerator.backward = watch.backward
             _RUNS[schedule](job, batch)
         work = watch.flops * (2 * config.train_batch_size if schedule == "margin_first" else 1)
-        return weights, trained, *(inputs + peak for peak in watch.peaks), work
+        return weights, trained, moments, *(inputs + peak for peak in watch.peaks), work
 
 
 def _gradients_wait(config: TrainConfig, schedule: str) -> bool:

@@ -108,7 +108,9 @@ def _ready(pipeline: Any) -> Any:
     return pipeline
 
 
-def tiny_wan(seed: int = 0, max_words: int = 12, *, experts: bool = False, expand: bool = False) -> WanPipeline:
+def tiny_wan(
+    seed: int = 0, max_words: int = 12, *, experts: bool = False, expand: bool = False, head: int = 12
+) -> WanPipeline:
     """Clips of 4k+1 frames with sides divisible by 16; latents [4, k + 1, H / 8, W / 8], in eval mode."""
     torch.manual_seed(seed)
     tokenizer = words(max_words, end=False)
@@ -119,8 +121,8 @@ def tiny_wan(seed: int = 0, max_words: int = 12, *, experts: bool = False, expan
     )  # fmt: skip
     transformer, second = (
         WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS,
-            out_channels=CHANNELS, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head, in_channels=CHANNELS,
+            out_channels=CHANNELS, text_dim=16, freq_dim=32, ffn_dim=4 * head, num_layers=2, rope_max_seq_len=32,
         ) if wanted else None for wanted in (True, experts)
     )  # fmt: skip
     return _ready(
@@ -155,7 +157,7 @@ def tiny_cogvideox(seed: int = 0, *, rotary: bool = True, patch_size_t: int | No
     )
 
 
-def tiny_ltx(seed: int = 0, *, denoising_decoder: bool = False) -> Any:
+def tiny_ltx(seed: int = 0, *, denoising_decoder: bool = False, head: int = 8) -> Any:
     """Latents [8, k + 1, H / 8, W / 8] of 4k+1 frames; the shift grows with the number of tokens."""
     torch.manual_seed(seed)
     vae = AutoencoderKLLTXVideo(
@@ -167,7 +169,7 @@ def tiny_ltx(seed: int = 0, *, denoising_decoder: bool = False) -> Any:
     vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, 8))
     vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
     transformer = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=head, cross_attention_dim=2 * head,
         num_layers=2, caption_channels=16,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(

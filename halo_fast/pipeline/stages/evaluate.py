@@ -67,6 +67,7 @@ def evaluate(config: Config, run: Run) -> None:
     keys = {name: value for name, value in asdict(settings).items() if not name.startswith("judge")}
     keys |= {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}
     keys["pairs"] = asdict(config.pairs)  # how rewards become preferences
+    keys |= {"quantization": config.quantization} if config.quantization else {}
     with run.stage("evaluate", keys, inputs) as stage:
         if not stage.done:
             model = RewardModel.load(reward)

@@ -50,10 +50,11 @@ def generate(config: Config, run: Run) -> None:
         inputs["reward_model"] = _reward_model(config)
     keys = asdict(settings) | {"seed": config.seed, "precision": config.precision}
     keys |= {"grid": config.grid} if settings.strategy in ("repair", "corrupt") else {}
+    keys |= {"quantization": config.quantization} if config.quantization else {}
     with run.stage("generate", keys, inputs) as stage:
         if stage.done:
             return
-        family = load(model, precision=config.precision)
+        family = load(model, precision=config.precision, quantization=config.quantization)
         _check_grid(family, config)
         if registry.is_name("model", model):  # its tokenizer could not be had alone
             _list_cut_prompts(family, prompts, "prompts")

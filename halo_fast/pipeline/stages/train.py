@@ -42,7 +42,8 @@ def train(config: Config, run: Run) -> None:
     }
     # On a CPU accelerate needs cpu=True before it initialises the process group.
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    stage = run.stage(training_folder(config), asdict(config.train) | {"precision": config.precision}, inputs)
+    base = {"precision": config.precision, "quantization": config.quantization}
+    stage = run.stage(training_folder(config), asdict(config.train) | base, inputs)
     with ExitStack() as stack:
         if main:
             stack.enter_context(stage)
@@ -106,7 +107,7 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
     sampling = settings.validation_prompts or (settings.off_policy_pairs and settings.off_policy_fresh)
     family = load(
         config.pretrained_model_name_or_path, "cpu", settings.network, config.precision if settings.rank else "fp32",
-        None if sampling else [settings.network or "transformer", "unet"],
+        None if sampling else [settings.network or "transformer", "unet"], config.quantization,
     )  # fmt: skip
     family.set_conditions(config.generate.guidance_scale, config.generate.fps)
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)
