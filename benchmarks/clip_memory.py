@@ -1,7 +1,7 @@
 """Memory of the stages that read clips, on few clips and on many: it should not grow with their number.
 
-    python -m benchmarks.clip_memory               # all of them on 50 and 400 clips; writes the table of docs/memory.md
-    python -m benchmarks.clip_memory --only score  # one of them; prints its rows alone
+    python -m benchmarks.clip_memory               # all of them on 50 and 400 clips: the table of docs/memory.md
+    python -m benchmarks.clip_memory --only score  # one of them
 
 Clips are mp4 files of 49 x 240 x 416 with labels; a few different ones stand for all. Each stage runs in a process of
 its own. Measured is its private memory, RssAnon of /proc/PID/status, every 20 ms. Pages of memory-mapped files are not
@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.step import text_parts
-from benchmarks.memory import PAGE, replace_part
 from halo_fast import registry
 from halo_fast.data.clips import write_clip
 from halo_fast.data.tables import ClipRow, LabelRow, write_rows
@@ -60,6 +59,7 @@ WORDS = ("red", "green", "blue", "small", "large", "ball", "cube", "disc", "jump
 MODEL = "benchmarks.clip_memory:pipeline"
 # Settings of reward training by backbone. A step on one clip of this size takes the default one a minute of this CPU.
 TRAINING: dict[str, dict[str, Any]] = {
+    "benchmarks.clip_memory:Means": {"video_steps": 2, "patch_steps": 2, "batch_size": 2},
     "compact": {"video_steps": 0, "patch_steps": 1, "batch_size": 1, "held_out_share": 0.01},
     "frames": {"video_steps": 2, "patch_steps": 2, "batch_size": 2},
 }
@@ -72,7 +72,7 @@ def config(folder: Path, backbone: str = "") -> Config:
     """Settings of a run on the clips: of a training of the reward model, or of all stages after it."""
     frames, height, width = SIZE
     return Config(
-        output_dir=str(folder / (f"run_{backbone}" if backbone else "run")),
+        output_dir=str(folder / (f"run_{backbone.rpartition(':')[2]}" if backbone else "run")),
         pretrained_model_name_or_path=MODEL,
         evaluation_prompts=str(folder / "prompts.txt"),
         reward_model="" if backbone else str(folder / "model"),
@@ -176,14 +176,14 @@ def prepare(folder: Path, count: int) -> None:
     for backbone in ("", *TRAINING):
         run = Run(config(folder, backbone))
         with run.stage("generate", {"generate": asdict(run.config.generate)}, {}) as stage:
-            link(stage.folder, [row.video for row in rows], distinct)
+            copy_to(stage.folder, [row.video for row in rows], distinct)
             write_rows(stage.folder / "clips.parquet", rows, ClipRow)
             stage.finish({"clips": count})
         with run.stage("annotate", {}, {}) as stage:
             write_rows(stage.folder / "labels.parquet", labels, LabelRow)
             stage.finish({"clips": count})
     run_stage(folder, "reward")  # takes the model
-    link(folder / "rated", [row.video for row in rows], distinct)
+    copy_to(folder / "rated", [row.video for row in rows], distinct)
     scored = [
         {"video": row.video, "prompt": row.prompt} | dict(zip(DIMENSIONS, rng.uniform(1, 5, 3), strict=True))
         for row in rows
@@ -195,7 +195,7 @@ def prepare(folder: Path, count: int) -> None:
 def prepare_patches(folder: Path, rows: list[ClipRow], distinct: list[Path]) -> None:
     """A folder as FETV's whose clips' patches were scored; its small copies of the clips are of one pixel block."""
     rng = np.random.default_rng(1)
-    link(folder, [row.video for row in rows], distinct)
+    copy_to(folder, [row.video for row in rows], distinct)
     np.savez(folder / "clips.npz", video=rng.integers(0, 256, (len(rows), 2, 8, 8, 3), dtype=np.uint8))
     columns = [f"{name}_h0" for name in ("static", "temporal", "align")]
     rated = [{"prompt": row.prompt, "model": f"m{row.candidate}"} | dict.fromkeys(columns, "") for row in rows]
@@ -211,11 +211,11 @@ def prepare_patches(folder: Path, rows: list[ClipRow], distinct: list[Path]) -> 
     )  # fmt: skip
 
 
-def link(folder: Path, names: list[str], distinct: list[Path]) -> None:
-    """Put one of the different clips under each name."""
+def copy_to(folder: Path, names: list[str], distinct: list[Path]) -> None:
+    """Put one of the different clips under each name, with a box that says nothing: no two files are equal."""
     for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(distinct[number % len(distinct)], folder / name)
+        clip = distinct[number % len(distinct)].read_bytes() + struct.pack(">I4sQ", 16, b"free", number)
+        write_bytes(folder / name, clip)
 
 
 def cache_once(sample: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,7 +280,7 @@ def main() -> None:
 
 
 def table(place: Path, only: str | None) -> None:
-    """Print a row for each stage; write them into the page if all were measured."""
+    """Print a row for each stage."""
     folders = {count: place / str(count) for count in COUNTS}
     place.mkdir(exist_ok=True)
     for count, folder in folders.items():
@@ -301,8 +301,6 @@ def table(place: Path, only: str | None) -> None:
         apart = many["private"] - few["private"]
         rows.append(f"| {name} | {few['private']:,.0f} | {many['private']:,.0f} | {apart:,.0f} | {many['all']:,.0f} |")
     print("\n".join(rows))
-    if only is None:
-        replace_part(PAGE, "clips", "\n".join((*rows, "")), "python -m benchmarks.clip_memory")
 
 
 if __name__ == "__main__":

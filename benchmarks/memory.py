@@ -402,9 +402,9 @@ def cards_text() -> str:
     return "```text\n" + "\n".join(parts) + "```\n"
 
 
-def replace_part(page: Path, name: str, text: str, command: str = "python -m benchmarks.memory") -> None:
+def replace_part(page: Path, name: str, text: str) -> None:
     """Put a text between its marks in a page."""
-    marks = f"<!-- {command}: {name} -->\n", f"<!-- end of {name} -->\n"
+    marks = f"<!-- python -m benchmarks.memory: {name} -->\n", f"<!-- end of {name} -->\n"
     before, found, rest = page.read_text().partition(marks[0])
     _, closed, after = rest.partition(marks[1])
     assert found and closed, f"{page}: no marks of {name}"
