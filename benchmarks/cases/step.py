@@ -12,15 +12,19 @@ times); of larger transformers it is a smaller part.
 
 The gate compares the LoRA gradients of each loop with ours for the same formula. "forward passes" counts floating-point
 operations of the transformer, autoencoder and text encoder in transformer forward passes over both samples, which do
-not depend on the machine.
+not depend on the machine. "data wait, %" is the share of our steps that passes until their pairs are there; another
+process reads these from the disk.
 """
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks import harness
 from benchmarks.harness import Case, check_errors
-from halo_fast.data import Pair
+from halo_fast.data import CachedPairs, Pair
+from halo_fast.data.tables import CacheRow, PairRow, write_rows
 from halo_fast.families import Family, family_of
+from halo_fast.files import write_safetensors
 from halo_fast.loss.objectives import PRESETS, convert_beta, local_dpo_rewards
 from halo_fast.train import adapters_off
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, draws_of_step, make_batch
+from halo_fast.train.draws import Batch, Drawn, draws_of_step, make_batch
 from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.memory import checkpointing as recomputing
 from halo_fast.train.model import compile_blocks
@@ -49,6 +55,7 @@ BETA, LAMBDA_SFT, STRENGTH = 500.0, 0.1, 1.0
 SETTINGS = {"none": ("none", False), "full": ("full", False), "compiled": ("none", True)}
 PROMPT = "a red ball rolls over the grass"
 DRAWS = 2
+WAIT_STEPS = 5  # over which the wait for data is measured
 
 
 def wan() -> Any:
@@ -404,6 +411,53 @@ def operations(step: Callable[[Bench], object], bench: Bench) -> tuple[int, int]
     return counter.get_total_flops(), syncs.count
 
 
+def data_wait(step: Callable[[Bench], object], bench: Bench) -> float:
+    """Percent of the wall clock of some steps that ours waits for pairs, which another process reads from the disk.
+
+    The first step is not counted: it waits for that process to start.
+    """
+    waited, job = 0.0, bench.job
+
+    def watched(batches: Iterator[Drawn]) -> Iterator[Drawn]:
+        nonlocal waited
+        begin = time.perf_counter()
+        for drawn in batches:
+            waited += time.perf_counter() - begin
+            yield drawn
+            begin = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench.job = stored = replace(job, pairs=stored_pairs(job.pairs, Path(folder)))
+        try:
+            with stored.reading_ahead(range(bench.step + 1, bench.step + 2 + WAIT_STEPS)):
+                assert stored.ahead is not None
+                stored.ahead = watched(stored.ahead)
+                step(bench)
+                begin, waited = time.perf_counter(), 0.0
+                for _ in range(WAIT_STEPS):
+                    step(bench)
+                return 100 * waited / (time.perf_counter() - begin)
+        finally:
+            bench.job = job
+
+
+def stored_pairs(pairs: Sequence[Pair], folder: Path) -> CachedPairs:
+    """The pairs on disk, as the stages pairs and cache leave them."""
+    rows, cached = [], []
+    for number, pair in enumerate(pairs):
+        names = f"a{number}", f"b{number}"
+        a, b = pair.patch_rewards.flatten(1).tolist()
+        rows.append(PairRow(f"p{number}", 0, PROMPT, *names, *pair.video_rewards.tolist(), a, b, list(GRID), 0.0, 0.0))
+        for name, latents in zip(names, pair.latents, strict=True):
+            write_safetensors(folder / f"{name}.safetensors", {"latents": latents})
+            cached.append(CacheRow("latents", name, f"{name}.safetensors", name))
+    write_safetensors(folder / "text.safetensors", pairs[0].conditions)
+    cached.append(CacheRow("text", PROMPT, "text.safetensors", "text"))
+    write_rows(folder / "index.parquet", cached, CacheRow)
+    write_rows(folder / "pairs.parquet", rows, PairRow)
+    return CachedPairs(folder / "pairs.parquet", folder)
+
+
 def predicted_bytes(bench: Bench) -> dict[str, int]:
     """What the plan says of a step of ours beyond the weights and moments that are there before it."""
     job = bench.job
@@ -436,10 +490,12 @@ def opened(name: str, checkpointing: str, compiled: bool) -> Iterator[harness.Be
         one_forward, _ = (1, 0) if compiled else operations(forward, bench)
 
         def count(provider: str) -> dict[str, float]:
+            run = steps(checkpointing, compiled)[provider]
+            wait = {"data wait, %": data_wait(run, bench)} if provider.startswith("ours") else {}
             if compiled:
-                return {}
-            operation_count, reads = operations(steps(checkpointing, compiled)[provider], bench)
-            return {"forward passes": operation_count / one_forward, "host reads": reads}
+                return wait
+            operation_count, reads = operations(run, bench)
+            return {"forward passes": operation_count / one_forward, "host reads": reads} | wait
 
         yield harness.Bench(rounds, lambda: errors, count, bases=(LIMIT, CACHED, SELECTIVE))
 

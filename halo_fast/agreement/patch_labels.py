@@ -2,8 +2,10 @@
 
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from halo_fast.agreement.figures import patch_figures
 from halo_fast.agreement.people import cross_validate, rater_mean
 from halo_fast.agreement.tables import Table
 from halo_fast.data.importers import PatchScores, Ratings, load_frames
-from halo_fast.files import progress
+from halo_fast.files import progress, scratch_tensor
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig
 
 __all__ = [
@@ -108,11 +110,14 @@ def labelled_clips(patches: PatchScores, prompts: Sequence[str], config: RewardM
     """
     grid = patches.scores.shape[2:]
     form = clip_format(config, grid)
-    videos = [clip_in_parts(load_frames(clip), form) for clip in progress(patches.clips, len(prompts), "clips")]
+    sides = (len(prompts), sum(form.parts), form.height, form.width, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        # without a name in the folder, the file lasts as long as the tensor
+        videos = scratch_tensor(Path(folder), sides, torch.uint8)
+    for index, clip in enumerate(progress(patches.clips, len(prompts), "clips")):
+        videos[index] = clip_in_parts(load_frames(clip), form)
     scores = torch.from_numpy(rater_mean(patches.scores)).float()[:, None]
-    return LabelledClips(
-        torch.stack(videos), list(prompts), scores.flatten(2).nanmean(dim=2), scores, ("visual_quality",)
-    )
+    return LabelledClips(videos, list(prompts), scores.flatten(2).nanmean(dim=2), scores, ("visual_quality",))
 
 
 class ClipFormat(NamedTuple):
@@ -197,6 +202,11 @@ def _other_means(
     )
 
 
+def _quarter(video: Tensor) -> Tensor:
+    """A clip uint8 [F, H, W, 3] at a quarter of its size, float."""
+    return F.avg_pool3d(video.movedim(-1, 0).float(), (1, 4, 4)).movedim(0, -1)
+
+
 def _aligned_row(
     data: LabelledClips,
     truth: NDArray[np.float64],
@@ -206,10 +216,11 @@ def _aligned_row(
     seed: int,
 ) -> Table:
     """Local SSIM to the clip of its prompt that is most like it, where two show one scene; no row where none do."""
-    small = [F.avg_pool3d(video.movedim(-1, 0).float(), (1, 4, 4)).movedim(0, -1) for video in data.videos]
     partner, likeness = np.zeros(len(data), dtype=int), np.full(len(data), -1.0)
-    for pair in combinations(range(len(data)), 2):
-        if data.prompts[pair[0]] == data.prompts[pair[1]]:
+    for prompt in dict.fromkeys(data.prompts):
+        group = [clip for clip, own in enumerate(data.prompts) if own == prompt]
+        small = {clip: _quarter(data.videos[clip]) for clip in group}
+        for pair in combinations(group, 2):
             alike = local_ssim(small[pair[0]], small[pair[1]], (1, 1, 1)).item()
             for clip, other in (pair, pair[::-1]):
                 if alike > likeness[clip]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ _RATING_FOLDS, _MARK_FOLDS = 5, 8
 _SIDE, _FRAMES = 32, 9  # of rated clips in training: eighty clips cannot teach fine structure
 _MARK_GRID, _MARK_FACTOR = (14, 14), 16
 _RATE = 8.0  # frames a second at which clips are sampled, where the model does not say it
+_TESTED = 16  # clips of a fold that are scored at once
 _ANY = "a picture"  # the prompt where none is known
 _MARKED = 0.5  # from half of a map's range a pixel counts as marked: smooth heat maps are nowhere quite 0
 _NEAREST = {"motion_quality": ("temporal_consistency", "dynamic_degree")}  # the rubric splits what VideoAlign calls MQ
@@ -137,16 +139,19 @@ def cross_validate(
         video scores [N, D] and patch scores [N, Q, f, h, w].
     """
     grid = tuple(data.patch_scores.shape[2:])
-    frozen = frozen_features(RewardModel(model_config), data.videos, torch.arange(len(data)))  # once for all folds
     video, patches = np.empty(data.video_scores.shape), np.empty(data.patch_scores.shape)
-    for fold in progress(np.unique(folds), len(np.unique(folds)), label):
-        train, test = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
-        known = (None, None) if frozen is None else (frozen[train], frozen[test].float())
-        model, _ = train_reward_model(model_config, data.select(train), config, seed, frozen=known[0])
-        tested = data.select(test)
-        with torch.no_grad():
-            rewards = model(tested.videos, tested.prompts, grid, known[1])
-        video[test], patches[test] = rewards.video.numpy(), rewards.patches.numpy()
+    with tempfile.TemporaryDirectory() as place:
+        folder, all_rows = Path(place), torch.arange(len(data))
+        frozen = frozen_features(RewardModel(model_config), data.videos, all_rows, folder)  # once for all folds
+        for fold in progress(np.unique(folds), len(np.unique(folds)), label):
+            train, test = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
+            model, _ = train_reward_model(model_config, data, config, seed, frozen=frozen, folder=folder, rows=train)
+            for rows in test.split(_TESTED):
+                tested = data.select(rows)
+                with torch.no_grad():
+                    features = None if frozen is None else frozen[rows].float()
+                    rewards = model(tested.videos, tested.prompts, grid, features)
+                video[rows], patches[rows] = rewards.video.numpy(), rewards.patches.numpy()
     return video, patches
 
 

@@ -5,7 +5,7 @@ and passes a threshold or not. Thresholds are fixed here, not fitted to a model.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ __all__ = [
     "static_copy",
 ]
 
-_BATCH = 32
 _BRIGHTER = 12  # of 255 levels
+_Change = Callable[[Tensor, int], Tensor]  # of some clips, the number of the first among all of them
 # of a motion: "on the left" and "left of" name a place
 _DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
 
@@ -59,7 +59,12 @@ class Probe:
 
 
 def probe_all(
-    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
+    model: RewardModel,
+    videos: Tensor,
+    prompts: Sequence[str],
+    grid: tuple[int, int, int],
+    seed: int = 0,
+    batch_size: int = 32,
 ) -> list[Probe]:
     """All probes on clips that show what their prompts say, and move.
 
@@ -69,40 +74,49 @@ def probe_all(
         prompts: of each.
         grid: patches (f, h, w).
         seed: of the damaged patches.
+        batch_size: clips that are scored at once.
 
     Raises:
         ValueError: the model gives NaN; a probe must not pass, or count as not measured, because scores are missing.
     """
     return [
-        prompt_swap(model, videos, prompts, grid),
-        static_copy(model, videos, prompts, grid),
-        planted_damage(model, videos, prompts, grid, seed),
-        frame_order(model, videos, prompts, grid),
-        brightness(model, videos, prompts, grid),
+        prompt_swap(model, videos, prompts, grid, batch_size),
+        static_copy(model, videos, prompts, grid, batch_size),
+        planted_damage(model, videos, prompts, grid, seed, batch_size),
+        frame_order(model, videos, prompts, grid, batch_size),
+        brightness(model, videos, prompts, grid, batch_size),
     ]
 
 
-def prompt_swap(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+def prompt_swap(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], size: int
+) -> Probe:
     """Under another clip's prompt, text_alignment falls: in at least 0.8 of the clips."""
     other = [*prompts[len(prompts) // 2 :], *prompts[: len(prompts) // 2]]
-    fall = _video(model, videos, prompts, grid, "text_alignment") - _video(model, videos, other, grid, "text_alignment")
-    fall[[own == foreign for own, foreign in zip(prompts, other, strict=True)]] = torch.nan
+    own, foreign = (_video(model, videos, names, grid, size, "text_alignment") for names in (prompts, other))
+    fall = own - foreign
+    fall[[name == another for name, another in zip(prompts, other, strict=True)]] = torch.nan
     return Probe("prompt swap", _share(fall > 0, fall, prompts), 0.8, True, "clips whose text_alignment falls")
 
 
-def static_copy(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+def static_copy(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], size: int
+) -> Probe:
     """A copy frozen at its middle frame does not win on dynamic_degree: in at most 0.1 of the clips that move."""
-    frozen = videos[:, videos.shape[1] // 2, None].expand_as(videos).contiguous()
-    scores = [_video(model, clips, prompts, grid, "dynamic_degree") for clips in (frozen, videos)]
+
+    def freeze(part: Tensor, start: int) -> Tensor:
+        return part[:, part.shape[1] // 2, None].expand_as(part).contiguous()
+
+    scores = [_video(model, videos, prompts, grid, size, "dynamic_degree", change) for change in (freeze, _as_is)]
     gain = scores[0] - scores[1]
-    gain[(videos == videos[:, :1]).flatten(1).all(dim=1)] = torch.nan
+    gain[[bool((video == video[:1]).all()) for video in videos]] = torch.nan
     return Probe(
         "static copy", _share(gain >= 0, gain, prompts), 0.1, False, "frozen copies that win on dynamic_degree"
     )
 
 
 def planted_damage(
-    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int = 0
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], seed: int, size: int
 ) -> Probe:
     """Of all patches the damaged one falls most: in at least 0.9 of the clips (by chance one in as many as patches).
 
@@ -111,16 +125,22 @@ def planted_damage(
     """
     frames, height, width = videos.shape[1:4]
     patches = model.config.patches(grid, (frames, height, width))
-    generator, damaged = torch.Generator().manual_seed(seed), videos.clone()
-    chosen = torch.randint(int(np.prod(grid)), (len(videos),), generator=generator)
-    for clip, patch in enumerate(chosen.tolist()):
-        box = (clip, *patches.pixel_box([int(index) for index in np.unravel_index(patch, grid)]))
-        part = videos[box]
-        moved = part[..., [1, 2, 0]].roll((part.shape[1] // 2, part.shape[2] // 2), dims=(1, 2)).float()
-        damaged[box] = (moved + (85 if moved.mean() < 128 else -85)).clamp(0, 255).to(torch.uint8)
+    chosen = torch.randint(int(np.prod(grid)), (len(videos),), generator=torch.Generator().manual_seed(seed))
+
+    def damage(part: Tensor, start: int) -> Tensor:
+        damaged = part.clone()
+        for clip, patch in enumerate(chosen[start : start + len(part)].tolist()):
+            box = (clip, *patches.pixel_box([int(index) for index in np.unravel_index(patch, grid)]))
+            inside = part[box]
+            moved = inside[..., [1, 2, 0]].roll((inside.shape[1] // 2, inside.shape[2] // 2), dims=(1, 2)).float()
+            damaged[box] = (moved + (85 if moved.mean() < 128 else -85)).clamp(0, 255).to(torch.uint8)
+        return damaged
+
     measured = torch.zeros(len(videos))
     if model.config.patch_dimensions:
-        before, after = (_rewards(model, clips, prompts, grid).patches[:, 0].flatten(1) for clips in (videos, damaged))
+        before, after = (
+            _rewards(model, videos, prompts, grid, size, change).patches[:, 0].flatten(1) for change in (_as_is, damage)
+        )
         hit = (before - after).argmax(dim=1) == chosen
     else:
         hit, measured = measured > 0, measured * torch.nan
@@ -128,10 +148,16 @@ def planted_damage(
     return Probe("planted damage", figure, 0.9, True, "clips whose damaged patch falls most")
 
 
-def frame_order(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+def frame_order(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], size: int
+) -> Probe:
     """Backwards, a clip whose prompt names a direction falls on dynamic_degree: in at least 0.8 of them."""
+
+    def turn(part: Tensor, start: int) -> Tensor:
+        return part.flip(1).contiguous()
+
     forwards, backwards = (
-        _video(model, clips, prompts, grid, "dynamic_degree") for clips in (videos, videos.flip(1).contiguous())
+        _video(model, videos, prompts, grid, size, "dynamic_degree", change) for change in (_as_is, turn)
     )
     fall = forwards - backwards
     fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
@@ -144,10 +170,15 @@ def names_direction(prompt: str) -> bool:
     return re.search(_DIRECTIONS, prompt.lower()) is not None
 
 
-def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Probe:
+def brightness(
+    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], size: int
+) -> Probe:
     """Twelve levels of 255 brighter, scores barely move: by at most 0.25 of a point on average, patches and video."""
-    brighter = (videos.int() + _BRIGHTER).clamp(max=255).to(torch.uint8)
-    before, after = (_rewards(model, clips, prompts, grid) for clips in (videos, brighter))
+
+    def brighten(part: Tensor, start: int) -> Tensor:
+        return (part.int() + _BRIGHTER).clamp(max=255).to(torch.uint8)
+
+    before, after = (_rewards(model, videos, prompts, grid, size, change) for change in (_as_is, brighten))
     changes = [(before.video - after.video).abs().mean(dim=1)]
     if model.config.patch_dimensions:
         changes.append((before.patches - after.patches).abs().flatten(1).mean(dim=1))
@@ -155,12 +186,23 @@ def brightness(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid:
     return Probe("brightness", mean_over(moved.numpy(), prompts), 0.25, False, "mean change of a score, in points")
 
 
+def _as_is(part: Tensor, start: int) -> Tensor:
+    return part
+
+
 @torch.no_grad()
-def _rewards(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int]) -> Rewards:
-    """Scores of the clips, batch by batch; ValueError if one is NaN."""
+def _rewards(
+    model: RewardModel,
+    videos: Tensor,
+    prompts: Sequence[str],
+    grid: tuple[int, int, int],
+    size: int,
+    change: _Change = _as_is,
+) -> Rewards:
+    """Scores of the changed clips, batch by batch; ValueError if one is NaN."""
     parts = [
-        model(videos[start : start + _BATCH], list(prompts[start : start + _BATCH]), grid)
-        for start in range(0, len(videos), _BATCH)
+        model(change(videos[start : start + size], start), list(prompts[start : start + size]), grid)
+        for start in range(0, len(videos), size)
     ]
     rewards = Rewards(torch.cat([part.video for part in parts]), torch.cat([part.patches for part in parts]))
     for name, scores in (("video", rewards.video), ("patch", rewards.patches)):
@@ -173,12 +215,22 @@ def _rewards(model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: t
 
 
 def _video(
-    model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], dimension: str
+    model: RewardModel,
+    videos: Tensor,
+    prompts: Sequence[str],
+    grid: tuple[int, int, int],
+    size: int,
+    dimension: str,
+    change: _Change = _as_is,
 ) -> Tensor:
     """One video score of each clip [N]; NaN if the model has no such dimension."""
     if dimension not in model.config.video_dimensions:
         return torch.full((len(videos),), torch.nan)
-    return _rewards(model, videos, prompts, grid).video[:, model.config.video_dimensions.index(dimension)].clone()
+    return (
+        _rewards(model, videos, prompts, grid, size, change)
+        .video[:, model.config.video_dimensions.index(dimension)]
+        .clone()
+    )
 
 
 def _share(true: Tensor, measured: Tensor, prompts: Sequence[str]) -> Figure:

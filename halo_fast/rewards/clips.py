@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -65,10 +65,10 @@ class LabelledClips:
         return torch.where(confidence.isnan(), confidence.nanmean().nan_to_num(1.0), confidence)
 
 
-def split_heldout(data: LabelledClips, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_heldout(prompts: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the clips that train, and of those of a random share of the prompts, which are held out."""
-    chosen = heldout_prompts(data.prompts, share, seed)
-    heldout = torch.tensor([prompt in chosen for prompt in data.prompts], dtype=torch.bool)
+    chosen = heldout_prompts(prompts, share, seed)
+    heldout = torch.tensor([prompt in chosen for prompt in prompts], dtype=torch.bool)
     return (~heldout).nonzero()[:, 0], heldout.nonzero()[:, 0]
 
 

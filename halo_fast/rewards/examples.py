@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from halo_fast.errors import UserError
+from halo_fast.files import scratch_tensor
 from halo_fast.registry import create
 from halo_fast.rewards.clips import LabelledClips
 
@@ -17,7 +19,7 @@ __all__ = ["add_examples"]
 _DIMENSION = "visual_quality"  # the video score that follows from the patches
 
 
-def add_examples(data: LabelledClips, name: str, count: int, seed: int) -> LabelledClips:
+def add_examples(data: LabelledClips, name: str, count: int, seed: int, folder: Path | None = None) -> LabelledClips:
     """The clips, joined by examples of which only the quality of the patches is known.
 
     visual_quality of an example is the mean of its patches; its other video scores are NaN.
@@ -28,6 +30,7 @@ def add_examples(data: LabelledClips, name: str, count: int, seed: int) -> Label
             [N, F, H, W, 3], N prompts and quality [N, f, h, w] from 1 to 5.
         count: of examples.
         seed: of their random choices.
+        folder: on whose disk the frames of all clips lie; None keeps them in memory.
 
     Raises:
         UserError: no such examples.
@@ -43,9 +46,10 @@ def add_examples(data: LabelledClips, name: str, count: int, seed: int) -> Label
     video_scores = torch.full((len(videos), len(data.video_dimensions)), math.nan)
     if _DIMENSION in data.video_dimensions:
         video_scores[:, data.video_dimensions.index(_DIMENSION)] = quality.flatten(1).mean(dim=1)
+    shape = (len(data) + len(videos), *videos.shape[1:])
     return replace(
         data,
-        videos=torch.cat((data.videos, videos)),
+        videos=torch.cat((data.videos, videos), out=scratch_tensor(folder, shape, videos.dtype)),
         prompts=data.prompts + list(prompts),
         video_scores=torch.cat((data.video_scores, video_scores)),
         patch_scores=torch.cat((data.patch_scores, quality[:, None])),

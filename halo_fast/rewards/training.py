@@ -67,6 +67,8 @@ def train_reward_model(
     seed: int,
     checkpoint: Path | None = None,
     frozen: Tensor | None = None,
+    folder: Path | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
     """Train a reward model: `video_steps` on video scores, then `patch_steps` on patch scores with the video loss kept.
 
@@ -75,9 +77,10 @@ def train_reward_model(
         data: the labels. A clip may be a still of one frame.
         config: steps, weights, learning rate, losses.
         seed: of weights, held-out prompts and batches.
-        checkpoint: file that is written every `checkpointing_steps`, and continued from if it is there. Frozen features
-            lie on the disk beside it; without it they are in memory.
+        checkpoint: file that is written every `checkpointing_steps`, and continued from if it is there.
         frozen: frozen features of all clips, float16, as `frozen_features` gives them; None computes them.
+        folder: on whose disk those of the training clips lie; None for that of the checkpoint, without one in memory.
+        rows: int64, the clips that there are for training; None for all.
 
     Returns:
         the model with exponentially averaged weights, in eval mode, and one row for each step.
@@ -87,16 +90,19 @@ def train_reward_model(
         ValueError: no clips, a held-out share that leaves none to train on.
     """
     validate(config, "reward")
-    rows, heldout = _split(data, config, seed)
+    rows, heldout = _split(data, torch.arange(len(data)) if rows is None else rows, config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = RewardModel(model_config)
     if config.start:
         copy_start(model, config.start)
+    folder = folder or (checkpoint and checkpoint.parent)
     if frozen is None:
-        frozen = frozen_features(model, data.videos, rows, checkpoint and checkpoint.parent)
+        frozen = frozen_features(model, data.videos, rows, folder)
     else:
-        frozen = frozen[rows]
+        known, frozen = frozen, _laid_out_like(frozen, len(rows), folder)
+        for place, row in enumerate(rows.tolist()):
+            frozen[place] = known[row]
     inputs = _prepare_inputs(model, data, rows, config, frozen)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
     state = _start(model, config, checkpoint)
@@ -115,19 +121,19 @@ def train_reward_model(
             parameter.copy_(mean)
     model.eval().requires_grad_(False)
     if len(heldout):
-        _calibrate(model, data, heldout)
+        _calibrate(model, data, heldout, min(config.batch_size, _FEATURE_BATCH))
     return model, state.history
 
 
-def _split(data: LabelledClips, config: RewardConfig, seed: int) -> tuple[Tensor, Tensor]:
+def _split(data: LabelledClips, rows: Tensor, config: RewardConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the clips that train and of those that calibrate; ValueError if none are left to train on."""
-    if not len(data):
-        raise ValueError("data: expected labelled clips, got none")
-    share, prompts = config.held_out_share, len(set(data.prompts))
-    rows, heldout = split_heldout(data, share, seed)
     if not len(rows):
-        raise ValueError(f"reward.held_out_share: {share:g} of {prompts} prompts leaves no clip to train on")
-    return rows, heldout
+        raise ValueError("data: expected labelled clips, got none")
+    share, prompts = config.held_out_share, [data.prompts[row] for row in rows.tolist()]
+    train, heldout = split_heldout(prompts, share, seed)
+    if not len(train):
+        raise ValueError(f"reward.held_out_share: {share:g} of {len(set(prompts))} prompts leaves no clip to train on")
+    return rows[train], rows[heldout]
 
 
 def _prepare_inputs(
@@ -167,12 +173,19 @@ def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Pa
         if part is None:
             return None
         if frozen is None:
-            # in the order in which the backbone laid them out, which decides the last bit of sums over channels
-            order = sorted(range(part.ndim), key=lambda axis: (axis > 0, -part.stride(axis)))
-            sides = [len(rows), *(part.shape[axis] for axis in order[1:])]
-            frozen = scratch_tensor(folder, sides, torch.float16).permute(*map(order.index, range(part.ndim)))
+            frozen = _laid_out_like(part, len(rows), folder)
         frozen[start : start + len(part)] = part
     return frozen
+
+
+def _laid_out_like(part: Tensor, count: int, folder: Path | None) -> Tensor:
+    """Room for the features of `count` clips, float16 in the order of those of a part of them.
+
+    The order in which the backbone laid them out decides the last bit of sums over channels.
+    """
+    order = sorted(range(part.ndim), key=lambda axis: (axis > 0, -part.stride()[axis]))
+    sides = [count, *(part.shape[axis] for axis in order[1:])]
+    return scratch_tensor(folder, sides, torch.float16).permute(*map(order.index, range(part.ndim)))
 
 
 def _start(model: RewardModel, config: RewardConfig, checkpoint: Path | None) -> _State:
@@ -250,11 +263,11 @@ def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch
 
 
 @torch.no_grad()
-def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor) -> None:
-    """Fit slope and offset of every dimension to held-out labels, and keep them in the model's config."""
+def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: int) -> None:
+    """Fit slope and offset of every dimension to held-out labels, `size` clips at once, and keep them in the config."""
     grid = tuple(data.patch_scores.shape[2:])
     video, patches = [], []
-    for rows in heldout.split(_FEATURE_BATCH):
+    for rows in heldout.split(size):
         clips = data.select(rows)
         features = model.backbone.encode(clips.videos, model.backbone.frozen_features(clips.videos))
         logits = model.backbone.logits(features, clips.prompts, grid)

@@ -6,6 +6,8 @@ A draw is (index of the pair, number): the number-th noise and time of that pair
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,29 @@ from halo_fast.data import Pair
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
 
-__all__ = ["Batch", "check_pairs", "draws_of_step", "generator", "make_batch"]
+__all__ = ["Batch", "Drawn", "check_pairs", "draw_batch", "draws_of_step", "generator", "make_batch", "place_batch"]
+
+
+class Drawn(NamedTuple):
+    """What is read and drawn for B pairs, on the CPU: all of a batch that needs no model and no device.
+
+    Args:
+        latents: clean, of samples a and then of their partners b, [2B, *latent_shape].
+        noise: of the pairs, [B, *latent_shape].
+        u: uniform draws in [0, 1) that become times, [B].
+        conditions: of the prompts, [B, ...] each.
+        patch_rewards: [2B, f, h, w].
+        video_rewards: [2B].
+        reference_error: [2B, f, h, w], or None.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    u: Tensor
+    conditions: dict[str, Tensor]
+    patch_rewards: Tensor
+    video_rewards: Tensor
+    reference_error: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -90,12 +114,15 @@ def draws_of_step(step: int, size: int, count: int, seed: int, limit: int | None
         `size` draws (index of the pair, number).
     """
     places = range(step * size, (step + 1) * size)
-    orders = {
-        epoch: torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
-        for epoch in {place // count for place in places}
-    }
-    numbered = [(orders[place // count][place % count], place // count) for place in places]
+    numbered = [(_order(place // count, count, seed)[place % count], place // count) for place in places]
     return [(index, number % limit if limit else number) for index, number in numbered]
+
+
+@lru_cache(maxsize=4)  # every batch of an epoch asks for it
+def _order(epoch: int, count: int, seed: int) -> list[int]:
+    """The order in which an epoch takes all pairs."""
+    order: list[int] = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+    return order
 
 
 def generator(*counter: object) -> torch.Generator:
@@ -128,14 +155,26 @@ def make_batch(
     limit: int | None = None,
     errors: Tensor | None = None,
 ) -> Batch:
-    """Pairs at their noise and times; the noise is drawn on the CPU, so it is the same on every device.
+    """Pairs at their noise and times; `draw_batch` and `place_batch` in one."""
+    return place_batch(family, draw_batch(family, pairs, draws, seed, limit=limit, errors=errors), device)
+
+
+def draw_batch(
+    family: Denoiser,
+    pairs: Sequence[Pair],
+    draws: Sequence[tuple[int, int]],
+    seed: int,
+    *,
+    limit: int | None = None,
+    errors: Tensor | None = None,
+) -> Drawn:
+    """Read pairs and draw their noise and times, on the CPU, so that they are the same for every device.
 
     Args:
-        family: gives times, noise process and stacked conditions.
+        family: stacks conditions.
         pairs: all pairs.
         draws: (index of the pair, number) of the B pairs of the batch.
         seed: of noise and times.
-        device: of the batch.
         limit: number of draws of a pair; None for any number.
         errors: the reference's errors at all draws, [pairs, limit, 2, f, h, w]; None if not computed.
 
@@ -147,22 +186,41 @@ def make_batch(
     _check_alike(chosen, [index for index, _ in draws])
     shape = chosen[0].latents.shape[1:]
     drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
-    latents = torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1).to(device)
-    noise = torch.stack([noise for noise, _ in drawn]).to(device).repeat(2, *[1] * len(shape))
-    t = family.timesteps(torch.cat([u for _, u in drawn]), shape).to(device).repeat(2)
-    conditions = family.stack([pair.conditions for pair in chosen])
-    reference_error = None
-    if errors is not None:
-        found = torch.stack([errors[index, draw] for index, draw in draws], dim=1)
-        reference_error = found.flatten(0, 1).to(device)
+    found = None if errors is None else torch.stack([errors[index, draw] for index, draw in draws], dim=1).flatten(0, 1)
+    return Drawn(
+        latents=torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1),
+        noise=torch.stack([noise for noise, _ in drawn]),
+        u=torch.cat([u for _, u in drawn]),
+        conditions=family.stack([pair.conditions for pair in chosen]),
+        patch_rewards=torch.stack([pair.patch_rewards for pair in chosen], dim=1).flatten(0, 1),
+        video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1),
+        reference_error=found,
+    )
+
+
+def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
+    """Put what was drawn on the device, and mix latents and noise there; waits for no copy from pinned memory.
+
+    Args:
+        family: gives times and noise process.
+        drawn: on the CPU.
+        device: of the batch.
+    """
+
+    def placed(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=device.type == "cuda")
+
+    latents, shape = placed(drawn.latents), drawn.latents.shape[1:]
+    noise = placed(drawn.noise).repeat(2, *[1] * len(shape))
+    t = placed(family.timesteps(drawn.u, shape)).repeat(2)
     return Batch(
         noisy=family.add_noise(latents, noise, t),
         target=family.target(latents, noise, t),
         t=t,
-        conditions={name: torch.cat((value, value)).to(device) for name, value in conditions.items()},
-        patch_rewards=torch.stack([pair.patch_rewards for pair in chosen], dim=1).flatten(0, 1).to(device),
-        video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1).to(device),
-        reference_error=reference_error,
+        conditions={name: placed(value).repeat(2, *[1] * (value.ndim - 1)) for name, value in drawn.conditions.items()},
+        patch_rewards=placed(drawn.patch_rewards),
+        video_rewards=placed(drawn.video_rewards),
+        reference_error=None if drawn.reference_error is None else placed(drawn.reference_error),
     )
 
 

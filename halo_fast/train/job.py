@@ -14,14 +14,15 @@ from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, family_of
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
 from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
+from halo_fast.train.ahead import drawn_ahead, workers_for
 from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, check_pairs, make_batch
+from halo_fast.train.draws import Batch, Drawn, check_pairs, draw_batch, draws_of_step, make_batch, place_batch
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.model_checks import check_network
 from halo_fast.train.optimizers import check_optimizer, make_optimizer
-from halo_fast.train.parallel import broadcast_first, shard
+from halo_fast.train.parallel import batches_of_process, broadcast_first, shard
 from halo_fast.train.planner import Plan, make_plan
 from halo_fast.train.reference_check import check_start
 from halo_fast.train.references import check_reference_errors, reference_errors
@@ -51,6 +52,7 @@ class Job:
         plan: how steps are taken.
         auto_beta: adjusts the betas; None for constant ones.
         sharded: whether FSDP2 shards the model.
+        ahead: the batches of the steps to come, inside `reading_ahead`; None where each is made when it is needed.
     """
 
     family: Denoiser
@@ -66,18 +68,45 @@ class Job:
     plan: Plan
     auto_beta: AutoBeta | None
     sharded: bool
+    ahead: Iterator[Drawn] | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
 
-    def batch(self, draws: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of some draws (index of the pair, number), on the device."""
-        return make_batch(
-            self.family, self.pairs, draws, self.config.seed, self.accelerator.device,
-            limit=self.config.reference_draws or None, errors=self.reference_errors,
-        )  # fmt: skip
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This process's batches of a step, on the device."""
+        count = self.config.gradient_accumulation_steps
+        for number in range(step * count, (step + 1) * count):
+            drawn = self._draw(number) if self.ahead is None else next(self.ahead)
+            yield place_batch(self.family, drawn, self.accelerator.device)
+
+    @contextmanager
+    def reading_ahead(self, steps: range) -> Iterator[None]:
+        """Inside, `batches` must be asked for these steps in order; another process reads and draws them ahead.
+
+        Raises:
+            UserError: it has died.
+        """
+        count, device = self.config.gradient_accumulation_steps, self.accelerator.device
+        numbers = range(steps.start * count, steps.stop * count)
+        with drawn_ahead(self._draw, numbers, workers_for(self.pairs, device), device) as self.ahead:
+            try:
+                yield
+            finally:
+                self.ahead = None
+
+    def _draw(self, number: int) -> Drawn:
+        """This process's batch of a number, counted over all steps."""
+        config, world = self.config, self.accelerator.num_processes
+        count, limit = config.gradient_accumulation_steps, config.reference_draws or None
+        size = config.train_batch_size * count * world
+        draws = draws_of_step(number // count, size, len(self.pairs), config.seed, limit)
+        own = batches_of_process(draws, config.train_batch_size, self.accelerator.process_index, world)
+        return draw_batch(
+            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors
+        )
 
     def current_objective(self) -> Objective:
         """The objective with the betas that are in use."""

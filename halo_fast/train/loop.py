@@ -117,7 +117,7 @@ def _train(job: Job, folder: Path | None, observers: Sequence[Observer], progres
             if observer.due(0):
                 observer.report(0)
     steps = range(first, config.max_train_steps)
-    with _sigterm_noted(folder is not None) as sigterm_came:
+    with _sigterm_noted(folder is not None) as sigterm_came, job.reading_ahead(steps):
         for step in progress(steps, len(steps), "train") if job.is_main else steps:
             figures, norm = take_step(job, step)
             for observer in observers:

@@ -10,9 +10,9 @@ from torch import Tensor
 from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.objectives import PairObjective
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, draws_of_step
+from halo_fast.train.draws import Batch
 from halo_fast.train.job import Job
-from halo_fast.train.parallel import average_gradients, batches_of_process, gather_shards
+from halo_fast.train.parallel import average_gradients, gather_shards
 from halo_fast.train.schedules import batched, margin_first, uses_reference
 
 __all__ = ["learning_rate", "run_batch", "take_step", "weights_at"]
@@ -28,12 +28,8 @@ def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
     Returns:
         The statistics of each of this process's batches, and the 0-d gradient norm before clipping.
     """
-    config, world = job.config, job.accelerator.num_processes
-    size = config.train_batch_size * config.gradient_accumulation_steps * world
-    draws = draws_of_step(step, size, len(job.pairs), config.seed, config.reference_draws or None)
-    figures = []
-    for own in batches_of_process(draws, config.train_batch_size, job.accelerator.process_index, world):
-        figures.append(run_batch(job, job.batch(own)))
+    config = job.config
+    figures = [run_batch(job, batch) for batch in job.batches(step)]
     if step == 0 and isinstance(job.objective, PairObjective) and uses_reference(job.objective):
         figures = [_at_the_start(one) for one in figures]
     pairs = torch.stack([one.num_pairs for one in figures]).sum()

@@ -71,6 +71,12 @@ def test_probes_pass_on_a_perfect_model():
     assert list(outcome()) == ["prompt swap", "static copy", "planted damage", "frame order", "brightness"]
 
 
+def test_probes_do_not_depend_on_the_batch():
+    clips, prompts = SOUND[:5], PROMPTS[:5]
+    whole, parts = (probe_all(Perfect(), clips, prompts, GRID, batch_size=size) for size in (5, 2))
+    assert [probe.as_dict() for probe in whole] == [probe.as_dict() for probe in parts]
+
+
 @pytest.mark.parametrize(
     ("fault", "failed"),
     [

@@ -65,6 +65,16 @@ def test_what_leaves_nothing_to_train_on_is_named(prompts, share, complaint):
         train_reward_model(CONFIG, labelled(prompts), replace(SHORT, held_out_share=share), 0)
 
 
+def test_rows_of_the_clips_train_as_these_clips_alone(tmp_path):
+    data, rows = labelled([f"a disc {number}" for number in range(6)], [1.0, 2.0, 3.0, 4.0, 5.0, 1.5]), [4, 0, 5, 2]
+    rows = torch.tensor(rows)
+    settings = replace(SHORT, held_out_share=0.25)
+    alone, history = train_reward_model(CONFIG, data.select(rows), settings, 3)
+    among, same = train_reward_model(CONFIG, data, settings, 3, folder=tmp_path, rows=rows)
+    assert among.config == alone.config and among.config.video_calibration and same == history
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in among.state_dict().items())
+
+
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_prompts_without_words_are_learned_from(pretrained):
     config = replace(CONFIG, pretrained=pretrained)

@@ -32,6 +32,16 @@ def test_fine_stages_give_mean_largest_and_deviation_of_each_patch():
     torch.testing.assert_close(pool_spread(stage, (4, 4)), expected)
 
 
+def test_features_of_many_clips_are_standardised_clip_by_clip():
+    generator = torch.Generator().manual_seed(0)
+    frozen = (7 + 3 * torch.randn(5, 944, 2, 3, 4, generator=generator)).half()
+    backbone = RewardModel(CONFIG).backbone
+    backbone.fit_closed_form(frozen, [""] * 5, torch.ones(5))
+    values = frozen.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(backbone.centre.flatten(), values.mean(dim=1).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(backbone.scale.flatten(), (1 / (values.std(dim=1) + 1e-3)).float(), rtol=1e-6, atol=0)
+
+
 def test_it_learns_marks_from_thirty_pictures_and_comes_back_from_its_files(tmp_path):
     videos, marks = marked_pictures(40)
     scores = torch.where(marks, 1.0, 5.0)[:, None]

@@ -204,9 +204,9 @@ def bright_examples(count, seed):
     return level.expand(-1, 9, 32, 32, 3), ["a light"] * count, quality
 
 
-def test_examples_of_ones_own_have_a_dotted_name():
+def test_examples_of_ones_own_have_a_dotted_name(tmp_path):
     clips = labelled(make_clips(6, seed=4))
-    data = add_examples(clips, f"{__name__}:bright_examples", 5, seed=3)
+    data = add_examples(clips, f"{__name__}:bright_examples", 5, 3, tmp_path)
     assert data.prompts == [*clips.prompts, *["a light"] * 5]
     light = 1 + 4 * data.videos[6:].float().mean(dim=(1, 2, 3, 4)) / 255
     torch.testing.assert_close(data.patch_scores[6:].mean(dim=(1, 2, 3, 4)), light)

@@ -127,7 +127,8 @@ def _probes(config: Config, clips: Sequence[EvaluatedRow], folder: Path, model: 
     """Outcomes of the probes on the aligned model's first clips."""
     aligned = [clip for clip in clips if clip.arm == "aligned"][:_PROBE_CLIPS]
     videos = torch.stack([read_clip(folder / clip.video) for clip in aligned])
-    probes = probe_all(model, videos, [clip.prompt for clip in aligned], config.grid, config.seed)
+    prompts = [clip.prompt for clip in aligned]
+    probes = probe_all(model, videos, prompts, config.grid, config.seed, min(config.score.batch_size, _PROBE_CLIPS))
     return [probe.as_dict() for probe in probes]
 
 

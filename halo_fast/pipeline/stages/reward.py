@@ -48,7 +48,7 @@ def train_reward(config: Config, run: Run) -> None:
         model_config, data = read_labels(list(labels.values()), clips, reward.patch_steps > 0, stage.folder)
         try:
             if reward.examples:
-                data = add_examples(data, reward.examples, reward.num_examples, config.seed)
+                data = add_examples(data, reward.examples, reward.num_examples, config.seed, stage.folder)
         except ValueError as error:
             raise UserError(str(error)) from error
         model_config = replace(

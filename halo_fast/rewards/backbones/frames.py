@@ -71,9 +71,13 @@ class FrameStages(nn.Module):
 
     def fit_closed_form(self, frozen: Tensor, prompts: Sequence[str], weight: Tensor) -> None:
         """Fit the mean and deviation of every feature [N, 944, f', y, x]; there is nothing to say of single clips."""
-        features = frozen.float()
-        self.centre.copy_(features.mean(dim=(0, 2, 3, 4)).view(-1, 1, 1, 1))
-        self.scale.copy_(1 / (features.std(dim=(0, 2, 3, 4)).view(-1, 1, 1, 1) + 1e-3))
+        # clip by clip: the features of all clips may be larger than memory
+        count, axes = frozen[:, 0].numel(), (0, 2, 3, 4)
+        mean = torch.stack([clip.double().sum(dim=axes) for clip in frozen.split(1)]).sum(dim=0) / count
+        away = [(clip.double() - mean.view(-1, 1, 1, 1)).square().sum(dim=axes) for clip in frozen.split(1)]
+        deviation = (torch.stack(away).sum(dim=0) / (count - 1)).sqrt()
+        self.centre.copy_(mean.view(-1, 1, 1, 1))
+        self.scale.copy_(1 / (deviation.view(-1, 1, 1, 1) + 1e-3))
 
     def encode(self, videos: Tensor, frozen: Tensor, word_evidence: Tensor | None = None) -> FrameFeatures:
         """The frozen features [N, 944, f', y, x], standardised."""
