@@ -108,7 +108,7 @@ def labelled_clips(patches: PatchScores, prompts: Sequence[str], config: RewardM
     """
     grid = patches.scores.shape[2:]
     form = clip_format(config, grid)
-    videos = [clip_in_parts(load_frames(clip), form) for clip in progress(patches.clips, len(prompts), "clips")]
+    videos = [clip_in_parts(load_frames(clip), form) for clip in progress(patches.clips, len(prompts), "reading clips")]
     scores = torch.from_numpy(rater_mean(patches.scores)).float()[:, None]
     return LabelledClips(
         torch.stack(videos), list(prompts), scores.flatten(2).nanmean(dim=2), scores, ("visual_quality",)
@@ -161,7 +161,7 @@ def _score(model: RewardModel, patches: PatchScores, prompts: Sequence[str]) -> 
     form = clip_format(model.config, grid)
     found = [
         model(clip_in_parts(load_frames(clip), form)[None], [prompt], grid).patches[0].mean(dim=0)
-        for clip, prompt in progress(zip(patches.clips, prompts, strict=True), len(prompts), "scores")
+        for clip, prompt in progress(zip(patches.clips, prompts, strict=True), len(prompts), "scoring clips")
     ]
     return torch.stack(found).double().numpy()
 
