@@ -422,7 +422,7 @@ def write_models() -> None:
     models, note = predicted_models()
     replace_part(PAGE, "fits", fits_table(models, SIZES))
     replace_part(PAGE, "peaks", f"{peaks_table(models)}\n{note}")
-    replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GB", "80 GB")))
+    replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GiB", "80 GiB")))
 
 
 def write_cards() -> None:
