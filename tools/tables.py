@@ -1,6 +1,6 @@
 """What is read off the code: tables of README.md and docs/api/index.md, and the public names with their signatures.
 
-python -m tools.tables            writes the tables between their marks, and tests/public_names.txt
+python -m tools.tables            # writes the tables between their marks, and tests/public_names.txt
 """
 
 import inspect

@@ -85,9 +85,9 @@ def is_command(line: str) -> bool:
 
 
 def commands_of(block: str) -> list[str]:
-    """Command lines of a block, without remarks; lines that end in a backslash are joined."""
+    """Command lines of a block, without remarks, which begin with "#"; lines that end in a backslash are joined."""
     lines = re.sub(r"\\\n\s*", "", block).splitlines()
-    found = [re.split(r"\s+#|\s{3,}", line.strip())[0] for line in lines if is_command(line.strip())]
+    found = [re.split(r"\s+#", line.strip())[0] for line in lines if is_command(line.strip())]
     return [re.sub(r"\[(--[^\]]*)\]", r"\1", line) for line in found]
 
 
