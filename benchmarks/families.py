@@ -1,6 +1,6 @@
 """The table of docs/families.md: what each family does, by its own functions, and a round trip of its LoRA.
 
-python -m benchmarks.families            writes the table between its marks in docs/families.md
+python -m benchmarks.families            # writes the table between its marks in docs/families.md
 """
 
 import sys

@@ -1,10 +1,10 @@
 """The tables of docs/memory.md and of the quick start: memory of a training step, predicted and measured.
 
-python -m benchmarks.memory            writes all of them, in about ten minutes
-python -m benchmarks.memory measured   predicted against measured, on this CPU
-python -m benchmarks.memory models     twelve published models on four sizes of device
-python -m benchmarks.memory NAME       one of these models; kept in benchmarks/results/memory
-python -m benchmarks.memory cards      what halo plan and halo doctor --write print for three cards
+python -m benchmarks.memory            # writes all of them, in about ten minutes
+python -m benchmarks.memory measured   # predicted against measured, on this CPU
+python -m benchmarks.memory models     # twelve published models on four sizes of device
+python -m benchmarks.memory NAME       # one of these models; kept in benchmarks/results/memory
+python -m benchmarks.memory cards      # what halo plan and halo doctor --write print for three cards
 """
 
 import contextlib
@@ -422,7 +422,7 @@ def write_models() -> None:
     models, note = predicted_models()
     replace_part(PAGE, "fits", fits_table(models, SIZES))
     replace_part(PAGE, "peaks", f"{peaks_table(models)}\n{note}")
-    replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GB", "80 GB")))
+    replace_part(QUICK_START, "fits", fits_table([one for one in models if one.shell.pipeline], ("24 GiB", "80 GiB")))
 
 
 def write_cards() -> None:

@@ -1,6 +1,6 @@
 """The patch reward that ships with the package, fitted to all of FETV's patch labels.
 
-python -m tools.fetv_reward data/fetv     writes halo_fast/rewards/weights/fetv
+python -m tools.fetv_reward data/fetv     # writes halo_fast/rewards/weights/fetv
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Pages whose code blocks are programs: run them, write what they print below them, make notebooks of the same text.
 
-python -m tools.pages docs/tutorial.md ...            run the pages' blocks in an empty folder; put in outputs, pictures
-python -m tools.pages --notebooks build/notebooks     a notebook of every page that has outputs
+python -m tools.pages docs/tutorial.md ...         # run the pages' blocks in an empty folder; put in outputs, pictures
+python -m tools.pages --notebooks build/notebooks  # a notebook of every page that has outputs
 
 A fenced block of bash or python is run; a fenced block of text right after it is its output.
 """

@@ -1,6 +1,6 @@
 """The README's picture of a finished run: the first held-out clips of base and aligned, and where they are defective.
 
-python -m tools.picture runs/demo            writes docs/pictures/demo.webp
+python -m tools.picture runs/demo            # writes docs/pictures/demo.webp
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What is read off the code: tables of README.md and docs/api/index.md, and the public names with their signatures.
 
-python -m tools.tables            writes the tables between their marks, and tests/public_names.txt
+python -m tools.tables            # writes the tables between their marks, and tests/public_names.txt
 """
 
 import inspect
@@ -59,7 +59,7 @@ def backend_table() -> str:
     rows.append(["default on", *(", ".join(devices[name]) or "all other devices" for name in names)])
     rows.append(["dtypes", *[dtypes] * len(names)])
     rows += [[f"`{operation}`", *has(operation)] for operation in _OPERATIONS]
-    whole = ["by kernels of its own" if hasattr(modules[name], "gran_dpo") else "of these four" for name in names]
+    whole = ["kernels of its own" if hasattr(modules[name], "gran_dpo") else "from the four above" for name in names]
     rows.append(["`gran_dpo`", *whole])
     rows.append(["state", *(_STATE[name] for name in names)])
     return _table(["", *(_TITLES[name] for name in names)], rows)
@@ -74,7 +74,8 @@ def family_table() -> str:
             f"`{pipeline}`", " or ".join(f"`{name}`" for name in family.networks), family.layout,
             "yes", "yes", "yes" if pipeline in comfyui._LAYERS else "no",
         ])  # fmt: skip
-    return _table(["diffusers pipeline", "trained", "latents", "LoRA", "whole weights", "ComfyUI file"], rows)
+    head = ["diffusers pipeline", "trained", "latents", "LoRA", "all weights (`train.rank: 0`)", "ComfyUI file"]
+    return _table(head, rows)
 
 
 def api_table() -> str:

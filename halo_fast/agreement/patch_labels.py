@@ -114,7 +114,7 @@ def labelled_clips(patches: PatchScores, prompts: Sequence[str], config: RewardM
     with tempfile.TemporaryDirectory() as folder:
         # without a name in the folder, the file lasts as long as the tensor
         videos = scratch_tensor(Path(folder), sides, torch.uint8)
-    for index, clip in enumerate(progress(patches.clips, len(prompts), "clips")):
+    for index, clip in enumerate(progress(patches.clips, len(prompts), "reading clips")):
         videos[index] = clip_in_parts(load_frames(clip), form)
     scores = torch.from_numpy(rater_mean(patches.scores)).float()[:, None]
     return LabelledClips(videos, list(prompts), scores.flatten(2).nanmean(dim=2), scores, ("visual_quality",))
@@ -166,7 +166,7 @@ def _score(model: RewardModel, patches: PatchScores, prompts: Sequence[str]) -> 
     form = clip_format(model.config, grid)
     found = [
         model(clip_in_parts(load_frames(clip), form)[None], [prompt], grid).patches[0].mean(dim=0)
-        for clip, prompt in progress(zip(patches.clips, prompts, strict=True), len(prompts), "scores")
+        for clip, prompt in progress(zip(patches.clips, prompts, strict=True), len(prompts), "scoring clips")
     ]
     return torch.stack(found).double().numpy()
 

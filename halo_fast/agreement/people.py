@@ -61,7 +61,7 @@ def ratings_tables(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> di
         seed: of folds, training and bootstrap.
         resamples: draws of the bootstrap over prompts.
     """
-    videos, statistics = zip(*map(_small, progress(ratings.clips, len(ratings), "clips")), strict=True)
+    videos, statistics = zip(*map(_small, progress(ratings.clips, len(ratings), "reading clips")), strict=True)
     names = list(ratings.scores)
     labels = np.stack([rater_mean(ratings.scores[name]) for name in names], axis=1)
     folds = folds_by_name(ratings.prompts, _RATING_FOLDS, seed)
@@ -232,7 +232,7 @@ def preferences_table(pairs: Sequence[Preference], model: RewardModel, resamples
     prompts = [pair.prompt for pair in pairs]
     gaps, motion, cut = [], [], 0
     rate = model.config.fps or _RATE
-    for pair in progress(pairs, len(pairs), "pairs"):
+    for pair in progress(pairs, len(pairs), "scoring pairs"):
         sides = [_score(clip, pair.prompt, model, rate) for clip in (pair.first, pair.second)]
         gaps.append(sides[0].reward - sides[1].reward)
         motion.append(sides[0].motion - sides[1].motion)

@@ -147,6 +147,7 @@ def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
         stages: all there are, in order.
     """
     planned = run_stages(config, list(stages))
+    run.planned = planned
     for name in planned:
         if name == "import" or name in run_stages(config, list(stages), run):
             registry.load(stages[name].target)(config, run)

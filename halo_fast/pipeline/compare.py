@@ -132,14 +132,15 @@ def _introduction(
 ) -> list[str]:
     """How the page was made and what its figures mean, as lines of Markdown; `config` is any of the runs'."""
     training, num_prompts = config.train, config.evaluate.num_prompts
+    trained = "" if config.generate.num_prompts is None else f", from {config.generate.num_prompts} prompts"
     measures = "".join(f"{text} " for text in dict.fromkeys(one.measures for one in comparisons) if text)
     lines = [
         "# Does the idea hold?",
         "",
         f"Made by `halo compare --output_dir {output_dir} --regimes '[{', '.join(names)}]' --num_seeds {num_seeds} "
         f"--num_prompts {num_prompts} --max_train_steps {training.max_train_steps} --table docs/results.md`: "
-        f"{training.max_train_steps} steps of {training.train_batch_size} pairs for every arm, {num_seeds} seeds, "
-        f"{num_prompts} held-out prompts with the same noise for all. The reference's errors are cached for "
+        f"{training.max_train_steps} steps of {training.train_batch_size} pairs for every arm{trained}, {num_seeds} "
+        f"seeds, {num_prompts} held-out prompts with the same noise for all. The reference's errors are cached for "
         f"{training.reference_draws} draws of noise and time a pair. Intervals are 95%, bootstrapped over seeds and "
         f"prompts; with only {num_seeds} seeds to draw from they are narrower than they should be.",
         "",

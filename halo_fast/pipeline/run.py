@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +30,17 @@ class Run:
     Args:
         config: settings of the run; `config.output_dir` is the directory, made when a stage starts.
         force: whether every stage is made again.
+
+    Attributes:
+        path: of the directory.
+        planned: the stages that follow one another, in order, so that each can say where it stands; none by itself.
     """
 
     def __init__(self, config: Config, force: bool = False) -> None:
         self.config = config
         self.force = force
         self.path = Path(config.output_dir)
+        self.planned: Sequence[str] = ()
 
     def stage(self, name: str, settings: Mapping[str, Any] | object, inputs: Mapping[str, Path | str]) -> "Stage":
         """The stage `name`, to be entered with `with`.
@@ -222,6 +227,13 @@ class Stage:
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
+        logger.info("%s: %s (%s)", self.name, "goes on" if earlier else "begins", self._standing())
+
+    def _standing(self) -> str:
+        """Which of the planned stages this is, or else its folder."""
+        planned = list(self.run.planned)
+        name = self.name.partition("_")[0]  # train_transformer_2 takes the place of train
+        return f"stage {planned.index(name) + 1} of {len(planned)}" if name in planned else str(self.folder)
 
     def _earlier_record(self) -> dict[str, Any] | None:
         """The manifest, or the notes of unfinished work; None if the folder is empty."""

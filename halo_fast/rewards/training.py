@@ -168,7 +168,8 @@ def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Pa
         float16 [M, c, f', y, x].
     """
     frozen = None
-    for start in progress(range(0, len(rows), _FEATURE_BATCH), -(-len(rows) // _FEATURE_BATCH), "features"):
+    starts = range(0, len(rows), _FEATURE_BATCH)
+    for start in progress(starts, len(starts), "reward: frozen features"):
         part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]])
         if part is None:
             return None

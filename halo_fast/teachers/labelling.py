@@ -122,7 +122,7 @@ def judge_pairs(pairs: Sequence[Pair], teacher: Judge, store: LabelStore) -> lis
     found: dict[str, Mapping[str, str]] = _judged(keys, store)
     missing = _unjudged(pairs, teacher, store)
     asked = list(missing)
-    for index, judgement in progress(teacher.judge(list(missing.values())), len(asked), "compare"):
+    for index, judgement in progress(teacher.judge(list(missing.values())), len(asked), "annotate: comparisons"):
         found[asked[index]] = judgement
         if judgement["status"] not in PENDING:
             store.add_judgements({asked[index]: judgement}, teacher.name)

@@ -73,14 +73,14 @@ def reference_errors(
         return found
 
     if folder is None:
-        return torch.cat([compute(start) for start in progress(starts, len(starts), "reference errors")])
+        return torch.cat([compute(start) for start in progress(starts, len(starts), "train: reference errors")])
     settings = _settings(family, model, seed, count, precision, pairs[0].latents.shape[1:])
     files = {
         start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE])}.safetensors"
         for start in starts
     }
     todo = [start for start in starts if not files[start].exists()][share[0] :: share[1]]
-    for start in progress(todo, len(todo), "reference errors"):
+    for start in progress(todo, len(todo), "train: reference errors"):
         write_safetensors(files[start], {"errors": compute(start)})
     wait()
     from safetensors.torch import load_file

@@ -73,8 +73,32 @@ def test_stages_say_what_they_did(config, caplog):
     caplog.set_level("INFO")
     work(config)
     assert "score: finished, 1 files" in caplog.text
+    folder = Run(config).path / "score"
+    assert [line for line in caplog.messages if "begins" in line] == [f"score: begins ({folder})"]
+    caplog.clear()
     work(config)
-    assert "score: finished before, kept" in caplog.text
+    assert "score: finished before, kept" in caplog.text and "begins" not in caplog.text
+
+
+def test_stages_of_a_whole_run_say_where_they_stand(config, caplog):
+    caplog.set_level("INFO")
+    run = Run(config)
+    run.planned = ["annotate", "score", "train"]
+    with pytest.raises(KeyboardInterrupt), run.stage("score", {}, {}) as stage:
+        write_bytes(stage.folder / "part.txt", b"1")
+        raise KeyboardInterrupt
+    with run.stage("score", {}, {}) as stage:
+        stage.finish({})
+    with run.stage("train_transformer_2", {}, {}) as stage:  # another network's training
+        stage.finish({})
+    with run.stage("evaluate", {}, {}) as stage:
+        stage.finish({})
+    assert [line for line in caplog.messages if "finished" not in line] == [
+        "score: begins (stage 2 of 3)",
+        "score: goes on (stage 2 of 3)",
+        "train_transformer_2: begins (stage 3 of 3)",
+        f"evaluate: begins ({run.path / 'evaluate'})",
+    ]
 
 
 def test_partial_work_is_continued(config):

@@ -131,7 +131,8 @@ def test_repair_makes_the_patches_again_that_the_reward_model_scores_worst(base,
         assert patches == set(worst) and int(changed.sum()) == 12
 
 
-def test_corrupted_pairs_train_without_a_teacher(base, tmp_path):
+def test_corrupted_pairs_train_without_a_teacher(base, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = dataclasses.replace(base[0], output_dir=str(tmp_path / "run"))
     config.generate = dataclasses.replace(
         config.generate, num_prompts=2, strategy="corrupt", share=0.4, num_inference_steps=2
@@ -140,6 +141,10 @@ def test_corrupted_pairs_train_without_a_teacher(base, tmp_path):
     assert run_stages(config, list(STAGES)) == ["generate", "pairs", "cache", "train"]
     run = Run(config)
     run_all(config, run, STAGES)
+    assert [line for line in caplog.messages if "begins" in line] == [
+        "generate: begins (stage 1 of 4)", "pairs: begins (stage 2 of 4)",
+        "cache: begins (stage 3 of 4)", "train: begins (stage 4 of 4)",
+    ]  # fmt: skip
     assert [pair.pair_id for pair in read_rows(run.path / "pairs/pairs.parquet", PairRow)] == [
         "p0000_s0-p0000_s1", "p0001_s0-p0001_s1",
     ]  # fmt: skip

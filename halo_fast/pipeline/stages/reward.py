@@ -139,7 +139,7 @@ def _read_videos(files: Sequence[Path], place: Path, folder: Path | None) -> tor
     """The frames of clips of one size, uint8 [N, F, H, W, 3]; one clip after another is decoded."""
     first = read_clip(files[0])
     videos, sizes = scratch_tensor(folder, (len(files), *first.shape), torch.uint8), set()
-    for index, file in enumerate(progress(files, len(files), "clips")):
+    for index, file in enumerate(progress(files, len(files), "reward: reading clips")):
         video = read_clip(file)
         sizes.add(tuple(video.shape))
         if video.shape == first.shape:
