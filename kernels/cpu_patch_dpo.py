@@ -166,6 +166,8 @@ def gran_dpo_table(
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The H1 loss and its coefficients from the table of log-ratios: see halo_fast.loss.reference.gran_dpo_table."""
+    if len(numbers) != 13:  # missing ones would be zeros, without a word
+        raise ValueError(f"numbers: expected 13, got {len(numbers)}")
     samples, *grid = log_ratio.shape
     omega = None if logit_scale is None or len(logit_scale) == 2 else logit_scale[2]
     # Names keep the contiguous tables alive while the kernel reads them.

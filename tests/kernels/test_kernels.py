@@ -4,6 +4,7 @@ import ctypes
 import functools
 import gc
 import importlib.util
+import math
 import mmap
 import os
 import re
@@ -46,7 +47,7 @@ def everything(kernels, policy, ref, target, grid=GRID):
     log_ratio = kernels.patch_log_ratio(policy, ref, target, grid)
     error = kernels.patch_error(policy, target, grid)
     labels = [x.to(policy.device) for x in cases.rewards(grid, len(policy), log_ratio.dtype)]
-    numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1)
+    numbers = (0.0, 1.0, 1.0, 500.0, 50.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.1, math.inf, math.inf)
     shape = tuple(policy.shape[1:])
     tables = kernels.gran_dpo_table(log_ratio, *labels, None, error, None, shape, "sigmoid", numbers)
     return [log_ratio, error, *tables, kernels.patch_error_backward(tables[1], policy, target)]
