@@ -145,6 +145,7 @@ def test_meters_name_what_is_wrong():
         load_pipeline("grainy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_shipped_base_shows_the_prompt_and_the_defects(base):
     recipe = json.loads((WEIGHTS / base / "recipe.json").read_text())

@@ -107,7 +107,7 @@ def test_one_block_at_a_time_has_its_weights():
                 )
             )
         blocks = waiting_weights(model)
-        batch = job.batch([(0, 0)])
+        batch = next(job.batches(0))
         family.predict(model, batch.noisy, batch.t, batch.conditions).square().sum().backward()
     # forward through both blocks; backward runs them again from the last
     assert seen[:2] == [[True, False], [False, True]] and len(seen) >= 2
