@@ -68,6 +68,9 @@ from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import hash_file, write_json, write_parquet
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.cache import build_cache
+from halo_fast.pipeline.stages.generate import generate
+from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.train.config import TrainConfig
 
 WORDS = ("a", "red", "green", "ball", "cube", "rolls", "jumps", "left", "right", "slowly", "over", "the", "grass")
@@ -380,6 +383,16 @@ def write_scores(run: Run) -> None:
             rows.append({"clip_id": clip["clip_id"], **scores, "patch_quality": patch.tolist()})
         write_parquet(stage.folder / "scores.parquet", pyarrow.Table.from_pylist(rows))
         stage.finish({"clips": len(rows)})
+
+
+def run_to_cache(config: Config) -> Run:
+    """A run whose stages are done up to cache, with random rewards."""
+    run = Run(config)
+    generate(config, run)
+    write_scores(run)
+    build_pairs(config, run)
+    build_cache(config, run)
+    return run
 
 
 def finish_again(folder: Path) -> None:

@@ -120,3 +120,15 @@ class Plain(Family):
 
     def sample(self, conditions, noise, *, video_size, num_inference_steps, guidance_scale):
         return noise
+
+
+def at_step(step, act):
+    """A progress display that acts before a step of training."""
+
+    def cut(iterable, total, label):
+        for item in iterable:
+            if item == step and label == "train":
+                act()
+            yield item
+
+    return cut

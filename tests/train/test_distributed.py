@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, run_to_cache, tiny_config, tiny_wan
 from training import make_pairs
 
 from halo_fast.families import family_of
@@ -21,9 +21,6 @@ from halo_fast.loss.functional import gran_dpo
 from halo_fast.loss.objectives import GranDPO
 from halo_fast.pipeline.config import to_yaml
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train.parallel import batches_of_process
 
@@ -53,11 +50,7 @@ def single(request, tmp_path_factory):
         folder, max_train_steps=STEPS, train_batch_size=1, gradient_accumulation_steps=2, checkpointing_steps=2,
         heldout_share=0.0, auto_beta=0.3, learning_rate=5e-3 if request.param else 1e-3, rank=request.param,
     )  # fmt: skip
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     shutil.copytree(run.path, folder / "before")
     (folder / "config.yaml").write_text(to_yaml(config))
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=4))

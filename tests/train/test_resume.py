@@ -9,13 +9,10 @@ import signal
 
 import pytest
 import torch
-from tiny import kill_when, output_hashes, tiny_config, write_scores
-from training import ARMS, CONFIG, objective_with, quiet
+from tiny import kill_when, output_hashes, run_to_cache, tiny_config
+from training import ARMS, CONFIG, at_step, objective_with, quiet
 
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import dry_run, train
 from halo_fast.train import fit, planner
 from halo_fast.train.config import TrainConfig
@@ -52,11 +49,7 @@ def cached(tmp_path_factory):
     """A run directory up to its cache."""
     folder = tmp_path_factory.mktemp("resume")
     config = tiny_config(folder, **SETTINGS)
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     return folder, config, run
 
 
@@ -88,16 +81,6 @@ def test_dry_run_prints_plan_and_time_and_writes_nothing(cached, capsys):
     for part in ("pairs: ", "plan: batched", "predicted peak", "s a step"):
         assert part in printed
     assert sorted(run.path.rglob("*")) == before
-
-
-def at_step(step, act):
-    def cut(iterable, total, label):
-        for item in iterable:
-            if item == step and label == "train":
-                act()
-            yield item
-
-    return cut
 
 
 def test_sigterm_ends_the_step_saves_and_the_same_command_continues(pipeline, pairs, tmp_path, caplog):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, run_to_cache, tiny_config, tiny_wan
 from training import (
     ARMS,
     CONFIG,
@@ -27,9 +27,6 @@ from halo_fast.errors import UserError
 from halo_fast.families.wan import Wan
 from halo_fast.loss.objectives import build
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import adapters_off, fit
 
@@ -368,11 +365,7 @@ def cached(tmp_path_factory):
     """A run directory up to its cache."""
     folder = tmp_path_factory.mktemp("train")
     config = tiny_config(folder, max_train_steps=6)
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     return folder, config, run
 
 

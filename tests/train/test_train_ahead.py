@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from training import CONFIG, make_pairs, quiet
+from training import CONFIG, at_step, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
@@ -39,16 +39,6 @@ class Stored(Sequence):
 def same(one, two):
     assert one.log == two.log
     assert all(torch.equal(value, two.lora[name]) for name, value in one.lora.items())
-
-
-def at_step(step, act):
-    def cut(iterable, total, label):
-        for item in iterable:
-            if item == step and label == "train":
-                act()
-            yield item
-
-    return cut
 
 
 def workers():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import output_hashes, tiny_clips, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, run_to_cache, tiny_clips, tiny_config, tiny_wan
 from training import ARMS, CONFIG, Plain, objective_with, quiet, run_model, same, snapshot, softplus
 
 from halo_fast.data import Pair
@@ -17,9 +17,6 @@ from halo_fast.loss.objectives import build
 from halo_fast.pipeline.export import export_run
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import train as stage
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import fit
 from halo_fast.train.draws import make_batch
@@ -200,11 +197,7 @@ def test_stage_saves_what_diffusers_loads_and_a_second_run_the_same(tmp_path, mo
     from diffusers import WanTransformer3DModel
 
     config = tiny_config(tmp_path, rank=0, learning_rate=1e-3, max_train_steps=3, heldout_share=0.0)
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     results, original = [], stage.fit
     monkeypatch.setattr(stage, "fit", lambda *args, **kwargs: results.append(original(*args, **kwargs)) or results[-1])
     train(config, run)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY, TINY_TRAIN, output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import TINY, TINY_TRAIN, output_hashes, run_to_cache, tiny_config, tiny_wan
 from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
@@ -17,10 +17,6 @@ from halo_fast.families import family_of
 from halo_fast.loss.objectives import PRESETS, GranDPO, Objective, Table, build
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.config import to_yaml
-from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.train import TrainConfig, fit
 from halo_fast.train.draws import draws_of_step, make_batch
 from halo_fast.train.schedules import loss_arguments
@@ -33,11 +29,7 @@ def cached(tmp_path_factory):
     """The file of a run's settings, the run being made up to its cache."""
     folder = tmp_path_factory.mktemp("objectives")
     config = tiny_config(folder, max_train_steps=2, heldout_share=0.3, diagnostics_steps=1)
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder / "config.yaml", run.path
 

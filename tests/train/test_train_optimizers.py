@@ -5,16 +5,13 @@ import shutil
 
 import pytest
 import torch
-from tiny import output_hashes, tiny_config, tiny_wan, write_scores
+from tiny import output_hashes, run_to_cache, tiny_config, tiny_wan
 from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
 from halo_fast.files import read_checkpoint
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import fit, loop, optimizers
 
@@ -53,11 +50,7 @@ def test_a_stopped_training_ends_with_the_same_bits(tmp_path, monkeypatch):
     config = tiny_config(
         tmp_path, max_train_steps=4, train_batch_size=1, heldout_share=0.0, optimizer="adamw_8bit", rank=64
     )
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run = run_to_cache(config)
     train(config, run)
     undisturbed = output_hashes(run.path / "train")
     tensors, _ = read_checkpoint(run.path / "train/checkpoints/step_000004.safetensors")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import kill_when, output_hashes, tiny_config, tiny_ltx, tiny_wan, write_scores
+from tiny import kill_when, output_hashes, run_to_cache, tiny_config, tiny_ltx, tiny_wan
 from training import CONFIG, make_pairs, objective_with, quiet
 
 from halo_fast.errors import UserError
@@ -19,9 +19,6 @@ from halo_fast.pipeline.export import export_run
 from halo_fast.pipeline.plan import plan_text, predict
 from halo_fast.pipeline.preflight import check_required
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.cache import build_cache
-from halo_fast.pipeline.stages.generate import generate
-from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.train import train
 from halo_fast.train import fit
 from halo_fast.train.devices import find_device
@@ -151,11 +148,7 @@ def cached(folders, tmp_path_factory):
     shutil.copytree(folders / "wan", folder / "model")
     (folder / "prompts.txt").write_text("a red ball rolls left\na cube jumps\ngreen ball over the grass\na cube\n")
     config = tiny_config(folder, **SETTINGS)
-    run = Run(config)
-    generate(config, run)
-    write_scores(run)
-    build_pairs(config, run)
-    build_cache(config, run)
+    run_to_cache(config)
     return folder
 
 

@@ -96,17 +96,22 @@ class Diagnostics(Observer):
             new += summarize(figures, done, "heldout")
         self._figures.clear()
         self.rows += new
-        used = [label for label in ("patch", "video") if getattr(job.objective, f"{label}_weight", 0)]
-        label = "patch" if "patch" in used else "video"
-        if isinstance(job.objective, PooledDPO):
-            used = [one for one in used if one != "patch"]  # its patches have no logit of their own
-        warnings = [
-            winner_warning(new, label, job.config.winner_alarm),
-            displacement_warning(new, label, job.config.displacement_alarm),
-            *(margin_warning(new, one, job.config.margin_alarm) for one in used),
-        ]
-        for warning in filter(None, warnings if job.is_main else ()):
+        for warning in self._warnings(new) if job.is_main else ():
             logger.warning(warning)
+
+    def _warnings(self, rows: Sequence[Row]) -> list[str]:
+        """What the newest rows warn of."""
+        objective, config = self._job.objective, self._job.config
+        used = [label for label in ("patch", "video") if getattr(objective, f"{label}_weight", 0)]
+        label = "patch" if "patch" in used else "video"
+        if isinstance(objective, PooledDPO):
+            used = [one for one in used if one != "patch"]  # its patches have no logit of their own
+        found = [
+            winner_warning(rows, label, config.winner_alarm),
+            displacement_warning(rows, label, config.displacement_alarm),
+            *(margin_warning(rows, one, config.margin_alarm) for one in used),
+        ]
+        return [warning for warning in found if warning]
 
     def write(self, folder: Path) -> None:
         if self.rows:
