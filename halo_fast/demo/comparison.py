@@ -10,7 +10,7 @@ from halo_fast.demo import BASES, WEIGHTS
 from halo_fast.demo.notes import calibration
 from halo_fast.files import read_json
 
-__all__ = ["GRADED", "PATCHY", "DemoComparison"]
+__all__ = ["GPT_LIKE", "GRADED", "PATCHY", "DemoComparison"]
 
 _WANTED = {"defect_rate": 0.25, "digit": 0.70, "motion": 0.90}  # what a base was to reach on held-out prompts
 _MEASURES = (
@@ -31,16 +31,21 @@ class DemoComparison:
 
     Args:
         base: "graded" or "patchy".
+        errors: how the teacher errs: "person" on a fifth of the clips, "gpt-4o" on all.
     """
 
     base: str
+    errors: str = "person"
     recipe: str = "demo"
     measures: str = _MEASURES
 
     @property
     def changes(self) -> Mapping[str, Any]:
         """What is set otherwise than in the recipe."""
-        return {"pretrained_model_name_or_path": f"demo:{self.base}"}
+        changed: dict[str, Any] = {"pretrained_model_name_or_path": f"demo:{self.base}"}
+        if self.errors != "person":
+            changed["annotate.options"] = {"noisy_share": 1.0, "errors": self.errors}
+        return changed
 
     def preface(self) -> Sequence[str]:
         """Lines of Markdown: how settings were chosen, and what the meters read when defects alone go."""
@@ -51,10 +56,14 @@ class DemoComparison:
         measured = (read_json(WEIGHTS / self.base / "recipe.json") or {})["measured"]
         missed = [name for name in _WANTED if measured[name] < _WANTED[name]]
         readings = ", ".join(f"{name} {measured[name]:.3f} (of {least:.2f})" for name, least in _WANTED.items())
-        return f"The base on 256 held-out prompts: {readings}; it misses {' and '.join(missed) or 'none of these'}."
+        told = f"The base on 256 held-out prompts: {readings}; it misses {' and '.join(missed) or 'none of these'}."
+        if self.errors == "person":
+            return told
+        return f"{told} Every label of the teacher has an error as large as GPT-4o's (docs/teachers.md)."
 
 
 GRADED, PATCHY = (DemoComparison(base) for base in BASES)
+GPT_LIKE = DemoComparison("graded", "gpt-4o")
 
 
 def _caveats() -> list[str]:

@@ -5,7 +5,11 @@ __all__ = ["TABLES"]
 TABLES: dict[str, dict[str, str]] = {
     "command": {"demo compare": "compare", "demo pretrain": "halo_fast.demo.pretrain:pretrain"},
     "command help": {"demo pretrain": "halo_fast.demo:PRETRAIN_HELP"},
-    "comparison": {"graded": "halo_fast.demo.comparison:GRADED", "patchy": "halo_fast.demo.comparison:PATCHY"},
+    "comparison": {
+        "graded": "halo_fast.demo.comparison:GRADED",
+        "patchy": "halo_fast.demo.comparison:PATCHY",
+        "gpt-like": "halo_fast.demo.comparison:GPT_LIKE",
+    },
     "judge": {"demo": "halo_fast.demo.judge:detectors"},
     "meter": {"demo": "halo_fast.demo.meters:WorldMeter"},
     "model": {"demo:graded": "halo_fast.demo.models:GRADED", "demo:patchy": "halo_fast.demo.models:PATCHY"},

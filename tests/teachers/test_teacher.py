@@ -1,5 +1,6 @@
 """Teachers: what a label may say, the store that pays once, the demo's teacher, the stage annotate."""
 
+import json
 import math
 import os
 import signal
@@ -12,9 +13,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from moving_shapes import GRID, PlantedTeacher, make_clips, write_candidates
+from scipy.stats import norm
 from tiny import output_hashes
 
-from halo_fast.demo.teacher import DemoTeacher
+from halo_fast.demo.teacher import ERRORS_FILE, DemoTeacher
 from halo_fast.errors import UserError
 from halo_fast.pipeline.config import AnnotateConfig, Config
 from halo_fast.pipeline.run import Run
@@ -74,7 +76,7 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
         LabelStore(tmp_path / "labels.sqlite")
 
 
-def demo_teacher(noisy_share: float, seed: int = 0) -> DemoTeacher:
+def demo_teacher(noisy_share: float, seed: int = 0, errors: str = "person") -> DemoTeacher:
     """The demo's teacher over meters whose readings are written in the clip's first pixels."""
 
     def defects(videos, prompts):
@@ -85,7 +87,7 @@ def demo_teacher(noisy_share: float, seed: int = 0) -> DemoTeacher:
         digit, colour, motion, amount = (videos.flatten(1)[:, 48:52].float() / 255).unbind(1)
         return {"digit": digit, "colour": colour, "motion": motion, "motion_amount": amount * 10}
 
-    return DemoTeacher(defects, fidelity, GRID, noisy_share, seed)
+    return DemoTeacher(defects, fidelity, GRID, noisy_share, seed, errors=errors)
 
 
 def read_off(label: Label) -> np.ndarray:
@@ -123,6 +125,26 @@ def test_demo_teacher_errs_on_a_minority_and_as_people_do():
     assert np.abs(error).mean() > 0.15
     # raters differ by a bias of their own, which a whole clip shares
     assert error.mean(axis=1).std() > 3 * error.std() / math.sqrt(error.shape[1])
+
+
+def test_demo_teacher_errs_as_gpt_4o_does_on_pairs_of_videos():
+    videos = torch.full((600, 1, 8, 8, 3), 127, dtype=torch.uint8)
+    videos.view(600, -1)[:, 60:63] = torch.randint(256, (600, 3), generator=torch.Generator().manual_seed(0)).byte()
+    exact = read_off(demo_teacher(0.0).label(videos[:1], ["a green 7"])[0])
+    given = np.stack(
+        [read_off(label) for label in demo_teacher(1.0, errors="gpt-4o").label(videos, ["a green 7"] * 600)]
+    )
+    known = json.loads(ERRORS_FILE.read_text())
+    for columns, spread in ((slice(0, 1), "visual_quality"), (slice(3, None), "patch")):
+        deviation = known["judge"]["noise"] * known["spread"][spread]
+        # the normal distribution in whole grades, its tails in the outermost
+        edges = norm.cdf([1.5, 2.5, 3.5, 4.5], exact[columns].mean(), deviation)
+        expected = np.diff([0, *edges, 1])
+        found = np.bincount(given[:, columns].astype(int).ravel(), minlength=6)[1:] / given[:, columns].size
+        np.testing.assert_allclose(found, expected, atol=4 * math.sqrt(0.25 / given[:, columns].size))
+    # errors of patches are their own
+    assert np.abs(np.corrcoef(given[:, 3:].T) - np.eye(48)).max() < 0.25
+    assert demo_teacher(1.0, errors="gpt-4o").name != demo_teacher(1.0).name
 
 
 def test_demo_teacher_answers_the_same_clip_alike_in_any_batch():
