@@ -111,8 +111,9 @@ def train_reward_model(
     model.train()
     for step in progress(range(begun, total), total - begun, "reward"):
         row = {"phase": _phase(step, config)[0], "step": step + 1, "learning_rate": schedule.get_last_lr()[0]}
-        batch = draw_batch(inputs, config.batch_size, seed, step)
-        state.history.append(row | _take_step(model, batch, scales, state, config, seed, step))
+        # no name holds the batch, so it is gone before the next is drawn
+        losses = _take_step(model, draw_batch(inputs, config.batch_size, seed, step), scales, state, config, seed, step)
+        state.history.append(row | losses)
         schedule.step()
         if checkpoint and (step + 1) % config.checkpointing_steps == 0:
             _save(checkpoint, state)
@@ -267,13 +268,12 @@ def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch
 def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: int) -> None:
     """Fit slope and offset of every dimension to held-out labels, `size` clips at once, and keep them in the config."""
     grid = tuple(data.patch_scores.shape[2:])
-    video, patches = [], []
-    for rows in heldout.split(size):
-        clips = data.select(rows)
+
+    def logits_of(clips: LabelledClips) -> tuple[Tensor, Tensor]:
         features = model.backbone.encode(clips.videos, model.backbone.frozen_features(clips.videos))
-        logits = model.backbone.logits(features, clips.prompts, grid)
-        video.append(logits[0])
-        patches.append(logits[1])
+        return model.backbone.logits(features, clips.prompts, grid)
+
+    video, patches = zip(*(logits_of(data.select(rows)) for rows in heldout.split(size)), strict=True)
     fits = [
         tuple(calibrate(*pair) for pair in zip(torch.cat(logits).unbind(1), scores.unbind(1), strict=True))
         for logits, scores in ((video, data.video_scores[heldout]), (patches, data.patch_scores[heldout]))
