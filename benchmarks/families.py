@@ -91,8 +91,8 @@ def given_time(family: Family, shape: tuple[int, ...]) -> str:
         family.predict(network, torch.zeros(1, *shape), torch.tensor([0.25]), conditions)  # type: ignore[arg-type]
     except _Called as called:
         (value,) = called.args
-    words = {250.0: "1000 t", 750.0: "1000 (1 - t)"}[value.flatten()[0].item()]
-    words += " of each token" if value.ndim > 1 else ""
+    words = {250.0: "1000 t", 750.0: "1000 (1 - t)", 0.25: "t"}[value.flatten()[0].item()]
+    words += {1: "", 2: " of each token", 5: " of each frame"}[value.ndim]
     return words if value.is_floating_point() else f"step {words}"
 
 
@@ -107,7 +107,8 @@ def _makes(family: Family, size: tuple[int, int, int]) -> bool:
 def frames(family: Family, size: tuple[int, int, int]) -> str:
     """The frame rule, found by trying."""
     step = next(step for step in range(1, 33) if _makes(family, (1 + step, *size[1:])))
-    assert all(_makes(family, (count, *size[1:])) == (count % step == 1 % step) for count in range(1, 40))
+    most = (family.largest[0] or 40) if step == 1 else 40  # latent frames are frames there
+    assert all(_makes(family, (count, *size[1:])) == (count % step == 1 % step) for count in range(1, most))
     return "any" if step == 1 else f"{step}k + 1"
 
 

@@ -204,7 +204,7 @@ def measured_table() -> str:
 
 
 class Alone(Denoiser):
-    """A network for which halo_fast has no family yet, called as its pipeline calls it; it can only be predicted."""
+    """A network that is predicted without its pipeline, which calls it in the same way."""
 
     compression: ClassVar[tuple[int, int]] = (4, 8)
     channels: ClassVar[int] = 16
@@ -225,40 +225,6 @@ class Alone(Denoiser):
     texts: ClassVar[dict[str, tuple[int, ...]]] = {}
 
 
-class LTX2(Alone):
-    """LTX-2; the sound of the clip's length goes with it, as the network has no pictures alone."""
-
-    compression, channels = (8, 32), 128
-    texts: ClassVar[dict[str, tuple[int, ...]]] = {"text": (1024, 3840), "sound": (1024, 3840)}
-
-    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        dtype, size, time = conditions["text"].dtype, noisy.shape[2:], t[:, None] * 1000
-        sound = noisy.new_zeros(len(noisy), 126, 128, dtype=dtype)  # 121 frames at 24 a second; 25 latents a second
-        tokens = model(
-            noisy.flatten(2).transpose(1, 2).to(dtype), sound, conditions["text"], conditions["sound"], time,
-            num_frames=size[0], height=size[1], width=size[2], audio_num_frames=126, return_dict=False,
-        )[0]  # fmt: skip
-        return tokens.transpose(1, 2).unflatten(2, size)
-
-
-class Kandinsky5(Alone):
-    """Kandinsky 5.0 Lite: channels last; a picture to start from, and a mask of it, are appended."""
-
-    lora_targets = ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
-    texts: ClassVar[dict[str, tuple[int, ...]]] = {"text": (512, 3584), "pooled": (768,)}
-
-    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        dtype, frames, height, width = conditions["text"].dtype, *noisy.shape[2:]
-        given = noisy.new_zeros(len(noisy), 17, *noisy.shape[2:])
-        places = [torch.arange(frames), torch.arange(height // 2), torch.arange(width // 2)]
-        found = model(
-            hidden_states=torch.cat([noisy, given], dim=1).permute(0, 2, 3, 4, 1).to(dtype),
-            encoder_hidden_states=conditions["text"], pooled_projections=conditions["pooled"],
-            timestep=(t * 1000).to(dtype), visual_rope_pos=places, text_rope_pos=torch.arange(512), return_dict=False,
-        )  # fmt: skip
-        return found.permute(0, 4, 1, 2, 3)
-
-
 class Cosmos(Alone):
     """Cosmos-Predict 2.5: which frames are given, and what is padding, are appended."""
 
@@ -274,8 +240,6 @@ class Cosmos(Alone):
 
 
 ALONE = {
-    "Lightricks/LTX-2": LTX2,
-    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": Kandinsky5,
     "nvidia/Cosmos-Predict2.5-2B": Cosmos,
 }
 SETTINGS = TrainConfig()  # a LoRA of rank 32, one pair in a batch, cached errors of the reference
@@ -367,7 +331,7 @@ def fits_table(models: list[Found], sizes: tuple[str, ...]) -> str:
     """What fits on which size of device, with which settings."""
     lines = ["| model | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
     for model in models:
-        title = COUNTS[model.name][0] + ("" if model.shell.pipeline else " (no family)")
+        title = COUNTS[model.name][0] + ("" if model.shell.pipeline else " (network alone)")
         cells = [settings_of(model.options, find_device(size)) for size in sizes]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join(lines) + "\n"

@@ -26,10 +26,15 @@ registry.register(
     {
         "AnimateDiffPipeline": "halo_fast.families.unet:AnimateDiff",
         "CogVideoXPipeline": "halo_fast.families.cogvideox:CogVideoX",
+        "Cosmos2_5_PredictBasePipeline": "halo_fast.families.cosmos:CosmosPredict25",
         "HunyuanVideo15Pipeline": "halo_fast.families.hunyuan:HunyuanVideo15",
         "HunyuanVideoPipeline": "halo_fast.families.hunyuan:HunyuanVideo",
+        "Kandinsky5T2VPipeline": "halo_fast.families.kandinsky:Kandinsky5",
+        "LTX2Pipeline": "halo_fast.families.ltx:LTX2",
         "LTXPipeline": "halo_fast.families.ltx:LTX",
         "MochiPipeline": "halo_fast.families.mochi:Mochi",
+        "SanaVideoPipeline": "halo_fast.families.sana:SanaVideo",
+        "SkyReelsV2Pipeline": "halo_fast.families.wan:SkyReelsV2",
         "TextToVideoSDPipeline": "halo_fast.families.unet:TextToVideoSD",
         "WanPipeline": "halo_fast.families.wan:Wan",
     },
@@ -143,6 +148,8 @@ def _load_pipeline(
             return model.load()
     try:
         return load_pipeline(name, precision, weights, quantization)
+    except ImportError as error:
+        raise UserError(f"{_SETTING}: {name!r} needs a package that is missing: {first_line(error)}") from error
     except (OSError, ValueError) as error:
         names = "".join(f", {known!r}" for known in registry.known("model"))
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # which the hub's own error does not say

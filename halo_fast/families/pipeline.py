@@ -1,7 +1,8 @@
 """Families of diffusers pipelines: prompts, autoencoder and sampling, and the noise of DDPM."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families.base import Family
 
-__all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving", "count_tokens"]
+__all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving", "count_tokens", "replaced"]
 
 
 _CURE = "load the model in another precision"
@@ -26,6 +27,19 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
+@contextmanager
+def replaced(part: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Let an object have other methods inside the block, as a context manager."""
+    before = {name: part.__dict__[name] for name in methods if name in part.__dict__}
+    part.__dict__.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            part.__dict__.pop(name, None)
+        part.__dict__.update(before)
+
+
 class PipelineFamily(Family):
     """A diffusers pipeline; its conditions have the names of the pipeline's arguments.
 
@@ -34,6 +48,10 @@ class PipelineFamily(Family):
     """
 
     max_length: dict[str, int] = {}
+    # what guidance leads away from
+    negative_prompt: str = ""
+    # whether the latents of a step are all that its sampler goes on from
+    enterable: bool = True
 
     @property
     def transformer(self) -> Any:
@@ -167,12 +185,16 @@ class PipelineFamily(Family):
     def _layout(self, latents: Tensor) -> Tensor:
         return latents.transpose(1, 2) if self.layout == "BFCHW" else latents
 
+    def negative_conditions(self) -> dict[str, Tensor]:
+        """A batch of one: the conditions of the negative prompt."""
+        return self.stack(self.encode_prompts([self.negative_prompt]))
+
     def pipeline_arguments(self, conditions: dict[str, Tensor], guidance_scale: float) -> dict[str, Any]:
-        """The pipeline's arguments for a batch of conditions; guidance is relative to the empty prompt."""
+        """The pipeline's arguments for a batch of conditions; guidance is relative to the negative prompt."""
         if guidance_scale <= 1:
             return conditions | {"guidance_scale": guidance_scale}
-        negative = self.stack(self.encode_prompts([""]))
-        expanded = {f"negative_{name}": value.expand_as(conditions[name]) for name, value in negative.items()}
+        negative, count = self.negative_conditions(), len(next(iter(conditions.values())))
+        expanded = {f"negative_{name}": value.expand(count, *value.shape[1:]) for name, value in negative.items()}
         return conditions | expanded | {"guidance_scale": guidance_scale}
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -182,6 +204,18 @@ class PipelineFamily(Family):
     def unpack(self, latents: Tensor, size: Sequence[int]) -> Tensor:
         """The inverse of `pack` for latents of `size` frames, height and width."""
         return latents
+
+    def beginning(self, noise: Tensor) -> dict[str, Any]:
+        """The pipeline's arguments for the noise from which it samples."""
+        return {"latents": self.pack(noise)}
+
+    def ending(self, latents: Tensor, size: Sequence[int]) -> Tensor:
+        """Latents in model space of those that the pipeline gives."""
+        return self.unpack(latents, size)
+
+    def size_arguments(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        """The pipeline's arguments for a clip's size."""
+        return {"num_frames": frames, "height": height, "width": width}
 
     def sampler_times(self) -> Tensor:
         """Noise levels t in [0, 1] before each step of the schedule that was last set, and after the last step."""
@@ -203,21 +237,18 @@ class PipelineFamily(Family):
     ) -> Tensor:
         """Latents sampled from the given noise by the diffusers pipeline itself; see `Family.sample`."""
         device = self.transformer.device
-        frames, height, width = video_size
         arguments = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in self.pipeline_arguments(self.stack(conditions), guidance_scale).items()
         }
         latents = self.pipeline(
             **arguments,
-            latents=self.pack(noise.to(device)),
-            num_frames=frames,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             output_type="latent",
+            **self.beginning(noise.to(device)),
+            **self.size_arguments(*video_size),
         ).frames
-        return self.unpack(latents.float(), self.latent_size(noise.shape))
+        return self.ending(latents.float(), self.latent_size(noise.shape))
 
 
 class MaskedPrompts(PipelineFamily):
@@ -265,9 +296,9 @@ class VariancePreserving(PipelineFamily):
         return latents.to(self.transformer.dtype)
 
     def _scales(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[self.steps(t)]
+        kept = self.pipeline.scheduler.alphas_cumprod.to(latents)[self.steps(t)]
         kept = kept.view(-1, *[1] * (latents.ndim - 1))
-        return kept.sqrt().to(latents.dtype), (1 - kept).sqrt().to(latents.dtype)
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         a, s = self._scales(latents, t)

@@ -6,6 +6,7 @@ encoders those of their authors. tests/families/test_shells.py compares paramete
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Shell:
     """What is known of a published model.
 
     Args:
-        pipeline: diffusers' class; "" where halo_fast has no family for it, and the network alone is known.
+        pipeline: diffusers' class; "" where the network alone is known.
         network: class and configuration of the network that is trained.
         autoencoder: likewise.
         text: text encoders by the pipeline's name for them, classes of transformers.
@@ -31,7 +32,7 @@ class Shell:
         tokens: tokens of each tokenizer by its name, "model_max_length".
         stored: precision of the network's file.
         clip: frames, height and width of the model's usual clip, multiples of which its recipe is made.
-        others: further arguments of the pipeline.
+        others: further arguments of the pipeline, and further parts as class and configuration in a tuple.
     """
 
     pipeline: str
@@ -65,6 +66,19 @@ _QWEN = ("Qwen2_5_VLTextModel", {
     "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4,
     "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+})  # fmt: skip
+_QWEN_VL: Part = ("Qwen2_5_VLForConditionalGeneration", {
+    "text_config": _QWEN[1], "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420},
+})  # fmt: skip
+_GEMMA: Part = ("Gemma3ForConditionalGeneration", {
+    "text_config": {
+        "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+    },
+    "vision_config": {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "image_size": 896, "patch_size": 14,
+    },
 })  # fmt: skip
 _BYT5 = ("T5EncoderModel", {
     "vocab_size": 1510, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
@@ -122,7 +136,13 @@ PUBLISHED: dict[str, Shell] = {
         _LTX_13B_VAE, torch.bfloat16, {}, num_layers=48, attention_head_dim=128, cross_attention_dim=4096
     ),
     "Lightricks/LTX-2": Shell(
-        "", ("LTX2VideoTransformer3DModel", {"rope_type": "split"}), clip=(121, 512, 768)
+        "LTX2Pipeline", ("LTX2VideoTransformer3DModel", {"rope_type": "split"}),
+        ("AutoencoderKLLTX2Video", {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}),
+        {"text_encoder": _GEMMA}, ("FlowMatchEulerDiscreteScheduler", _LTX_SHIFT), {"tokenizer": 1024},
+        clip=(121, 512, 768), others={
+            "audio_vae": ("AutoencoderKLLTX2Audio", {}), "vocoder": ("pipelines.ltx2.LTX2Vocoder", {}),
+            "connectors": ("pipelines.ltx2.LTX2TextConnectors", {"rope_type": "split"}),
+        },
     ),
     "hunyuanvideo-community/HunyuanVideo": Shell(
         "HunyuanVideoPipeline", ("HunyuanVideoTransformer3DModel", {}), ("AutoencoderKLHunyuanVideo", {}),
@@ -140,10 +160,12 @@ PUBLISHED: dict[str, Shell] = {
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}), {"tokenizer": 256}, torch.float32, (85, 480, 848),
     ),
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": Shell(
-        "", ("Kandinsky5Transformer3DModel", {
+        "Kandinsky5T2VPipeline", ("Kandinsky5Transformer3DModel", {
             "in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168, "num_text_blocks": 2,
             "num_visual_blocks": 32, "axes_dims": (16, 24, 24), "visual_cond": True,
-        }), clip=(121, 512, 768),
+        }), ("AutoencoderKLHunyuanVideo", {}), {"text_encoder": _QWEN_VL, "text_encoder_2": _CLIP},
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}), {"tokenizer": 640, "tokenizer_2": 77},
+        clip=(121, 512, 768),
     ),
     "nvidia/Cosmos-Predict2.5-2B": Shell(
         "", ("CosmosTransformer3DModel", {
@@ -201,8 +223,10 @@ def load_shell(name: str, network: str | None = None) -> Family:
         from diffusers.guiders import ClassifierFreeGuidance
 
         parts["guider"] = ClassifierFreeGuidance()
-    tokenizers = {part: _Tokenizer(length) for part, length in shell.tokens.items()}
-    pipeline = getattr(diffusers, shell.pipeline)(**parts, **tokenizers, **shell.others)
+    parts |= {part: _Tokenizer(length) for part, length in shell.tokens.items()}
+    for name, other in shell.others.items():
+        parts[name] = _empty(diffusers, other) if isinstance(other, tuple) else other
+    pipeline = getattr(diffusers, shell.pipeline)(**parts)
     return family_of(pipeline, network)
 
 
@@ -210,9 +234,12 @@ def _empty(library: Any, part: Part) -> Any:
     """A network of diffusers or transformers without weights."""
     from accelerate import init_empty_weights
 
-    kind: Any = getattr(library, part[0], None)
-    if kind is None:
-        raise UserError(f"model: the installed {library.__name__} {library.__version__} has no {part[0]}; upgrade it")
+    try:
+        kind: Any = attrgetter(part[0])(library)
+    except AttributeError:
+        raise UserError(
+            f"model: the installed {library.__name__} {library.__version__} has no {part[0]}; upgrade it"
+        ) from None
     with init_empty_weights():
         config = getattr(kind, "config_class", None)
         network = kind(config(**part[1])) if config is not None else kind(**part[1])

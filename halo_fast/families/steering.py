@@ -5,8 +5,8 @@ are stood in for. So every family takes part, and each step is still the pipelin
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halo_fast.errors import UserError
 from halo_fast.families.base import Family
-from halo_fast.families.pipeline import PipelineFamily
+from halo_fast.families.pipeline import PipelineFamily, replaced
 
 __all__ = ["Between", "sample_part", "sampling_times", "steerable"]
 
@@ -33,6 +33,11 @@ def steerable(family: Family) -> PipelineFamily:
         raise UserError(
             f"generate.strategy: {type(family).__name__} samples by itself, so its sampler can't be entered between "
             "steps; set it to independent, or subclass halo_fast.families.pipeline.PipelineFamily"
+        )
+    if not family.enterable:
+        raise UserError(
+            f"generate.strategy: the sampler of {type(family).__name__} makes sound beside the video, so it can't be "
+            "entered between steps; set it to independent"
         )
     scheduler = family.pipeline.scheduler
     # such as EulerDiscrete, whose latents grow with the noise, and Heun
@@ -69,7 +74,7 @@ def sampling_times(
         original(*given, **named)
         raise _Scheduled
 
-    with _replaced(scheduler, set_timesteps=set_timesteps), suppress(_Scheduled):
+    with replaced(scheduler, set_timesteps=set_timesteps), suppress(_Scheduled):
         family.sample([conditions], torch.zeros(1, *shape), **arguments)
     return family.sampler_times()
 
@@ -102,26 +107,32 @@ def sample_part(
     set_timesteps, step, begin = (
         scheduler.set_timesteps, scheduler.step, getattr(scheduler, "set_begin_index", lambda index: None),
     )  # fmt: skip
-    shape, index, whole, estimate = latents.shape, start, None, latents
+    shape, index, estimate = latents.shape, start, latents
+    whole: dict[str, Any] = {}
+    levels: dict[str, Any] = {}
 
     @wraps(set_timesteps)
     def set_some_timesteps(*given: Any, **named: Any) -> None:
-        nonlocal whole
         set_timesteps(*given, **named)
-        whole = scheduler.timesteps
-        scheduler.timesteps = whole[start:stop]
+        whole["timesteps"] = scheduler.timesteps
+        scheduler.timesteps = scheduler.timesteps[start:stop]
+        if hasattr(scheduler, "sigmas"):
+            # some pipelines count these from the first step that they take
+            whole["sigmas"], levels["sigmas"] = scheduler.sigmas, scheduler.sigmas[start:]
+        scheduler.__dict__.update(levels)
         begin(start)
 
     @wraps(step)
     def take_step(*given: Any, **named: Any) -> Any:
         nonlocal index, estimate
         # the pipeline has read its part; solvers of higher order look at the whole
-        scheduler.timesteps = whole
+        scheduler.__dict__.update(whole)
         bound = inspect.signature(step).bind(*given, **named).arguments
         before, output = (_from_step(family, bound[name], shape) for name in ("sample", "model_output"))
         t = family.sampler_times()[index].to(before)
         estimate = family.clean(before.float(), output.float(), t.expand(shape[0]))
         result, index = step(*given, **named), index + 1
+        scheduler.__dict__.update(levels)
         if between is None:
             return result
         after = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -131,11 +142,12 @@ def sample_part(
         result.prev_sample = changed
         return result
 
-    with _replaced(
+    with replaced(
         scheduler, set_timesteps=set_some_timesteps, step=take_step,
         set_begin_index=lambda begin_index=0: begin(start + begin_index),
     ):  # fmt: skip
         after = family.sample(conditions, latents, **arguments)
+    scheduler.__dict__.update(whole)
     return after, estimate
 
 
@@ -150,16 +162,3 @@ def _to_step(family: PipelineFamily, latents: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_from_step`, in the form and precision of `like`."""
     value = latents.transpose(1, 2).flatten(0, 1) if like.ndim == 4 else family.pack(latents)
     return value.to(like)
-
-
-@contextmanager
-def _replaced(scheduler: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Let an object have other methods inside the block."""
-    before = {name: scheduler.__dict__[name] for name in methods if name in scheduler.__dict__}
-    scheduler.__dict__.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            scheduler.__dict__.pop(name, None)
-        scheduler.__dict__.update(before)

@@ -1,14 +1,14 @@
-"""Wan text-to-video (Wan team, arXiv:2503.20314): rectified flow on latents of a causal video autoencoder."""
+"""Wan (Wan team, arXiv:2503.20314) and SkyReels-V2: rectified flow on latents of a causal video autoencoder."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.families.pipeline import PipelineFamily
 
-__all__ = ["Wan"]
+__all__ = ["SkyReelsV2", "Wan"]
 
 
 class Wan(PipelineFamily):
@@ -18,7 +18,7 @@ class Wan(PipelineFamily):
     a time, on its own share of the sampler's times. Their LoRAs are two files.
     """
 
-    networks = ("transformer", "transformer_2")
+    networks: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     def __init__(self, pipeline: Any, network: str | None = None) -> None:
         super().__init__(pipeline, network)
@@ -60,7 +60,7 @@ class Wan(PipelineFamily):
         self.pipeline.load_lora_weights(dict(lora), load_into_transformer_2=self.network == "transformer_2")
 
     def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        ratio = self.pipeline.config.boundary_ratio
+        ratio = self.pipeline.config.get("boundary_ratio")
         if ratio is not None and self.pipeline.transformer_2 is not None:
             # the draw at which the shifted time is the boundary
             boundary = ratio / (self.shift - (self.shift - 1) * ratio)
@@ -71,7 +71,7 @@ class Wan(PipelineFamily):
         dtype = self.transformer.dtype
         # the timestep stays in float32: bfloat16 would round 750 to 752
         timestep = t.float() * self.pipeline.scheduler.config.num_train_timesteps
-        if self.pipeline.config.expand_timesteps:
+        if self.pipeline.config.get("expand_timesteps"):
             frames, height, width = self.latent_size(noisy.shape)
             timestep = timestep[:, None].expand(-1, frames * -(-height // 2) * -(-width // 2))
         return model(
@@ -80,3 +80,15 @@ class Wan(PipelineFamily):
             encoder_hidden_states=conditions["prompt_embeds"].to(noisy.device, dtype),
             return_dict=False,
         )[0]
+
+
+class SkyReelsV2(Wan):
+    """diffusers.SkyReelsV2Pipeline (Chen et al., arXiv:2504.13074): one network of Wan's kind, all frames at one time.
+
+    The pipelines of diffusion forcing, whose frames have times of their own, are others.
+    """
+
+    networks = ("transformer",)
+
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        self.pipeline.load_lora_weights(dict(lora))

@@ -93,12 +93,18 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _networks(folder: Path) -> dict[str, type[nn.Module]]:
     """The classes of the networks that model_index.json names."""
+    from diffusers import pipelines
+
     found = {}
     for part, entry in _index(folder).items():
-        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
-            kind = getattr(importlib.import_module(entry[0]), entry[1], None)
-            if isinstance(kind, type) and issubclass(kind, nn.Module):
-                found[part] = kind
+        if not isinstance(entry, list) or not entry[0]:
+            continue
+        # some classes belong to a pipeline of diffusers
+        known = entry[0] in ("diffusers", "transformers")
+        library = importlib.import_module(entry[0]) if known else getattr(pipelines, entry[0], None)
+        kind = getattr(library, entry[1], None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            found[part] = kind
     return found
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TINY, tiny_hunyuan, tiny_hunyuan15
+from tiny import TINY, tiny_hunyuan, tiny_hunyuan15, tiny_kandinsky5
 
 from halo_fast.families import family_of
 
@@ -28,9 +28,10 @@ def test_prompts_are_listed_exactly_where_another_word_changes_nothing(name):
 
 
 def test_each_of_several_encoders_has_a_limit_of_its_own():
-    family = family_of(tiny_hunyuan())
-    # longer than CLIP takes, not than Llama
-    assert family.cut_prompts([" ".join(["red"] * 74), " ".join(["red"] * 80)]) == [" ".join(["red"] * 80)]
+    for build in (tiny_hunyuan, tiny_kandinsky5):
+        # longer than CLIP takes, not than Llama or Qwen
+        family, long = family_of(build()), " ".join(["red"] * 80)
+        assert family.cut_prompts([" ".join(["red"] * 74), long]) == [long]
     family = family_of(tiny_hunyuan15())
     # bytes of what stands in quotes count alone
     sign, plain = f'a cube with "{"red " * 70}"', "red " * 70

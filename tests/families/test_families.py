@@ -1,12 +1,13 @@
 """The Wan family compared with diffusers' own pipeline and scheduler."""
 
+import json
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import CHANNELS, tiny_clips, tiny_wan
+from tiny import CHANNELS, tiny_clips, tiny_cosmos, tiny_wan
 
 from halo_fast.errors import UserError
 from halo_fast.families import Denoiser, Family, RegisteredModel, family_of, load, source
@@ -46,6 +47,40 @@ def test_folder_that_is_no_pipeline_is_named(tmp_path):
     with pytest.raises(UserError, match="pretrained_model_name_or_path: no diffusers pipeline at") as caught:
         load(str(tmp_path), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_without_a_family_is_refused_with_those_that_exist(tmp_path):
+    parts = tiny_wan().components
+    pipeline = diffusers.WanImageToVideoPipeline(**{name: part for name, part in parts.items() if part is not None})
+    pipeline.save_pretrained(tmp_path)
+    for refused in (lambda: family_of(pipeline), lambda: load(str(tmp_path), device="cpu")):
+        with pytest.raises(UserError, match="no family for WanImageToVideoPipeline; expected one of ") as caught:
+            refused()
+        assert all(name in str(caught.value) for name in known("family")) and "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(tmp_path):
+    pipeline = tiny_cosmos()
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"safety_checker": [None, None]}))
+    with pytest.raises(UserError, match="needs a package that is missing: .*cosmos_guardrail") as caught:
+        load(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_guardrail_of_cosmos_looks_at_prompts_and_clips():
+    family = family_of(tiny_cosmos())
+    with pytest.raises(UserError, match="guardrail finds 'a ball of blood' unsafe; leave it out"):
+        family.encode_prompts(["a cube", "a ball of blood"])
+    shape = family.latent_shape(9, 32, 32)
+    seen = []
+    family.pipeline.safety_checker.check_video_safety = lambda frames: seen.append(frames.shape) or frames // 2
+    plain = super(type(family), family).decode(randn(2, *shape))
+    assert torch.equal(family.decode(randn(2, *shape)), plain // 2) and seen == [(9, 32, 32, 3)] * 2
+    family.pipeline.safety_checker.check_video_safety = lambda frames: None
+    with pytest.raises(UserError, match="guardrail finds it unsafe"):
+        family.decode(randn(1, *shape))
 
 
 def test_saved_pipeline_loads_with_the_same_weights(family, tmp_path):

@@ -21,30 +21,45 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    Cosmos2_5_PredictBasePipeline,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
     MotionAdapter,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
@@ -53,9 +68,15 @@ from transformers import (
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     T5Config,
@@ -137,6 +158,21 @@ def tiny_wan(
     )  # fmt: skip
 
 
+def tiny_skyreels(seed: int = 0) -> Any:
+    """Latents [4, k + 1, H / 8, W / 8] of 4k+1 frames; the parts of Wan around a network of its own class."""
+    parts = tiny_wan(seed).components
+    transformer = SkyReelsV2Transformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS,
+        text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    return _ready(
+        SkyReelsV2Pipeline(
+            tokenizer=parts["tokenizer"], text_encoder=parts["text_encoder"], vae=parts["vae"],
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=8.0),
+        )
+    )  # fmt: skip
+
+
 def tiny_cogvideox(seed: int = 0, *, rotary: bool = True, patch_size_t: int | None = None) -> Any:
     """Latents [k + 1, 4, H / 8, W / 8] of 8k+1 frames; rotary embeddings as in the 5B, or none as in the 2B."""
     torch.manual_seed(seed)
@@ -181,6 +217,62 @@ def tiny_ltx(seed: int = 0, *, denoising_decoder: bool = False, head: int = 8) -
     return _ready(
         LTXPipeline(tokenizer=words(12), text_encoder=_t5(), vae=vae, transformer=transformer, scheduler=scheduler)
     )
+
+
+def _ltx2_autoencoder() -> AutoencoderKLLTX2Video:
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=8, block_out_channels=(8, 8), down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8,), layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True, True), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False,) * 2, downsample_type=("spatial", "temporal"), upsample_type=("spatiotemporal",),
+        upsample_residual=(True,), upsample_factor=(1,), patch_size=4, spatial_compression_ratio=8,
+        temporal_compression_ratio=2,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2.0, 8))
+    return vae
+
+
+def tiny_ltx2(seed: int = 0) -> Any:
+    """Latents [8, k + 1, H / 8, W / 8] of 2k+1 frames, and sound beside them."""
+    torch.manual_seed(seed)
+    audio = AutoencoderKLLTX2Audio(
+        base_channels=16, ch_mult=(1,), num_res_blocks=1, latent_channels=4, mel_bins=16, resolution=32
+    )
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        vae_scale_factors=(2, 8, 8), audio_in_channels=16, audio_out_channels=16, audio_num_attention_heads=2,
+        audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_type="split",
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=3, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8, video_connector_num_layers=1, video_connector_num_learnable_registers=4,
+        audio_connector_num_attention_heads=2, audio_connector_attention_head_dim=8, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=4, connector_rope_base_seq_len=32, rope_type="split",
+    )  # fmt: skip
+    text = {
+        "vocab_size": 3 + len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 1,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 16,
+    }  # fmt: skip
+    gemma = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    vocoder = LTX2Vocoder(
+        in_channels=32, hidden_channels=8, upsample_kernel_sizes=[4], upsample_factors=[2], resnet_kernel_sizes=[3],
+        resnet_dilations=[[1]],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=32, max_image_seq_len=96
+    )
+    return _ready(
+        LTX2Pipeline(
+            scheduler=scheduler, vae=_ltx2_autoencoder(), audio_vae=audio, text_encoder=gemma,
+            tokenizer=words(12, end=False), connectors=connectors, transformer=transformer, vocoder=vocoder,
+        )
+    )  # fmt: skip
 
 
 def tiny_mochi(seed: int = 0) -> Any:
@@ -258,6 +350,100 @@ def tiny_hunyuan15(seed: int = 0) -> Any:
     )  # fmt: skip
 
 
+def _qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": 3 + len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def tiny_kandinsky5(seed: int = 0, *, picture: bool = True) -> Any:
+    """Latents [4, k + 1, H / 8, W / 8] of 4k+1 frames; with channels for a picture to start from, or without."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        scaling_factor=0.476986, mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=CHANNELS, out_visual_dim=CHANNELS, in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=32,
+        ff_dim=64, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=picture,
+    )  # fmt: skip
+    for name, value in transformer.named_parameters():
+        if "modulation" in name:  # zero in a new network, which lets no block act
+            torch.nn.init.normal_(value, std=0.1)
+    return _ready(
+        Kandinsky5T2VPipeline(
+            transformer=transformer, vae=vae, text_encoder=_qwen_vl(), tokenizer=words(2048, end=False),
+            text_encoder_2=_clip(), tokenizer_2=words(77), scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        )
+    )  # fmt: skip
+
+
+def tiny_sana(seed: int = 0, *, large: bool = False) -> Any:
+    """Latents [C, F, H / 8, W / 8] on Wan's autoencoder, or LTX-2's if large; Gemma's states after an instruction."""
+    vae = tiny_wan(seed).vae
+    channels = vae.config.z_dim
+    if large:
+        vae, channels = _ltx2_autoencoder(), 8
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=channels, out_channels=channels, num_attention_heads=2, attention_head_dim=12,
+        num_layers=2, num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24,
+        caption_channels=16, rope_max_seq_len=32,
+    )  # fmt: skip
+    gemma = Gemma2Config(
+        vocab_size=3 + len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return _ready(
+        SanaVideoPipeline(
+            tokenizer=words(2048, end=False), text_encoder=Gemma2Model(gemma), vae=vae, transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=8.0),
+        )
+    )  # fmt: skip
+
+
+class Guardrail(SchedulerMixin, ConfigMixin):
+    """In the place of Cosmos' guardrail, a package with models of its own; saved and loaded like a scheduler."""
+
+    @register_to_config
+    def __init__(self, unsafe: str = "blood") -> None:
+        self.unsafe = unsafe
+
+    def to(self, device: Any) -> "Guardrail":
+        return self
+
+    def check_text_safety(self, text: str) -> bool:
+        return self.unsafe not in text
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def tiny_cosmos(seed: int = 0) -> Any:
+    """Latents [4, k + 1, H / 8, W / 8] of 4k+1 frames; states of all layers of Qwen, and no channel of padding."""
+    vae = tiny_wan(seed).vae
+    transformer = CosmosTransformer3DModel(
+        in_channels=CHANNELS + 1, out_channels=CHANNELS, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=8, max_size=(16, 32, 32), concat_padding_mask=False,
+        extra_pos_embed_type=None, use_crossattn_projection=True, crossattn_proj_in_channels=32,
+        encoder_hidden_states_channels=16,
+    )  # fmt: skip
+    tokenizer = words(512, end=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }} {% endfor %}"
+    return _ready(
+        Cosmos2_5_PredictBasePipeline(
+            text_encoder=_qwen_vl(), tokenizer=tokenizer, transformer=transformer, vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), safety_checker=Guardrail(),
+        )
+    )  # fmt: skip
+
+
 def _image_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=CHANNELS,
@@ -318,14 +504,21 @@ TINY = {
     "Wan 2.2 A14B, high noise": Tiny(partial(tiny_wan, experts=True)),
     "Wan 2.2 A14B, low noise": Tiny(partial(tiny_wan, experts=True), network="transformer_2"),
     "Wan 2.2 TI2V-5B": Tiny(partial(tiny_wan, expand=True)),
+    "SkyReels-V2": Tiny(tiny_skyreels),
     "CogVideoX 2B": Tiny(partial(tiny_cogvideox, rotary=False)),
     "CogVideoX 5B": Tiny(tiny_cogvideox),
     "CogVideoX 1.5": Tiny(partial(tiny_cogvideox, patch_size_t=2)),
     "LTX-Video": Tiny(tiny_ltx),
     "LTX-Video 0.9.1": Tiny(partial(tiny_ltx, denoising_decoder=True)),
+    "LTX-2": Tiny(tiny_ltx2),
     "Mochi": Tiny(tiny_mochi, size=(7, 32, 32)),
     "HunyuanVideo": Tiny(tiny_hunyuan),
     "HunyuanVideo 1.5": Tiny(tiny_hunyuan15),
+    "Kandinsky 5": Tiny(tiny_kandinsky5),
+    "Kandinsky 5, no picture": Tiny(partial(tiny_kandinsky5, picture=False)),
+    "SANA-Video 480p": Tiny(tiny_sana),
+    "SANA-Video 720p": Tiny(partial(tiny_sana, large=True)),
+    "Cosmos-Predict 2.5": Tiny(tiny_cosmos),
     "TextToVideoSD": Tiny(tiny_text_to_video_sd, size=(3, 32, 32)),
     "AnimateDiff": Tiny(tiny_animatediff, size=(3, 32, 32)),
 }
