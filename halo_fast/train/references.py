@@ -79,7 +79,8 @@ def reference_errors(
         start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE])}.safetensors"
         for start in starts
     }
-    todo = [start for start in starts if not files[start].exists()][share[0] :: share[1]]
+    # shared before looking which there are: another process may have written some by now
+    todo = [start for start in starts[share[0] :: share[1]] if not files[start].exists()]
     for start in progress(todo, len(todo), "train: reference errors"):
         write_safetensors(files[start], {"errors": compute(start)})
     wait()
