@@ -81,7 +81,8 @@ def join() -> None:
     from accelerate import PartialState
 
     devices, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if devices and local > devices:
+    # Slurm may show each process a GPU of its own, torchrun shows all to all
+    if 0 < devices < local and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(f"launcher: {local} processes were started here for {devices} GPUs; start one for each GPU")
     # on a CPU accelerate needs cpu=True before it initialises the process group
     state = PartialState(cpu=not devices)

@@ -187,7 +187,7 @@ class Stage:
         except OSError as error:
             if error.errno not in _NO_LOCKS or isinstance(self._lock, filelock.SoftFileLock):
                 raise
-            self._lock = filelock.SoftFileLock(self._lock.lock_file, timeout=0)
+            self._lock = filelock.SoftFileLock(f"{self._lock.lock_file}ed", timeout=0)
             self._acquire()
 
     def __exit__(
