@@ -211,7 +211,7 @@ def seen(path: Path) -> Path:
 
 def _started() -> int:
     """How many processes the launcher says that there are."""
-    return max(int(os.environ.get(name, "1")) for name in _COUNTS)
+    return max(int(os.environ.get(name) or "1") for name in _COUNTS)
 
 
 def _next(launch: _Launch, key: str) -> int:

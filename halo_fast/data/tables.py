@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -249,7 +250,11 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def shared_rows(
-    folder: Path, name: str, batches: Sequence[Item], rows_of: Callable[[Item], Sequence[Row]], kind: type[Row]
+    folder: Path,
+    name: str,
+    batches: Sequence[Sequence[Item]],
+    rows_of: Callable[[Sequence[Item]], Sequence[Row]],
+    kind: type[Row],
 ) -> list[Row]:
     """The rows of all batches in order, made by all processes together; on others than the first none.
 
@@ -259,11 +264,15 @@ def shared_rows(
     Args:
         folder: of an unfinished stage, whose settings and inputs stay the same.
         name: of the work, for the files and the progress.
-        batches: the same on all processes.
+        batches: of the same items in the same order, on all processes and whenever the stage goes on.
         rows_of: gives the rows of a batch.
         kind: the rows' class.
     """
-    files = [folder / f".{name}.{number:06d}{PART}" for number in range(len(batches))]
+    sizes = [len(batch) for batch in batches]
+    # named by the items, for batches may have another size when the stage goes on
+    files = [
+        folder / f".{name}.{end - size:06d}-{end:06d}{PART}" for end, size in zip(accumulate(sizes), sizes, strict=True)
+    ]
     for number in processes.share(range(len(batches)), f"{folder.name}: {name}"):
         if not files[number].exists():
             write_rows(files[number], rows_of(batches[number]), kind)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halo_fast import processes
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
@@ -86,7 +87,7 @@ def reference_errors(
     wait()
     from safetensors.torch import load_file
 
-    return torch.cat([load_file(files[start])["errors"] for start in starts])
+    return torch.cat([load_file(processes.seen(files[start]))["errors"] for start in starts])
 
 
 def _compute(

@@ -129,12 +129,14 @@ def test_rows_are_kept_until_their_stage_is_finished(config):
     with pytest.raises(KeyboardInterrupt), Run(config).stage("score", {}, {}) as stage:
         rows = shared_rows(stage.folder, "clips", batches, rows_of, ScoreRow)
         assert [row.clip_id for row in rows] == ["a", "b", "c", "d"] and made == batches
-        (second,) = stage.folder.glob("*000001.part")
+        (second,) = stage.folder.glob(".clips.000002-*.part")
         second.unlink()
         raise KeyboardInterrupt
     with Run(config).stage("score", {}, {}) as stage:
         again = shared_rows(stage.folder, "clips", batches, rows_of, ScoreRow)
         assert made == [*batches, ["c"]]
+        assert repr(shared_rows(stage.folder, "clips", [["a", "b"], ["c", "d"]], rows_of, ScoreRow)) == repr(rows)
+        assert made == [*batches, ["c"], ["c", "d"]]
         assert repr(again) == repr(rows) and again[0].video["visual_quality"] == 1 / 3
         write_rows(stage.folder / "scores.parquet", again)
         stage.finish({})

@@ -37,18 +37,23 @@ _MODEL, _PROMPTS, _HELDOUT, _TEACHER = (
 STAGES = {
     "import": StageEntry(f"{__name__}.imports:import_clips", "read clips, pairs and labels of your own"),
     "generate": StageEntry(
-        f"{__name__}.generate:generate", "sample candidates of every prompt", (_MODEL, _PROMPTS), True
+        f"{__name__}.generate:generate", "sample candidates of every prompt", (_MODEL, _PROMPTS), shared=True
     ),
     "annotate": StageEntry(f"{__name__}.annotate:annotate", "have a teacher score videos and patches", (_TEACHER,)),
     "reward": StageEntry(f"{__name__}.reward:train_reward", "train the reward model on the teacher's scores"),
-    "score": StageEntry(f"{__name__}.score:score", "reward all candidates and their patches", (), True),
+    "score": StageEntry(f"{__name__}.score:score", "reward all candidates and their patches", shared=True),
     "pairs": StageEntry(f"{__name__}.pairs:build_pairs", "build preference pairs out of the scored candidates"),
     "cache": StageEntry(
-        f"{__name__}.cache:build_cache", "keep latents and text embeddings for training", (_MODEL,), True
+        f"{__name__}.cache:build_cache", "keep latents and text embeddings for training", (_MODEL,), shared=True
     ),
-    "train": StageEntry(f"{__name__}.train:train", "align the model on the pairs: LoRA and Gran-DPO", (_MODEL,), True),
+    "train": StageEntry(
+        f"{__name__}.train:train", "align the model on the pairs: LoRA and Gran-DPO", (_MODEL,), shared=True
+    ),
     "evaluate": StageEntry(
-        f"{__name__}.evaluate:evaluate", "compare base and aligned model on held-out prompts", (_MODEL, _HELDOUT), True
+        f"{__name__}.evaluate:evaluate",
+        "compare base and aligned model on held-out prompts",
+        (_MODEL, _HELDOUT),
+        shared=True,
     ),
     "report": StageEntry(f"{__name__}.report:write_report", "write the HTML page of the run"),
 }
