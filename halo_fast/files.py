@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import sys
 import tempfile
 import time
@@ -56,7 +57,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name when the block ends well and vanishes when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # machines that share a disk may have processes of one number
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

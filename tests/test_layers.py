@@ -18,7 +18,10 @@ HEAVY = {
     "triton", "xformers", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pyarrow", "av", "sklearn",
     "jsonargparse", "openai", "tqdm", "PIL", "annotated_types", "filelock",
 }  # fmt: skip
-LEAVES = {"halo_fast.errors", "halo_fast.files", "halo_fast.patches", "halo_fast.registry", "halo_fast.settings"}
+LEAVES = {
+    "halo_fast.errors", "halo_fast.files", "halo_fast.patches", "halo_fast.processes", "halo_fast.registry",
+    "halo_fast.settings",
+}  # fmt: skip
 LIBRARIES = {"agreement", "data", "export", "families", "judges", "loss", "rewards", "teachers", "train"}
 
 

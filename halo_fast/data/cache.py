@@ -7,7 +7,7 @@ never out of date, and each is made once.
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import overload
@@ -21,31 +21,27 @@ from halo_fast.data.tables import CacheRow, ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.base import Family
 from halo_fast.families.fingerprint import fingerprint
-from halo_fast.files import hash_file, hash_text, progress, replacing, write_safetensors
+from halo_fast.files import hash_file, hash_text, replacing, write_safetensors
 
-__all__ = ["CachedPairs", "cache_latents", "cache_prompts"]
+__all__ = ["CachedPairs", "latents_cache", "prompts_cache"]
 
 
-def cache_latents(family: Family, clips: Sequence[ClipRow], source: Path, folder: Path) -> list[CacheRow]:
-    """Keep the latents of clips; those that generation has left are taken, others are encoded from the video.
+def latents_cache(family: Family, source: Path, folder: Path) -> Callable[[Sequence[ClipRow]], list[CacheRow]]:
+    """A function that keeps the latents of clips, rows of clips.parquet, and gives a row for each.
+
+    Latents that generation has left are taken, others are encoded from the video. The function raises UserError for a
+    clip that cannot be read, or whose latents are not finite.
 
     Args:
         family: the model.
-        clips: rows of clips.parquet.
-        source: the folder of that table.
+        source: the folder of clips.parquet.
         folder: where latents/HASH.safetensors are written, each with "latents" float32 [*latent_shape].
-
-    Returns:
-        a row for each clip.
-
-    Raises:
-        UserError: a clip that cannot be read, or whose latents are not finite.
     """
     from safetensors.torch import load_file
 
     vae = fingerprint([family.vae])
-    rows = []
-    for clip in progress(clips, len(clips), "cache: latents"):
+
+    def keep(clip: ClipRow) -> CacheRow:
         video, latents = source / clip.video, source / clip.latents if clip.latents else None
         key = hash_text(f"latents {hash_file(latents)}" if latents else f"clip {hash_file(video)} vae {vae}")
         row = CacheRow("latents", clip.clip_id, f"latents/{key}.safetensors", key)
@@ -60,30 +56,28 @@ def cache_latents(family: Family, clips: Sequence[ClipRow], source: Path, folder
                 check_finite(kept[None], [f"clip {clip.clip_id} ({latents})"], "latents", "generate it again")
                 with replacing(file) as temporary:
                     _link(latents, temporary)
-        rows.append(row)
-    return rows
+        return row
+
+    return lambda clips: [keep(clip) for clip in clips]
 
 
-def cache_prompts(family: Family, prompts: Sequence[str], folder: Path) -> list[CacheRow]:
-    """Keep the conditions of prompts.
+def prompts_cache(family: Family, folder: Path) -> Callable[[Sequence[str]], list[CacheRow]]:
+    """A function that keeps the conditions of prompts, and gives a row for each.
 
     Args:
         family: the model.
-        prompts: distinct.
         folder: where text/HASH.safetensors are written.
-
-    Returns:
-        a row for each prompt.
     """
     text = fingerprint(family.text_parts)
-    rows = []
-    for prompt in progress(prompts, len(prompts), "cache: text"):
+
+    def keep(prompt: str) -> CacheRow:
         key = hash_text(f"prompt {prompt} text {text}")
         row = CacheRow("text", prompt, f"text/{key}.safetensors", key)
         if not (folder / row.file).exists():
             write_safetensors(folder / row.file, family.encode_prompts([prompt])[0])
-        rows.append(row)
-    return rows
+        return row
+
+    return lambda prompts: [keep(prompt) for prompt in prompts]
 
 
 def _copies(row: PairRow) -> int:

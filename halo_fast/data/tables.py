@@ -7,20 +7,37 @@ video["visual_quality"] is the column video_visual_quality. A column belongs to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from halo_fast import processes
 from halo_fast.errors import UserError
 from halo_fast.files import read_table, write_parquet
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["CacheRow", "ClipRow", "EvaluatedRow", "LabelRow", "PairRow", "ScoreRow", "read_rows", "write_rows"]
+__all__ = [
+    "PART",
+    "CacheRow",
+    "ClipRow",
+    "EvaluatedRow",
+    "LabelRow",
+    "PairRow",
+    "ScoreRow",
+    "read_rows",
+    "shared_rows",
+    "write_rows",
+]
 
+Item = TypeVar("Item")
 Row = TypeVar("Row")
+
+PART = ".part"
+"""Suffix of the files in which `shared_rows` keeps rows until their stage is finished."""
 
 # arrow types of the annotations that rows use
 _TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
@@ -230,6 +247,38 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
             f"{path}: expected a column {missing[0]!r}, got {', '.join(table.column_names)}; make the table again"
         )
     return [kind(**_values(row, own, prefixed)) for row in table.to_pylist()]
+
+
+def shared_rows(
+    folder: Path,
+    name: str,
+    batches: Sequence[Sequence[Item]],
+    rows_of: Callable[[Sequence[Item]], Sequence[Row]],
+    kind: type[Row],
+) -> list[Row]:
+    """The rows of all batches in order, made by all processes together; on others than the first none.
+
+    The rows of each batch are kept in a file until the stage is finished. So a killed stage makes the missing ones, and
+    processes exchange them.
+
+    Args:
+        folder: of an unfinished stage, whose settings and inputs stay the same.
+        name: of the work, for the files and the progress.
+        batches: of the same items in the same order, on all processes and whenever the stage goes on.
+        rows_of: gives the rows of a batch.
+        kind: the rows' class.
+    """
+    sizes = [len(batch) for batch in batches]
+    # named by the items, for batches may have another size when the stage goes on
+    files = [
+        folder / f".{name}.{end - size:06d}-{end:06d}{PART}" for end, size in zip(accumulate(sizes), sizes, strict=True)
+    ]
+    for number in processes.share(range(len(batches)), f"{folder.name}: {name}"):
+        if not files[number].exists():
+            write_rows(files[number], rows_of(batches[number]), kind)
+    if not processes.is_first():
+        return []
+    return [row for file in files for row in read_rows(processes.seen(file), kind)]
 
 
 def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[Field[Any]]) -> dict[str, Any]:

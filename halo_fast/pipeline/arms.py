@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halo_fast import processes
 from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data.clips import read_clip, write_clip
-from halo_fast.data.tables import EvaluatedRow
+from halo_fast.data.tables import EvaluatedRow, shared_rows
 from halo_fast.errors import UserError
 from halo_fast.families import family_of, load
 from halo_fast.families.sampling import clip_seed, sample_clips
-from halo_fast.files import progress
 from halo_fast.pipeline.config import Config
 from halo_fast.rewards import RewardModel
 
@@ -56,7 +56,11 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
         folder: of the clips' files.
     """
     batches = _batches(clips, config.generate.batch_size)
-    missing = [batch for batch in batches if not all((folder / clip.video).exists() for clip in batch)]
+    missing = processes.by_first(
+        lambda: [
+            number for number, batch in enumerate(batches) if not all((folder / clip.video).exists() for clip in batch)
+        ]
+    )
     if not missing:
         return
     from halo_fast.export.lora import load_trained, trained_network
@@ -66,7 +70,7 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
         quantization=config.quantization,
     )  # fmt: skip
     arm = _ARMS[0]
-    for batch in progress(missing, len(missing), "evaluate"):
+    for batch in processes.share([batches[number] for number in missing], "evaluate"):
         if batch[0].arm != arm:
             arm = batch[0].arm
             # a single result was made for the config's own network
@@ -84,7 +88,7 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
 def measure_arms(
     config: Config, clips: Sequence[EvaluatedRow], folder: Path, meter: Meter, model: RewardModel
 ) -> list[EvaluatedRow]:
-    """The clips with the meter's readings, the reward model's scores and their looks.
+    """The clips with the meter's readings, the reward model's scores and their looks; on the first process alone.
 
     Args:
         config: grid and size of the batches.
@@ -96,9 +100,10 @@ def measure_arms(
     Raises:
         UserError: an unreadable clip, or a reading that is no number of the clip.
     """
-    rows = []
-    for batch in _batches(clips, config.score.batch_size):
-        videos = torch.stack([read_clip(folder / clip.video) for clip in batch])
+
+    def measure(batch: Sequence[EvaluatedRow]) -> list[EvaluatedRow]:
+        rows = []
+        videos = torch.stack([read_clip(processes.seen(folder / clip.video)) for clip in batch])
         prompts = [clip.prompt for clip in batch]
         video, patches = model.by_dimension(model(videos, prompts, config.grid))
         readings, looks, changes = read_meter(meter, videos, prompts, config.grid), _looks(videos), _changes(videos)
@@ -117,7 +122,9 @@ def measure_arms(
                     look=looks[index].tolist(),
                 )
             )
-    return rows
+        return rows
+
+    return shared_rows(folder, "measuring", _batches(clips, config.score.batch_size), measure, EvaluatedRow)
 
 
 def _with_readings(clip: EvaluatedRow, readings: Mapping[str, list[float]], meter: str) -> EvaluatedRow:

@@ -3,14 +3,16 @@
 import errno
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from halo_fast import registry
+from halo_fast import processes, registry
 from halo_fast.errors import UserError
 from halo_fast.files import versions
-from halo_fast.pipeline.stages import STAGES
+from halo_fast.pipeline.stages import STAGES, run_stage
 
 __all__ = ["main"]
 
@@ -40,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, where modules of one's own are; last, so that they hide nothing
     try:
+        processes.join()
+        if not processes.is_first():
+            _be_quiet()
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        processes.leave()
     except UserError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -52,9 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"{error.name} is not installed; pip install 'halo_fast[all]'")
     except KeyboardInterrupt:
-        print("halo: interrupted; the same command continues", file=sys.stderr)
+        if processes.speaks():
+            print("halo: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _be_quiet() -> None:
+    """Leave what is printed, logged and warned of to the first process, which does the same."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 class _Stderr(logging.Handler):
@@ -72,7 +86,8 @@ def _log_to_stderr() -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"halo: error: {' '.join(message.split())}", file=sys.stderr)
+    if processes.speaks():
+        print(f"halo: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -83,6 +98,8 @@ def _dispatch(arguments: list[str]) -> None:
         print(versions()["halo_fast"])
     else:
         name, verb, rest = _find_verb(arguments)
+        if processes.count() > 1 and verb.read is not _run_stages:
+            raise UserError(f"halo {name}: runs in one process, got {processes.count()}; start it without a launcher")
         verb.read(name, verb, rest)
 
 
@@ -151,19 +168,20 @@ def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
         print(to_yaml(config), end="")
         return
     if name == "report" and settings.compare:
-        page = registry.load("halo_fast.pipeline.report.several:compare_runs")(
-            settings.compare, config.report.num_clips
-        )
+        pages = registry.load("halo_fast.pipeline.report.several:compare_runs")
+        page = processes.by_first(lambda: str(pages(settings.compare, config.report.num_clips)))
         print(f"report: {page}")
         return
     run = Run(config, force=settings.force)
     if name == "run":
-        check_run(config, run)
+        processes.by_first(lambda: check_run(config, run))
         run_all(config, run, STAGES)
         return
     check_required(config, [name])
-    dry = name == "train" and settings.dry_run
-    registry.load(verb.target.replace(":train", ":dry_run") if dry else verb.target)(config, run)
+    stage = STAGES[name]
+    if name == "train" and settings.dry_run:
+        stage = stage._replace(target=stage.target.replace(":train", ":dry_run"))
+    run_stage(stage, config, run)
 
 
 def _sources_as_setting(arguments: list[str]) -> list[str]:

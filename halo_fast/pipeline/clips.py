@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from halo_fast import registry
+from halo_fast import processes
 from halo_fast.data.clips import latent_factors
 from halo_fast.data.imports import ImportedRow
 from halo_fast.data.labels import join_labels
@@ -17,7 +17,7 @@ from halo_fast.export.datasets import RunData
 from halo_fast.files import read_json
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages import StageEntry
+from halo_fast.pipeline.stages import StageEntry, run_stage
 
 __all__ = [
     "FACTORS_FILE",
@@ -149,8 +149,8 @@ def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
     planned = run_stages(config, list(stages))
     run.planned = planned
     for name in planned:
-        if name == "import" or name in run_stages(config, list(stages), run):
-            registry.load(stages[name].target)(config, run)
+        if name == "import" or name in processes.by_first(lambda: run_stages(config, list(stages), run)):
+            run_stage(stages[name], config, run)
         else:
             logger.info("%s: left out, because there are pairs without labels of clips, and no teacher", name)
 

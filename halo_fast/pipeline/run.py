@@ -1,5 +1,6 @@
 """The run directory: a folder for each stage, finished once its manifest is written, continued until then."""
 
+import errno
 import json
 import logging
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import filelock
 
+from halo_fast import processes
+from halo_fast.data.tables import PART
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, read_json, versions, write_json
 from halo_fast.pipeline.config import Config
@@ -22,6 +25,7 @@ __all__ = ["Run", "Stage"]
 logger = logging.getLogger(__name__)
 
 _PENDING = "pending.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class Run:
@@ -62,6 +66,8 @@ class Run:
             UserError: the stage is unfinished, was made with other settings, or its input has changed since.
         """
         found = self.path / path
+        if not processes.is_first():  # which has checked it, or ends the run
+            return processes.seen(found)
         name = Path(path).parts[0]
         manifest = read_json(self.path / name / MANIFEST)
         if manifest is None or not found.exists():
@@ -117,7 +123,8 @@ class Stage:
     Unfinished work of the same settings and inputs is continued. Other settings are refused, as are other inputs from
     outside the run directory (a prompt file, a model). If an earlier stage has changed, the stage is made again. The
     old folder is kept until the new one is finished, and a mistake found before anything was written changes nothing.
-    One process at a time may work on a stage.
+    One command at a time may work on a stage. Of its processes the first one alone makes the folder ready, and finishes
+    the stage; the others leave the block when it is finished.
 
     Attributes:
         folder: where the stage writes.
@@ -141,9 +148,16 @@ class Stage:
         self._old = run.path / f".{name}.old"
         self._started = ""
         # released by the operating system when a process is killed
-        self._lock = filelock.FileLock(run.path / f".{name}.lock", timeout=0)
+        self._lock: filelock.BaseFileLock = filelock.FileLock(run.path / f".{name}.lock", timeout=0)
 
     def __enter__(self) -> "Stage":
+        self.done = processes.by_first(self._begin)
+        if not self.done:
+            processes.seen(self.folder / _PENDING)
+        return self
+
+    def _begin(self) -> bool:
+        """Check inputs, lock the stage and make its folder ready; whether it is done."""
         for label, value in self._inputs.items():
             if isinstance(value, Path) and not value.exists():
                 raise UserError(f"{label}: {value} does not exist; expected a file or folder")
@@ -153,22 +167,37 @@ class Stage:
             raise UserError(f"output_dir: {self.run.path}: {error.strerror}; choose another") from error
         inputs = {label: self.run.input_hash(label, value) for label, value in self._inputs.items()}
         self._key = {"settings": _as_json(self._settings), "inputs": inputs}
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"{self.folder}: another process is working on it; wait for that one, or choose another output_dir"
-            ) from None
+        self._acquire()
         try:
             self._prepare()
         except BaseException:
             self._lock.release()
             raise
-        return self
+        return self.done
+
+    def _acquire(self) -> None:
+        """Lock the stage, with a file that stands for a lock where the file system has none."""
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.folder}: another process is working on it; wait for that one, or choose another output_dir. "
+                f"If none is, remove {self._lock.lock_file}"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS or isinstance(self._lock, filelock.SoftFileLock):
+                raise
+            self._lock = filelock.SoftFileLock(f"{self._lock.lock_file}ed", timeout=0)
+            self._acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not processes.is_first():
+            if kind is None:
+                processes.wait()
+                self.done = True
+            return
         try:
             if kind is None and not self.done:
                 raise RuntimeError(f"stage {self.name} ended without finish()")
@@ -179,6 +208,8 @@ class Stage:
                     self._old.rename(self.folder)
         finally:
             self._lock.release()
+        if kind is None:
+            processes.wait()
 
     def finish(self, counts: Mapping[str, int | float]) -> None:
         """Write the manifest: settings, hashes of inputs and outputs, counts, versions and times.
@@ -187,7 +218,9 @@ class Stage:
             counts: what the stage made; kept in the manifest and logged.
         """
         own = [self.folder / MANIFEST, self.folder / _PENDING]
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in own)
+        files = sorted(
+            path for path in self.folder.rglob("*") if path.is_file() and path not in own and path.suffix != PART
+        )
         outputs = hash_outputs(self.folder, files)
         manifest = {
             "stage": self.name,
@@ -201,6 +234,8 @@ class Stage:
         }
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / _PENDING).unlink()
+        for part in self.folder.glob(f".*{PART}"):
+            part.unlink()
         shutil.rmtree(self._old, ignore_errors=True)
         self.done = True
         summary = ", ".join(

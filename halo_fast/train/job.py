@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halo_fast import processes
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, first_line
 from halo_fast.families import Denoiser, family_of
@@ -211,12 +212,17 @@ def _reference_errors(
     progress: Progress,
 ) -> Tensor:
     """The reference's errors at the settings' draws, computed by all processes together."""
+
+    def wait() -> None:
+        processes.wait()  # as long as a file takes, which may be more than accelerate's own time-out
+        accelerator.wait_for_everyone()
+
     return reference_errors(
         family, model, pairs, config.seed, config.reference_draws or 0, device=accelerator.device,
         batch_size=config.train_batch_size, autocast=accelerator.autocast,
         precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=folder,
         progress=progress if accelerator.is_main_process else _silent,
-        share=(accelerator.process_index, accelerator.num_processes), wait=accelerator.wait_for_everyone,
+        share=(accelerator.process_index, accelerator.num_processes), wait=wait,
     )  # fmt: skip
 
 

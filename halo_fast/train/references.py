@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halo_fast import processes
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
@@ -79,13 +80,14 @@ def reference_errors(
         start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE])}.safetensors"
         for start in starts
     }
-    todo = [start for start in starts if not files[start].exists()][share[0] :: share[1]]
+    # shared before looking which there are: another process may have written some by now
+    todo = [start for start in starts[share[0] :: share[1]] if not files[start].exists()]
     for start in progress(todo, len(todo), "train: reference errors"):
         write_safetensors(files[start], {"errors": compute(start)})
     wait()
     from safetensors.torch import load_file
 
-    return torch.cat([load_file(files[start])["errors"] for start in starts])
+    return torch.cat([load_file(processes.seen(files[start]))["errors"] for start in starts])
 
 
 def _compute(

@@ -35,7 +35,8 @@ TUTORIALS = sorted(ROOT.glob("docs/tutorial*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "examples/README.md")]
 PAGES += [page for page in sorted(ROOT.glob("docs/**/*.md")) if page not in TUTORIALS]
 PROGRAMS = (
-    "accelerate", "cd", "cmake", "export", "git", "halo", "make", "pip", "pre-commit", "pytest", "python", "vllm",
+    "accelerate", "cd", "cmake", "export", "git", "halo", "make", "pip", "pre-commit", "pytest", "python", "torchrun",
+    "vllm",
 )  # fmt: skip
 INLINE = r"(?<!`)`((?:halo|python -m (?:benchmarks|tools)|make|examples/\S+\.sh)[ .][^`\n]*)`"
 PLACES = {
@@ -217,6 +218,14 @@ def check_accelerate(words: list[str], monkeypatch) -> None:
     check_halo(arguments.training_script_args, monkeypatch)
 
 
+def check_torchrun(words: list[str], monkeypatch) -> None:
+    from torch.distributed.run import get_args_parser
+
+    arguments = get_args_parser().parse_args(words)
+    assert arguments.training_script == "halo_fast" and arguments.module
+    check_halo(arguments.training_script_args, monkeypatch)
+
+
 def check_command(command: str, monkeypatch) -> None:
     """One command by the program that would run it."""
     for part in command.split(" && "):
@@ -228,6 +237,8 @@ def check_command(command: str, monkeypatch) -> None:
             check_halo(rest, monkeypatch)
         elif program == "accelerate":
             check_accelerate(rest, monkeypatch)
+        elif program == "torchrun":
+            check_torchrun(rest, monkeypatch)
         elif program == "python":
             check_python(rest, monkeypatch)
         elif program == "make":
@@ -237,7 +248,7 @@ def check_command(command: str, monkeypatch) -> None:
             check_pip(rest)
         elif program.startswith("examples/"):
             assert (ROOT / program).stat().st_mode & 0o100, program
-            check_halo(["train", *rest], monkeypatch)
+            check_halo(["run", *rest], monkeypatch)
         elif program == "pytest":
             assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
         elif program == "cmake":

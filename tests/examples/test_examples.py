@@ -257,8 +257,8 @@ def test_multi_gpu_with_two_processes(tmp_path, sharded):
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n')
     program.chmod(0o755)
     environment = os.environ | {
-        "GPUS": "2", "FSDP": sharded, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "PORT": "0", "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "GPUS": "2", "STAGE": "train", "FSDP": sharded, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1", "PORT": "0", "PATH": f"{program.parent}:{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
         [EXAMPLES / "multi_gpu.sh", tmp_path / "mine.yaml"], env=environment, capture_output=True, text=True

@@ -1,9 +1,12 @@
 """The run directory: kept, continued, redone, refused; atomic files; the same hashes after kill -9."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import time
 import pytest
 import torch
 
+from halo_fast.data.tables import ScoreRow, shared_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.files import (
     hash_bytes,
@@ -112,6 +116,48 @@ def test_partial_work_is_continued(config):
         assert sorted(path.name for path in stage.folder.iterdir()) == ["part.txt", "pending.json"]
         stage.finish({})
     assert list(manifest(config)["outputs"]) == ["part.txt"]
+
+
+def test_rows_are_kept_until_their_stage_is_finished(config):
+    made = []
+
+    def rows_of(batch):
+        made.append(batch)
+        return [ScoreRow(name, {"visual_quality": 1 / 3}, {"quality": [0.1, float("nan")]}) for name in batch]
+
+    batches = [["a", "b"], ["c"], ["d"]]
+    with pytest.raises(KeyboardInterrupt), Run(config).stage("score", {}, {}) as stage:
+        rows = shared_rows(stage.folder, "clips", batches, rows_of, ScoreRow)
+        assert [row.clip_id for row in rows] == ["a", "b", "c", "d"] and made == batches
+        (second,) = stage.folder.glob(".clips.000002-*.part")
+        second.unlink()
+        raise KeyboardInterrupt
+    with Run(config).stage("score", {}, {}) as stage:
+        again = shared_rows(stage.folder, "clips", batches, rows_of, ScoreRow)
+        assert made == [*batches, ["c"]]
+        assert repr(shared_rows(stage.folder, "clips", [["a", "b"], ["c", "d"]], rows_of, ScoreRow)) == repr(rows)
+        assert made == [*batches, ["c"], ["c", "d"]]
+        assert repr(again) == repr(rows) and again[0].video["visual_quality"] == 1 / 3
+        write_rows(stage.folder / "scores.parquet", again)
+        stage.finish({})
+    assert list(manifest(config)["outputs"]) == ["scores.parquet"]
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["manifest.json", "scores.parquet"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_locked_by_a_file(config, monkeypatch, recwarn, code):
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Run(config).stage("score", {}, {}) as stage:
+        with pytest.raises(UserError, match=r"another process is working on it.*remove .*\.score\.lock(ed)?"):
+            work(config)
+        stage.finish({})
+    # one left by a process that is gone
+    file = ".train.lock" if code == errno.ENOSYS else ".train.locked"
+    (Run(config).path / file).write_text(f"999999999\n{socket.gethostname()}\n")
+    assert work(config, name="train")
 
 
 @pytest.mark.parametrize("finished", [True, False])

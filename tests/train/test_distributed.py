@@ -2,15 +2,11 @@
 
 import csv
 import dataclasses
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launches import ACCELERATE, ended, launch
 from safetensors.torch import load_file
 from tiny import output_hashes, run_to_cache, tiny_config, tiny_wan
 from training import make_pairs
@@ -25,21 +21,6 @@ from halo_fast.pipeline.stages.train import train
 from halo_fast.train.parallel import batches_of_process
 
 STEPS = 5
-
-
-def launch(config: Path, output: Path, *words: str) -> None:
-    """`accelerate launch` of `halo train` with two processes of one thread each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), *words,
-        "-m", "halo_fast", "train", str(config), "--output_dir", str(output),
-    ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module", params=[4, 0], ids=["lora", "full"])
@@ -63,7 +44,9 @@ def test_two_processes_equal_one(single, words):
     folder, alone = single
     output = folder / words[0].strip("-")
     shutil.copytree(folder / "before", output)
-    launch(folder / "config.yaml", output, *words)
+    halo = ("-m", "halo_fast", "train", folder / "config.yaml", "--output_dir", output)
+    done = ended(launch((*ACCELERATE, *words), *halo))
+    assert done.returncode == 0, done.stderr[-4000:]
     logs = [list(csv.DictReader((path / "train/log.csv").open())) for path in (alone, output)]
     assert len(logs[1]) == STEPS and float(logs[1][-1]["beta"]) != 100.0
     for one, two in zip(*logs, strict=True):

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from halo_fast.data.cache import cache_latents, cache_prompts
-from halo_fast.data.tables import CacheRow, PairRow, read_rows, write_rows
+from halo_fast import processes
+from halo_fast.data.cache import latents_cache, prompts_cache
+from halo_fast.data.tables import CacheRow, PairRow, read_rows, shared_rows, write_rows
 from halo_fast.families import load, source
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 
 __all__ = ["build_cache"]
+
+_BATCH = 16  # clips or prompts that a process takes at once
 
 
 def build_cache(config: Config, run: Run) -> None:
@@ -33,6 +36,12 @@ def build_cache(config: Config, run: Run) -> None:
         clips = [clip for clip in found.rows if clip.clip_id in paired]
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
         family = load(model, precision=config.precision)
-        rows = cache_latents(family, clips, found.folder, stage.folder) + cache_prompts(family, prompts, stage.folder)
+        folder = stage.folder
+        groups = [clips[start : start + _BATCH] for start in range(0, len(clips), _BATCH)]
+        rows = shared_rows(folder, "latents", groups, latents_cache(family, found.folder, folder), CacheRow)
+        texts = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
+        rows += shared_rows(folder, "text", texts, prompts_cache(family, folder), CacheRow)
+        if not processes.is_first():
+            return
         write_rows(stage.folder / "index.parquet", rows, CacheRow)
         stage.finish({"clips": len(clips), "prompts": len(prompts)})

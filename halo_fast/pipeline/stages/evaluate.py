@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from halo_fast import processes
 from halo_fast.agreement.analysis import Rule, analyse, analysis_as_json, analysis_sections
 from halo_fast.agreement.arms import arm_columns, compare_arms, compare_rewards
 from halo_fast.agreement.meters import Meter, MeterRequest, load_meter
@@ -74,15 +75,26 @@ def evaluate(config: Config, run: Run) -> None:
             clips = arm_clips(prompts, config.seed)
             sample_arms(config, clips, list(trained.values()), stage.folder)
             rows = measure_arms(config, clips, stage.folder, meter, model)
-            write_rows(stage.folder / "clips.parquet", rows)
-            if len(prompts) < 2:
-                logger.warning("evaluate: intervals need at least two prompts; raise evaluate.num_prompts")
-            write_json(stage.folder / "probes.json", _probes(config, clips, stage.folder, model))
-            write_json(stage.folder / "metrics.json", _metrics(config, rows, meter))
-            write_json(stage.folder / "analysis.json", _analysis(config, rows))
-            stage.finish({"prompts": len(prompts), "clips": len(clips)})
-    write_bytes(run.path / "metrics.json", (stage.folder / "metrics.json").read_bytes())
-    print(printed(stage.folder))
+            if processes.is_first():
+                _write_tables(config, rows, stage.folder, meter, model)
+                stage.finish({"prompts": len(prompts), "clips": len(clips)})
+    processes.by_first(lambda: _conclude(config, run, stage.folder))
+
+
+def _write_tables(config: Config, rows: Sequence[EvaluatedRow], folder: Path, meter: Meter, model: RewardModel) -> None:
+    """Write what was measured, and what follows from it."""
+    write_rows(folder / "clips.parquet", rows)
+    if len(rows) < 4:
+        logger.warning("evaluate: intervals need at least two prompts; raise evaluate.num_prompts")
+    write_json(folder / "probes.json", _probes(config, rows, folder, model))
+    write_json(folder / "metrics.json", _metrics(config, rows, meter))
+    write_json(folder / "analysis.json", _analysis(config, rows))
+
+
+def _conclude(config: Config, run: Run, folder: Path) -> None:
+    """What follows a finished evaluation, each time: its figures in the run directory, its tables, and the judges."""
+    write_bytes(run.path / "metrics.json", (folder / "metrics.json").read_bytes())
+    print(printed(folder))
     judge_arms(config, run)
 
 

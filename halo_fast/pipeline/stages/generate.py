@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halo_fast import registry
+from halo_fast import processes, registry
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.pairs import corrupted_pair
 from halo_fast.data.prompts import prompt_source, read_prompts, shared_prompts
@@ -18,7 +18,7 @@ from halo_fast.data.tables import ClipRow, PairRow, read_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, sample_variations
-from halo_fast.files import progress, write_safetensors
+from halo_fast.files import write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
 from halo_fast.rewards import RewardModel
@@ -61,6 +61,10 @@ def generate(config: Config, run: Run) -> None:
         guides = imported if varies_imports(config) else []
         clips = _clip_rows(prompts, config, guides)
         _sample(family, clips, guides, config, run, stage)
+        if not processes.is_first():
+            return
+        for clip in clips:
+            processes.seen(stage.folder / clip.video)
         write_rows(stage.folder / "clips.parquet", clips, ClipRow)
         counts = {"prompts": len(prompts), "clips": len(clips)}
         if settings.strategy == "corrupt":
@@ -219,7 +223,7 @@ def _sample(
 def _batches(clips: Sequence[ClipRow], config: Config, label: str) -> Iterable[Sequence[ClipRow]]:
     size = config.generate.batch_size
     batches = [clips[start : start + size] for start in range(0, len(clips), size)]
-    return progress(batches, len(batches), label) if batches else []
+    return processes.share(batches, label)
 
 
 def _named(clips: Sequence[ClipRow]) -> tuple[list[str], list[int]]:
@@ -238,7 +242,7 @@ def _guide(family: Family, clip: ClipRow, folder: Path, imported: dict[str, Path
     if parent in imported:
         return family.encode(read_clip(imported[parent])[None])[0].cpu()
     file = _trunk(folder, parent) if strategy == "branched" else folder / "latents" / f"{parent}.safetensors"
-    return load_file(file)["latents"]
+    return load_file(processes.seen(file))["latents"]
 
 
 class _Regions:

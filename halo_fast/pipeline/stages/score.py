@@ -1,12 +1,14 @@
 """The stage that scores every candidate with the trained reward model."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
+from halo_fast import processes
 from halo_fast.data.clips import motion_amount, read_clip
-from halo_fast.data.tables import ScoreRow, write_rows
-from halo_fast.files import hash_bytes, progress
+from halo_fast.data.tables import ClipRow, ScoreRow, shared_rows, write_rows
+from halo_fast.files import hash_bytes
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -34,12 +36,11 @@ def score(config: Config, run: Run) -> None:
         if stage.done:
             return
         model = RewardModel.load(model_folder)
-        batches = [clips[start : start + size] for start in range(0, len(clips), size)]
-        rows: list[ScoreRow] = []
-        for batch in progress(batches, len(batches), "score"):
+
+        def score_batch(batch: Sequence[ClipRow]) -> list[ScoreRow]:
             videos = torch.stack([read_clip(folder / clip.video) for clip in batch])
             video, patches = model.by_dimension(model(videos, [clip.prompt for clip in batch], config.grid))
-            rows += [
+            return [
                 ScoreRow(
                     clip.clip_id,
                     {name: values[index].item() for name, values in video.items()},
@@ -49,5 +50,10 @@ def score(config: Config, run: Run) -> None:
                 )
                 for index, clip in enumerate(batch)
             ]
+
+        batches = [clips[start : start + size] for start in range(0, len(clips), size)]
+        rows = shared_rows(stage.folder, "clips", batches, score_batch, ScoreRow)
+        if not processes.is_first():
+            return
         write_rows(stage.folder / "scores.parquet", rows)
         stage.finish({"clips": len(clips)})

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from halo_fast import processes
 from halo_fast.data import CachedPairs, Pair
 from halo_fast.data.pairs import heldout_mask
 from halo_fast.errors import UserError
@@ -31,38 +29,29 @@ def train(config: Config, run: Run) -> None:
     Raises:
         UserError: whatever `fit` finds wrong.
     """
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
     name = config.pretrained_model_name_or_path
     inputs = {
         "pairs": run.require("pairs"),
         "cache": run.require("cache"),
         "pretrained_model_name_or_path": source(name),
     }
-    # On a CPU accelerate needs cpu=True before it initialises the process group.
-    main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     base = {"precision": config.precision, "quantization": config.quantization}
-    stage = run.stage(training_folder(config), asdict(config.train) | base, inputs)
-    with ExitStack() as stack:
-        if main:
-            stack.enter_context(stage)
-        done = [stage.done]
-        broadcast_object_list(done)
-        if done[0]:
+    with run.stage(training_folder(config), asdict(config.train) | base, inputs) as stage:
+        if stage.done:
             return
         family, pairs, heldout = _load(config, run)
         result = fit(
             family, pairs, config.train, folder=stage.folder, references=run.path / "reference_errors",
             heldout=heldout, generate=config.generate,
         )  # fmt: skip
-        if main:
-            about = metadata(family, name, config.train, len(result.log))
-            if config.train.rank:
-                write_safetensors(stage.folder / "lora" / LORA_FILE, result.lora, about)
-            else:
-                save_network(stage.folder / "model", family, result.weights, about)
-            stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+        if not processes.is_first():
+            return
+        about = metadata(family, name, config.train, len(result.log))
+        if config.train.rank:
+            write_safetensors(stage.folder / "lora" / LORA_FILE, result.lora, about)
+        else:
+            save_network(stage.folder / "model", family, result.weights, about)
+        stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
 
 
 def training_folder(config: Config) -> str:
