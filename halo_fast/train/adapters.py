@@ -13,6 +13,7 @@ from halo_fast.families import Denoiser
 from halo_fast.families.quantization import is_quantized
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.model_checks import check_layer_names
+from halo_fast.train.parallel import placed_like
 
 __all__ = [
     "ADAPTER",
@@ -20,6 +21,7 @@ __all__ = [
     "adapters_off",
     "check_adapted",
     "reference_switch",
+    "started_at",
     "trained_parameters",
 ]
 
@@ -155,20 +157,52 @@ def _require_gradients(model: nn.Module, targets: list[str]) -> None:
 
 
 @contextmanager
-def reference_switch(
-    model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig
-) -> Iterator[ReferenceMode]:
-    """Gives the context in which the model is the reference: the adapter is off, or the first weights are back.
+def started_at(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Inside the block, what is trained begins with given values; after it, it has those of before.
 
-    At rank 0 the first weights wait in the CPU's memory, each process's shards by themselves. They are exchanged with
-    the trained weights one tensor after another, so the device never holds two sets. After the block they are back for
-    good.
+    Args:
+        parameters: what is trained, whole or sharded.
+        start: its values, by the same names; None changes nothing.
     """
-    if config.rank:
+    if start is None:
+        yield
+        return
+    values, before = _kept(parameters)
+    try:
+        for name, parameter in parameters.items():
+            parameter.detach().copy_(placed_like(start[name], parameter))
+        yield
+    finally:
+        for value, other in zip(values, before, strict=True):
+            value.copy_(other)
+
+
+def _kept(parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters, of each process its own shards, and copies of them in the CPU's memory."""
+    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
+    return values, [torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value) for value in values]
+
+
+@contextmanager
+def reference_switch(
+    model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig, *, apart: bool = False
+) -> Iterator[ReferenceMode]:
+    """Gives the context in which the model is the reference: the adapter is off, or the first values are back.
+
+    First values are those that the parameters have now. They wait in the CPU's memory, each process's shards by
+    themselves. They are exchanged with the trained ones one tensor after another, so the device never holds two sets.
+    After the block they are back for good.
+
+    Args:
+        model: the policy.
+        parameters: what is trained.
+        config: at rank 0 there is no adapter to be switched off.
+        apart: whether the reference has an adapter of its own, the parameters as they are now.
+    """
+    if config.rank and not apart:
         yield partial(adapters_off, model)
         return
-    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
-    first = [torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value) for value in values]
+    values, first = _kept(parameters)
 
     def exchange() -> None:
         for value, other in zip(values, first, strict=True):

@@ -112,7 +112,7 @@ def _settings(job: Job) -> dict[str, Any]:
     """Everything that a step depends on, as JSON gives it back."""
     # Reading all pairs would take as long as an epoch; other data differ at the ends.
     ends = {f"{name} pair": _digest(job.pairs[index]) for name, index in (("first", 0), ("last", len(job.pairs) - 1))}
-    more = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
+    more = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes, "start": job.start}
     settings: dict[str, Any] = json.loads(json.dumps(asdict(job.config) | more | ends))
     return settings
 

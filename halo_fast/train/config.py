@@ -25,6 +25,8 @@ class TrainConfig:
         max_train_steps: optimiser steps.
         reference_draws: noises and times of each pair at which the reference's errors are computed once, before
             training; null or 0: fresh ones in every epoch, with the reference in the loop.
+        reference: what the policy is compared with if it starts from an earlier training, as in later rounds: "base",
+            the model without that training; "start", the policy as it starts. From the base itself both are the same.
         train_batch_size: pairs in a batch of one process.
         gradient_accumulation_steps: batches of each process in a step.
         rank: of the LoRA matrices; 0 trains the weights themselves, in float32.
@@ -75,6 +77,7 @@ class TrainConfig:
     lr_warmup_steps: CountOrZero = 50
     max_train_steps: Count = 2000
     reference_draws: CountOrZero | None = 4
+    reference: Literal["base", "start"] = "base"
     train_batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
     rank: CountOrZero = 32

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, first_line
+from halo_fast.export.lora import trained_values
 from halo_fast.families import Denoiser, family_of
+from halo_fast.files import hash_tensors
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
-from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
+from halo_fast.train.adapters import (
+    ReferenceMode,
+    check_adapted,
+    reference_switch,
+    started_at,
+    trained_parameters,
+)
 from halo_fast.train.ahead import drawn_ahead, workers_for
 from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
@@ -52,6 +60,7 @@ class Job:
         plan: how steps are taken.
         auto_beta: adjusts the betas; None for constant ones.
         sharded: whether FSDP2 shards the model.
+        start: hash of what the policy starts from; empty for the base.
         ahead: the batches of the steps to come, inside `reading_ahead`; None where each is made when it is needed.
     """
 
@@ -68,7 +77,13 @@ class Job:
     plan: Plan
     auto_beta: AutoBeta | None
     sharded: bool
+    start: str = ""
     ahead: Iterator[Drawn] | None = None
+
+    @property
+    def begins_apart(self) -> bool:
+        """Whether the policy begins elsewhere than at its reference."""
+        return bool(self.start) and self.config.reference == "base"
 
     @property
     def is_main(self) -> bool:
@@ -126,6 +141,7 @@ def prepared_job(
     folder: Path | None = None,
     references: Path | None = None,
     progress: Progress = lambda iterable, total, label: iterable,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Job]:
     """Check the settings and make everything ready; all is undone after the block.
 
@@ -136,9 +152,11 @@ def prepared_job(
         folder: where trackers write; None for nowhere.
         references: where the reference's errors are kept; None keeps them in memory.
         progress: wraps the iterable of reference errors to compute, (iterable, total, label).
+        start: the LoRA or weights that the policy starts from, as `Fit` has them; None for the pipeline as it is.
 
     Raises:
-        UserError: a setting without a meaning, pairs that do not fit, or a model that cannot be its own reference.
+        UserError: a setting without a meaning, pairs or a start that do not fit, or a model that cannot be its own
+            reference.
     """
     family = family_of(pipeline, config.network)
     check_network(family.transformer)
@@ -158,16 +176,16 @@ def prepared_job(
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
         limit = config.reference_draws or None
-        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
-        base = _first_prediction(lambda: predict(first), first)
-        errors = None
-        if limit and uses_reference(objective):
-            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
-            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
-        check_reference_errors(first, base, family.layout)
-        parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
-        for value in parameters.values():  # a LoRA is made where its layer's weight waits
-            value.data = value.data.to(accelerator.device)
+        with _reference(family, config, start, accelerator.device):
+            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
+            base = _first_prediction(lambda: predict(first), first)
+            errors = None
+            if limit and uses_reference(objective):
+                errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+                first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
+            check_reference_errors(first, base, family.layout)
+        parameters = stack.enter_context(_trained(family, config, accelerator.device))
+        start = None if start is None else trained_values(family, parameters, start, config)
         if config.target_modules:
             check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
@@ -176,14 +194,46 @@ def prepared_job(
         if sharded:
             shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        reference_mode = stack.enter_context(reference_switch(model, parameters, config))
-        check_start(
-            predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype)
-        )
-        yield Job(
+        apart = start is not None and config.reference == "start"
+        if apart:
+            stack.enter_context(started_at(parameters, start))
+        reference_mode = stack.enter_context(reference_switch(model, parameters, config, apart=apart))
+        if not apart:
+            stack.enter_context(started_at(parameters, start))
+        job = Job(
             family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
             objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
+            hash_tensors(dict(sorted(start.items())))[:16] if start else "",
         )  # fmt: skip
+        check_start(
+            predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype),
+            begins_apart=job.begins_apart,
+        )  # fmt: skip
+        yield job
+
+
+@contextmanager
+def _trained(family: Denoiser, config: TrainConfig, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """What is trained, by name, on the device."""
+    with trained_parameters(family, config) as parameters:
+        for value in parameters.values():  # a LoRA is made where its layer's weight waits
+            value.data = value.data.to(device)
+        yield dict(parameters)
+
+
+@contextmanager
+def _reference(
+    family: Denoiser, config: TrainConfig, start: Mapping[str, Tensor] | None, device: torch.device
+) -> Iterator[None]:
+    """Inside, the model is the reference: as it is, or with what the policy starts from."""
+    if start is None or config.reference == "base":
+        yield
+        return
+    with (
+        _trained(family, config, device) as parameters,
+        started_at(parameters, trained_values(family, parameters, start, config)),
+    ):
+        yield
 
 
 def _first_prediction(predict: Callable[[], Tensor], batch: Batch) -> Tensor:
