@@ -1,7 +1,7 @@
 """What is trained, and how one model serves as policy and as reference."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -157,69 +157,79 @@ def _require_gradients(model: nn.Module, targets: list[str]) -> None:
 
 
 @contextmanager
-def started_at(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Inside the block, what is trained begins with given values; after it, it has those of before.
-
-    Args:
-        parameters: what is trained, whole or sharded.
-        start: its values, by the same names; None changes nothing.
-    """
-    if start is None:
-        yield
-        return
-    values, before = _kept(parameters)
-    try:
-        for name, parameter in parameters.items():
-            parameter.detach().copy_(placed_like(start[name], parameter))
-        yield
-    finally:
-        for value, other in zip(values, before, strict=True):
-            value.copy_(other)
-
-
-def _kept(parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters, of each process its own shards, and copies of them in the CPU's memory."""
-    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
-    return values, [torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value) for value in values]
-
-
-@contextmanager
 def reference_switch(
-    model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig, *, apart: bool = False
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    config: TrainConfig,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Iterator[ReferenceMode]:
-    """Gives the context in which the model is the reference: the adapter is off, or the first values are back.
+    """Gives the context in which the model is the reference; outside of it, the model is the policy at its start.
 
-    First values are those that the parameters have now. They wait in the CPU's memory, each process's shards by
-    themselves. They are exchanged with the trained ones one tensor after another, so the device never holds two sets.
-    After the block they are back for good.
+    The reference is the model without its adapter. At rank 0, and where the reference is the policy's start, it is the
+    parameters' first values instead. These wait in the CPU's memory, each process's shards by themselves. They are
+    exchanged with the trained values one tensor after another, so the device never holds two sets. After the block the
+    parameters are what they were before.
 
     Args:
         model: the policy.
-        parameters: what is trained.
-        config: at rank 0 there is no adapter to be switched off.
-        apart: whether the reference has an adapter of its own, the parameters as they are now.
+        parameters: what is trained, whole or sharded.
+        config: rank, and which of both the reference is.
+        start: the values that the policy starts with; None leaves it as it is.
     """
-    if config.rank and not apart:
-        yield partial(adapters_off, model)
-        return
-    values, first = _kept(parameters)
+    with ExitStack() as stack:
+        if start is not None and config.reference == "start":
+            stack.enter_context(started_at(parameters, start))
+            yield stack.enter_context(_exchanged(parameters))
+            return
+        switch = partial(adapters_off, model) if config.rank else stack.enter_context(_exchanged(parameters))
+        if start is not None:
+            stack.enter_context(started_at(parameters, start))
+        yield switch
 
-    def exchange() -> None:
-        for value, other in zip(values, first, strict=True):
-            trained = value.clone()
-            value.copy_(other)
-            other.copy_(trained)
 
-    @contextmanager
-    def reference_mode() -> Iterator[None]:
-        exchange()
-        try:
-            yield
-        finally:
+@contextmanager
+def started_at(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block, parameters have other values.
+
+    Args:
+        parameters: whole or sharded.
+        start: their values inside, by the same names.
+    """
+    with _put_back(parameters):
+        for name, parameter in parameters.items():
+            parameter.detach().copy_(placed_like(start[name], parameter))
+        yield
+
+
+@contextmanager
+def _exchanged(parameters: Mapping[str, Tensor]) -> Iterator[ReferenceMode]:
+    """Gives the context in which parameters have the values that they have now."""
+    with _put_back(parameters) as kept:
+
+        def exchange() -> None:
+            for value, other in kept:
+                trained = value.clone()
+                value.copy_(other)
+                other.copy_(trained)
+
+        @contextmanager
+        def reference_mode() -> Iterator[None]:
             exchange()
+            try:
+                yield
+            finally:
+                exchange()
 
-    try:
         yield reference_mode
+
+
+@contextmanager
+def _put_back(parameters: Mapping[str, Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Gives this process's part of each parameter and a copy in the CPU's memory, which is put back after the block."""
+    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
+    kept = [(value, torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)) for value in values]
+    try:
+        yield kept
     finally:
-        for value, other in zip(values, first, strict=True):
+        for value, other in kept:
             value.copy_(other)

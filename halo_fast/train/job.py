@@ -194,12 +194,7 @@ def prepared_job(
         if sharded:
             shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        apart = start is not None and config.reference == "start"
-        if apart:
-            stack.enter_context(started_at(parameters, start))
-        reference_mode = stack.enter_context(reference_switch(model, parameters, config, apart=apart))
-        if not apart:
-            stack.enter_context(started_at(parameters, start))
+        reference_mode = stack.enter_context(reference_switch(model, parameters, config, start))
         job = Job(
             family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
             objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,

@@ -85,8 +85,9 @@ def fit(
             its `weights`; None for the pipeline as it is. `config.reference` says what it is compared with.
 
     Raises:
-        UserError: a setting without a meaning, no pairs, a start of other layers, a grid larger than the latent, a model whose
-            reference is not what it should be, a loss that is not finite or spikes, or checkpoints of other settings.
+        UserError: a setting without a meaning, no pairs, a start of other layers, a grid larger than the latent, a
+            model whose reference is not what it should be, a loss that is not finite or spikes, or checkpoints of other
+            settings.
     """
     family = family_of(pipeline, config.network)
     if generate is not None:
