@@ -1,12 +1,12 @@
 """Settings of training."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "deciding_settings"]
 
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
@@ -112,3 +112,13 @@ class TrainConfig:
     validation_steps: Count = 500
     network: str | None = None
     seed: CountOrZero = 0
+
+
+def deciding_settings(config: TrainConfig, started: bool) -> dict[str, Any]:
+    """The settings that a training's result depends on; a training without a start is the same for every reference.
+
+    Args:
+        config: the settings.
+        started: whether the policy starts from an earlier training.
+    """
+    return {name: value for name, value in asdict(config).items() if started or name != "reference"}

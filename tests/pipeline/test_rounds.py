@@ -263,8 +263,10 @@ def test_a_run_that_gets_a_second_round_and_is_killed_in_it_ends_as_an_undisturb
         assert not (killed / "round_2" / stage / "manifest.json").exists(), f"{stage} was over before it was killed"
     assert halo(killed.parents[1], "--rounds=2").wait() == 0
     assert {path.parent.name: output_hashes(path.parent) for path in killed.glob("*/manifest.json")} == first
-    for folder in (*whole.glob("*/manifest.json"), *whole.glob("round_2/*/manifest.json")):
-        stage = folder.parent.relative_to(whole)
+    for manifest in (*whole.glob("*/manifest.json"), *whole.glob("round_2/*/manifest.json")):
+        stage = manifest.parent.relative_to(whole)
+        if str(stage) == "report":
+            continue  # the first round's page has the off-policy gap where rounds were planned from the start
         assert output_hashes(killed / stage) == output_hashes(whole / stage), stage
     page = (killed / "round_2/report/report.html").read_text()
     assert "What each round began with" in page and (killed / "round_2/report/rounds.html").exists()

@@ -17,6 +17,7 @@ from halo_fast.pipeline.report.several import each_run, round_table, write_compa
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.evaluate import evaluation_meter
 from halo_fast.pipeline.stages.train import training_folder, trainings
+from halo_fast.train.config import deciding_settings
 
 __all__ = ["write_report"]
 
@@ -42,7 +43,7 @@ def write_report(config: Config, run: Run) -> None:
     if notes:
         inputs["notes on the meter"] = json.dumps(notes, sort_keys=True)
     # a directory that is moved, or gets further rounds, keeps its report
-    whole = asdict(run.rounds[0].config)
+    whole = asdict(run.rounds[0].config) | {"train": deciding_settings(config.train, run.number > 1)}
     settings = {name: value for name, value in whole.items() if name not in ("output_dir", "rounds")}
     with run.stage("report", settings, inputs) as stage:
         if not stage.done:

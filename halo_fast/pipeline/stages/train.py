@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from halo_fast.families import Family, load, source
 from halo_fast.files import progress, write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.train.config import deciding_settings
 from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
@@ -46,7 +46,7 @@ def train(config: Config, run: Run) -> None:
     # On a CPU accelerate needs cpu=True before it initialises the process group.
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     base = {"precision": config.precision, "quantization": config.quantization}
-    stage = run.stage(training_folder(config), asdict(config.train) | base, inputs)
+    stage = run.stage(training_folder(config), deciding_settings(config.train, start is not None) | base, inputs)
     with ExitStack() as stack:
         if main:
             stack.enter_context(stage)
