@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from halo_fast.data.labels import join_labels
 from halo_fast.data.tables import ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.export.datasets import RunData
+from halo_fast.families import Denoiser
+from halo_fast.families.sampling import draws_noise
 from halo_fast.files import read_json
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -24,6 +27,7 @@ __all__ = [
     "RunClips",
     "clip_stages",
     "given_pairs",
+    "noise_seeds",
     "read_run_data",
     "run_all",
     "run_clips",
@@ -81,6 +85,21 @@ def run_clips(run: Run, earlier: bool = False) -> RunClips:
         return RunClips(read_rows(folder / "clips.parquet", ClipRow), folder, {"clips": folder})
     folders = {folder.relative_to(run.root).as_posix(): folder for folder in found}
     return RunClips(_joined(folders), run.root, {f"clips of {name}": folder for name, folder in folders.items()})
+
+
+def noise_seeds(clips: Sequence[ClipRow], family: Denoiser) -> tuple[dict[str, int], str]:
+    """The seeds of clips that follow from their noise alone, and what the others are, with counts.
+
+    Args:
+        clips: of a run.
+        family: the model that sampled them.
+    """
+    reason = draws_noise(family)
+    if reason:
+        return {}, f"{len(clips)} clips because {reason}"
+    seeds = {clip.clip_id: clip.seed for clip in clips if clip.strategy == "independent" and clip.seed is not None}
+    others = Counter(clip.strategy or "imported" for clip in clips if clip.clip_id not in seeds)
+    return seeds, ", ".join(f"{count} clips are {name}" for name, count in sorted(others.items()))
 
 
 def given_pairs(config: Config, run: Run | None = None) -> list[str]:

@@ -25,6 +25,8 @@ class TrainConfig:
         max_train_steps: optimiser steps.
         reference_draws: noises and times of each pair at which the reference's errors are computed once, before
             training; null or 0: fresh ones in every epoch, with the reference in the loop.
+        noise: "shared", drawn anew for each draw, the same for both clips of a pair; or "own", the noise that each clip
+            was sampled from, so that only times are drawn. Pairs whose noise is not known share theirs.
         reference: what the policy is compared with if it starts from an earlier training, as in later rounds: "base",
             the model without that training; "start", the policy as it starts. From the base itself both are the same.
         train_batch_size: pairs in a batch of one process.
@@ -77,6 +79,7 @@ class TrainConfig:
     lr_warmup_steps: CountOrZero = 50
     max_train_steps: Count = 2000
     reference_draws: CountOrZero | None = 4
+    noise: Literal["shared", "own"] = "shared"
     reference: Literal["base", "start"] = "base"
     train_batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
@@ -115,10 +118,12 @@ class TrainConfig:
 
 
 def deciding_settings(config: TrainConfig, started: bool) -> dict[str, Any]:
-    """The settings that a training's result depends on; a training without a start is the same for every reference.
+    """The settings that a training's result depends on, as earlier versions kept them where nothing new is set.
 
     Args:
         config: the settings.
         started: whether the policy starts from an earlier training.
     """
-    return {name: value for name, value in asdict(config).items() if started or name != "reference"}
+    left_out = [] if started else ["reference"]  # without a start every reference is the same
+    left_out += ["noise"] if config.noise == "shared" else []
+    return {name: value for name, value in asdict(config).items() if name not in left_out}

@@ -25,7 +25,16 @@ from halo_fast.train.adapters import (
 from halo_fast.train.ahead import drawn_ahead, workers_for
 from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, Drawn, check_pairs, draw_batch, draws_of_step, make_batch, place_batch
+from halo_fast.train.draws import (
+    Batch,
+    Drawn,
+    check_pairs,
+    draw_batch,
+    draws_of_step,
+    make_batch,
+    place_batch,
+    tell_noise,
+)
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.model_checks import check_network
@@ -120,8 +129,9 @@ class Job:
         draws = draws_of_step(number // count, size, len(self.pairs), config.seed, limit)
         own = batches_of_process(draws, config.train_batch_size, self.accelerator.process_index, world)
         return draw_batch(
-            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors
-        )
+            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors,
+            own=config.noise == "own",
+        )  # fmt: skip
 
     def current_objective(self) -> Objective:
         """The objective with the betas that are in use."""
@@ -161,6 +171,8 @@ def prepared_job(
     family = family_of(pipeline, config.network)
     check_network(family.transformer)
     check_pairs(family, pairs)
+    if config.noise == "own" and isinstance(pairs, list | tuple):
+        tell_noise([pair.seeds is not None for pair in pairs])
     objective = checked_objective(config)
     check_trackers(config.report_to)
     check_optimizer(config)
@@ -175,14 +187,16 @@ def prepared_job(
             with accelerator.autocast(), torch.no_grad():
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
-        limit = config.reference_draws or None
+        limit, own = config.reference_draws or None, config.noise == "own"
         with _reference(family, config, start, accelerator.device):
-            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
+            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, own=own)
             base = _first_prediction(lambda: predict(first), first)
             errors = None
             if limit and uses_reference(objective):
                 errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
-                first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
+                first = make_batch(
+                    family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors, own=own
+                )
             check_reference_errors(first, base, family.layout)
         parameters = stack.enter_context(_trained(family, config, accelerator.device))
         start = None if start is None else trained_values(family, parameters, start, config)
@@ -262,6 +276,7 @@ def _reference_errors(
         precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=folder,
         progress=progress if accelerator.is_main_process else _silent,
         share=(accelerator.process_index, accelerator.num_processes), wait=accelerator.wait_for_everyone,
+        own=config.noise == "own",
     )  # fmt: skip
 
 

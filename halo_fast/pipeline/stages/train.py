@@ -13,9 +13,11 @@ from halo_fast.errors import UserError
 from halo_fast.export.lora import LORA_FILE, metadata, read_trained, save_network
 from halo_fast.families import Family, load, source
 from halo_fast.files import progress, write_safetensors
+from halo_fast.pipeline.clips import noise_seeds, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.train.config import deciding_settings
+from halo_fast.train.draws import tell_noise
 from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
@@ -41,6 +43,7 @@ def train(config: Config, run: Run) -> None:
         "cache": run.require("cache"),
         "pretrained_model_name_or_path": source(name),
     }
+    inputs |= run_clips(run).inputs if config.train.noise == "own" else {}
     start = _start(config, run)
     inputs |= {} if start is None else {"start": start}
     # On a CPU accelerate needs cpu=True before it initialises the process group.
@@ -131,10 +134,6 @@ def dry_run(config: Config, run: Run) -> None:
 
 def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pair]]:
     """The model, pairs to train on, and pairs kept out for diagnostics; all pairs of a prompt are on one side."""
-    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
-    heldout = heldout_mask(pairs.prompts, config.train.heldout_share)
-    if all(heldout):
-        raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
     settings = config.train
     # only what samples clips needs the other parts
     sampling = settings.validation_prompts or (settings.off_policy_pairs and settings.off_policy_fresh)
@@ -143,4 +142,11 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
         None if sampling else [settings.network or "transformer", "unet"], config.quantization,
     )  # fmt: skip
     family.set_conditions(config.generate.guidance_scale, config.generate.fps)
+    seeds, others = noise_seeds(run_clips(run).rows, family) if settings.noise == "own" else ({}, "")
+    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"), seeds)
+    if settings.noise == "own":
+        tell_noise([a in seeds and b in seeds for a, b in pairs.clips], others)
+    heldout = heldout_mask(pairs.prompts, settings.heldout_share)
+    if all(heldout):
+        raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)
