@@ -62,7 +62,7 @@ def write_report(config: Config, run: Run) -> None:
                 cards,
                 title=view.name if run.number == 1 else f"{run.root.resolve().name}, {view.name}",
                 run=view,
-                rounds=[each_run(views), round_table(views)] if run.number > 1 else [],
+                rounds=[each_run(views), round_table(views)] if len(views) > 1 else [],
                 notes=notes,
                 judges=view.judges,
                 charts=charts + reward_charts(run.path / "reward" / "history.csv"),
