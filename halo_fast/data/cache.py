@@ -7,7 +7,7 @@ never out of date, and each is made once.
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import overload
@@ -100,10 +100,12 @@ class CachedPairs(Sequence[Pair]):
     Args:
         pairs: parquet table of the pairs. One of weight 2 is there twice; of a fraction the pair's name decides.
         cache: folder of their latents and text embeddings, with index.parquet.
+        seeds: of clips, by clip_id, whose noise is known.
     """
 
-    def __init__(self, pairs: Path, cache: Path) -> None:
+    def __init__(self, pairs: Path, cache: Path, seeds: Mapping[str, int] | None = None) -> None:
         rows = read_rows(pairs, PairRow)
+        self._seeds = seeds or {}
         self._rows = [row for row in rows for _ in range(_copies(row))]
         self._files = {(row.kind, row.id): cache / row.file for row in read_rows(cache / "index.parquet", CacheRow)}
 
@@ -111,6 +113,11 @@ class CachedPairs(Sequence[Pair]):
     def prompts(self) -> list[str]:
         """The prompt of each pair."""
         return [row.prompt for row in self._rows]
+
+    @property
+    def clips(self) -> list[tuple[str, str]]:
+        """The clip_ids of each pair."""
+        return [(row.clip_a, row.clip_b) for row in self._rows]
 
     def where(self, mask: Sequence[bool]) -> "CachedPairs":
         """The pairs at which the mask is true."""
@@ -130,11 +137,13 @@ class CachedPairs(Sequence[Pair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
         rewards = torch.tensor([row.patch_rewards_a, row.patch_rewards_b])
+        a, b = (self._seeds.get(clip) for clip in (row.clip_a, row.clip_b))
         return Pair(
             latents=torch.stack([self._read("latents", clip)["latents"] for clip in (row.clip_a, row.clip_b)]),
             conditions=self._read("text", row.prompt),
             patch_rewards=rewards.view(2, *row.grid),
             video_rewards=torch.tensor([row.video_reward_a, row.video_reward_b]),
+            seeds=None if a is None or b is None else (a, b),
         )
 
     def _read(self, kind: str, name: str) -> dict[str, Tensor]:

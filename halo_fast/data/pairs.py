@@ -38,12 +38,14 @@ class Pair:
         conditions: of the prompt, from `Family.encode_prompts`.
         patch_rewards: [2, f, h, w]; NaN is not labelled.
         video_rewards: [2]; NaN is not labelled.
+        seeds: of the noise that the clips were sampled from; None where that of one is not known.
     """
 
     latents: Tensor
     conditions: dict[str, Tensor]
     patch_rewards: Tensor
     video_rewards: Tensor
+    seeds: tuple[int, int] | None = None
 
 
 @dataclass

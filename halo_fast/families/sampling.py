@@ -11,10 +11,19 @@ from annotated_types import Ge, Interval, Le
 from torch import Tensor
 
 from halo_fast.errors import UserError, check_finite
-from halo_fast.families.base import Family
+from halo_fast.families.base import Denoiser, Family
 from halo_fast.families.steering import sample_part, sampling_times, steerable
 
-__all__ = ["GenerateConfig", "Strategy", "clip_seed", "sample_clips", "sample_trunks", "sample_variations"]
+__all__ = [
+    "GenerateConfig",
+    "Strategy",
+    "clip_noise",
+    "clip_seed",
+    "draws_noise",
+    "sample_clips",
+    "sample_trunks",
+    "sample_variations",
+]
 
 Strategy = Literal["independent", "branched", "guided", "repair", "corrupt"]
 
@@ -178,7 +187,7 @@ def _conditions(family: Family, prompts: Sequence[str], settings: GenerateConfig
 
 def _noise(family: Family, seeds: Sequence[int], settings: GenerateConfig) -> Tensor:
     shape = family.latent_shape(settings.num_frames, settings.height, settings.width)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([clip_noise(shape, seed) for seed in seeds])
 
 
 def _arguments(settings: GenerateConfig) -> dict[str, Any]:
@@ -208,6 +217,40 @@ def _decode(family: Family, latents: Tensor, clip: str) -> Tensor:
         return family.decode(latents).cpu()
     except UserError as error:
         raise UserError(f"{clip}: {error}") from error
+
+
+def clip_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """The noise that a clip is sampled from, float32 on the CPU, of unit variance.
+
+    Args:
+        shape: of the clip's latents.
+        seed: of the clip.
+    """
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# schedulers of diffusers that draw no noise, but for these values of their settings
+_DETERMINISTIC: dict[str, dict[str, tuple[object, ...]]] = {
+    "CogVideoXDDIMScheduler": {}, "DDIMScheduler": {}, "UniPCMultistepScheduler": {},
+    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (True,)},
+    "DPMSolverMultistepScheduler": {"algorithm_type": ("sde-dpmsolver", "sde-dpmsolver++")},
+}  # fmt: skip
+
+
+def draws_noise(family: Denoiser) -> str:
+    """Why a clip may not follow from its first noise alone, in words; empty if it does.
+
+    Args:
+        family: the model, with its scheduler.
+    """
+    scheduler = getattr(family.pipeline, "scheduler", None)
+    if scheduler is None:
+        return f"{type(family).__name__} samples by itself"
+    name = type(scheduler).__name__
+    drawing = _DETERMINISTIC.get(name, {})
+    if name in _DETERMINISTIC and not any(scheduler.config.get(one) in values for one, values in drawing.items()):
+        return ""
+    return f"{name} may draw noise at every step"
 
 
 def clip_seed(seed: int, prompt_index: int, candidate: int) -> int:

@@ -20,7 +20,7 @@ from halo_fast.data.tables import ClipRow, LabelRow, ScoreRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_json
 from halo_fast.pipeline.clips import run_clips
-from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.config import Config, check_round
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import RewardModel
 from halo_fast.rewards.clips import heldout_prompts
@@ -84,7 +84,7 @@ def _probe_line(probe: Probe) -> str:
     return f"probe {probe.name:<16}{outcome:<14}{format_figure(probe.figure)}  {probe.meaning}; {bound}"
 
 
-def agreement(config: Config, resamples: int = 300) -> None:
+def agreement(config: Config, resamples: int = 300, round: int = 1) -> None:
     """Print how teachers, people and the reward model of a run agree with each other on the clips that both scored.
 
     Of two, the more trusted one is the truth: people before imported labels, these before teachers, and teachers before
@@ -94,11 +94,13 @@ def agreement(config: Config, resamples: int = 300) -> None:
     Args:
         config: of the run; its labels.sqlite and, if there, score/scores.parquet are read.
         resamples: draws of the bootstrap over prompts.
+        round: of the run, whose candidates are compared.
 
     Raises:
         UserError: no candidates, fewer than two who scored, scores of the reward model that are NaN.
     """
-    run = Run(config)
+    run = Run(config, number=check_round(config, round))
+    config = run.config
     found = run_clips(run)
     folder, clips = found.folder, found.rows
     imported = _imported_scores(config, run, clips)
@@ -152,7 +154,7 @@ def _teachers_scores(config: Config, run: Run, folder: Path, clips: Sequence[Cli
     hashes = [hash_file(folder / clip.video) for clip in clips]
     empty = [math.nan] * math.prod(config.grid)
     scorers: dict[str, Scores] = {}
-    with LabelStore(run.path / "labels.sqlite") as store:
+    with LabelStore(run.root / "labels.sqlite") as store:
         for teacher in store.teachers():
             keys = [label_key(h, clip.prompt, config.grid, teacher) for h, clip in zip(hashes, clips, strict=True)]
             found = store.find(keys)

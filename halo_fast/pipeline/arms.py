@@ -12,7 +12,7 @@ from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.tables import EvaluatedRow, shared_rows
 from halo_fast.errors import UserError
-from halo_fast.families import family_of, load
+from halo_fast.families import load
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.rewards import RewardModel
@@ -63,7 +63,7 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
     )
     if not missing:
         return
-    from halo_fast.export.lora import load_trained, trained_network
+    from halo_fast.export.lora import load_all_trained
 
     family = load(
         config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision,
@@ -73,10 +73,7 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
     for batch in processes.share([batches[number] for number in missing], "evaluate"):
         if batch[0].arm != arm:
             arm = batch[0].arm
-            # a single result was made for the config's own network
-            for result in trained:
-                part = family if len(trained) == 1 else family_of(family.pipeline, trained_network(result))
-                load_trained(part, result)
+            load_all_trained(family, trained)
         _, videos = sample_clips(
             family, [clip.prompt for clip in batch], [clip.seed for clip in batch], config.generate
         )

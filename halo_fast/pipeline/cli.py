@@ -151,7 +151,7 @@ def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
     """Run one stage, or all of them for `halo run`."""
     from halo_fast.pipeline.arguments import build_parser, parse_config
     from halo_fast.pipeline.clips import run_all
-    from halo_fast.pipeline.config import to_yaml
+    from halo_fast.pipeline.config import check_round, to_yaml
     from halo_fast.pipeline.preflight import check_required, check_run
     from halo_fast.pipeline.run import Run
 
@@ -159,6 +159,8 @@ def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
     parser.usage = f"halo {name} {_SOURCES if name == 'import' else ''}{_SETTINGS} [--print-config] [--force]"
     parser.add_argument("--force", action="store_true", help="Redo what was finished before.")
     parser.add_argument("--print-config", action="store_true", help="Print all settings as YAML and stop.")
+    if name not in ("run", "import"):
+        parser.add_argument("--round", type=int, default=1, help="Round of the run, from 1 to rounds.")
     if name == "train":
         parser.add_argument("--dry-run", action="store_true", help="Print plan, memory and time of a step and stop.")
     if name == "report":
@@ -172,11 +174,12 @@ def _run_stages(name: str, verb: Verb, arguments: list[str]) -> None:
         page = processes.by_first(lambda: str(pages(settings.compare, config.report.num_clips)))
         print(f"report: {page}")
         return
-    run = Run(config, force=settings.force)
+    run = Run(config, settings.force, check_round(config, settings.get("round", 1)))
     if name == "run":
         processes.by_first(lambda: check_run(config, run))
         run_all(config, run, STAGES)
         return
+    config = run.config
     check_required(config, [name])
     stage = STAGES[name]
     if name == "train" and settings.dry_run:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from halo_fast.data.labels import join_labels
 from halo_fast.data.tables import ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.export.datasets import RunData
+from halo_fast.families import Denoiser
+from halo_fast.families.sampling import draws_noise
 from halo_fast.files import read_json
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -24,6 +27,7 @@ __all__ = [
     "RunClips",
     "clip_stages",
     "given_pairs",
+    "noise_seeds",
     "read_run_data",
     "run_all",
     "run_clips",
@@ -64,17 +68,38 @@ def clip_stages(config: Config) -> list[str]:
     return ["import", "generate"] if config.imports.generate else ["import"]
 
 
-def run_clips(run: Run) -> RunClips:
+def run_clips(run: Run, earlier: bool = False) -> RunClips:
     """The clips of a run; those of two stages are one table, in which equal prompts have one number.
+
+    Args:
+        run: or a later round of it.
+        earlier: whether the clips of the rounds before it are among them.
 
     Raises:
         UserError: a stage that makes clips is unfinished or was made with another config.
     """
-    folders = {name: run.require(f"{name}/clips.parquet").parent for name in clip_stages(run.config)}
-    if len(folders) == 1:
-        (folder,) = folders.values()
+    made = [(one, name) for one in (run.rounds if earlier else [run]) for name in clip_stages(one.config)]
+    found = [one.require(f"{name}/clips.parquet").parent for one, name in made]
+    if len(found) == 1:
+        (folder,) = found
         return RunClips(read_rows(folder / "clips.parquet", ClipRow), folder, {"clips": folder})
-    return RunClips(_joined(folders), run.path, {f"clips of {name}": folder for name, folder in folders.items()})
+    folders = {folder.relative_to(run.root).as_posix(): folder for folder in found}
+    return RunClips(_joined(folders), run.root, {f"clips of {name}": folder for name, folder in folders.items()})
+
+
+def noise_seeds(clips: Sequence[ClipRow], family: Denoiser) -> tuple[dict[str, int], str]:
+    """The seeds of clips that follow from their noise alone, and what the others are, with counts.
+
+    Args:
+        clips: of a run.
+        family: the model that sampled them.
+    """
+    reason = draws_noise(family)
+    if reason:
+        return {}, f"{len(clips)} clips because {reason}"
+    seeds = {clip.clip_id: clip.seed for clip in clips if clip.strategy == "independent" and clip.seed is not None}
+    others = Counter(clip.strategy or "imported" for clip in clips if clip.clip_id not in seeds)
+    return seeds, ", ".join(f"{count} clips are {name}" for name, count in sorted(others.items()))
 
 
 def given_pairs(config: Config, run: Run | None = None) -> list[str]:
@@ -139,13 +164,21 @@ def run_stages(config: Config, stages: Sequence[str], run: Run | None = None) ->
 
 
 def run_all(config: Config, run: Run, stages: Mapping[str, StageEntry]) -> None:
-    """Go through all stages that a run needs, one after another.
+    """Go through all stages that a run needs, one after another, round by round.
 
     Args:
         config: of the run.
         run: its directory.
         stages: all there are, in order.
     """
+    _run_round(run, stages)
+    for number in range(2, config.rounds + 1):
+        logger.info("round %d of %d", number, config.rounds)
+        _run_round(Run(config, run.force, number), stages)
+
+
+def _run_round(run: Run, stages: Mapping[str, StageEntry]) -> None:
+    config = run.config
     planned = run_stages(config, list(stages))
     run.planned = planned
     for name in planned:

@@ -30,6 +30,7 @@ from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
 from halo_fast.settings import validate_arguments
 from halo_fast.train import fit
+from halo_fast.train.config import deciding_settings
 
 __all__ = ["ARMS", "Comparison", "compare"]
 
@@ -165,7 +166,8 @@ def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
     }
     objectives = {arm: _objective(config, changes) for arm, changes in ARMS.items() if changes is not None}
     settings: dict[str, Any] = {"arms": objectives, "num_seeds": num_seeds, "seed": config.seed}
-    settings |= {section: asdict(getattr(config, section)) for section in ("train", "evaluate", "generate")}
+    settings |= {section: asdict(getattr(config, section)) for section in ("evaluate", "generate")}
+    settings["train"] = deciding_settings(config.train, started=False)
     with run.stage("arms", settings, inputs) as stage:
         if stage.done:
             return

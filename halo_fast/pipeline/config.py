@@ -1,7 +1,8 @@
 """The settings of a run as dataclasses; the command line and the YAML files are built from these."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -30,6 +31,8 @@ __all__ = [
     "RewardConfig",
     "ScoreConfig",
     "TrainConfig",
+    "check_round",
+    "round_config",
     "to_yaml",
 ]
 
@@ -113,6 +116,8 @@ class Config:
         evaluation_prompts: likewise, for evaluate; none of them should be among the prompts. Required.
         grid: patches of a clip along time, height and width.
         seed: every random number of a run follows from it.
+        rounds: how often the model is aligned: round 2 makes and labels new candidates with the model of round 1, and
+            trains on. Each round has as many prompts, labels and steps as the first.
         precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0
             training loads float32.
         quantization: of the frozen base in generate, train and evaluate, in 4 or 8 bits: "bnb_nf4", "bnb_int8",
@@ -137,6 +142,7 @@ class Config:
     evaluation_prompts: str = ""
     grid: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (7, 4, 6)
     seed: Annotated[int, Ge(0)] = 0
+    rounds: Annotated[int, Ge(1)] = 1
     precision: Precision = "auto"
     quantization: Quantization | None = None
     reward_model: str = ""
@@ -163,6 +169,33 @@ class Config:
                 f"grid: expected 1 to {clip} patches along frames, height and width of the clip, "
                 f"got {tuple(self.grid)}; use fewer patches or larger clips"
             )
+
+
+def check_round(config: Config, number: int) -> int:
+    """The number of a round, if the run has it.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not 1 <= number <= config.rounds:
+        raise UserError(f"--round: expected 1 to {config.rounds} (rounds), got {number}; set rounds, or name another")
+    return number
+
+
+def round_config(config: Config, number: int) -> Config:
+    """The settings of a round.
+
+    A later one works on candidates of its own alone. Without a teacher it takes the reward model of the first round.
+
+    Args:
+        config: of the run.
+        number: of the round, from 1.
+    """
+    if number == 1:
+        return config
+    taken = config.reward_model or ("" if config.annotate.teacher else str(Path(config.output_dir) / "reward"))
+    pairs = replace(config.pairs, real_wins=False)
+    return replace(config, imports=ImportConfig(), pairs=pairs, reward_model=taken)
 
 
 def to_yaml(config: Config) -> str:

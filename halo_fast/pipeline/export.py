@@ -10,13 +10,21 @@ from halo_fast.export.datasets import DATASET_FORMATS, write_dataset
 from halo_fast.export.lora import LORA_FILE, METADATA_FILE
 from halo_fast.files import write_safetensors
 from halo_fast.pipeline.clips import read_run_data
+from halo_fast.pipeline.hashes import MANIFEST
+from halo_fast.pipeline.run import round_folders
 
 __all__ = ["export_run"]
 
 FORMATS = ("diffusers", "comfyui", *DATASET_FORMATS)
 
 
-def export_run(run: Path, format: str = "diffusers", output: Path | None = None, network: str | None = None) -> Path:
+def export_run(
+    run: Path,
+    format: str = "diffusers",
+    output: Path | None = None,
+    network: str | None = None,
+    round: int | None = None,
+) -> Path:
     """Write the LoRA of a run directory, the network trained at rank 0, or the data in a format of other programs.
 
     Args:
@@ -25,6 +33,7 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None,
             "trl", "diffsynth" or "videodpo".
         output: folder of what is written; None for export/<format> in the run directory, or export/<network>/<format>.
         network: which training, for models of which several networks are trained; None for the first network's.
+        round: whose training, or whose clips and pairs; None for the last round that has finished them.
 
     Returns:
         The file written, or the folder of the network or data set.
@@ -37,8 +46,9 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None,
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(output) if output is not None else Path(run) / "export" / (network or "") / format
     if format in DATASET_FORMATS:
-        return write_dataset(read_run_data(Path(run)), format, folder)
-    training = Path(run) / (f"train_{network}" if network else "train")
+        return write_dataset(read_run_data(_round(Path(run), "generate", round)), format, folder)
+    name = f"train_{network}" if network else "train"
+    training = _round(Path(run), name, round) / name
     model = training / "model"
     if (model / METADATA_FILE).is_file():
         if format != "diffusers":
@@ -49,6 +59,16 @@ def export_run(run: Path, format: str = "diffusers", output: Path | None = None,
     if not lora.is_file():
         raise UserError(f"{lora}: not there; run `halo train` with --output_dir {run} first")
     return _export_lora(lora, format, folder)
+
+
+def _round(run: Path, stage: str, number: int | None) -> Path:
+    """The folder of a round: the last one in which a stage is finished, or the one of a number."""
+    if number is None:
+        return [run, *(path for path in round_folders(run)[1:] if (path / stage / MANIFEST).exists())][-1]
+    folder = run if number == 1 else run / f"round_{number}"
+    if folder not in round_folders(run):
+        raise UserError(f"round: expected one of 1 to {len(round_folders(run))}, got {number}")
+    return folder
 
 
 def _export_lora(lora: Path, format: str, folder: Path) -> Path:

@@ -84,7 +84,7 @@ def hash_folder(folder: Path, book: Path, label: str) -> str:
 
 
 def verify(run: Path) -> str:
-    """Read every file of every finished stage and compare it with the hash in the manifest.
+    """Read every file of every finished stage, of later rounds too, and compare it with the hash in the manifest.
 
     Args:
         run: a run directory.
@@ -92,7 +92,7 @@ def verify(run: Path) -> str:
     Raises:
         UserError: no finished stage, or files that are gone or have other content; all are named.
     """
-    stages = sorted(path.parent for path in run.glob(f"*/{MANIFEST}"))
+    stages = [path.parent for pattern in ("*", "round_*/*") for path in sorted(run.glob(f"{pattern}/{MANIFEST}"))]
     if not stages:
         raise UserError(f"{run}: expected a run directory with finished stages")
     changed = [path for stage in stages for path in changed_outputs(stage, ".", f"verify: {stage.name}", True)]
@@ -102,7 +102,7 @@ def verify(run: Path) -> str:
             f"{run}: {len(changed)} files are gone or differ from their hashes: {names}; delete them and run their "
             "stages again"
         )
-    counts = [(stage.name, (read_json(stage / MANIFEST) or {})["outputs"]) for stage in stages]
+    counts = [(stage.relative_to(run).as_posix(), (read_json(stage / MANIFEST) or {})["outputs"]) for stage in stages]
     return "\n".join(
         f"{name:<20}{len(outputs):>8} files {sum(output['bytes'] for output in outputs.values()):>16,} bytes, intact"
         for name, outputs in counts

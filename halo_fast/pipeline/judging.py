@@ -149,7 +149,7 @@ def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Seq
     key = hash_text(json.dumps([*asked, [hash_file(clip) for clip in clips]], sort_keys=True, default=str))
     kept = read_json(folder / "scores.json")
     if kept is None or kept["key"] != key:
-        judge = load_judge(name, options, _given(config, folder, run.path / "labels.sqlite"))
+        judge = load_judge(name, options, _given(config, folder, run.root / "labels.sqlite"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         table = judge_clips(name, judge, clips, prompts, fps, device)
         kept = {"key": key, "label": table.name, "optimised": table.optimised, "amounts": table.amounts}
@@ -177,8 +177,8 @@ def _trained_on(config: Config, run: Run, name: str, options: Mapping[str, Any])
     """Whether a judge is what the aligned model was trained to please, or what its reward model was distilled from."""
     model = options.get("model")
     if name == "reward_model" and model:
-        files = [Path(folder) / "model.safetensors" for folder in (model, run.path / "reward")]
-        return hash_file(files[0]) == hash_file(files[1])
+        known = [one.path / "reward" / "model.safetensors" for one in run.rounds]
+        return hash_file(Path(model) / "model.safetensors") in [hash_file(file) for file in known if file.exists()]
     if name == "openai":
         teacher = OpenAIConfig(**options).model
         return config.annotate.teacher == "openai" and teacher == config.annotate.openai.model

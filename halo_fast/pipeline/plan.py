@@ -284,9 +284,11 @@ def _work(config: Config, found: Prediction, card: Device) -> str:
         ("train: steps", train.max_train_steps * train.gradient_accumulation_steps * option.step.flops),
         ("evaluate", None if evaluated is None else 2 * evaluated * clip),
     ]
-    rows = [("work of the video model, predicted", "operations", "time")]
+    rounds = f", {config.rounds} rounds" if config.rounds > 1 else ""
+    rows = [(f"work of the video model{rounds}, predicted", "operations", "time")]
     for name, flops in stages:
-        rows.append((name, "prompts unknown" if flops is None else f"{flops:.3g}", _time(flops, card)))
+        work = None if flops is None else config.rounds * flops
+        rows.append((name, "prompts unknown" if work is None else f"{work:.3g}", _time(work, card)))
     rate = f"{SHARE:.0%} of {card.tflops:g} TFLOP/s (dense bf16)" if card.tflops else "no rate is known of this device"
     return (
         f"{_table(rows)}\n"
@@ -322,7 +324,7 @@ def _disk(config: Config, found: Prediction) -> str:
     rows: list[tuple[str, str, str]] = [("disk space of the run directory, predicted", "of one", "of all")]
 
     def row(name: str, size: int, count: int | None) -> None:
-        rows.append((name, size_text(size), "?" if count is None else size_text(size * count)))
+        rows.append((name, size_text(size), "?" if count is None else size_text(size * count * config.rounds)))
 
     made = None if prompts is None else prompts * settings.num_videos_per_prompt
     row("clips, before compression", pixels, made)
@@ -374,7 +376,8 @@ def _teacher(config: Config) -> str:
                 return f"teacher: {config.annotate.teacher} costs no money"
         except UserError as error:
             notes.append(str(error))
-    return "\n".join(f"teacher: {note.removeprefix('annotate: ')}" for note in notes)
+    rounds = f" in each of {config.rounds} rounds" if config.rounds > 1 else ""
+    return "\n".join(f"teacher{rounds}: {note.removeprefix('annotate: ')}" for note in notes)
 
 
 def write_recipe(file: str, device: str = "") -> str:

@@ -61,7 +61,7 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
 
 
 def check_run(config: Config, run: Run) -> None:
-    """Raise the mistakes that only a late stage of `halo run` would meet, and list prompts that are cut or shared.
+    """Raise the mistakes that only a late stage or round of `halo run` would meet; list prompts that are cut or shared.
 
     Args:
         config: of the run.
@@ -74,6 +74,7 @@ def check_run(config: Config, run: Run) -> None:
     """
     stages = run_stages(config, list(STAGES))
     check_required(config, stages)
+    _check_rounds(config, stages)
     # Imported late: they load torch, and a missing setting is reported faster without it.
     from halo_fast.data.prompts import read_prompts
     from halo_fast.pipeline.judging import check_judges
@@ -92,11 +93,27 @@ def check_run(config: Config, run: Run) -> None:
         evaluation_meter(config, evaluation_prompts(config), run.path / "reward")
         check_judges(config)
     if "annotate" in stages and not (run.path / "annotate" / "manifest.json").exists():
-        kept = run.path / "labels.sqlite"
+        kept = run.root / "labels.sqlite"
         with LabelStore(kept if kept.exists() else Path(":memory:")) as store:
             teacher = load_teacher(config, store, prompts=prompts)
             check_budget(config, teacher, prompts)
     warn_of_prompts(prompts, config)
+
+
+def _check_rounds(config: Config, stages: Sequence[str]) -> None:
+    """Raise unless a later round has prompts and rewards."""
+    if config.rounds == 1:
+        return
+    if "reward" not in stages:
+        raise UserError(
+            f"rounds: later ones need rewards for their candidates, and this run has none, got {config.rounds}; name a "
+            "teacher or a reward_model, or set 1"
+        )
+    if not config.prompts:
+        raise UserError(
+            f"prompts: required by rounds {config.rounds}, because later rounds import nothing; give a text file with "
+            "one prompt a line"
+        )
 
 
 def check_budget(config: Config, teacher: Teacher, prompts: Sequence[str], *, needs_key: bool = True) -> None:

@@ -17,34 +17,57 @@ from halo_fast import processes
 from halo_fast.data.tables import PART
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, read_json, versions, write_json
-from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.config import Config, round_config
 from halo_fast.pipeline.hashes import MANIFEST, changed_outputs, hash_folder, hash_outputs
 
-__all__ = ["Run", "Stage"]
+__all__ = ["Run", "Stage", "round_folders"]
 
 logger = logging.getLogger(__name__)
 
 _PENDING = "pending.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+_ROUND = "round_"
 
 
 class Run:
-    """A run directory.
+    """A run directory, or one of its later rounds, whose folder is laid out in the same way.
 
     Args:
         config: settings of the run; `config.output_dir` is the directory, made when a stage starts.
         force: whether every stage is made again.
+        number: of the round. The stages of the first are in the directory itself, those of round 2 in its folder
+            round_2.
 
     Attributes:
-        path: of the directory.
+        config: settings of this round.
+        root: the run directory.
+        path: folder of the round's stages.
+        rounds: the rounds up to this one, the first one first.
         planned: the stages that follow one another, in order, so that each can say where it stands; none by itself.
     """
 
-    def __init__(self, config: Config, force: bool = False) -> None:
-        self.config = config
+    def __init__(self, config: Config, force: bool = False, number: int = 1) -> None:
+        self.config = round_config(config, number)
         self.force = force
-        self.path = Path(config.output_dir)
+        self.root = Path(config.output_dir)
+        self.path = self.root if number == 1 else self.root / f"{_ROUND}{number}"
+        self.rounds: list[Run] = [*(Run(config, force, number - 1).rounds if number > 1 else []), self]
         self.planned: Sequence[str] = ()
+
+    @property
+    def number(self) -> int:
+        """Of the round, from 1."""
+        return len(self.rounds)
+
+    @property
+    def draw(self) -> int:
+        """Seed of what each round draws anew."""
+        return self.config.seed + self.number - 1
+
+    @property
+    def option(self) -> str:
+        """What names the round on the command line, for messages; empty for the first."""
+        return f" --round {self.number}" if self.number > 1 else ""
 
     def stage(self, name: str, settings: Mapping[str, Any] | object, inputs: Mapping[str, Path | str]) -> "Stage":
         """The stage `name`, to be entered with `with`.
@@ -65,13 +88,20 @@ class Run:
         Raises:
             UserError: the stage is unfinished, was made with other settings, or its input has changed since.
         """
+        return self._require(path, set())
+
+    def _require(self, path: str, checked: set[Path]) -> Path:
+        """As `require`; stages in `checked` are not looked at again, and those that are looked at are added."""
         found = self.path / path
         if not processes.is_first():  # which has checked it, or ends the run
             return processes.seen(found)
         name = Path(path).parts[0]
         manifest = read_json(self.path / name / MANIFEST)
         if manifest is None or not found.exists():
-            raise UserError(f"{found}: not there or unfinished; run `halo {name}` with this config first")
+            raise UserError(f"{found}: not there or unfinished; run `halo {name}{self.option}` with this config first")
+        if self.path / name in checked:
+            return found
+        checked.add(self.path / name)
         # The training of another network, such as Wan 2.2's other expert, has settings of its own.
         other = name.startswith("train") and manifest["settings"].get("network") != self.config.train.network
         before, now = _flatten({} if other else manifest["settings"]), self._settings(name, manifest["settings"])
@@ -79,12 +109,23 @@ class Run:
             if now.get(setting, value) != value:
                 raise UserError(
                     f"{self.path / name}: was made with {setting} = {value}, now it is {now[setting]}; give the "
-                    f"setting it was made with, or redo it with `halo {name.partition('_')[0]} --force`"
+                    f"setting it was made with, or redo it with `halo {name.partition('_')[0]}{self.option} --force`"
                 )
         for label, source in manifest.get("sources", {}).items():
-            if self.input_hash(label, self.require(source)) != manifest["inputs"][label]:
-                raise UserError(f"{self.path / name}: {source} changed since it was made; run `halo {name}` again")
+            owner, part = self.owner(source)
+            if self.input_hash(label, owner._require(part, checked)) != manifest["inputs"][label]:
+                command = f"halo {name}{self.option}"
+                raise UserError(f"{self.path / name}: {source} changed since it was made; run `{command}` again")
         return found
+
+    def owner(self, source: str) -> tuple["Run", str]:
+        """The round that made a file or folder, and its path within the folder of that round.
+
+        Args:
+            source: relative to the run directory.
+        """
+        first, _, rest = source.partition("/")
+        return next(((one, rest) for one in self.rounds[1:] if one.path.name == first), (self.rounds[0], source))
 
     def input_hash(self, label: str, value: Path | str) -> str:
         """The hash of an input: of a text, of a file, of a finished stage's outputs, or of all files of a folder.
@@ -101,7 +142,7 @@ class Run:
         if manifest is not None and "outputs" in manifest:
             outputs = manifest["outputs"]
             return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
-        return hash_folder(value, self.path / f".{hash_text(str(value.resolve()))[:16]}.hashes.json", label)
+        return hash_folder(value, self.root / f".{hash_text(str(value.resolve()))[:16]}.hashes.json", label)
 
     def _settings(self, name: str, keys: Iterable[str]) -> dict[str, object]:
         """The values in this config of the settings that stage `name` keeps under `keys`."""
@@ -109,6 +150,16 @@ class Run:
         section = getattr(self.config, name, None) or getattr(self.config, name.partition("_")[0], None)
         owners = {key: owner for key in keys for owner in (self.config, section) if hasattr(owner, key)}
         return _flatten({key: _as_json(getattr(owner, key)) for key, owner in owners.items()})
+
+
+def round_folders(run: Path) -> list[Path]:
+    """The folders of a run's rounds, the first being the run directory itself; only those that were begun.
+
+    Args:
+        run: the run directory.
+    """
+    numbers = [path.name.removeprefix(_ROUND) for path in run.glob(f"{_ROUND}*") if path.is_dir()]
+    return [run, *(run / f"{_ROUND}{number}" for number in sorted(map(int, filter(str.isdecimal, numbers))))]
 
 
 class Stage:
@@ -138,12 +189,13 @@ class Stage:
         self.name = name
         self.folder = run.path / name
         self.done = False
+        self._title = name if run.number == 1 else f"{run.path.name}/{name}"
         self._settings, self._inputs = settings, inputs
         self._key: dict[str, Any] = {}
         self._sources = {
-            label: value.resolve().relative_to(run.path.resolve()).as_posix()
+            label: value.resolve().relative_to(run.root.resolve()).as_posix()
             for label, value in inputs.items()
-            if isinstance(value, Path) and value.resolve().is_relative_to(run.path.resolve())
+            if isinstance(value, Path) and value.resolve().is_relative_to(run.root.resolve())
         }
         self._old = run.path / f".{name}.old"
         self._started = ""
@@ -242,7 +294,7 @@ class Stage:
             f"{f'{value:.3g}' if isinstance(value, float) else value} {label.replace('_', ' ')}"
             for label, value in counts.items()
         )
-        logger.info("%s: finished, %s (%s)", self.name, summary or "nothing to count", self.folder)
+        logger.info("%s: finished, %s (%s)", self._title, summary or "nothing to count", self.folder)
 
     def _prepare(self) -> None:
         """Find out whether the stage is done, and make its folder ready for work if it is not."""
@@ -253,7 +305,7 @@ class Stage:
         if earlier and (self.folder / MANIFEST).exists():
             self.done = self._intact(earlier["outputs"])
             if self.done:
-                logger.info("%s: finished before, kept (%s)", self.name, self.folder)
+                logger.info("%s: finished before, kept (%s)", self._title, self.folder)
                 return
         for source in self._sources.values():
             self._check_outputs(source)
@@ -262,7 +314,7 @@ class Stage:
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
-        logger.info("%s: %s (%s)", self.name, "goes on" if earlier else "begins", self._standing())
+        logger.info("%s: %s (%s)", self._title, "goes on" if earlier else "begins", self._standing())
 
     def _standing(self) -> str:
         """Which of the planned stages this is, or else its folder."""
@@ -297,7 +349,7 @@ class Stage:
             if name not in self._sources:
                 raise UserError(f"{self.folder}: was made from other {name}; {cure}")
         if changed:
-            logger.info("%s: %s changed since, made again", self.name, changed[0])
+            logger.info("%s: %s changed since, made again", self._title, changed[0])
         return bool(changed)
 
     def _set_aside(self) -> None:
@@ -322,7 +374,7 @@ class Stage:
         for path in damaged:
             (self.folder / path).unlink(missing_ok=True)
         if damaged:
-            logger.warning("%s: %s is gone or cut short, made again", self.name, damaged[0])
+            logger.warning("%s: %s is gone or cut short, made again", self._title, damaged[0])
         return not damaged
 
     def _written(self) -> list[Path]:
@@ -335,10 +387,13 @@ class Stage:
         Raises:
             UserError: a file is gone or has other content.
         """
-        stage = self.run.path / Path(source).parts[0]
-        part = Path(source).relative_to(stage.name).as_posix()
+        owner, path = self.run.owner(source)
+        stage = owner.path / Path(path).parts[0]
+        part = Path(path).relative_to(stage.name).as_posix()
         for changed in changed_outputs(stage, part, f"{self.name}: checking {source}"):
-            raise UserError(f"{changed}: damaged since it was made; delete it and run `halo {stage.name}`")
+            raise UserError(
+                f"{changed}: damaged since it was made; delete it and run `halo {stage.name}{owner.option}`"
+            )
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
 """What is trained, and how one model serves as policy and as reference."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from halo_fast.families import Denoiser
 from halo_fast.families.quantization import is_quantized
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.model_checks import check_layer_names
+from halo_fast.train.parallel import placed_like
 
 __all__ = [
     "ADAPTER",
@@ -20,6 +21,7 @@ __all__ = [
     "adapters_off",
     "check_adapted",
     "reference_switch",
+    "started_at",
     "trained_parameters",
 ]
 
@@ -156,36 +158,78 @@ def _require_gradients(model: nn.Module, targets: list[str]) -> None:
 
 @contextmanager
 def reference_switch(
-    model: nn.Module, parameters: Mapping[str, Tensor], config: TrainConfig
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    config: TrainConfig,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Iterator[ReferenceMode]:
-    """Gives the context in which the model is the reference: the adapter is off, or the first weights are back.
+    """Gives the context in which the model is the reference; outside of it, the model is the policy at its start.
 
-    At rank 0 the first weights wait in the CPU's memory, each process's shards by themselves. They are exchanged with
-    the trained weights one tensor after another, so the device never holds two sets. After the block they are back for
-    good.
+    The reference is the model without its adapter. At rank 0, and where the reference is the policy's start, it is the
+    parameters' first values instead. These wait in the CPU's memory, each process's shards by themselves. They are
+    exchanged with the trained values one tensor after another, so the device never holds two sets. After the block the
+    parameters are what they were before.
+
+    Args:
+        model: the policy.
+        parameters: what is trained, whole or sharded.
+        config: rank, and which of both the reference is.
+        start: the values that the policy starts with; None leaves it as it is.
     """
-    if config.rank:
-        yield partial(adapters_off, model)
-        return
-    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
-    first = [torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value) for value in values]
+    with ExitStack() as stack:
+        if start is not None and config.reference == "start":
+            stack.enter_context(started_at(parameters, start))
+            yield stack.enter_context(_exchanged(parameters))
+            return
+        switch = partial(adapters_off, model) if config.rank else stack.enter_context(_exchanged(parameters))
+        if start is not None:
+            stack.enter_context(started_at(parameters, start))
+        yield switch
 
-    def exchange() -> None:
-        for value, other in zip(values, first, strict=True):
-            trained = value.clone()
-            value.copy_(other)
-            other.copy_(trained)
 
-    @contextmanager
-    def reference_mode() -> Iterator[None]:
-        exchange()
-        try:
-            yield
-        finally:
+@contextmanager
+def started_at(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block, parameters have other values.
+
+    Args:
+        parameters: whole or sharded.
+        start: their values inside, by the same names.
+    """
+    with _put_back(parameters):
+        for name, parameter in parameters.items():
+            parameter.detach().copy_(placed_like(start[name], parameter))
+        yield
+
+
+@contextmanager
+def _exchanged(parameters: Mapping[str, Tensor]) -> Iterator[ReferenceMode]:
+    """Gives the context in which parameters have the values that they have now."""
+    with _put_back(parameters) as kept:
+
+        def exchange() -> None:
+            for value, other in kept:
+                trained = value.clone()
+                value.copy_(other)
+                other.copy_(trained)
+
+        @contextmanager
+        def reference_mode() -> Iterator[None]:
             exchange()
+            try:
+                yield
+            finally:
+                exchange()
 
-    try:
         yield reference_mode
+
+
+@contextmanager
+def _put_back(parameters: Mapping[str, Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Gives this process's part of each parameter and a copy in the CPU's memory, which is put back after the block."""
+    values = [getattr(value, "_local_tensor", value).detach() for value in parameters.values()]
+    kept = [(value, torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)) for value in values]
+    try:
+        yield kept
     finally:
-        for value, other in zip(values, first, strict=True):
+        for value, other in kept:
             value.copy_(other)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from halo_fast.data import Pair
 from halo_fast.errors import UserError
 from halo_fast.files import hash_tensors, read_checkpoint, write_checkpoint
-from halo_fast.train.config import TrainConfig
+from halo_fast.train.config import TrainConfig, deciding_settings
 from halo_fast.train.job import Job
 from halo_fast.train.observers.base import Observer
 from halo_fast.train.optimizers import kept_state, restore_state
@@ -84,10 +83,12 @@ def resume(folder: Path | None, job: Job, observers: Sequence[Observer]) -> int:
         return 0
     path = checkpoints[-1]
     tensors, state = read_checkpoint(path)
-    for name, value in _settings(job).items():
-        was = state["settings"].get(name)
-        if was != value:
-            raise UserError(f"{path}: made with {name} {was}, now it is {value}; use another folder")
+    before, now = state["settings"], _settings(job)
+    for name in [*now, *before]:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{path}: made with {name} {before.get(name)}, now it is {now.get(name)}; use another folder"
+            )
     # A schedule chosen by free memory might be another one today, and would round differently.
     job.plan = job.plan.scheduled(state["schedule"])
     with torch.no_grad():
@@ -112,8 +113,10 @@ def _settings(job: Job) -> dict[str, Any]:
     """Everything that a step depends on, as JSON gives it back."""
     # Reading all pairs would take as long as an epoch; other data differ at the ends.
     ends = {f"{name} pair": _digest(job.pairs[index]) for name, index in (("first", 0), ("last", len(job.pairs) - 1))}
-    more = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(job.config) | more | ends))
+    more: dict[str, Any] = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
+    more |= {"start": job.start} if job.start else {}
+    own = deciding_settings(job.config, bool(job.start))
+    settings: dict[str, Any] = json.loads(json.dumps(own | more | ends))
     return settings
 
 

@@ -1,12 +1,12 @@
 """Settings of training."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "deciding_settings"]
 
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
@@ -25,6 +25,10 @@ class TrainConfig:
         max_train_steps: optimiser steps.
         reference_draws: noises and times of each pair at which the reference's errors are computed once, before
             training; null or 0: fresh ones in every epoch, with the reference in the loop.
+        noise: "shared", drawn anew for each draw, the same for both clips of a pair; or "own", the noise that each clip
+            was sampled from, so that only times are drawn. Pairs whose noise is not known share theirs.
+        reference: what the policy is compared with if it starts from an earlier training, as in later rounds: "base",
+            the model without that training; "start", the policy as it starts. From the base itself both are the same.
         train_batch_size: pairs in a batch of one process.
         gradient_accumulation_steps: batches of each process in a step.
         rank: of the LoRA matrices; 0 trains the weights themselves, in float32.
@@ -75,6 +79,8 @@ class TrainConfig:
     lr_warmup_steps: CountOrZero = 50
     max_train_steps: Count = 2000
     reference_draws: CountOrZero | None = 4
+    noise: Literal["shared", "own"] = "shared"
+    reference: Literal["base", "start"] = "base"
     train_batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
     rank: CountOrZero = 32
@@ -109,3 +115,15 @@ class TrainConfig:
     validation_steps: Count = 500
     network: str | None = None
     seed: CountOrZero = 0
+
+
+def deciding_settings(config: TrainConfig, started: bool) -> dict[str, Any]:
+    """The settings that a training's result depends on, as earlier versions kept them where nothing new is set.
+
+    Args:
+        config: the settings.
+        started: whether the policy starts from an earlier training.
+    """
+    left_out = [] if started else ["reference"]  # without a start every reference is the same
+    left_out += ["noise"] if config.noise == "shared" else []
+    return {name: value for name, value in asdict(config).items() if name not in left_out}

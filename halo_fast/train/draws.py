@@ -4,6 +4,7 @@ A draw is (index of the pair, number): the number-th noise and time of that pair
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,21 @@ from torch import Tensor
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
+from halo_fast.families.sampling import clip_noise
 
-__all__ = ["Batch", "Drawn", "check_pairs", "draw_batch", "draws_of_step", "generator", "make_batch", "place_batch"]
+__all__ = [
+    "Batch",
+    "Drawn",
+    "check_pairs",
+    "draw_batch",
+    "draws_of_step",
+    "generator",
+    "make_batch",
+    "place_batch",
+    "tell_noise",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -24,7 +38,7 @@ class Drawn(NamedTuple):
 
     Args:
         latents: clean, of samples a and then of their partners b, [2B, *latent_shape].
-        noise: of the pairs, [B, *latent_shape].
+        noise: of the pairs, [B, *latent_shape]; or of all samples, [2B, *latent_shape].
         u: uniform draws in [0, 1) that become times, [B].
         conditions: of the prompts, [B, ...] each.
         patch_rewards: [2B, f, h, w].
@@ -43,7 +57,9 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs at their noise and times: samples a of all pairs, then their partners b, which share both.
+    """B pairs at their noise and times: samples a of all pairs, then their partners b, at the same times.
+
+    Partners share their noise too, unless each has the noise that it was sampled from (train.noise).
 
     Args:
         noisy: model input x_t, [2B, *latent_shape].
@@ -95,6 +111,24 @@ def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
     grid = tuple(pair.patch_rewards.shape[1:])
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
+
+
+def tell_noise(known: Sequence[bool], why: str = "they have no seeds") -> None:
+    """Say how many pairs train on noise of their own.
+
+    Args:
+        known: of each pair, whether the noise of both clips is known.
+        why: it is not, for the others.
+
+    Raises:
+        UserError: of no pair.
+    """
+    if not any(known):
+        raise UserError(f"train.noise: own needs the seeds of clips, got none: {why}; set shared")
+    logger.info(
+        "train.noise: %d of %d pairs train on the noise that made them%s", sum(known), len(known),
+        "" if all(known) else f", the others share theirs: {why}",
+    )  # fmt: skip
 
 
 def draws_of_step(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
@@ -154,9 +188,10 @@ def make_batch(
     *,
     limit: int | None = None,
     errors: Tensor | None = None,
+    own: bool = False,
 ) -> Batch:
     """Pairs at their noise and times; `draw_batch` and `place_batch` in one."""
-    return place_batch(family, draw_batch(family, pairs, draws, seed, limit=limit, errors=errors), device)
+    return place_batch(family, draw_batch(family, pairs, draws, seed, limit=limit, errors=errors, own=own), device)
 
 
 def draw_batch(
@@ -167,6 +202,7 @@ def draw_batch(
     *,
     limit: int | None = None,
     errors: Tensor | None = None,
+    own: bool = False,
 ) -> Drawn:
     """Read pairs and draw their noise and times, on the CPU, so that they are the same for every device.
 
@@ -177,6 +213,7 @@ def draw_batch(
         seed: of noise and times.
         limit: number of draws of a pair; None for any number.
         errors: the reference's errors at all draws, [pairs, limit, 2, f, h, w]; None if not computed.
+        own: whether each clip gets the noise that it was sampled from; pairs without seeds share one all the same.
 
     Raises:
         UserError: a pair that is not of two clips, of another size or grid than the first, with infinite rewards, or
@@ -186,16 +223,28 @@ def draw_batch(
     _check_alike(chosen, [index for index, _ in draws])
     shape = chosen[0].latents.shape[1:]
     drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
+    shared = torch.stack([noise for noise, _ in drawn])
     found = None if errors is None else torch.stack([errors[index, draw] for index, draw in draws], dim=1).flatten(0, 1)
     return Drawn(
         latents=torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1),
-        noise=torch.stack([noise for noise, _ in drawn]),
+        noise=_own_noise(chosen, shared) if own else shared,
         u=torch.cat([u for _, u in drawn]),
         conditions=family.stack([pair.conditions for pair in chosen]),
         patch_rewards=torch.stack([pair.patch_rewards for pair in chosen], dim=1).flatten(0, 1),
         video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1),
         reference_error=found,
     )
+
+
+def _own_noise(pairs: Sequence[Pair], shared: Tensor) -> Tensor:
+    """The noise that each sample was made from, [2B, *latent_shape]; of pairs without seeds the shared one, twice."""
+    own = [
+        noise.expand(2, *noise.shape)
+        if pair.seeds is None
+        else torch.stack([clip_noise(noise.shape, seed) for seed in pair.seeds])
+        for pair, noise in zip(pairs, shared, strict=True)
+    ]
+    return torch.stack(own, dim=1).flatten(0, 1)
 
 
 def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
@@ -211,7 +260,8 @@ def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
         return value.to(device, non_blocking=device.type == "cuda")
 
     latents, shape = placed(drawn.latents), drawn.latents.shape[1:]
-    noise = placed(drawn.noise).repeat(2, *[1] * len(shape))
+    noise = placed(drawn.noise)
+    noise = noise if len(noise) == len(latents) else noise.repeat(2, *[1] * len(shape))
     t = placed(family.timesteps(drawn.u, shape)).repeat(2)
     return Batch(
         noisy=family.add_noise(latents, noise, t),

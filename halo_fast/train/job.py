@@ -12,13 +12,30 @@ from torch import Tensor, nn
 from halo_fast import processes
 from halo_fast.data import Pair
 from halo_fast.errors import UserError, first_line
+from halo_fast.export.lora import trained_values
 from halo_fast.families import Denoiser, family_of
+from halo_fast.files import hash_tensors
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective
-from halo_fast.train.adapters import ReferenceMode, check_adapted, reference_switch, trained_parameters
+from halo_fast.train.adapters import (
+    ReferenceMode,
+    check_adapted,
+    reference_switch,
+    started_at,
+    trained_parameters,
+)
 from halo_fast.train.ahead import drawn_ahead, workers_for
 from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, Drawn, check_pairs, draw_batch, draws_of_step, make_batch, place_batch
+from halo_fast.train.draws import (
+    Batch,
+    Drawn,
+    check_pairs,
+    draw_batch,
+    draws_of_step,
+    make_batch,
+    place_batch,
+    tell_noise,
+)
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
 from halo_fast.train.model_checks import check_network
@@ -53,6 +70,7 @@ class Job:
         plan: how steps are taken.
         auto_beta: adjusts the betas; None for constant ones.
         sharded: whether FSDP2 shards the model.
+        start: hash of what the policy starts from; empty for the base.
         ahead: the batches of the steps to come, inside `reading_ahead`; None where each is made when it is needed.
     """
 
@@ -69,7 +87,13 @@ class Job:
     plan: Plan
     auto_beta: AutoBeta | None
     sharded: bool
+    start: str = ""
     ahead: Iterator[Drawn] | None = None
+
+    @property
+    def begins_apart(self) -> bool:
+        """Whether the policy begins elsewhere than at its reference."""
+        return bool(self.start) and self.config.reference == "base"
 
     @property
     def is_main(self) -> bool:
@@ -106,8 +130,9 @@ class Job:
         draws = draws_of_step(number // count, size, len(self.pairs), config.seed, limit)
         own = batches_of_process(draws, config.train_batch_size, self.accelerator.process_index, world)
         return draw_batch(
-            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors
-        )
+            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors,
+            own=config.noise == "own",
+        )  # fmt: skip
 
     def current_objective(self) -> Objective:
         """The objective with the betas that are in use."""
@@ -127,6 +152,7 @@ def prepared_job(
     folder: Path | None = None,
     references: Path | None = None,
     progress: Progress = lambda iterable, total, label: iterable,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Job]:
     """Check the settings and make everything ready; all is undone after the block.
 
@@ -137,13 +163,17 @@ def prepared_job(
         folder: where trackers write; None for nowhere.
         references: where the reference's errors are kept; None keeps them in memory.
         progress: wraps the iterable of reference errors to compute, (iterable, total, label).
+        start: the LoRA or weights that the policy starts from, as `Fit` has them; None for the pipeline as it is.
 
     Raises:
-        UserError: a setting without a meaning, pairs that do not fit, or a model that cannot be its own reference.
+        UserError: a setting without a meaning, pairs or a start that do not fit, or a model that cannot be its own
+            reference.
     """
     family = family_of(pipeline, config.network)
     check_network(family.transformer)
     check_pairs(family, pairs)
+    if config.noise == "own" and isinstance(pairs, list | tuple):
+        tell_noise([pair.seeds is not None for pair in pairs])
     objective = checked_objective(config)
     check_trackers(config.report_to)
     check_optimizer(config)
@@ -158,17 +188,19 @@ def prepared_job(
             with accelerator.autocast(), torch.no_grad():
                 return family.predict(model, batch.noisy, batch.t, batch.conditions)
 
-        limit = config.reference_draws or None
-        first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit)
-        base = _first_prediction(lambda: predict(first), first)
-        errors = None
-        if limit and uses_reference(objective):
-            errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
-            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors)
-        check_reference_errors(first, base, family.layout)
-        parameters: dict[str, Tensor] = dict(stack.enter_context(trained_parameters(family, config)))
-        for value in parameters.values():  # a LoRA is made where its layer's weight waits
-            value.data = value.data.to(accelerator.device)
+        limit, own = config.reference_draws or None, config.noise == "own"
+        with _reference(family, config, start, accelerator.device):
+            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, own=own)
+            base = _first_prediction(lambda: predict(first), first)
+            errors = None
+            if limit and uses_reference(objective):
+                errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+                first = make_batch(
+                    family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors, own=own
+                )
+            check_reference_errors(first, base, family.layout)
+        parameters = stack.enter_context(_trained(family, config, accelerator.device))
+        start = None if start is None else trained_values(family, parameters, start, config)
         if config.target_modules:
             check_adapted(lambda: predict(first), model, config)
         broadcast_first(parameters.values())
@@ -177,14 +209,41 @@ def prepared_job(
         if sharded:
             shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        reference_mode = stack.enter_context(reference_switch(model, parameters, config))
-        check_start(
-            predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype)
-        )
-        yield Job(
+        reference_mode = stack.enter_context(reference_switch(model, parameters, config, start))
+        job = Job(
             family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
             objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
+            hash_tensors(dict(sorted(start.items())))[:16] if start else "",
         )  # fmt: skip
+        check_start(
+            predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype),
+            begins_apart=job.begins_apart,
+        )  # fmt: skip
+        yield job
+
+
+@contextmanager
+def _trained(family: Denoiser, config: TrainConfig, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """What is trained, by name, on the device."""
+    with trained_parameters(family, config) as parameters:
+        for value in parameters.values():  # a LoRA is made where its layer's weight waits
+            value.data = value.data.to(device)
+        yield dict(parameters)
+
+
+@contextmanager
+def _reference(
+    family: Denoiser, config: TrainConfig, start: Mapping[str, Tensor] | None, device: torch.device
+) -> Iterator[None]:
+    """Inside, the model is the reference: as it is, or with what the policy starts from."""
+    if start is None or config.reference == "base":
+        yield
+        return
+    with (
+        _trained(family, config, device) as parameters,
+        started_at(parameters, trained_values(family, parameters, start, config)),
+    ):
+        yield
 
 
 def _first_prediction(predict: Callable[[], Tensor], batch: Batch) -> Tensor:
@@ -222,7 +281,7 @@ def _reference_errors(
         batch_size=config.train_batch_size, autocast=accelerator.autocast,
         precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=folder,
         progress=progress if accelerator.is_main_process else _silent,
-        share=(accelerator.process_index, accelerator.num_processes), wait=wait,
+        share=(accelerator.process_index, accelerator.num_processes), wait=wait, own=config.noise == "own",
     )  # fmt: skip
 
 

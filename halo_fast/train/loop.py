@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,14 @@ class Fit:
         lora: the LoRA under the names of diffusers, its scale folded in; `pipeline.load_lora_weights(lora)` takes it.
             Empty at rank 0.
         log: one row a step, under the names of log.csv.
+        gap: of the off-policy check; None where it was not made.
         weights: at rank 0 the trained network's, for its `load_state_dict`; else empty.
     """
 
     lora: dict[str, Tensor]
     log: list[dict[str, float]]
     weights: dict[str, Tensor]
+    gap: float | None = None
 
 
 def fit(
@@ -61,6 +63,7 @@ def fit(
     heldout: Sequence[Pair] = (),
     generate: GenerateConfig | None = None,
     progress: Progress = progress,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Fit:
     """Train a LoRA, or the weights themselves, on preference pairs; the pipeline is left as it was.
 
@@ -78,21 +81,28 @@ def fit(
         generate: size and sampling of the clips, of previews and fresh samples too; guidance scale and frame rate are
             inputs of some networks in training. None leaves these as the family has them.
         progress: wraps the iterable of steps, (iterable, total, label).
+        start: what the policy starts from, the `lora` of an earlier `Fit` with the same rank and layers, or at rank 0
+            its `weights`; None for the pipeline as it is. `config.reference` says what it is compared with.
 
     Raises:
-        UserError: a setting without a meaning, no pairs, a grid larger than the latent, a model whose reference is not
-            the base model, a loss that is not finite or spikes, or checkpoints of other settings.
+        UserError: a setting without a meaning, no pairs, a start of other layers, a grid larger than the latent, a
+            model whose reference is not what it should be, a loss that is not finite or spikes, or checkpoints of other
+            settings.
     """
     family = family_of(pipeline, config.network)
     if generate is not None:
         family.set_conditions(generate.guidance_scale, generate.fps)
-    with prepared_job(family, pairs, config, folder=folder, references=references, progress=progress) as job:
+    with prepared_job(
+        family, pairs, config, folder=folder, references=references, progress=progress, start=start
+    ) as job:
         if folder is not None and job.is_main:
             logger.info(job.plan.text)
+        gap = None
         if folder is not None and config.off_policy_pairs:
-            gap = measure_off_policy(job, generate)
+            found = measure_off_policy(job, generate)
+            gap = found.gap
             if job.is_main:
-                logger.info(gap.report())
+                logger.info(found.report("the policy" if job.start else "the base"))
         log = Log(job)
         with open_trackers(job.accelerator, config, folder, log) as trackers:
             observers = [log, Guards(log, config), *trackers]
@@ -102,10 +112,10 @@ def fit(
             _train(job, folder, observers, progress)
         if config.rank:
             parameters = {name: gather_shards(value) for name, value in job.parameters.items()}
-            return Fit(export_lora(job.family, parameters, config), log.rows, {})
+            return Fit(export_lora(job.family, parameters, config), log.rows, {}, gap)
         # Copies, for the model gets its first weights back.
         state = job.model.state_dict().items()
-        return Fit({}, log.rows, {name: gather_shards(value).to("cpu", copy=True) for name, value in state})
+        return Fit({}, log.rows, {name: gather_shards(value).to("cpu", copy=True) for name, value in state}, gap)
 
 
 def _train(job: Job, folder: Path | None, observers: Sequence[Observer], progress: Progress) -> None:

@@ -21,7 +21,7 @@ OFF_POLICY_LIMIT = 0.25
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """Mean errors of the untrained model at the same noise and times.
+    """Mean errors of the model before its first step, at the same noise and times.
 
     Args:
         winner: of the better clip of each pair (by video reward; pairs that tie count half to both).
@@ -39,10 +39,10 @@ class OffPolicy:
         errors = [error for error in (self.winner, self.loser, self.fresh) if error is not None]
         return max(errors) / min(errors) - 1
 
-    def report(self) -> str:
-        """The errors in one line for the user, with advice where they are far apart."""
+    def report(self, model: str = "the base") -> str:
+        """The errors of `model` in one line for the user, with advice where they are far apart."""
         fresh = "" if self.fresh is None else f", fresh samples {self.fresh:.4g}"
-        text = f"train: error of the base on winners {self.winner:.4g}, losers {self.loser:.4g}{fresh}"
+        text = f"train: error of {model} on winners {self.winner:.4g}, losers {self.loser:.4g}{fresh}"
         if self.gap <= OFF_POLICY_LIMIT:
             return text
         return (

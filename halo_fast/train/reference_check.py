@@ -31,8 +31,10 @@ def check_start(
     base: Tensor,
     objective: Objective,
     rounding: float,
+    *,
+    begins_apart: bool = False,
 ) -> None:
-    """Raise unless policy and reference are the base, moved weights change the policy alone, and the loss starts right.
+    """Raise unless policy and reference agree, moved weights change the policy alone, and the loss starts right.
 
     Two predictions count as equal if they differ by rounding alone: torch may choose kernels that add in another order.
     The norm of a difference may be at most `rounding` times the prediction's norm. It may also be at most 1% of the
@@ -44,9 +46,10 @@ def check_start(
         parameters: what is trained, as training finds it: a fresh adapter, or the base's own weights.
         layout: of the family.
         batch: one pair.
-        base: its prediction before anything was done to the model.
+        base: the reference's prediction, before what is trained was added to the model.
         objective: the loss.
         rounding: largest rounding, as a share of the prediction's norm.
+        begins_apart: whether the policy starts from an earlier training, and the reference does not.
 
     Raises:
         UserError: naming what is wrong.
@@ -68,6 +71,8 @@ def check_start(
     base_norm, effect = base.float().norm(), (moved - base).float().norm()
     allowed = torch.minimum(0.01 * effect, rounding * base_norm)
     for state, output in (("switched to the reference", off), ("before the first step", start)):
+        if begins_apart and output is start:
+            continue
         if not torch.equal(output, base) and not (output - base).float().norm() <= allowed:
             raise UserError(f"model: {state}, expected the base, got {(output - base).abs().max()} off; {_ADVICE}")
     if isinstance(objective, PairObjective) and uses_reference(objective):

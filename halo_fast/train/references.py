@@ -45,6 +45,7 @@ def reference_errors(
     progress: Callable[[Iterable[int], int, str], Iterable[int]],
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
+    own: bool = False,
 ) -> Tensor:
     """E_p(o_ref) of `count` draws of every pair, float32 [pairs, count, 2, f, h, w] on the CPU.
 
@@ -62,13 +63,14 @@ def reference_errors(
         progress: wraps the iterable of files to compute, (iterable, total, label).
         share: this process's number and how many share the work, where there is a folder.
         wait: returns once all processes have called it.
+        own: whether each clip has the noise that it was sampled from.
     """
     starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
 
     def compute(start: int) -> Tensor:
         indices = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
         with torch.no_grad():
-            found = _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast)
+            found = _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast, own)
         names = [f"pair {index}" for index in indices]
         check_finite(found, names, "errors of the reference", "check that the model runs in this precision")
         return found
@@ -77,7 +79,7 @@ def reference_errors(
         return torch.cat([compute(start) for start in progress(starts, len(starts), "train: reference errors")])
     settings = _settings(family, model, seed, count, precision, pairs[0].latents.shape[1:])
     files = {
-        start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE])}.safetensors"
+        start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE], own)}.safetensors"
         for start in starts
     }
     # shared before looking which there are: another process may have written some by now
@@ -100,12 +102,13 @@ def _compute(
     device: torch.device,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
+    own: bool,
 ) -> Tensor:
     """The errors of some pairs, [indices, count, 2, f, h, w] on the CPU."""
     draws = [(index, draw) for index in indices for draw in range(count)]
     parts = []
     for first in range(0, len(draws), batch_size):
-        batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count)
+        batch = make_batch(family, pairs, draws[first : first + batch_size], seed, device, limit=count, own=own)
         with autocast():
             prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
         error = patch_error(prediction, batch.target, batch.patch_rewards.shape[1:], layout=family.layout)
@@ -133,11 +136,12 @@ def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precisi
     )
 
 
-def _key(settings: str, start: int, pairs: Sequence[Pair]) -> str:
+def _key(settings: str, start: int, pairs: Sequence[Pair], own: bool) -> str:
     parts: list[str | dict[str, Tensor]] = [f"{settings} {start}"]
     for pair in pairs:
         grid = str(list(pair.patch_rewards.shape))
         parts += [{"latents": pair.latents, **dict(sorted(pair.conditions.items()))}, grid]
+        parts += [f"noise of {pair.seeds}"] if own and pair.seeds is not None else []
     return hash_tensors(*parts)
 
 

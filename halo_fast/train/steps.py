@@ -30,7 +30,8 @@ def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
     """
     config = job.config
     figures = [run_batch(job, batch) for batch in job.batches(step)]
-    if step == 0 and isinstance(job.objective, PairObjective) and uses_reference(job.objective):
+    at_reference = step == 0 and not job.begins_apart
+    if at_reference and isinstance(job.objective, PairObjective) and uses_reference(job.objective):
         figures = [_at_the_start(one) for one in figures]
     pairs = torch.stack([one.num_pairs for one in figures]).sum()
     average_gradients(list(job.parameters.values()), pairs, job.sharded)

@@ -19,7 +19,7 @@ from halo_fast.errors import UserError
 from halo_fast.files import hash_text
 from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.clips import run_clips
-from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.config import Config, check_round
 from halo_fast.pipeline.run import Run
 from halo_fast.teachers import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label, LabelStore, label_key
 from halo_fast.teachers.human import person_name
@@ -38,7 +38,7 @@ _POLICY = (
 )
 
 
-def label(config: Config, name: str, port: int = 0) -> None:
+def label(config: Config, name: str, port: int = 0, round: int = 1) -> None:
     """Serve the labelling page until Ctrl-C; scores go to labels.sqlite of the run directory as they are given.
 
     Args:
@@ -46,11 +46,12 @@ def label(config: Config, name: str, port: int = 0) -> None:
             other teacher.
         name: who scores; the labels are those of the teacher "human:<name>".
         port: on 127.0.0.1; 0 for a free one.
+        round: of the run, whose candidates are scored.
 
     Raises:
         UserError: no candidates, a name that is not a word, a port that is taken.
     """
-    with LabelServer(config, name, port) as server:
+    with LabelServer(config, name, port, round) as server:
         print(
             f"{name} scores {server.count} clips at\n  {server.url}\nCtrl-C ends; every score is saved at once.",
             flush=True,
@@ -68,15 +69,15 @@ class LabelServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, config: Config, name: str, port: int = 0) -> None:
+    def __init__(self, config: Config, name: str, port: int = 0, round: int = 1) -> None:
         self.teacher = person_name(name)
-        run = Run(config)
+        run = Run(config, number=check_round(config, round))
         found = run_clips(run)
         self._folder, rows = found.folder, found.rows
         self._factors = found.factors() or (1, 1, False)
-        self._store = run.path / "labels.sqlite"
+        self._store = run.root / "labels.sqlite"
         self._grid, self._fps = (config.grid[0], config.grid[1], config.grid[2]), config.generate.fps
-        self._rows = [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, config.seed)]
+        self._rows = [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, run.draw)]
         self._clips = [open_clip(self._folder / row.video, row.prompt) for row in self._rows]
         self.count = len(self._clips)
         self._keys = [label_key(clip.hash, clip.prompt, self._grid, self.teacher) for clip in self._clips]

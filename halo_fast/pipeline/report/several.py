@@ -18,7 +18,7 @@ from halo_fast.pipeline.report.curves import training_charts
 from halo_fast.pipeline.report.page import write_page
 from halo_fast.pipeline.report.runs import RunView, read_run, settings_of, write_data
 
-__all__ = ["compare_runs"]
+__all__ = ["compare_runs", "each_run", "round_table", "write_comparison"]
 
 _TIE = 0.01  # mean severities that differ by no more than this
 _RESAMPLES = 1000
@@ -40,16 +40,32 @@ def compare_runs(paths: Sequence[Path | str], num_clips: int | None = None) -> P
     if len(paths) < 2:
         raise UserError(f"--compare: expected at least two run directories, got {' '.join(map(str, paths)) or 'none'}")
     views = _named([read_run(Path(path)) for path in paths])
+    page = views[-1].path / "compare" / "report.html"
+    write_comparison(page, views, num_clips)
+    write_data(page.parent, views)
+    return page
+
+
+def write_comparison(page: Path, views: Sequence[RunView], num_clips: int | None = None) -> None:
+    """Write the page of several runs.
+
+    Args:
+        page: its file.
+        views: the runs; the first is the one that the others are compared with.
+        num_clips: as for `compare_runs`.
+
+    Raises:
+        UserError: other grids or meters, or no common prompt and seed.
+    """
     cards = _cards(views, num_clips)
-    folder = views[-1].path / "compare"
     settings = [settings_of(view.manifests) for view in views]
     write_page(
-        folder / "report.html",
+        page,
         "compare.html.j2",
         cards,
         title=" and ".join(view.name for view in views),
         runs=views,
-        tables=[_each(views), _against_first(views)],
+        tables=[each_run(views), _against_first(views)],
         differences=_differences(views, settings),
         settings=[yaml.safe_dump(one, sort_keys=False, width=120) for one in settings],
         charts=[
@@ -59,8 +75,6 @@ def compare_runs(paths: Sequence[Path | str], num_clips: int | None = None) -> P
             for chart in training_charts(log, f"{view.name}: ")
         ],
     )
-    write_data(folder, views)
-    return folder / "report.html"
 
 
 def _named(views: Sequence[RunView]) -> list[RunView]:
@@ -99,8 +113,12 @@ def _grid(view: RunView) -> tuple[int, ...]:
     return tuple(view.manifests["evaluate"]["settings"]["grid"])
 
 
-def _each(views: Sequence[RunView]) -> Section:
-    """The headline of every run, base and aligned."""
+def each_run(views: Sequence[RunView]) -> Section:
+    """The headline of every run, base and aligned.
+
+    Args:
+        views: the runs.
+    """
     rows = []
     for view in views:
         found = view.metrics
@@ -117,6 +135,26 @@ def _each(views: Sequence[RunView]) -> Section:
         rows.append(row)
     head = ["run", "prompts", "defective patches", "severity", "mitigated", "prompt fidelity", "motion ratio"]
     return Section("Each run, base and aligned", head, rows)
+
+
+def round_table(views: Sequence[RunView]) -> Section:
+    """What each round of a run was made from, and how far its clips were from the policy that it began with.
+
+    Args:
+        views: the rounds.
+    """
+    columns = {
+        "candidates": ("generate", "clips"),
+        "labelled": ("annotate", "labelled"),
+        "pairs": ("pairs", "pairs"),
+        "steps": ("train", "steps"),
+        "off-policy gap": ("train", "off_policy_gap"),
+    }
+    rows = []
+    for view in views:
+        found = [view.manifests.get(stage, {}).get("counts", {}).get(count, "-") for stage, count in columns.values()]
+        rows.append([view.name, *(f"{100 * one:.1f}%" if isinstance(one, float) else str(one) for one in found)])
+    return Section("What each round began with", ["round", *columns], rows)
 
 
 def _arrow(metrics: dict[str, Any], base: str, aligned: str) -> str:

@@ -57,7 +57,8 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     without asking again, and so does --force. Nothing is asked about clips with imported scores of video and patches.
 
     Args:
-        config: annotate holds the teacher's name and how many clips it scores; they are drawn by config.seed.
+        config: annotate holds the teacher's name and how many clips it scores; they are drawn by config.seed, in later
+            rounds others.
         run: the run directory.
         teacher: scores instead of the one that config.annotate.teacher names.
 
@@ -67,8 +68,8 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
     """
     clips_of_run = run_clips(run)
     folder, rows = clips_of_run.folder, _unlabelled(clips_of_run)
-    rows = [rows[index] for index in sorted(draw_clips(len(rows), config.annotate.num_clips, config.seed))]
-    with LabelStore(run.path / "labels.sqlite") as store:
+    rows = [rows[index] for index in sorted(draw_clips(len(rows), config.annotate.num_clips, run.draw))]
+    with LabelStore(run.root / "labels.sqlite") as store:
         factors = clips_of_run.factors() or (1, 1, False)
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
         # The teacher's name covers what its answers depend on. Limits on money and time may change during a run.

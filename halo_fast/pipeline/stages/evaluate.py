@@ -24,7 +24,7 @@ from halo_fast.pipeline.arms import arm_clips, measure_arms, sample_arms
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.judging import check_judges, judge_arms
 from halo_fast.pipeline.run import Run
-from halo_fast.pipeline.stages.train import training_folder, trainings
+from halo_fast.pipeline.stages.train import trained_results, training_folder
 from halo_fast.rewards import RewardModel
 
 __all__ = ["evaluate", "evaluation_meter", "evaluation_prompts", "printed"]
@@ -50,10 +50,7 @@ def evaluate(config: Config, run: Run) -> None:
     """
     settings, model_name = config.evaluate, config.pretrained_model_name_or_path
     check_judges(config)
-    own = training_folder(config)
-    trained = {own: run.require(f"{own}/{'lora' if config.train.rank else 'model'}")}
-    # other networks of the model that were trained in this run, such as Wan 2.2's other expert
-    trained |= {path.name: _result(path) for path in trainings(run) if path.name != own}
+    own, trained = training_folder(config), trained_results(config, run)
     reward = run.require("reward/model.safetensors").parent
     prompts = evaluation_prompts(config)
     meter = evaluation_meter(config, prompts, reward)
@@ -128,11 +125,6 @@ def evaluation_meter(config: Config, prompts: Sequence[str], reward: Path) -> Me
     grid = config.grid[0], config.grid[1], config.grid[2]
     request = MeterRequest(grid, size, prompts, config.seed, cache(lambda: RewardModel.load(reward)))
     return load_meter(config.evaluate.meter, request)
-
-
-def _result(training: Path) -> Path:
-    """Where a training's LoRA or network is."""
-    return next(path for name in ("lora", "model") if (path := training / name).exists())
 
 
 def _probes(config: Config, clips: Sequence[EvaluatedRow], folder: Path, model: RewardModel) -> list[dict[str, Any]]:

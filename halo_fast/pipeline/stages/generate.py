@@ -16,11 +16,13 @@ from halo_fast.data.prompts import prompt_source, read_prompts, shared_prompts
 from halo_fast.data.regions import covered_share, moving_region, worst_region
 from halo_fast.data.tables import ClipRow, PairRow, read_rows, write_rows
 from halo_fast.errors import UserError
+from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, sample_variations
 from halo_fast.files import write_safetensors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run, Stage
+from halo_fast.pipeline.stages.train import trained_results
 from halo_fast.rewards import RewardModel
 from halo_fast.rewards.model import model_folder
 
@@ -30,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 def generate(config: Config, run: Run) -> None:
-    """Sample `num_videos_per_prompt` candidates of each prompt by `generate.strategy`.
+    """Sample `num_videos_per_prompt` candidates of each prompt by `generate.strategy`; a stage.
 
-    Writes generate/clips.parquet, videos/CLIP.mp4 and latents/CLIP.safetensors; of branches also trunks/, and of
-    corrupted clips pairs.parquet with labels that follow from their regions. A killed run is continued at the first
-    unfinished batch. Batches are formed alike in every run, because on some devices rounding depends on their shape.
+    A later round samples from the model as the rounds before have aligned it. Writes generate/clips.parquet,
+    videos/CLIP.mp4 and latents/CLIP.safetensors; of branches also trunks/, and of corrupted clips pairs.parquet with
+    labels that follow from their regions. A killed run is continued at the first unfinished batch. Batches are formed
+    alike in every run, because on some devices rounding depends on their shape.
 
     Raises:
         UserError: prompts, model, clip size, grid or strategy that do not fit.
@@ -48,18 +51,22 @@ def generate(config: Config, run: Run) -> None:
     inputs: dict[str, Path | str] = {"prompts": own, "pretrained_model_name_or_path": source(model)}
     if settings.strategy == "repair":
         inputs["reward_model"] = _reward_model(config)
+    policy = trained_results(config, run.rounds[-2]) if run.number > 1 else {}
+    inputs |= {f"policy, {name}": result for name, result in policy.items()}
     keys = asdict(settings) | {"seed": config.seed, "precision": config.precision}
     keys |= {"grid": config.grid} if settings.strategy in ("repair", "corrupt") else {}
     keys |= {"quantization": config.quantization} if config.quantization else {}
     with run.stage("generate", keys, inputs) as stage:
         if stage.done:
             return
-        family = load(model, precision=config.precision, quantization=config.quantization)
+        network = config.train.network if policy else None
+        family = load(model, network=network, precision=config.precision, quantization=config.quantization)
+        load_all_trained(family, list(policy.values()))
         _check_grid(family, config)
         if registry.is_name("model", model):  # its tokenizer could not be had alone
             _list_cut_prompts(family, prompts, "prompts")
         guides = imported if varies_imports(config) else []
-        clips = _clip_rows(prompts, config, guides)
+        clips = _clip_rows(prompts, config, guides, _earlier_candidates(run))
         _sample(family, clips, guides, config, run, stage)
         if not processes.is_first():
             return
@@ -164,7 +171,15 @@ def _latent_size(family: Family, config: Config) -> tuple[int, ...]:
     return family.latent_size(family.latent_shape(form.num_frames, form.height, form.width))
 
 
-def _clip_rows(prompts: Sequence[str], config: Config, guides: Sequence[ClipRow]) -> list[ClipRow]:
+def _earlier_candidates(run: Run) -> int:
+    """Number of a prompt's first candidate: rounds count on, so that none has the seed or name of an earlier one."""
+    tables = [one.path / "generate/clips.parquet" for one in run.rounds[:-1]]
+    return max(
+        (row.candidate + 1 for table in tables if table.exists() for row in read_rows(table, ClipRow)), default=0
+    )
+
+
+def _clip_rows(prompts: Sequence[str], config: Config, guides: Sequence[ClipRow], earlier: int = 0) -> list[ClipRow]:
     """A row for each candidate of each prompt, with its seed, its files and what it is made from."""
     settings, rows, by_prompt = config.generate, [], defaultdict(list)
     for guide in guides:
@@ -172,11 +187,11 @@ def _clip_rows(prompts: Sequence[str], config: Config, guides: Sequence[ClipRow]
     for index, prompt in enumerate(prompts):
         parents = by_prompt[prompt]
         count = settings.num_videos_per_prompt * max(len(parents), 1)
-        for candidate in range(count):
+        for candidate in range(earlier, earlier + count):
             clip_id = f"p{index:04d}_s{candidate}"
-            first = candidate == 0 and not parents
+            first = candidate == earlier and not parents
             alone = settings.strategy == "independent" or (first and settings.strategy != "branched")
-            parent = parents[candidate % len(parents)] if parents else f"p{index:04d}_s0"
+            parent = parents[candidate % len(parents)] if parents else f"p{index:04d}_s{earlier}"
             rows.append(
                 ClipRow(
                     clip_id,

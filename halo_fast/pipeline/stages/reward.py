@@ -26,7 +26,8 @@ __all__ = ["read_labels", "train_reward"]
 def train_reward(config: Config, run: Run) -> None:
     """Train the reward model on imported labels and those of annotate; a stage.
 
-    Writes model.safetensors, config.json and history.csv. With config.reward_model these are that model's.
+    In a later round these are the labels of all rounds so far. Writes model.safetensors, config.json and history.csv.
+    With config.reward_model these are that model's.
 
     Args:
         config: reward holds the settings.
@@ -38,8 +39,8 @@ def train_reward(config: Config, run: Run) -> None:
     if config.reward_model:
         _take_trained(model_folder(config.reward_model), run)
         return
-    clips = run_clips(run)
-    labels = _tables(config, run)
+    clips = run_clips(run, earlier=True)
+    labels = {name: table for one in run.rounds for name, table in _tables(one).items()}
     reward = config.reward
     settings = asdict(reward) | {"seed": config.seed}
     with run.stage("reward", settings, labels | clips.inputs) as stage:
@@ -77,13 +78,14 @@ def _take_trained(folder: Path, run: Run) -> None:
         stage.finish({"taken": 1})
 
 
-def _tables(config: Config, run: Run) -> dict[str, Path]:
-    """The tables of labels that a run has: people's that were imported, and the teacher's."""
-    tables = {}
+def _tables(run: Run) -> dict[str, Path]:
+    """The tables of labels that a round has: people's that were imported, and the teacher's."""
+    config, tables = run.config, {}
     if config.imports.sources and (run.path / "import" / "labels.parquet").exists():
         tables["imported labels"] = run.require("import/labels.parquet")
     if config.annotate.teacher or not tables:
-        tables["labels"] = run.require("annotate/labels.parquet")
+        name = "labels" if run.number == 1 else f"labels of {run.path.name}"
+        tables[name] = run.require("annotate/labels.parquet")
     return tables
 
 

@@ -2,29 +2,32 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from halo_fast import processes
 from halo_fast.data import CachedPairs, Pair
 from halo_fast.data.pairs import heldout_mask
 from halo_fast.errors import UserError
-from halo_fast.export.lora import LORA_FILE, metadata, save_network
+from halo_fast.export.lora import LORA_FILE, metadata, read_trained, save_network
 from halo_fast.families import Family, load, source
 from halo_fast.files import progress, write_safetensors
+from halo_fast.pipeline.clips import noise_seeds, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.train.config import deciding_settings
+from halo_fast.train.draws import tell_noise
 from halo_fast.train.job import prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
-__all__ = ["dry_run", "train", "training_folder", "trainings"]
+__all__ = ["dry_run", "train", "trained_results", "training_folder", "trainings"]
 
 
 def train(config: Config, run: Run) -> None:
     """Train on a run directory's pairs: the LoRA goes to train/lora, at rank 0 the network to train/model; a stage.
 
-    A network that is not the model's first, such as transformer_2, goes to train_transformer_2 instead of train.
+    A network that is not the model's first, such as transformer_2, goes to train_transformer_2 instead of train. A
+    later round goes on from what the round before trained.
 
     Raises:
         UserError: whatever `fit` finds wrong.
@@ -35,14 +38,18 @@ def train(config: Config, run: Run) -> None:
         "cache": run.require("cache"),
         "pretrained_model_name_or_path": source(name),
     }
+    inputs |= run_clips(run).inputs if config.train.noise == "own" else {}
+    start = _start(config, run)
+    inputs |= {} if start is None else {"start": start}
     base = {"precision": config.precision, "quantization": config.quantization}
-    with run.stage(training_folder(config), asdict(config.train) | base, inputs) as stage:
+    settings = deciding_settings(config.train, start is not None) | base
+    with run.stage(training_folder(config), settings, inputs) as stage:
         if stage.done:
             return
         family, pairs, heldout = _load(config, run)
         result = fit(
-            family, pairs, config.train, folder=stage.folder, references=run.path / "reference_errors",
-            heldout=heldout, generate=config.generate,
+            family, pairs, config.train, folder=stage.folder, references=run.root / "reference_errors",
+            heldout=heldout, generate=config.generate, start=None if start is None else read_trained(family, start),
         )  # fmt: skip
         if not processes.is_first():
             return
@@ -51,7 +58,10 @@ def train(config: Config, run: Run) -> None:
             write_safetensors(stage.folder / "lora" / LORA_FILE, result.lora, about)
         else:
             save_network(stage.folder / "model", family, result.weights, about)
-        stage.finish({"steps": len(result.log), "loss": result.log[-1]["loss"]})
+        counts = {"steps": len(result.log), "loss": result.log[-1]["loss"]}
+        if config.rounds > 1 and result.gap is not None:
+            counts["off_policy_gap"] = result.gap
+        stage.finish(counts)
 
 
 def training_folder(config: Config) -> str:
@@ -61,8 +71,33 @@ def training_folder(config: Config) -> str:
 
 
 def trainings(run: Run) -> list[Path]:
-    """The folders of all finished trainings in a run directory."""
-    return sorted(path.parent for path in run.path.glob("train*/manifest.json"))
+    """The folders of all finished trainings of a run; of a network that several rounds trained, the last one's."""
+    found = {path.parent.name: path.parent for one in run.rounds for path in one.path.glob("train*/manifest.json")}
+    return [found[name] for name in sorted(found)]
+
+
+def trained_results(config: Config, run: Run) -> dict[str, Path]:
+    """The LoRA or network of each training, by its stage's name, that of the config's own network first.
+
+    Others are of further networks of the model, such as Wan 2.2's other expert.
+
+    Raises:
+        UserError: the config's own network is not trained in this round.
+    """
+    own = training_folder(config)
+    found = {own: run.require(f"{own}/{'lora' if config.train.rank else 'model'}")}
+    return found | {path.name: _result(path) for path in trainings(run) if path.name != own}
+
+
+def _start(config: Config, run: Run) -> Path | None:
+    """The LoRA or network that a later round goes on from; None in the first, and for a network not yet trained."""
+    before = trainings(run.rounds[-2]) if run.number > 1 else []
+    return next((_result(path) for path in before if path.name == training_folder(config)), None)
+
+
+def _result(training: Path) -> Path:
+    """Where a training's LoRA or network is."""
+    return next(path for name in ("lora", "model") if (path := training / name).exists())
 
 
 def dry_run(config: Config, run: Run) -> None:
@@ -73,7 +108,9 @@ def dry_run(config: Config, run: Run) -> None:
     """
     family, pairs, heldout = _load(config, run)
     few = pairs[: config.train.train_batch_size * config.train.gradient_accumulation_steps]
-    with prepared_job(family, few, config.train, progress=progress) as job:
+    path = _start(config, run)
+    start = None if path is None else read_trained(family, path)
+    with prepared_job(family, few, config.train, progress=progress, start=start) as job:
         take_step(job, 0)  # kernels and compiled blocks warm up
         started = time.perf_counter()
         _, norm = take_step(job, 1)
@@ -87,10 +124,6 @@ def dry_run(config: Config, run: Run) -> None:
 
 def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pair]]:
     """The model, pairs to train on, and pairs kept out for diagnostics; all pairs of a prompt are on one side."""
-    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
-    heldout = heldout_mask(pairs.prompts, config.train.heldout_share)
-    if all(heldout):
-        raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
     settings = config.train
     # only what samples clips needs the other parts
     sampling = settings.validation_prompts or (settings.off_policy_pairs and settings.off_policy_fresh)
@@ -99,4 +132,11 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
         None if sampling else [settings.network or "transformer", "unet"], config.quantization,
     )  # fmt: skip
     family.set_conditions(config.generate.guidance_scale, config.generate.fps)
+    seeds, others = noise_seeds(run_clips(run).rows, family) if settings.noise == "own" else ({}, "")
+    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"), seeds)
+    if settings.noise == "own":
+        tell_noise([a in seeds and b in seeds for a, b in pairs.clips], others)
+    heldout = heldout_mask(pairs.prompts, settings.heldout_share)
+    if all(heldout):
+        raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
     return family, pairs.where([not out for out in heldout]), pairs.where(heldout)

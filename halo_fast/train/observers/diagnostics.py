@@ -195,7 +195,9 @@ def _batches(family: Denoiser, pairs: Sequence[Pair], config: TrainConfig, devic
     draws = [(index, draw) for draw in range(config.heldout_draws) for index in range(count)]
     for start in range(0, len(draws), config.train_batch_size):
         chosen = draws[start : start + config.train_batch_size]
-        yield make_batch(family, pairs, chosen, config.seed, device, limit=config.heldout_draws)
+        yield make_batch(
+            family, pairs, chosen, config.seed, device, limit=config.heldout_draws, own=config.noise == "own"
+        )
 
 
 @torch.no_grad()
