@@ -1,4 +1,4 @@
-"""Environment of every test: no network, two threads, Triton interpreted where there is no GPU."""
+"""Environment of every test: no network, two threads in all, Triton interpreted where there is no GPU."""
 
 import os
 import tempfile
@@ -16,7 +16,8 @@ if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+# threads that wait for one another spin, so workers with more threads than cores are slower than one process
+torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,20 @@ def pairs(pipeline):
     from halo_fast.families import family_of
 
     return make_pairs(family_of(pipeline))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stages are noted instead of run."""
+    from verbs import replace_stages
+
+    noted = []
+
+    def note(target):
+        return lambda config, run: noted.append((target.replace(":", "."), config, run))
+
+    replace_stages(monkeypatch, note)
+    return noted
 
 
 def pytest_collection_modifyitems(items):

@@ -114,9 +114,10 @@ def _settings(job: Job) -> dict[str, Any]:
     # Reading all pairs would take as long as an epoch; other data differ at the ends.
     ends = {f"{name} pair": _digest(job.pairs[index]) for name, index in (("first", 0), ("last", len(job.pairs) - 1))}
     more: dict[str, Any] = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
-    more |= {"start": job.start} if job.start else {}
+    # first, because the reference of a training without a start is no setting
+    start = {"start": job.start} if job.start else {}
     own = deciding_settings(job.config, bool(job.start))
-    settings: dict[str, Any] = json.loads(json.dumps(own | more | ends))
+    settings: dict[str, Any] = json.loads(json.dumps(start | own | more | ends))
     return settings
 
 

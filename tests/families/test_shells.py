@@ -44,7 +44,7 @@ def test_networks_have_the_published_number_of_parameters(name):
         assert count(network) == pytest.approx(ROUNDED[name], rel=0.05)
 
 
-@pytest.mark.parametrize("name", {name for name, _ in OTHERS})
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in OTHERS))
 def test_other_parts_have_the_published_number_of_parameters(name):
     family = shells.load_shell(name)
     for (model, part), published in OTHERS.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from recipe import demo_config
 from tiny import tiny_wan
+from verbs import NEEDED, refuse, replace_stages
 
 from halo_fast import registry
 from halo_fast.errors import UserError
@@ -22,39 +23,7 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("jsonargparse")
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Stages are noted instead of run."""
-    noted = []
-
-    def note(target):
-        return lambda config, run: noted.append((target.replace(":", "."), config, run))
-
-    replace_stages(monkeypatch, note)
-    return noted
-
-
-def replace_stages(monkeypatch, stand_in):
-    """Let `stand_in(target)` stand for the function of every stage."""
-    load = registry.load
-    monkeypatch.setattr(registry, "load", lambda target: stand_in(target) if ".stages." in target else load(target))
-
-
-NEEDED = {
-    "pretrained_model_name_or_path": "model",
-    "prompts": "prompts.txt",
-    "evaluation_prompts": "heldout.txt",
-    "annotate.teacher": "human:anna",
-}
 MODEL = ("--pretrained_model_name_or_path", "model")
-
-
-def refuse(capsys, *arguments) -> str:
-    """The one line with which a command is refused."""
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("halo: error: ") and err.count("\n") == 1
-    return err
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(calls, tmp_path):

@@ -112,10 +112,13 @@ def test_numbers_out_of_bounds_are_refused_before_any_work(name, tmp_path, capsy
 @pytest.mark.parametrize("name", registry.known("comparison"))
 def test_a_registered_model_says_what_the_page_needs(name):
     comparison: compare.Comparison = registry.resolve("comparison", name)
-    assert comparison.changes == {"pretrained_model_name_or_path": f"demo:{name}"}
+    base = {"gpt-like": "graded"}.get(name, name)
+    errors = {"annotate.options": {"noisy_share": 1.0, "errors": "gpt-4o"}} if name == "gpt-like" else {}
+    assert comparison.changes == {"pretrained_model_name_or_path": f"demo:{base}"} | errors
+    assert bool(errors) == ("as large as GPT-4o's" in comparison.note())
     page = "\n".join(compare._introduction([comparison], demo_config(), [name], 3, "runs/compare"))
     assert page.startswith("# Does the idea hold?\n") and "16 pairs for every arm" in page
     # a table of planted damage, most of it to least, whose readings fall
-    readings = [float(value) for value in re.findall(rf"\| {name} \| \d+ \| (0\.\d+) \|", page)]
+    readings = [float(value) for value in re.findall(rf"\| {base} \| \d+ \| (0\.\d+) \|", page)]
     assert len(readings) == 5 and readings == sorted(readings, reverse=True)
     assert comparison.note().startswith("The base on 256 held-out prompts: defect_rate 0.")

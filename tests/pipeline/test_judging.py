@@ -169,7 +169,7 @@ def page_of(run: Run, path: Path) -> str:
     cards = cards_of([("", view.folder, view.rows, tuple(run.config.grid), run.config.generate.fps)], 1)
     write_page(
         path, "page.html.j2", cards, title="t", run=view, judges=view.judges, notes=None, charts=[], counts={},
-        settings="", versions={},
+        settings="", versions={}, rounds=[],
     )  # fmt: skip
     return path.read_text()
 

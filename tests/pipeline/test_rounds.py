@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import NEEDED, calls, refuse  # noqa: F401  `calls` is a fixture
 from tiny import finish_again, output_hashes, run_to_cache, tiny_config, tiny_wan, write_scores
+from verbs import NEEDED, refuse
 
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow, read_rows, write_rows
 from halo_fast.errors import UserError

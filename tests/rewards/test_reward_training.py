@@ -52,7 +52,7 @@ def labelled(clips: Clips) -> LabelledClips:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[RewardModel, list[dict]]:
-    config = RewardConfig(video_steps=30, patch_steps=110, batch_size=12, learning_rate=5e-3)
+    config = RewardConfig(video_steps=40, patch_steps=160, batch_size=12, learning_rate=5e-3)
     return train_reward_model(
         RewardModelConfig(VIDEO_DIMENSIONS, width=16, pretrained=False),
         labelled(make_clips(240, seed=1)),
@@ -83,12 +83,12 @@ def test_video_motion_follows_what_the_clips_show(rewards):
 
 def test_the_patch_phase_starts_from_the_video_phase_and_keeps_its_loss(trained):
     _, history = trained
-    assert [row["phase"] for row in history] == ["video"] * 30 + ["patch"] * 110
-    assert "patch_loss" not in history[29] and "patch_loss" in history[30]
+    assert [row["phase"] for row in history] == ["video"] * 40 + ["patch"] * 160
+    assert "patch_loss" not in history[39] and "patch_loss" in history[40]
     video = [row["video_loss"] for row in history]
     # the weights are the same ones: the loss does not jump back to where it began
-    assert np.mean(video[30:40]) < np.mean(video[:3])
-    assert np.mean(video[-20:]) < np.mean(video[20:30])
+    assert np.mean(video[40:50]) < np.mean(video[:3])
+    assert np.mean(video[-20:]) < np.mean(video[30:40])
 
 
 def test_damage_lowers_the_damaged_patch_most(trained):

@@ -79,7 +79,7 @@ def test_names_that_lead_nowhere_are_reported_with_those_that_do(store, name, co
     [
         ("openai", {"modell": "x"}, "annotate.openai: expected some of model, .*got 'modell'"),
         ("openai", {"max_frames": 0}, "annotate.openai.max_frames: expected at least 1, got 0"),
-        ("demo", {"noise": 0.2}, "annotate.options: expected some of noisy_share, got 'noise'"),
+        ("demo", {"noise": 0.2}, "annotate.options: expected some of noisy_share, errors, got 'noise'"),
         ("demo", {"noisy_share": 1.5}, "annotate.options.noisy_share: expected .*at most 1, got 1.5"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_switch_that_forgets_the_first_weights_is_refused(pipeline, pairs, mon
     from contextlib import contextmanager, nullcontext
 
     @contextmanager
-    def forgetful(model, parameters, config):
+    def forgetful(*_):
         yield nullcontext
 
     monkeypatch.setattr("halo_fast.train.job.reference_switch", forgetful)
