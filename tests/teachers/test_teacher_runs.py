@@ -124,6 +124,7 @@ class Killer:
         raise AssertionError(f"{settled} of {answered} answers are in the store")
 
 
+@pytest.mark.slow
 def test_200_clips_with_a_misbehaving_server_killed_three_times(tmp_path):
     clips = make_clips(200, seed=1, damaged_share=0.1)
     clips.prompts = [f"{prompt}, take {index}" for index, prompt in enumerate(clips.prompts)]

@@ -53,6 +53,7 @@ def cached(tmp_path_factory):
     return folder, config, run
 
 
+@pytest.mark.slow
 def test_killed_at_three_random_steps_equals_undisturbed(cached, monkeypatch):
     folder, config, run = cached
     for step in sorted(random.Random(5).sample(range(2, 14), 3)):

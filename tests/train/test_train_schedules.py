@@ -312,7 +312,8 @@ def test_compiled_blocks_train_alike_with_few_graphs_and_the_model_is_put_back(p
     assert all(block._compiled_call_impl is None for block in pipeline.transformer.blocks)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "selective"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
 def test_inductor_trains_alike_and_compiles_nothing_once_warm(pairs, mode):
     from torch._dynamo.utils import counters
 
