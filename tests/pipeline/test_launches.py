@@ -103,3 +103,14 @@ def test_a_process_killed_in_each_stage_changes_no_result(alone, tmp_path):
         done = ended(launch(TORCHRUN, *words, folder=tmp_path))
         assert done.returncode == 0, done.stderr[-4000:]
     assert_equal(run, alone)
+
+
+@pytest.mark.slow
+def test_a_launcher_may_start_all_processes_again(alone, tmp_path):
+    again = (*TORCHRUN, "--max_restarts", "1")
+    process = launch(again, "-m", "halo_fast", "generate", *CONFIG, folder=tmp_path)
+    run = tmp_path / "runs" / "demo"
+    kill_worker(process, 0, lambda: list(run.glob("generate/videos/p*.mp4")))
+    done = ended(process)
+    assert done.returncode == 0 and "generate: goes on" in done.stderr
+    assert output_hashes(run / "generate") == output_hashes(alone / "generate")
