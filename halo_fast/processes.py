@@ -84,6 +84,15 @@ def join() -> None:
     # Slurm may show each process a GPU of its own, torchrun shows all to all
     if 0 < devices < local and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(f"launcher: {local} processes were started here for {devices} GPUs; start one for each GPU")
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt:
+        # torchrun keeps its store, in which the addresses of the processes before still stand
+        accelerator = torch.accelerator.current_accelerator() if devices else None
+        again = dist.PrefixStore(f"attempt {attempt}", _launchers_store())
+        dist.init_process_group(
+            dist.get_default_backend_for_device(accelerator or "cpu"),
+            store=again, rank=int(os.environ["RANK"]), world_size=expected,
+        )  # fmt: skip
     # on a CPU accelerate needs cpu=True before it initialises the process group
     state = PartialState(cpu=not devices)
     if state.num_processes != expected:
@@ -92,10 +101,7 @@ def join() -> None:
             "launch` or torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-    # a launcher that starts all processes again keeps its store
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"halo {attempt}", dist.TCPStore(address, port, is_master=False))
+    store = dist.PrefixStore(f"halo {attempt}", _launchers_store())
     _launch = _Launch(group, store, state.process_index, state.num_processes)
 
 
@@ -207,6 +213,13 @@ def seen(path: Path) -> Path:
             )
         time.sleep(0.1)
     return path
+
+
+def _launchers_store() -> Any:
+    """A connection to the store that the launcher, or the first process, serves."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 def _started() -> int:
