@@ -30,6 +30,7 @@ __all__ = [
     "hash_file",
     "hash_tensors",
     "hash_text",
+    "laid_out_like",
     "no_loading_bars",
     "progress",
     "read_checkpoint",
@@ -87,6 +88,22 @@ def scratch_tensor(folder: Path | None, shape: Sequence[int], dtype: "torch.dtyp
         return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
     finally:
         Path(name).unlink()
+
+
+def laid_out_like(part: "torch.Tensor", count: int, dtype: "torch.dtype", folder: Path | None = None) -> "torch.Tensor":
+    """A tensor of zeros with `count` rows, in which a row lies as in `part`, by `scratch_tensor`.
+
+    The order of axes in memory decides the order of random numbers, and the last bit of sums over channels.
+
+    Args:
+        part: [n, ...].
+        count: of rows.
+        dtype: of the numbers.
+        folder: on whose disk it lies; None for a tensor in memory.
+    """
+    order = sorted(range(part.ndim), key=lambda axis: (axis > 0, -part.stride()[axis]))
+    sides = [count, *(part.shape[axis] for axis in order[1:])]
+    return scratch_tensor(folder, sides, dtype).permute(*map(order.index, range(part.ndim)))
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """Several processes as one run: who is first, who takes which part of the work, and waiting for one another.
 
 A launcher (`accelerate launch`, torchrun, Slurm) starts the same command several times. `join` makes one run of them.
-Then `share` divides work, and `by_first` has the first process do what must be done once. Without a launcher there is
-one process: nothing here waits, and torch.distributed is not imported.
+Then `share` divides work, `by_first` has the first process do what must be done once, and `add_up` sums tensors.
+Without a launcher there is one process: nothing here waits, and torch.distributed is not imported.
 """
 
 import json
@@ -10,17 +10,35 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halo_fast.errors import UserError
 from halo_fast.files import progress
 
-__all__ = ["by_first", "count", "is_first", "join", "leave", "seen", "share", "speaks", "wait"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "add_up",
+    "by_first",
+    "count",
+    "is_first",
+    "join",
+    "leave",
+    "rank",
+    "seen",
+    "share",
+    "shown",
+    "speaks",
+    "sum_tensors",
+    "tensors_by_first",
+    "wait",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +46,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=365)  # a stage of one process may take days, while the others wait
+_MESSAGE = 2**24  # numbers in one message
 _SIGHT = 60  # seconds until a network file system must show what another machine wrote
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOST = "halo: another process has ended, so this one does too; the same command continues"
@@ -122,6 +141,11 @@ def count() -> int:
     return 1 if _launch is None else _launch.count
 
 
+def rank() -> int:
+    """The number of this process among those that work together, from 0; 0 inside `by_first`."""
+    return 0 if _launch is None else _launch.rank
+
+
 def is_first() -> bool:
     """Whether this process does what is done once, such as writing tables."""
     return _launch is None or _launch.rank == 0
@@ -174,6 +198,85 @@ def by_first(work: Callable[[], Value]) -> Value:
     return heard
 
 
+def tensors_by_first(
+    work: Callable[[], tuple[Mapping[str, "Tensor"], Value]], into: Mapping[str, "Tensor"] | None = None
+) -> tuple[dict[str, "Tensor"], Value]:
+    """As `by_first`, of work that gives tensors by name as well.
+
+    Args:
+        work: gives tensors on the CPU, and what JSON can hold.
+        into: tensors that other processes have already; those are filled where they have the name of one that is given.
+
+    Returns:
+        On the first process what `work()` gave, and the same values on the others; without gradients.
+    """
+    own: dict[str, Tensor] = {}
+
+    def noted() -> tuple[list[tuple[str, list[int], str]], Value]:
+        tensors, rest = work()
+        own.update({name: tensor.detach() for name, tensor in tensors.items()})
+        return [(name, list(one.shape), str(one.dtype).removeprefix("torch.")) for name, one in own.items()], rest
+
+    forms, rest = by_first(noted)
+    if _launch is None:
+        return own, rest
+    import torch
+    import torch.distributed as dist
+
+    known = own or {name: tensor.detach() for name, tensor in (into or {}).items()}
+    given = {}
+    for name, shape, dtype in forms:
+        given[name] = known[name] if name in known else torch.empty(shape, dtype=getattr(torch, dtype))
+        message = given[name].contiguous()
+        with _others():
+            dist.broadcast(message, 0, group=_launch.group)
+        given[name].copy_(message)
+    return given, rest
+
+
+def add_up(tensors: Sequence["Tensor"]) -> None:
+    """Replace tensors by their sums over all processes, in place; every process must call.
+
+    Args:
+        tensors: of any shapes, the same on all processes. They travel in the dtype and on the device of the first one.
+    """
+    if _launch is not None:
+        # the launcher's own group knows GPUs alone, where there are any
+        group = _launch.group if tensors[0].device.type == "cpu" else None
+        with _others():
+            sum_tensors(tensors, group)
+
+
+def sum_tensors(tensors: Sequence["Tensor"], group: Any = None) -> None:
+    """Sum tensors of any shapes over a process group in place, many in one message.
+
+    A LoRA's fit into one message or two, a whole model's do not.
+
+    Args:
+        tensors: the same shapes on all processes; the dtype and device of the first one are those of the messages.
+        group: of torch.distributed; None for the default one.
+    """
+    import torch
+    import torch.distributed as dist
+
+    messages: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if messages[-1] and sum(one.numel() for one in messages[-1]) + tensor.numel() > _MESSAGE:
+            messages.append([])
+        messages[-1].append(tensor)
+    for message in messages:
+        together = torch.cat([part.flatten().to(tensors[0]) for part in message])
+        if together.numel():
+            dist.all_reduce(together, group=group)
+        for part, total in zip(message, together.split([part.numel() for part in message]), strict=True):
+            part.copy_(total.view_as(part))
+
+
+def shown(items: Sequence[Item], label: str) -> Iterable[Item]:
+    """The items, with progress that the first process shows under a label."""
+    return progress(items, len(items), label) if is_first() else items
+
+
 def share(items: Sequence[Item], label: str) -> Iterator[Item]:
     """Yield the items that fall to this process, in order; ends when all processes have finished theirs.
 
@@ -185,11 +288,11 @@ def share(items: Sequence[Item], label: str) -> Iterator[Item]:
     """
     launch = _launch
     if launch is None:
-        yield from progress(items, len(items), label)
+        yield from shown(items, label)
         return
     key = launch.key()
     own = _next(launch, key)
-    for index, item in enumerate(progress(items, len(items), label) if launch.rank == 0 else items):
+    for index, item in enumerate(shown(items, label)):
         if index == own:
             yield item
             own = _next(launch, key)

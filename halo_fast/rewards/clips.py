@@ -50,6 +50,10 @@ class LabelledClips:
             patch_scores=self.patch_scores[rows],
         )
 
+    def without_frames(self) -> LabelledClips:
+        """The prompts and scores alone: clips of no frames."""
+        return replace(self, videos=self.videos[:, :0])
+
     def prompt_confidence(self, rows: Tensor) -> Tensor:
         """How far some of the clips show what their prompts say, [M] in [0, 1].
 

@@ -13,6 +13,7 @@ from halo_fast.rewards.base import RewardConfig
 from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips
 from halo_fast.rewards.losses import preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel
+from halo_fast.rewards.shares import Share
 
 __all__ = ["Batch", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss"]
 
@@ -23,15 +24,19 @@ _COPY_SHARE = 0.25  # of a batch that is compared with frozen copies
 
 @dataclass(frozen=True)
 class Batch:
-    """The clips of a step.
+    """The clips of a step that this process computes, and the labels of all.
 
     Args:
-        clips: N labelled clips.
-        frozen: their frozen features, float32 [N, c, f', y, x], or None.
-        word_evidence: [N, k], or None.
+        clips: n labelled clips.
+        labels: all N clips of the step, with or without frames.
+        share: which of them `clips` are.
+        frozen: frozen features of `clips`, float32 [n, c, f', y, x], or None.
+        word_evidence: [n, k], or None.
     """
 
     clips: LabelledClips
+    labels: LabelledClips
+    share: Share
     frozen: Tensor | None = None
     word_evidence: Tensor | None = None
 
@@ -52,30 +57,33 @@ def loss_terms(
     patch_phase: bool,
     config: RewardConfig,
 ) -> dict[str, Tensor]:
-    """The loss terms of a batch, 0-d each: video, swap, motion and, in the patch phase, patch.
+    """The loss terms of a whole batch, 0-d each: video, swap, motion and, in the patch phase, patch.
 
     Args:
         model: in training mode.
-        batch: its clips.
+        batch: this process's share of its clips; every process must call.
         scales: `loss_scales` of all training clips, of the video and of the patch dimensions.
         patch_phase: whether patch scores count.
         config: the kind of loss and the tie margin.
     """
-    clips, dimensions = batch.clips, model.config.video_dimensions
-    features = model.backbone.encode(clips.videos, batch.frozen, batch.word_evidence)
-    video, patches = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])
-    losses = {"video": _label_loss(video, clips.video_scores, scales[0], config)}
-    if PROMPT_DIMENSION in dimensions and len(clips) > 1:
+    clips, labels, share = batch.clips, batch.labels, batch.share
+    dimensions, backbone = model.config.video_dimensions, model.backbone
+    with share.dropout():
+        features = backbone.encode(clips.videos, batch.frozen, batch.word_evidence)
+        video, patches = map(share.join, backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:]))
+    losses = {"video": _label_loss(video, labels.video_scores, scales[0], config)}
+    if PROMPT_DIMENSION in dimensions and len(labels) > 1:
         column = dimensions.index(PROMPT_DIMENSION)
-        count = min(len(clips) - 1, model.backbone.negatives)
-        others = torch.stack([torch.arange(len(clips)).roll(shift) for shift in range(count + 1)], dim=1)
-        logits = model.backbone.video_logits_for(features, clips.prompts, others)[..., column]
-        losses["swap"] = swap_loss(logits[:, :1] - logits[:, 1:], clips, others[:, 1:], column)
+        count = min(len(labels) - 1, backbone.negatives)
+        others = torch.stack([torch.arange(len(labels)).roll(shift) for shift in range(count + 1)], dim=1)
+        with share.dropout():
+            logits = backbone.video_logits_for(features, labels.prompts, others[share.rows])[..., column]
+        losses["swap"] = swap_loss(share.join(logits[:, :1] - logits[:, 1:]), labels, others[:, 1:], column)
     if _MOTION_DIMENSION in dimensions and config.motion_weight:
         column = dimensions.index(_MOTION_DIMENSION)
-        losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(clips)), column], column)
+        losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(labels)), column], column)
     if patch_phase:
-        losses["patch"] = _label_loss(patches, clips.patch_scores, scales[1], config)
+        losses["patch"] = _label_loss(patches, labels.patch_scores, scales[1], config)
     return losses
 
 
@@ -112,11 +120,12 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
 
     Args:
         model: in training mode.
-        batch: its first len(own) clips are compared.
+        batch: this process's share; the first len(own) clips of the whole batch are compared.
         own: [M], their logits.
         column: of dynamic_degree among the video scores.
     """
-    count, moment = len(own), torch.rand(()).item()
+    share, moment = batch.share.of_first(len(own)), torch.rand(()).item()
+    count = len(share.rows)
     clips = batch.clips.select(torch.arange(count))
 
     def freeze(frames: Tensor, axis: int) -> Tensor:
@@ -126,7 +135,9 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
     stills = freeze(clips.videos, 1)
     frozen = None if batch.frozen is None else freeze(batch.frozen[:count], 2)
     evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
-    features = model.backbone.encode(stills, frozen, evidence)
-    margin = own - model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
-    weight = ((clips.video_scores[:, column] - 1) / 4).nan_to_num(0) * (stills != clips.videos).flatten(1).any(dim=1)
+    with share.dropout():
+        features = model.backbone.encode(stills, frozen, evidence)
+        logits = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
+    margin, moves = own - share.join(logits), share.join((stills != clips.videos).flatten(1).any(dim=1).float())
+    weight = ((batch.labels.video_scores[: len(own), column] - 1) / 4).nan_to_num(0) * moves
     return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)

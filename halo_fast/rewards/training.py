@@ -1,9 +1,13 @@
-"""Training of the reward model: whole videos first, then the same weights on patches."""
+"""Training of the reward model: whole videos first, then the same weights on patches.
+
+Several processes train one model together, as `halo_fast.rewards.shares` says. Fits in closed form, checkpoints and the
+calibration are the first one's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from halo_fast.files import progress, read_checkpoint, scratch_tensor, write_checkpoint
+from halo_fast import processes
+from halo_fast.errors import UserError
+from halo_fast.files import hash_tensors, laid_out_like, read_checkpoint, write_checkpoint
 from halo_fast.rewards.base import RewardConfig, RewardModelConfig
 from halo_fast.rewards.clips import MIRRORS, LabelledClips, Mirror, mirror_clips, split_heldout
 from halo_fast.rewards.losses import calibrate
 from halo_fast.rewards.model import RewardModel, copy_start
+from halo_fast.rewards.shares import Share, add_up_gradients
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
 from halo_fast.settings import validate
 
@@ -72,6 +79,8 @@ def train_reward_model(
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
     """Train a reward model: `video_steps` on video scores, then `patch_steps` on patch scores with the video loss kept.
 
+    Processes that `halo_fast.processes` has joined train it together, each with a share of every batch.
+
     Args:
         model_config: of the model that is made; without video dimensions patch scores alone are learned.
         data: the labels. A clip may be a still of one frame.
@@ -86,10 +95,11 @@ def train_reward_model(
         the model with exponentially averaged weights, in eval mode, and one row for each step.
 
     Raises:
-        UserError: a setting out of bounds.
+        UserError: a setting out of bounds, processes that were given different labels.
         ValueError: no clips, a held-out share that leaves none to train on.
     """
     validate(config, "reward")
+    _check_alike(model_config, data)
     rows, heldout = _split(data, torch.arange(len(data)) if rows is None else rows, config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,7 +110,7 @@ def train_reward_model(
     if frozen is None:
         frozen = frozen_features(model, data.videos, rows, folder)
     else:
-        known, frozen = frozen, _laid_out_like(frozen, len(rows), folder)
+        known, frozen = frozen, laid_out_like(frozen, len(rows), torch.float16, folder)
         for place, row in enumerate(rows.tolist()):
             frozen[place] = known[row]
     inputs = _prepare_inputs(model, data, rows, config, frozen)
@@ -109,13 +119,13 @@ def train_reward_model(
     total, begun = config.video_steps + config.patch_steps, len(state.history)
     schedule = LambdaLR(state.optimizer, lambda done: _peak_share(min(begun + done, total - 1), config))
     model.train()
-    for step in progress(range(begun, total), total - begun, "reward"):
+    for step in processes.shown(range(begun, total), "reward"):
         row = {"phase": _phase(step, config)[0], "step": step + 1, "learning_rate": schedule.get_last_lr()[0]}
         # no name holds the batch, so it is gone before the next is drawn
         losses = _take_step(model, draw_batch(inputs, config.batch_size, seed, step), scales, state, config, seed, step)
         state.history.append(row | losses)
         schedule.step()
-        if checkpoint and (step + 1) % config.checkpointing_steps == 0:
+        if checkpoint and processes.is_first() and (step + 1) % config.checkpointing_steps == 0:
             _save(checkpoint, state)
     with torch.no_grad():
         for parameter, mean in zip(state.parameters, state.average, strict=True):
@@ -124,6 +134,19 @@ def train_reward_model(
     if len(heldout):
         _calibrate(model, data, heldout, min(config.batch_size, _FEATURE_BATCH))
     return model, state.history
+
+
+def _check_alike(model_config: RewardModelConfig, data: LabelledClips) -> None:
+    """Raise UserError if this process is given another model or other labels than the first one."""
+    if processes.count() == 1:
+        return
+    labels = {"video scores": data.video_scores, "patch scores": data.patch_scores}
+    own = hash_tensors(str(model_config), *data.prompts, labels)
+    if processes.by_first(lambda: own) != own:
+        raise UserError(
+            f"reward: process {processes.rank()} has other labels than the first one; all machines must see one "
+            "output_dir, and reward.examples must draw from the seed alone"
+        )
 
 
 def _split(data: LabelledClips, rows: Tensor, config: RewardConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -140,11 +163,20 @@ def _split(data: LabelledClips, rows: Tensor, config: RewardConfig, seed: int) -
 def _prepare_inputs(
     model: RewardModel, clips: LabelledClips, rows: Tensor, config: RewardConfig, frozen: Tensor | None
 ) -> TrainingInputs:
-    """Fit what has a closed form, once for all steps."""
-    prompts = [clips.prompts[row] for row in rows.tolist()]
-    word_evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
-    if hasattr(model.backbone, "fit_scores") and not config.start:
-        model.backbone.fit_scores(frozen, clips, rows)
+    """Fit what has a closed form, once for all steps; weights and fits of all processes are those of the first."""
+
+    def weights() -> dict[str, Tensor]:
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def fit() -> tuple[dict[str, Tensor], None]:
+        prompts = [clips.prompts[row] for row in rows.tolist()]
+        evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
+        if hasattr(model.backbone, "fit_scores") and not config.start:
+            model.backbone.fit_scores(frozen, clips, rows)
+        return weights() | ({} if evidence is None else {"word evidence": evidence}), None
+
+    fitted, _ = processes.tensors_by_first(fit, into=weights())
+    word_evidence = fitted.get("word evidence")
     chosen = {"none": (), "horizontal": ("horizontal",), "both": ("horizontal", "vertical")}[config.mirror]
     # patches of unequal size do not map onto each other in a mirror
     mirrors = [
@@ -168,26 +200,24 @@ def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Pa
     Returns:
         float16 [M, c, f', y, x].
     """
-    frozen = None
-    starts = range(0, len(rows), _FEATURE_BATCH)
-    for start in progress(starts, len(starts), "reward: frozen features"):
+    frozen, starts = None, range(0, len(rows), _FEATURE_BATCH)
+    for number, start in enumerate(processes.shown(starts, "reward: frozen features")):
+        own = number % processes.count() == processes.rank()
+        # the first batch tells every process how features are laid out
+        if not own and frozen is not None:
+            continue
         part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]])
         if part is None:
             return None
         if frozen is None:
-            frozen = _laid_out_like(part, len(rows), folder)
-        frozen[start : start + len(part)] = part
+            frozen = laid_out_like(part, len(rows), torch.float16, folder)
+        if own:
+            frozen[start : start + len(part)] = part
+    if frozen is not None:
+        # what another process has computed is 0 on this one
+        for part in frozen.split(_FEATURE_BATCH):
+            processes.add_up([part])
     return frozen
-
-
-def _laid_out_like(part: Tensor, count: int, folder: Path | None) -> Tensor:
-    """Room for the features of `count` clips, float16 in the order of those of a part of them.
-
-    The order in which the backbone laid them out decides the last bit of sums over channels.
-    """
-    order = sorted(range(part.ndim), key=lambda axis: (axis > 0, -part.stride()[axis]))
-    sides = [count, *(part.shape[axis] for axis in order[1:])]
-    return scratch_tensor(folder, sides, torch.float16).permute(*map(order.index, range(part.ndim)))
 
 
 def _start(model: RewardModel, config: RewardConfig, checkpoint: Path | None) -> _State:
@@ -196,8 +226,12 @@ def _start(model: RewardModel, config: RewardConfig, checkpoint: Path | None) ->
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, eps=1e-6)
     state = _State(parameters, average, optimizer)
-    if checkpoint and checkpoint.exists():
-        _resume(checkpoint, state)
+    if checkpoint:
+        none: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
+        # the first process reads, because a network file system may show others an older file
+        kept = processes.tensors_by_first(lambda: read_checkpoint(checkpoint) if checkpoint.exists() else none)
+        if kept[0]:
+            _resume(*kept, state)
     return state
 
 
@@ -239,7 +273,9 @@ def _take_step(
     }
     loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if batch.share.counts:
+        loss.backward()
+    add_up_gradients(state.parameters)
     torch.nn.utils.clip_grad_norm_(state.parameters, _MAX_GRAD_NORM, error_if_nonfinite=True)
     state.optimizer.step()
     with torch.no_grad():
@@ -249,36 +285,48 @@ def _take_step(
 
 
 def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch:
-    """The batch of one step: clips drawn without replacement, some mirrored with their labels and prompts."""
+    """This process's share of the batch of one step, and the labels of all of it.
+
+    Clips are drawn without replacement, and some are mirrored with their labels and prompts.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    chosen = torch.randperm(len(inputs.rows), generator=generator)[:size]
+    drawn = torch.randperm(len(inputs.rows), generator=generator)[:size]
+    share = Share.of(len(drawn))
+    labels, chosen = inputs.clips.without_frames().select(inputs.rows[drawn]), drawn[share.rows]
     clips, frozen = (
         inputs.clips.select(inputs.rows[chosen]),
         None if inputs.frozen is None else inputs.frozen[chosen].float(),
     )
     for mirror in inputs.mirrors:
-        which = torch.rand(len(chosen), generator=generator) < _MIRROR_SHARE
+        which = torch.rand(len(drawn), generator=generator) < _MIRROR_SHARE
+        labels, which = mirror_clips(labels, which, mirror), which[share.rows]
         clips = mirror_clips(clips, which, mirror)
         if frozen is not None:
             frozen = torch.where(which.view(-1, 1, 1, 1, 1), frozen.flip(mirror.axis), frozen)
-    return Batch(clips, frozen, None if inputs.word_evidence is None else inputs.word_evidence[chosen])
+    evidence = None if inputs.word_evidence is None else inputs.word_evidence[chosen]
+    return Batch(clips, labels, share, frozen, evidence)
 
 
 @torch.no_grad()
 def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: int) -> None:
-    """Fit slope and offset of every dimension to held-out labels, `size` clips at once, and keep them in the config."""
-    grid = tuple(data.patch_scores.shape[2:])
+    """Fit slope and offset of every dimension to held-out labels, `size` clips at once, and keep them in the config.
 
-    def logits_of(clips: LabelledClips) -> tuple[Tensor, Tensor]:
+    Processes share the batches.
+    """
+    held = data.without_frames().select(heldout)
+    video, patches = torch.zeros_like(held.video_scores), torch.zeros_like(held.patch_scores)
+    for places in torch.arange(len(heldout)).split(size)[processes.rank() :: processes.count()]:
+        clips = data.select(heldout[places])
         features = model.backbone.encode(clips.videos, model.backbone.frozen_features(clips.videos))
-        return model.backbone.logits(features, clips.prompts, grid)
+        video[places], patches[places] = model.backbone.logits(features, clips.prompts, held.patch_scores.shape[2:])
+    processes.add_up([video, patches])
 
-    video, patches = zip(*(logits_of(data.select(rows)) for rows in heldout.split(size)), strict=True)
-    fits = [
-        tuple(calibrate(*pair) for pair in zip(torch.cat(logits).unbind(1), scores.unbind(1), strict=True))
-        for logits, scores in ((video, data.video_scores[heldout]), (patches, data.patch_scores[heldout]))
-    ]
-    model.config = replace(model.config, video_calibration=fits[0], patch_calibration=fits[1])
+    def fits() -> list[list[tuple[float, float]]]:
+        pairs = (video, held.video_scores), (patches, held.patch_scores)
+        return [[calibrate(*pair) for pair in zip(x.unbind(1), y.unbind(1), strict=True)] for x, y in pairs]
+
+    of_video, of_patches = (tuple((slope, offset) for slope, offset in fit) for fit in processes.by_first(fits))
+    model.config = replace(model.config, video_calibration=of_video, patch_calibration=of_patches)
 
 
 def _save(path: Path, state: _State) -> None:
@@ -289,9 +337,8 @@ def _save(path: Path, state: _State) -> None:
     write_checkpoint(path, tensors, {"history": state.history})
 
 
-def _resume(path: Path, state: _State) -> None:
+def _resume(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], state: _State) -> None:
     """Load what `_save` wrote into `state`."""
-    tensors, rest = read_checkpoint(path)
     with torch.no_grad():
         for part, values in (("model", state.parameters), ("average", state.average)):
             for index, value in enumerate(values):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from halo_fast.families.base import repeated_blocks
+from halo_fast.processes import sum_tensors
 
 __all__ = [
     "any_process",
@@ -24,8 +25,6 @@ __all__ = [
     "placed_like",
     "shard",
 ]
-
-_MESSAGE = 2**24  # numbers in one message
 
 
 def gather_shards(value: Tensor) -> Tensor:
@@ -88,24 +87,10 @@ def average_gradients(parameters: Sequence[Tensor], pairs: Tensor, sharded: bool
             dist.all_reduce(pairs)
             factor = dist.get_world_size()
         else:
-            _sum_over_processes([*gradients, pairs[None]])
+            sum_tensors([*gradients, pairs[None]])
     scale = factor / pairs.clamp(min=1)
     for gradient in gradients:
         gradient.mul_(scale)
-
-
-def _sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors of any shapes in place, many in one message: a LoRA's fit into one or two, a whole model's do not."""
-    messages: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if messages[-1] and sum(one.numel() for one in messages[-1]) + tensor.numel() > _MESSAGE:
-            messages.append([])
-        messages[-1].append(tensor)
-    for message in messages:
-        together = torch.cat([part.flatten().to(tensors[0]) for part in message])
-        dist.all_reduce(together)
-        for part, total in zip(message, together.split([part.numel() for part in message]), strict=True):
-            part.copy_(total.view_as(part))
 
 
 def any_process(flags: Tensor, device: torch.device) -> Tensor:

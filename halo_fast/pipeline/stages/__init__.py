@@ -40,7 +40,9 @@ STAGES = {
         f"{__name__}.generate:generate", "sample candidates of every prompt", (_MODEL, _PROMPTS), shared=True
     ),
     "annotate": StageEntry(f"{__name__}.annotate:annotate", "have a teacher score videos and patches", (_TEACHER,)),
-    "reward": StageEntry(f"{__name__}.reward:train_reward", "train the reward model on the teacher's scores"),
+    "reward": StageEntry(
+        f"{__name__}.reward:train_reward", "train the reward model on the teacher's scores", shared=True
+    ),
     "score": StageEntry(f"{__name__}.score:score", "reward all candidates and their patches", shared=True),
     "pairs": StageEntry(f"{__name__}.pairs:build_pairs", "build preference pairs out of the scored candidates"),
     "cache": StageEntry(

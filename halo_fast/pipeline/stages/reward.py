@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from halo_fast import processes
 from halo_fast.data.clips import read_clip
 from halo_fast.data.labels import has_scores, join_labels
 from halo_fast.errors import UserError
-from halo_fast.files import progress, scratch_tensor, write_csv
+from halo_fast.files import scratch_tensor, write_csv
 from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -24,7 +25,7 @@ __all__ = ["read_labels", "train_reward"]
 
 
 def train_reward(config: Config, run: Run) -> None:
-    """Train the reward model on imported labels and those of annotate; a stage.
+    """Train the reward model on imported labels and those of annotate, on all processes; a stage.
 
     In a later round these are the labels of all rounds so far. Writes model.safetensors, config.json and history.csv.
     With config.reward_model these are that model's.
@@ -58,12 +59,15 @@ def train_reward(config: Config, run: Run) -> None:
         )  # fmt: skip
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]
-        if checkpoint.exists() or not all(path.exists() for path in outputs):
+        if processes.by_first(lambda: checkpoint.exists() or not all(path.exists() for path in outputs)):
             model, history = train_reward_model(model_config, data, reward, config.seed, checkpoint)
+            if not processes.is_first():
+                return
             model.save(stage.folder)
             write_csv(stage.folder / "history.csv", history)
             checkpoint.unlink(missing_ok=True)
-        stage.finish({"clips": len(data), "steps": reward.video_steps + reward.patch_steps})
+        if processes.is_first():
+            stage.finish({"clips": len(data), "steps": reward.video_steps + reward.patch_steps})
 
 
 def _take_trained(folder: Path, run: Run) -> None:
@@ -71,7 +75,7 @@ def _take_trained(folder: Path, run: Run) -> None:
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"reward_model: no reward model in {folder}; give a folder that `halo reward` wrote")
     with run.stage("reward", {}, {"reward_model": folder}) as stage:
-        if stage.done:
+        if stage.done or not processes.is_first():
             return
         records = shutil.ignore_patterns("manifest.json", "pending.json", ".*")
         shutil.copytree(folder, stage.folder, ignore=records, dirs_exist_ok=True)
@@ -81,7 +85,8 @@ def _take_trained(folder: Path, run: Run) -> None:
 def _tables(run: Run) -> dict[str, Path]:
     """The tables of labels that a round has: people's that were imported, and the teacher's."""
     config, tables = run.config, {}
-    if config.imports.sources and (run.path / "import" / "labels.parquet").exists():
+    imported = run.path / "import" / "labels.parquet"
+    if config.imports.sources and processes.by_first(imported.exists):
         tables["imported labels"] = run.require("import/labels.parquet")
     if config.annotate.teacher or not tables:
         name = "labels" if run.number == 1 else f"labels of {run.path.name}"
@@ -141,7 +146,7 @@ def _read_videos(files: Sequence[Path], place: Path, folder: Path | None) -> tor
     """The frames of clips of one size, uint8 [N, F, H, W, 3]; one clip after another is decoded."""
     first = read_clip(files[0])
     videos, sizes = scratch_tensor(folder, (len(files), *first.shape), torch.uint8), set()
-    for index, file in enumerate(progress(files, len(files), "reward: reading clips")):
+    for index, file in enumerate(processes.shown(files, "reward: reading clips")):
         video = read_clip(file)
         sizes.add(tuple(video.shape))
         if video.shape == first.shape:
