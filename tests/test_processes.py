@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 from launches import ACCELERATE, TORCHRUN, ended, free_port, kill_worker, launch, start
 
 from halo_fast import processes
@@ -33,8 +34,17 @@ if rank:
     time.sleep(1)
     (folder / "late").write_text("")
 late = str(processes.seen(folder / "late"))
+halves = torch.full((3, 2), 0.5 + rank, dtype=torch.float16).T
+sums = [halves, torch.tensor(rank), torch.zeros(0, 4), torch.arange(2.0) if rank else torch.ones(2)]
+processes.add_up(sums)
+held = torch.zeros(2, 3).T if rank else torch.arange(6.0).view(2, 3).T
+def work():
+    return {"held": held, "new": torch.tensor([[True], [False]]), "scalar": torch.tensor(2.5)}, [processes.count(), 7]
+given, rest = processes.tensors_by_first(work, into={"held": held, "other": torch.ones(1)})
+tensors = [one.tolist() for one in (*sums, held, *given.values())]
 patience = processes._launch.group._get_backend(torch.device("cpu")).options._timeout.days
 record = {"told": told, "alone": alone, "taken": taken, "present": present, "none": none, "late": late}
+record |= {"tensors": tensors, "rest": rest}
 (folder / f"{rank}.json").write_text(json.dumps(record | {"patience": patience, "speaks": processes.speaks()}))
 processes.leave()
 """
@@ -72,6 +82,11 @@ def test_one_process_shares_with_nobody(monkeypatch, tmp_path):
     assert processes.seen(tmp_path / "missing") == tmp_path / "missing"
     processes.wait()
     processes.leave()
+    value = torch.ones(2)
+    processes.add_up([value])
+    assert value.tolist() == [1, 1] and processes.rank() == 0
+    given, rest = processes.tensors_by_first(lambda: ({"value": value}, [3]))
+    assert given["value"].data_ptr() == value.data_ptr() and rest == [3]
 
 
 def test_two_processes_take_each_item_once_and_hear_the_first(tmp_path):
@@ -84,6 +99,9 @@ def test_two_processes_take_each_item_once_and_hear_the_first(tmp_path):
         assert record["told"] == 2 * [{"rank": 0, "count": 1}]  # alone, the first is one process
         assert record["alone"] == [0, 1, 2, 3, 4] and record["none"] == []
         assert record["taken"] == sorted(record["taken"])
+        assert record["tensors"][:4] == [2 * [3 * [2.0]], 1, [], [1.0, 2.0]]
+        assert record["tensors"][4:] == 2 * [[[0, 3], [1, 4], [2, 5]]] + [[[True], [False]], 2.5]
+        assert record["rest"] == [1, 7]
         assert record["present"] == 20  # nobody goes on before all are done
         assert record["late"] == str(tmp_path / "late")
         assert record["patience"] == timedelta(days=365).days

@@ -180,4 +180,7 @@ class Backbone(Protocol):
         """Logits of the video scores [N, D] and of the patch scores [N, Q, f, h, w], from one pass."""
 
     def video_logits_for(self, features: Any, prompts: Sequence[str], others: Tensor) -> Tensor:
-        """Video logits [N, M, D] of clip n with prompts[others[n, m]]; others is int64 [N, M]."""
+        """Video logits [N, M, D] of clip n with prompts[others[n, m]]; others is int64 [N, M].
+
+        Where several processes train, `features` are of this one's share of a batch and `prompts` of the whole batch.
+        """

@@ -7,6 +7,7 @@ whatever the loss is and wherever labels are missing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halo_fast import processes
+from halo_fast.errors import UserError
 from halo_fast.files import laid_out_like
 
 __all__ = ["Share", "add_up_gradients"]
@@ -83,19 +85,23 @@ class _WholeDropout(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        options = dict(kwargs or {})
         if function not in _DROPOUTS:
-            return function(*args, **options)
-        own, *rest = args or (options.pop("input"),)
+            return function(*args, **(kwargs or {}))
+        bound = inspect.signature(function).bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        given = bound.arguments
+        if not given["training"] or not given["p"]:
+            return function(**given)
+        own = given["input"]
         if len(own) != len(self.share.rows):
-            raise ValueError(
+            raise UserError(
                 f"reward.backbone: on several processes dropout needs a row for each of {len(self.share.rows)} clips, "
                 f"got {list(own.shape)}; put the clips first"
             )
         rows = self.share.rows.to(own.device)
         # random numbers come in the order in which a tensor lies in memory
         whole = laid_out_like(own, self.share.total, own.dtype).to(own.device).index_copy(0, rows, own)
-        return function(whole, *rest, **options).index_select(0, rows)
+        return function(**given | {"input": whole}).index_select(0, rows)
 
 
 def add_up_gradients(parameters: Sequence[Tensor]) -> None:

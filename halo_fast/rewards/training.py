@@ -315,10 +315,14 @@ def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: i
     """
     held = data.without_frames().select(heldout)
     video, patches = torch.zeros_like(held.video_scores), torch.zeros_like(held.patch_scores)
-    for places in torch.arange(len(heldout)).split(size)[processes.rank() :: processes.count()]:
-        clips = data.select(heldout[places])
+
+    def logits_of(clips: LabelledClips) -> tuple[Tensor, Tensor]:
         features = model.backbone.encode(clips.videos, model.backbone.frozen_features(clips.videos))
-        video[places], patches[places] = model.backbone.logits(features, clips.prompts, held.patch_scores.shape[2:])
+        logits: tuple[Tensor, Tensor] = model.backbone.logits(features, clips.prompts, patches.shape[2:])
+        return logits
+
+    for places in torch.arange(len(heldout)).split(size)[processes.rank() :: processes.count()]:
+        video[places], patches[places] = logits_of(data.select(heldout[places]))
     processes.add_up([video, patches])
 
     def fits() -> list[list[tuple[float, float]]]:

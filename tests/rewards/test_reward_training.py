@@ -29,6 +29,7 @@ from halo_fast.pipeline.stages.reward import read_labels, train_reward
 from halo_fast.pipeline.stages.score import score
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model, training
 from halo_fast.rewards.examples import add_examples
+from halo_fast.rewards.shares import Share
 from halo_fast.rewards.terms import Batch, frozen_copy_loss
 from halo_fast.teachers import VIDEO_DIMENSIONS
 
@@ -125,7 +126,7 @@ def test_clips_beat_frozen_copies_of_themselves_in_training():
     model = SimpleNamespace(backbone=_Displacement())
     own = model.backbone.encode(videos, None)
     assert own.tolist() == [0, 4, 4, 4, 4]
-    loss = frozen_copy_loss(model, Batch(clips), own, 0)
+    loss = frozen_copy_loss(model, Batch(clips, clips, Share.of(5)), own, 0)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
 
 
