@@ -99,8 +99,8 @@ class _WholeDropout(TorchFunctionMode):
                 f"got {list(own.shape)}; put the clips first"
             )
         rows = self.share.rows.to(own.device)
-        # random numbers come in the order in which a tensor lies in memory
-        whole = laid_out_like(own, self.share.total, own.dtype).to(own.device).index_copy(0, rows, own)
+        # random numbers come in the order in which a tensor lies in memory, which index_copy would not keep
+        whole = laid_out_like(own, self.share.total, own.dtype).to(own.device).index_copy_(0, rows, own)
         return function(**given | {"input": whole}).index_select(0, rows)
 
 
