@@ -163,11 +163,10 @@ def _write_reward(folder: Path) -> None:
     RewardModel(RewardModelConfig(names, backbone="benchmarks.candidates:MeterReward")).save(folder)
 
 
-def _run_stages(config: Config, stages: Iterable[str]) -> Run:
-    run = Run(config)
+def run_stages(run: Run, stages: Iterable[str]) -> None:
+    """Run some stages of a run, or of one of its rounds."""
     for stage in stages:
-        registry.load(STAGES[stage].target)(config, run)
-    return run
+        registry.load(STAGES[stage].target)(run.config, run)
 
 
 def _measurement(prompts: Sequence[str]) -> Callable[[Family, Config], float]:
@@ -198,7 +197,8 @@ def _curve(
     with counter.counting():
         if not (place / "generation.json").exists():
             shutil.rmtree(place, ignore_errors=True)  # of a killed generation not all passes were counted
-        run = _run_stages(config, arm.stages)
+        run = Run(config)
+        run_stages(run, arm.stages)
         if not (place / "generation.json").exists():
             write_json(place / "generation.json", {"passes": counter.passes})
         counter.passes = curve["generation"] = float((read_json(place / "generation.json") or {})["passes"])

@@ -45,7 +45,7 @@ def main(
     steps: int = 500,
     learning_rate: float = 1e-4,
     rank: int = 32,
-    objective: str = "halo_sft",
+    objective: str = "halo_bounded",
     dtype: str = "bfloat16",
 ) -> list[float]:
     """Train and save the LoRA; the losses are returned."""

@@ -42,7 +42,7 @@ def main(
     learning_rate: float = 1e-4,
     rank: int = 32,
     shift: float = 3.0,
-    objective: str = "halo_sft",
+    objective: str = "halo_bounded",
     dtype: str = "bfloat16",
 ) -> list[float]:
     """Train and save the LoRA; the losses are returned."""

@@ -23,7 +23,7 @@ from halo_fast.families import family_of
 class GranDPOTrainer(Trainer):
     """A Trainer of a PEFT model whose adapter is the policy; with the adapter off it is the reference."""
 
-    def __init__(self, family: Any, objective: Any = "halo_sft", **arguments: Any) -> None:
+    def __init__(self, family: Any, objective: Any = "halo_bounded", **arguments: Any) -> None:
         super().__init__(data_collator=self.collate, **arguments)
         self.family, self.objective = family, objective
 

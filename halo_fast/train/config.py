@@ -17,8 +17,8 @@ class TrainConfig:
     """Training of a LoRA, or of the weights themselves.
 
     Args:
-        objective: the loss: a preset and the fields to change, {preset: halo_sft, video_beta: 100}, or a preset's name.
-            `preset` takes an objective of your own as "package.module:attribute".
+        objective: the loss: a preset and the fields to change, {preset: halo_bounded, video_beta: 100}, or the name of
+            a preset. `preset` takes an objective of your own as "package.module:attribute".
         learning_rate: peak of the schedule.
         lr_scheduler: "constant", "linear" or "cosine" to 0, after the warm-up.
         lr_warmup_steps: steps of linear warm-up.
@@ -73,9 +73,9 @@ class TrainConfig:
         seed: of LoRA weights, order of pairs, noise and timesteps.
     """
 
-    objective: dict[str, Any] | str = field(default_factory=lambda: {"preset": "halo_sft"})
+    objective: dict[str, Any] | str = field(default_factory=lambda: {"preset": "halo_bounded"})
     learning_rate: Annotated[float, Gt(0)] = 1e-4
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_steps: CountOrZero = 50
     max_train_steps: Count = 2000
     reference_draws: CountOrZero | None = 4

@@ -119,6 +119,25 @@ def test_names_stand_for_one_thing():
     }
 
 
+@pytest.mark.parametrize("beta", [1e-3, 20.0, 1e6])
+def test_halo_bounded_caps_each_logit_and_adds_the_mean_error_of_the_winning_patches(beta):
+    policy, target, ref, patch_rewards, video_rewards = batch()
+    error = torch.from_numpy(cases.loop_error(policy, target, GRID))
+    gap = patch_rewards[:2] - patch_rewards[2:]
+    winner = torch.where(gap > 0, error[:2], error[2:])
+    weight = gap.abs() / gap.abs().flatten(1).sum(1)[:, None, None, None]
+    plain, bounded = (
+        gran_dpo(
+            policy, target, ref, patch_rewards, video_rewards,
+            objective={"preset": name, "video_beta": beta, "patch_beta": beta},
+        )
+        for name in ("halo", "halo_bounded")
+    )  # fmt: skip
+    video, patch = softplus(-plain.video_logits.clamp(max=1.5)), softplus(-plain.patch_logits.clamp(max=1.5))
+    expected = video.mean() + (weight * patch).flatten(1).sum(1).mean() + winner.mean()
+    torch.testing.assert_close(bounded.loss, expected)
+
+
 def test_halo_sft_adds_half_the_mean_error_of_the_winning_patches():
     policy, target, ref, patch_rewards, video_rewards = batch()
     error = torch.from_numpy(cases.loop_error(policy, target, GRID))

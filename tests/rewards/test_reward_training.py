@@ -53,7 +53,7 @@ def labelled(clips: Clips) -> LabelledClips:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[RewardModel, list[dict]]:
-    config = RewardConfig(video_steps=40, patch_steps=160, batch_size=12, learning_rate=5e-3)
+    config = RewardConfig(video_steps=40, patch_steps=160, batch_size=8, learning_rate=5e-3)
     return train_reward_model(
         RewardModelConfig(VIDEO_DIMENSIONS, width=16, pretrained=False),
         labelled(make_clips(240, seed=1)),
@@ -67,21 +67,25 @@ def rewards(trained):
     return trained[0](torch.from_numpy(HELD_OUT.videos), HELD_OUT.prompts, GRID)
 
 
+@pytest.mark.slow
 def test_patch_scores_follow_planted_damage(rewards):
     quality = rewards.patches[:, 0].numpy().ravel()
     assert spearmanr(quality, -HELD_OUT.severity.ravel()).statistic > 0.8
     assert roc_auc_score(HELD_OUT.severity.ravel() > 0.25, -quality) > 0.95
 
 
+@pytest.mark.slow
 def test_video_quality_follows_what_the_clips_show(rewards):
     assert spearmanr(rewards.video[:, 0], -HELD_OUT.severity.mean(axis=(1, 2, 3))).statistic > 0.6
 
 
+@pytest.mark.slow
 def test_video_motion_follows_what_the_clips_show(rewards):
     motion = rewards.video[:, 2].numpy()
     assert roc_auc_score(HELD_OUT.moving, motion) > 0.9
 
 
+@pytest.mark.slow
 def test_the_patch_phase_starts_from_the_video_phase_and_keeps_its_loss(trained):
     _, history = trained
     assert [row["phase"] for row in history] == ["video"] * 40 + ["patch"] * 160
@@ -92,6 +96,7 @@ def test_the_patch_phase_starts_from_the_video_phase_and_keeps_its_loss(trained)
     assert np.mean(video[-20:]) < np.mean(video[30:40])
 
 
+@pytest.mark.slow
 def test_damage_lowers_the_damaged_patch_most(trained):
     rng, hits = np.random.default_rng(5), []
     for n in range(24):
@@ -130,6 +135,7 @@ def test_clips_beat_frozen_copies_of_themselves_in_training():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_frozen_copy_does_not_win_on_motion(trained):
     rng = np.random.default_rng(6)
     clips = np.stack([draw_clip(rng, "square", "red", "up", 1.2) for _ in range(8)])

@@ -24,6 +24,7 @@ from halo_fast.pipeline.stages.annotate import annotate
 from halo_fast.teachers import Label, LabelStore, label_key
 
 CLIPS = make_clips(10, seed=3)
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run_in(folder: Path, **settings) -> Run:
@@ -175,19 +176,23 @@ def test_annotate_continues_after_sigkill_and_never_asks_twice(tmp_path):
     undisturbed = run_in(tmp_path / "undisturbed")
     annotate(undisturbed.config, undisturbed, PlantedTeacher(CLIPS))
     questions = tmp_path / "questions"
+    run = run_in(tmp_path / "killed")
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 from pathlib import Path
-from test_teacher import CLIPS, PlantedTeacher, annotate, run_in
-run = run_in(Path({str(tmp_path / "killed")!r}))
-annotate(run.config, run, PlantedTeacher(CLIPS, Path({str(questions)!r}), patience=int(sys.argv[1]), batch_size=3))
+from moving_shapes import GRID, PlantedTeacher, make_clips
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import annotate
+run = Run(Config(output_dir={str(run.path)!r}, grid=GRID))
+teacher = PlantedTeacher(make_clips(10, seed=3), Path({str(questions)!r}), patience=int(sys.argv[1]), batch_size=3)
+annotate(run.config, run, teacher)
 """
     for patience in (1, 2):
         killed = subprocess.run([sys.executable, "-c", script, str(patience)], env=os.environ)
         assert killed.returncode == -signal.SIGKILL
     assert len(questions.read_text().split()) == 9
-    run = run_in(tmp_path / "killed")
     annotate(run.config, run, PlantedTeacher(CLIPS, questions, batch_size=3))
     assert sorted(map(int, questions.read_text().split())) == list(range(10))
     assert output_hashes(run.path / "annotate") == output_hashes(undisturbed.path / "annotate")

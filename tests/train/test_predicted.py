@@ -129,9 +129,8 @@ def test_few_blocks_tell_of_all(name, schedule, settings):
     assert few.activations == pytest.approx(whole.activations, rel=0.002)
 
 
-@pytest.mark.parametrize(
-    "row", [1, *(pytest.param(row, marks=pytest.mark.slow) for row in (0, 2, 3, 4, 5, 6, 7, 8, 9))]
-)
+# the other rows take minutes where a CPU has no bfloat16: `python -m benchmarks.memory` measures all ten
+@pytest.mark.parametrize("row", [1, *(pytest.param(row, marks=pytest.mark.slow) for row in (0, 2, 3, 6, 9))])
 def test_the_prediction_is_what_the_allocator_gives(row):
     from benchmarks.memory import ROWS, measure
 

@@ -124,7 +124,7 @@ def test_a_dotted_name_takes_fields_too(cached):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "halo_fst"}, "train.objective must be one of halo, halo_sft"),
+        ({"objective": "halo_fst"}, "train.objective must be one of halo, halo_sft, halo_bounded"),
         ({"objective": {"video_beta": 3.0}}, 'train.objective must name its "preset"'),
         ({"objective": {"preset": "mapo", "patch_beta": 3.0}}, "train.objective has no field 'patch_beta'"),
         ({"objective": "mapo", "auto_beta": 0.3}, "train.auto_beta: .* needs pairs, a reference and"),
@@ -155,8 +155,9 @@ def test_kto_takes_the_better_clip_for_good_and_the_other_for_bad(pipeline, pair
     assert loss_arguments(batch, batch.target, None, build("rwr"), "BCFHW")["video_rewards"] is batch.video_rewards
 
 
-def test_the_default_objective_is_the_arm_that_leads_the_comparison():
-    assert build(TrainConfig().objective) == PRESETS["halo_sft"] == GranDPO(patch_sft_weight=0.5)
+def test_the_default_objective_is_bounded_and_supervised():
+    expected = GranDPO(patch_sft_weight=1.0, video_cap=1.5, patch_cap=1.5)
+    assert build(TrainConfig().objective) == PRESETS["halo_bounded"] == expected
 
 
 @pytest.mark.parametrize("schedule", ["batched", "margin_first"])

@@ -1,0 +1,210 @@
+"""What does a bounded preference cost? The error on winning patches against what is mitigated, setting by setting.
+
+    python -m benchmarks.trade runs/demo runs/trade --seeds 0
+
+takes the reward model of a finished run of the demo, makes pairs as its recipe does, and trains on them with each
+setting. Every training is read at several steps on held-out prompts, with the same noise for all. Each reading says how
+much of the base's severity is gone, how much further off the policy's prediction is than the base's on winning patches
+of held-out pairs, and what clips still show of their prompts. A setting of two rounds makes new candidates with the
+aligned model and trains on; the reward model stays. It prints a Markdown table, with the readings of each training in
+order. A killed benchmark continues; --only takes some of the settings.
+"""
+
+import argparse
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.candidates import run_stages
+from halo_fast.agreement.arms import severity_mitigated
+from halo_fast.agreement.meters import read_meter
+from halo_fast.data import CachedPairs
+from halo_fast.data.pairs import heldout_mask
+from halo_fast.data.prompts import read_prompts
+from halo_fast.export.lora import export_lora
+from halo_fast.families import load
+from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.files import read_checkpoint, read_json, write_json
+from halo_fast.loss.objectives import build
+from halo_fast.pipeline.arguments import load_config
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.evaluate import evaluation_meter
+from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, summarize
+
+_PAIRS = ("reward", "generate", "score", "pairs", "cache")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from the demo's recipe: fields of the objective, other settings of training, and the rounds."""
+
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int = 1
+
+
+_CAPPED, _DECAY = {"video_cap": 1.5, "patch_cap": 1.5}, {"lr_scheduler": "cosine"}
+_BOUNDED = _CAPPED | {"patch_sft_weight": 1.0}
+# the first is what the others are compared with
+SETTINGS = {
+    "unbounded": Setting(),
+    "cosine": Setting({}, _DECAY),
+    "caps 1.5": Setting(_CAPPED),
+    "caps 1.5, cosine": Setting(_CAPPED, _DECAY),
+    "caps 0.75, cosine": Setting({"video_cap": 0.75, "patch_cap": 0.75}, _DECAY),
+    "caps 2.5, supervised 1, cosine": Setting({"video_cap": 2.5, "patch_cap": 2.5, "patch_sft_weight": 1.0}, _DECAY),
+    "supervised 1, cosine": Setting({"patch_sft_weight": 1.0}, _DECAY),
+    "caps 1.5, supervised 1, cosine": Setting(_BOUNDED, _DECAY),
+    "caps 1.5, supervised 2, cosine": Setting(_CAPPED | {"patch_sft_weight": 2.0}, _DECAY),
+    "caps 1.5, patch beta 20, cosine": Setting(_CAPPED | {"patch_beta": 20.0}, _DECAY),
+    "loser guard, cosine": Setting({"loser_guard": "patch"}, _DECAY),
+    "own noise, cosine": Setting({}, _DECAY | {"noise": "own"}),
+    "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, _DECAY, rounds=2),
+    "caps 1.5, supervised 1, cosine, two rounds, their start as reference": Setting(
+        _BOUNDED, _DECAY | {"reference": "start"}, rounds=2
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run of the demo")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts that are measured")
+    parser.add_argument("--steps", type=int, default=120, help="of each training")
+    parser.add_argument("--every", type=int, default=40, help="steps between two readings")
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="some of the settings")
+    arguments = parser.parse_args()
+    base = load_config(
+        "demo",
+        {
+            "reward_model": str(arguments.run / "reward"),
+            "train.max_train_steps": arguments.steps,
+            "train.checkpointing_steps": arguments.every,
+            "train.diagnostics_steps": arguments.every,
+            "evaluate.num_prompts": arguments.num_prompts,
+        },
+    )
+    rows = {}
+    for name in arguments.only:
+        for seed in arguments.seeds:
+            rows[name, seed] = _readings(name, seed, base, arguments.folder)
+            print(_line([rows[name, seed]], f"{name}, seed {seed}"), flush=True)
+    print(
+        "\n".join([*_HEAD, *(_line([rows[name, seed] for seed in arguments.seeds], name) for name in arguments.only)])
+    )
+
+
+def _readings(name: str, seed: int, base: Config, folder: Path) -> list[dict[str, float]]:
+    """A dict for each reading of a training, in order; those of an earlier call are kept."""
+    place = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+    known = read_json(place / "readings.json")
+    if known:
+        return list(known["readings"])
+    setting, prepared = SETTINGS[name], folder / f"prepared_{seed}"
+    run_stages(Run(replace(base, output_dir=str(prepared), seed=seed)), _PAIRS)
+    if not place.exists():
+        shutil.copytree(prepared, place)
+    train = replace(base.train, seed=seed, **setting.train)
+    spec = {**(train.objective if isinstance(train.objective, dict) else {}), **setting.objective}
+    config = replace(
+        base, output_dir=str(place), seed=seed, rounds=setting.rounds, train=replace(train, objective=spec)
+    )
+    gauge, readings = _Gauge(config, Run(config)), []
+    for number in range(1, setting.rounds + 1):
+        run = Run(config, number=number)
+        run_stages(run, (*_PAIRS, "train"))
+        gauge.family.pipeline.unload_lora_weights()
+        for checkpoint in sorted((run.path / "train" / "checkpoints").glob("*.safetensors")):
+            tensors, state = read_checkpoint(checkpoint)
+            weights = {
+                key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")
+            }
+            readings.append({"round": number, "step": state["step"], **gauge.read(weights)})
+    write_json(place / "readings.json", {"readings": readings})
+    return readings
+
+
+class _Gauge:
+    """Readings of a policy against the base, on held-out prompts and on held-out pairs of the first round."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config, self.family = config, load(config.pretrained_model_name_or_path, device="cpu")
+        self.prompts = read_prompts(config.evaluation_prompts, config.evaluate.num_prompts, 0)
+        self.meter = evaluation_meter(config, self.prompts, run.require("reward/model.safetensors").parent)
+        pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
+        self.pairs = pairs.where(heldout_mask(pairs.prompts, config.train.heldout_share))
+        self.settings = replace(config.train, heldout_pairs=len(self.pairs))
+        self.errors = heldout_errors(
+            self.family, self.family.transformer, self.pairs, self.settings, torch.device("cpu")
+        )
+        self.base = self._clips()
+
+    def read(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of a policy with this LoRA."""
+        self.family.load_lora(export_lora(self.family, weights, self.config.train))
+        try:
+            objective = build(self.settings.objective)
+            figures = heldout_figures(
+                self.family, self.family.transformer, self.pairs, self.errors, self.settings, objective
+            )
+            rows = {row["label"]: row for row in summarize(figures, 0, "heldout") if row["group"] == "all"}
+            found, patch = self._clips(), rows["patch"]
+        finally:
+            self.family.pipeline.unload_lora_weights()
+        return {
+            "mitigated": severity_mitigated(self.base["severity"], found["severity"], self.meter.clean),
+            "rise": float(patch["winner_policy"]) / float(patch["winner_reference"]) - 1,
+            "loser_rise": float(patch["loser_policy"]) / float(patch["loser_reference"]) - 1,
+            "accuracy": float(patch["accuracy"]),
+            "fidelity": found["fidelity"],
+            "base_fidelity": self.base["fidelity"],
+            "motion": found["motion_amount"] / self.base["motion_amount"],
+        }
+
+    @torch.no_grad()
+    def _clips(self) -> dict[str, float]:
+        """Mean readings of the family's clips of held-out prompts, from the same noise each time."""
+        config, parts = self.config, []
+        for start in range(0, len(self.prompts), config.generate.batch_size):
+            batch = self.prompts[start : start + config.generate.batch_size]
+            seeds = [clip_seed(0, start + index, -1) for index in range(len(batch))]
+            _, videos = sample_clips(self.family, batch, seeds, config.generate)
+            found = read_meter(self.meter, videos, batch, config.grid)
+            right = torch.stack([value for key, value in found.items() if key.endswith("_correct")]).amin(0)
+            parts.append(
+                {
+                    "severity": found["severity"].flatten(1).mean(1),
+                    "fidelity": right,
+                    "motion_amount": found["motion_amount"],
+                }
+            )
+        return {key: float(torch.cat([part[key] for part in parts]).mean()) for key in parts[0]}
+
+
+_HEAD = ["| setting | mitigated | winners' error | fidelity | motion ratio at the end |", "|---|---|---|---|---|"]
+
+
+def _line(seeds: Sequence[Sequence[Mapping[str, float]]], name: str) -> str:
+    """A row of the table: means over seeds of each reading, rounds apart by semicolons."""
+    means = [{key: statistics.mean(one[key] for one in same) for key in same[0]} for same in zip(*seeds, strict=True)]
+
+    def cell(key: str, form: str) -> str:
+        rounds = groupby(means, key=lambda reading: reading["round"])
+        return "; ".join(", ".join(format(reading[key], form) for reading in group) for _, group in rounds)
+
+    percent = [cell(key, form).replace("%", "") for key, form in (("mitigated", ".0%"), ("fidelity", ".0%"))]
+    return f"| {name} | {percent[0]} | {cell('rise', '+.0%')} | {percent[1]} | {means[-1]['motion']:.2f} |"
+
+
+if __name__ == "__main__":
+    main()
