@@ -37,8 +37,8 @@ def steerable(family: Family) -> PipelineFamily:
     if not family.enterable:
         reason = "goes on from a picture" if family.image_conditions else "makes sound beside the video"
         raise UserError(
-            f"generate.strategy: the sampler of {type(family).__name__} {reason}, so it can't be entered between steps; "
-            "set it to independent"
+            f"generate.strategy: the sampler of {type(family).__name__} {reason}, so it can't be entered between "
+            "steps; set it to independent"
         )
     scheduler = family.pipeline.scheduler
     # such as EulerDiscrete, whose latents grow with the noise, and Heun

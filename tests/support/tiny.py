@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
+import transformers
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -68,7 +69,6 @@ from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     ByT5Tokenizer,
-    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -90,6 +90,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from halo_fast.families import Family
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import hash_file, write_json, write_parquet
 from halo_fast.pipeline.config import Config
@@ -163,6 +164,10 @@ def tiny_wan(
     )  # fmt: skip
 
 
+# without torchvision transformers 5 has this class for it
+_PICTURES = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
 def tiny_wan_image(seed: int = 0, *, kind: str = "2.1") -> WanImageToVideoPipeline:
     """Wan from a picture: "2.1" with an image encoder, "A14B" with two experts, "TI2V" with a time for every token.
 
@@ -185,7 +190,7 @@ def tiny_wan_image(seed: int = 0, *, kind: str = "2.1") -> WanImageToVideoPipeli
             )
         )  # fmt: skip
         size = {"height": 16, "width": 16}
-        processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+        processor = _PICTURES(size={"shortest_edge": 16}, crop_size=size)
     return _ready(
         WanImageToVideoPipeline(
             **parts | {"image_encoder": encoder, "image_processor": processor},
@@ -574,10 +579,26 @@ TINY_IMAGE = {
 }
 
 
-def tiny_images(prompts: "list[str]", size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+def tiny_images(prompts: list[str], size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
     """A picture of noise for each prompt, uint8 [H, W, 3] in the size of a clip."""
     draw = torch.Generator().manual_seed(0)
     return {prompt: torch.randint(256, (*size[1:], 3), generator=draw, dtype=torch.uint8) for prompt in prompts}
+
+
+def tiny_conditions(family: Family, prompts: list[str], size: tuple[int, int, int]) -> list[dict[str, torch.Tensor]]:
+    """The conditions of prompts and, where the family goes on from them, of their `tiny_images`."""
+    images = tiny_images(prompts, size)
+    return [
+        conditions | family.encode_images(images[prompt][None], size[0])[0]
+        for prompt, conditions in zip(prompts, family.encode_prompts(prompts), strict=True)
+    ]
+
+
+def begun(latents: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Random latents of a pair that begin with the given first frame, if there is one."""
+    if "first_frame" in conditions:
+        latents[:, :, :1] = conditions["first_frame"]
+    return latents
 
 
 def tiny_clips(**changes: Any) -> GenerateConfig:
