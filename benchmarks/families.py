@@ -55,7 +55,8 @@ def row(name: str, tiny: Any) -> list[str]:
     loss, difference = round_trip(family, tiny, shape, conditions)
     return [
         name, type(family.pipeline).__name__, f"`{family.network}`", family.layout, target(family, shape),
-        given_time(family, shape, family.stack(conditions[:1])), ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
+        given_time(family, shape, family.stack(conditions[:1])),
+        ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
         f"{sides(family, tiny.size)}", " ".join(f"`{layer}`" for layer in family.lora_targets),
         f"`{family.lora_prefix}`", f"{sum(weight.numel() for weight in family.transformer.parameters()):,}",
         f"{loss:.4f}", f"{difference:.0e}",

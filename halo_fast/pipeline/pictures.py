@@ -8,12 +8,32 @@ from torch import Tensor
 from halo_fast.data.clips import first_frame, read_picture
 from halo_fast.data.fitting import fit_picture
 from halo_fast.data.prompts import prompt_pictures
-from halo_fast.families import load
+from halo_fast.errors import UserError
+from halo_fast.families import Family, load
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import hash_file, hash_text
 from halo_fast.pipeline.config import Config
 
-__all__ = ["picture_input", "pictures_of"]
+__all__ = ["check_pictures", "picture_input", "pictures_of"]
+
+
+def check_pictures(family: Family, config: Config) -> None:
+    """Raise unless every list of prompts has pictures, where the model goes on from them.
+
+    Args:
+        family: the model.
+        config: of the run.
+
+    Raises:
+        UserError: naming the list.
+    """
+    lists = {"prompts": config.prompts, "evaluation_prompts": config.evaluation_prompts}
+    for setting, prompts in lists.items() if family.image_conditions else ():
+        if prompts and not prompt_pictures(prompts, setting):
+            raise UserError(
+                f"{setting}: {type(family).__name__} makes clips that go on from a picture; expected a table with the "
+                f"columns 'prompt' and 'image', got {prompts!r} without 'image'"
+            )
 
 
 def picture_input(config: Config, prompts: str, setting: str) -> dict[str, Path | str]:

@@ -8,6 +8,7 @@ from halo_fast.data.tables import CacheRow, PairRow, read_rows, shared_rows, wri
 from halo_fast.families import load, source
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.pictures import check_pictures
 from halo_fast.pipeline.run import Run
 
 __all__ = ["build_cache"]
@@ -41,6 +42,7 @@ def build_cache(config: Config, run: Run) -> None:
         rows = shared_rows(folder, "latents", groups, latents_cache(family, found.folder, folder), CacheRow)
         texts = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
         rows += shared_rows(folder, "text", texts, prompts_cache(family, folder), CacheRow)
+        check_pictures(family, config)
         if family.image_conditions:
             videos = {clip.clip_id: found.folder / clip.video for clip in clips}
             parts = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]

@@ -23,7 +23,7 @@ from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, 
 from halo_fast.families.steering import steerable
 from halo_fast.files import write_bytes, write_safetensors
 from halo_fast.pipeline.config import Config
-from halo_fast.pipeline.pictures import picture_input, pictures_of
+from halo_fast.pipeline.pictures import check_pictures, picture_input, pictures_of
 from halo_fast.pipeline.run import Run, Stage
 from halo_fast.pipeline.stages.train import trained_results
 from halo_fast.rewards import RewardModel
@@ -67,6 +67,7 @@ def generate(config: Config, run: Run) -> None:
         family = load(model, network=network, precision=config.precision, quantization=config.quantization)
         load_all_trained(family, list(policy.values()))
         _check_grid(family, config)
+        check_pictures(family, config)
         if settings.strategy != "independent":
             steerable(family)
         if registry.is_name("model", model):  # its tokenizer could not be had alone
