@@ -53,8 +53,8 @@ class ImageToVideo(PipelineFamily):
         """The conditions of prompts, and a batch of those of pictures on the network's device."""
         pictures = [{name: condition[name] for name in self.image_conditions} for condition in conditions]
         texts = [
-            {name: condition[name] for name in condition.keys() - one}
-            for condition, one in zip(conditions, pictures, strict=True)
+            {name: value for name, value in condition.items() if name not in self.image_conditions}
+            for condition in conditions
         ]
         return texts, {name: value.to(self.transformer.device) for name, value in self.stack(pictures).items()}
 

@@ -35,7 +35,7 @@ def _counts(made: int, rows: int, given: int) -> list[int]:
 
 def empty_rows(made: int, rows: int, given: int) -> int:
     """How many patch rows, from the first on, lie wholly inside the given frames."""
-    return _counts(made, rows, given).count(0)
+    return _counts(made, rows, given).count(0) if given else 0
 
 
 def patch_means(measure: Callable[[tuple[int, ...]], Tensor], grid: Sequence[int], made: int, given: int) -> Tensor:
