@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_families_all import merged
-from tiny import TINY_IMAGE, begun, tiny_clips, tiny_conditions, tiny_config, tiny_images, write_scores
+from tiny import TINY_IMAGE, begun, merged, tiny_clips, tiny_conditions, tiny_config, tiny_images, write_scores
 from training import CONFIG, quiet
 
 from halo_fast.data import CachedPairs, Pair
@@ -203,7 +202,6 @@ def test_a_training_step_does_not_know_the_clips_first_frames(case, schedule, mo
             outputs.clear()
             batch = make_batch(case.family, moved, [(0, 0), (1, 0)], 0, torch.device("cpu"))
             if not case.in_place:  # the first frame's noise is seen by the network
-                batch = dataclasses.replace(batch, noisy=case.family.begun(batch.noisy, batch.conditions).clone())
                 batch.noisy[:, :, 0] = 0
             figures = run_batch(job, batch)
             assert outputs and all(not output.grad[:, :, 0].any() for output in outputs)
@@ -232,7 +230,6 @@ def test_stages_training_and_export(case, tmp_path):
         larger = torch.nn.functional.pad(case.images[prompt], (0, 0, 6, 6), value=9)
         Image.fromarray(larger.numpy()).save(tmp_path / f"{index}.png")
     rows = [{"prompt": prompt, "image": f"{index}.png"} for index, prompt in enumerate(PROMPTS)]
-    (tmp_path / "prompts.txt").touch()
     (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = tiny_config(tmp_path, max_train_steps=3, train_batch_size=2, learning_rate=1e-2, lr_warmup_steps=0)
     config = dataclasses.replace(
@@ -254,7 +251,7 @@ def test_stages_training_and_export(case, tmp_path):
     family = load(config.pretrained_model_name_or_path, device="cpu")
     result = fit(family, pairs, config.train, progress=quiet)
     assert result.log[0]["rewards/margins"] == 0 != result.log[-1]["rewards/margins"]
-    fresh, by_hand = family_of(case.tiny.build()), merged(case, result.lora)
+    fresh, by_hand = family_of(case.tiny.build()), merged(case.tiny, result.lora)
     t = torch.tensor([0.3, 0.8])
     with torch.no_grad():
         base = fresh.predict(fresh.transformer, case.noise, t, case.conditions)

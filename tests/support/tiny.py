@@ -90,7 +90,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from halo_fast.families import Family
+from halo_fast.families import Family, family_of
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import hash_file, write_json, write_parquet
 from halo_fast.pipeline.config import Config
@@ -180,8 +180,8 @@ def tiny_wan_image(seed: int = 0, *, kind: str = "2.1") -> WanImageToVideoPipeli
         picture = {"image_dim": 16, "added_kv_proj_dim": 24} if kind == "2.1" else {}
         for name in ("transformer", "transformer_2"):
             if parts[name] is not None:
-                config = dict(parts[name].config) | {"in_channels": 2 * CHANNELS + 4} | picture
-                parts[name] = WanTransformer3DModel.from_config(config)
+                config = {key: value for key, value in parts[name].config.items() if not key.startswith("_")}
+                parts[name] = WanTransformer3DModel(**config | {"in_channels": 2 * CHANNELS + 4} | picture)
     if kind == "2.1":
         encoder = CLIPVisionModel(
             CLIPVisionConfig(
@@ -599,6 +599,18 @@ def begun(latents: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.T
     if "first_frame" in conditions:
         latents[:, :, :1] = conditions["first_frame"]
     return latents
+
+
+def merged(tiny: Tiny, lora: dict[str, torch.Tensor]) -> Family:
+    """A fresh pipeline's trained network with B A added to its weights by hand."""
+    family = family_of(tiny.build(), tiny.network)
+    weights = family.transformer.state_dict()
+    for name, up in lora.items():
+        if ".lora_B." in name:
+            down = lora[name.replace(".lora_B.", ".lora_A.")]
+            layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
+            weights[layer] += up @ down
+    return family
 
 
 def tiny_clips(**changes: Any) -> GenerateConfig:
