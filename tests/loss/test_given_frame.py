@@ -89,7 +89,7 @@ def test_loss_and_gradient_are_those_of_the_formula_over_the_elements_that_count
     with using_backend(backend):
         out = gran_dpo(policy, target, reference, patch, video, objective=SETTINGS[name], layout=LAYOUT)
         (found,) = torch.autograd.grad(out.loss, policy)
-    torch.testing.assert_close(out.loss, expected, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-15)
     assert torch.equal(found[:, :, 0], torch.zeros_like(found[:, :, 0])) and found[:, :, 1:].abs().min() > 0
 
@@ -131,8 +131,8 @@ def test_every_objective_is_that_of_the_made_frames_where_these_divide_alike(fra
         given = arguments(objective, patch[:, int(empty) :], video, reference[:, :, 1:])
         plain = gran_dpo(made, target[:, :, 1:], objective=objective, **given)
         (wanted,) = torch.autograd.grad(plain.loss, made)
-    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[:, :, 1:], wanted, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-11, atol=0)
+    torch.testing.assert_close(found[:, :, 1:], wanted, rtol=1e-10, atol=1e-15)
     assert not found[:, :, 0].any()
     metrics, others = out.metrics(), plain.metrics()
     assert metrics.keys() == others.keys()
