@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["by_frame", "empty_rows", "given_frames", "made_frames", "patch_means", "without_preference"]
+__all__ = ["GIVEN_FIRST", "by_frame", "empty_rows", "given_frames", "made_frames", "patch_means", "without_preference"]
 
 GIVEN_FIRST = "BC(1+F)HW"  # the layout BCFHW of a clip whose first latent frame is given
 

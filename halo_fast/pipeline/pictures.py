@@ -27,8 +27,9 @@ def check_pictures(family: Family, config: Config) -> None:
     Raises:
         UserError: naming the list.
     """
-    lists = {"prompts": config.prompts, "evaluation_prompts": config.evaluation_prompts}
-    for setting, prompts in lists.items() if family.image_conditions else ():
+    if not family.image_conditions:
+        return
+    for setting, prompts in (("prompts", config.prompts), ("evaluation_prompts", config.evaluation_prompts)):
         if prompts and not prompt_pictures(prompts, setting):
             raise UserError(
                 f"{setting}: {type(family).__name__} makes clips that go on from a picture; expected a table with the "
