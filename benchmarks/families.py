@@ -31,11 +31,11 @@ HEADER = (
 def main() -> None:
     """Write the table."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from tiny import TINY
+    from tiny import TINY, TINY_IMAGE
 
     torch.set_num_threads(1)
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for name, tiny in TINY.items():
+    for name, tiny in (TINY | TINY_IMAGE).items():
         lines.append("| " + " | ".join(row(name, tiny)) + " |")
         print(lines[-1], flush=True)
     lines.append(f"\nMade with diffusers {diffusers.__version__} and torch {torch.__version__}, on random weights.\n")
@@ -46,13 +46,17 @@ def main() -> None:
 
 def row(name: str, tiny: Any) -> list[str]:
     """One line of the table."""
+    from tiny import tiny_conditions
+
     family = family_of(tiny.build(), tiny.network)
     shape = family.latent_shape(*tiny.size)
     times = family.timesteps(torch.tensor([0.0, 0.5, 1.0]), shape)
-    loss, difference = round_trip(family, tiny, shape)
+    conditions = tiny_conditions(family, PROMPTS, tiny.size)
+    loss, difference = round_trip(family, tiny, shape, conditions)
     return [
         name, type(family.pipeline).__name__, f"`{family.network}`", family.layout, target(family, shape),
-        given_time(family, shape), ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
+        given_time(family, shape, family.stack(conditions[:1])),
+        ", ".join(f"{value:.3g}" for value in times.tolist()), frames(family, tiny.size),
         f"{sides(family, tiny.size)}", " ".join(f"`{layer}`" for layer in family.lora_targets),
         f"`{family.lora_prefix}`", f"{sum(weight.numel() for weight in family.transformer.parameters()):,}",
         f"{loss:.4f}", f"{difference:.0e}",
@@ -80,19 +84,19 @@ class _Called(Exception):
     pass
 
 
-def given_time(family: Family, shape: tuple[int, ...]) -> str:
+def given_time(family: Family, shape: tuple[int, ...], conditions: dict[str, Tensor]) -> str:
     """The timestep given to the network at t = 0.25, as a formula."""
 
     def network(*arguments: Tensor, **named: Tensor) -> None:
         raise _Called(named["timestep"] if "timestep" in named else arguments[1])
 
-    conditions = family.stack(family.encode_prompts(PROMPTS[:1]))
     try:
         family.predict(network, torch.zeros(1, *shape), torch.tensor([0.25]), conditions)  # type: ignore[arg-type]
     except _Called as called:
         (value,) = called.args
-    words = {250.0: "1000 t", 750.0: "1000 (1 - t)", 0.25: "t"}[value.flatten()[0].item()]
+    words = {250.0: "1000 t", 750.0: "1000 (1 - t)", 0.25: "t"}[value.flatten()[-1].item()]
     words += {1: "", 2: " of each token", 5: " of each frame"}[value.ndim]
+    words += ", 0 in the first frame" if value.flatten()[0] == 0 else ""
     return words if value.is_floating_point() else f"step {words}"
 
 
@@ -117,17 +121,21 @@ def sides(family: Family, size: tuple[int, int, int]) -> int:
     return next(side for side in range(1, 129) if _makes(family, (size[0], side, side)))
 
 
-def round_trip(family: Family, tiny: Any, shape: tuple[int, ...]) -> tuple[float, float]:
+def round_trip(
+    family: Family, tiny: Any, shape: tuple[int, ...], given: list[dict[str, Tensor]]
+) -> tuple[float, float]:
     """Loss of the third training step; largest difference of outputs, LoRA loaded against added to the weights."""
+    from tiny import begun
+
     draw = torch.Generator().manual_seed(0)
     pairs = [
         Pair(
-            latents=torch.randn(2, *shape, generator=draw),
+            latents=begun(torch.randn(2, *shape, generator=draw), conditions),
             conditions=conditions,
             patch_rewards=torch.rand(2, 2, 2, 2, generator=draw) * 4 + 1,
             video_rewards=torch.rand(2, generator=draw) * 4 + 1,
         )
-        for conditions in family.encode_prompts(PROMPTS)
+        for conditions in given
     ]
     config = TrainConfig(
         objective={"preset": "halo_sft", "video_beta": 100.0, "patch_beta": 10.0}, max_train_steps=3,
@@ -143,7 +151,7 @@ def round_trip(family: Family, tiny: Any, shape: tuple[int, ...]) -> tuple[float
             layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
             weights[layer] += up @ result.lora[name.replace(".lora_B.", ".lora_A.")]
     noisy = torch.randn(2, *shape, generator=draw)
-    conditions, t = family.stack(family.encode_prompts(PROMPTS)), torch.tensor([0.3, 0.9])
+    conditions, t = family.stack(given), torch.tensor([0.3, 0.9])
     with torch.no_grad():
         first, second = (own.predict(own.transformer, noisy, t, conditions) for own in (loaded, by_hand))
     return result.log[-1]["loss"], (first - second).abs().max().item()

@@ -1,7 +1,7 @@
 """What training reads instead of running the autoencoder and the text encoder: latents and text embeddings.
 
-A file is named by the hash of what it was made from: clip and autoencoder, or prompt and text encoder. So a file is
-never out of date, and each is made once.
+In image-to-video also what the network sees of first frames. A file is named by the hash of what it was made from: clip
+and autoencoder, or prompt and text encoder. So a file is never out of date, and each is made once.
 """
 
 import math
@@ -15,15 +15,17 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from halo_fast.data.clips import read_clip
+from halo_fast.data.clips import first_frame, read_clip
 from halo_fast.data.pairs import Pair
 from halo_fast.data.tables import CacheRow, ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.base import Family
 from halo_fast.families.fingerprint import fingerprint
-from halo_fast.files import hash_file, hash_text, replacing, write_safetensors
+from halo_fast.files import hash_file, hash_tensors, hash_text, replacing, write_safetensors
 
-__all__ = ["CachedPairs", "latents_cache", "prompts_cache"]
+__all__ = ["CachedPairs", "images_cache", "latents_cache", "prompts_cache"]
+
+_SAME_PICTURE = 8.0  # of 255, root mean square: what a lossy file changes is less, another moment of a scene is more
 
 
 def latents_cache(family: Family, source: Path, folder: Path) -> Callable[[Sequence[ClipRow]], list[CacheRow]]:
@@ -78,6 +80,45 @@ def prompts_cache(family: Family, folder: Path) -> Callable[[Sequence[str]], lis
         return row
 
     return lambda prompts: [keep(prompt) for prompt in prompts]
+
+
+def images_cache(
+    family: Family, videos: Mapping[str, Path], folder: Path, num_frames: int
+) -> Callable[[Sequence[PairRow]], list[CacheRow]]:
+    """A function that keeps the conditions of the first frames of pairs, and gives a row for each pair.
+
+    It raises UserError for a pair whose clips begin with different frames.
+
+    Args:
+        family: an image-to-video model.
+        videos: file of each clip.
+        folder: where image/HASH.safetensors are written.
+        num_frames: of the clips.
+    """
+    parts = fingerprint(family.image_parts)
+
+    def keep(pair: PairRow) -> CacheRow:
+        picture, other = (first_frame(videos[clip]) for clip in (pair.clip_a, pair.clip_b))
+        _check_same(picture, other, pair)
+        content = hash_tensors({"picture": picture})
+        key = hash_text(f"image {content} frames {num_frames} parts {parts}")
+        row = CacheRow("image", pair.pair_id, f"image/{key}.safetensors", key)
+        if not (folder / row.file).exists():
+            write_safetensors(folder / row.file, family.encode_images(picture[None], num_frames)[0])
+        return row
+
+    return lambda pairs: [keep(pair) for pair in pairs]
+
+
+def _check_same(picture: Tensor, other: Tensor, pair: PairRow) -> None:
+    """Raise unless both clips of a pair begin with one picture, up to what a file loses."""
+    off = (picture.float() - other.float()).square().mean().sqrt().item() if picture.shape == other.shape else 255.0
+    if off > _SAME_PICTURE:
+        raise UserError(
+            f"pairs: clips {pair.clip_a} and {pair.clip_b} begin with different frames, {off:.0f} of 255 apart, "
+            f"expected at most {_SAME_PICTURE:.0f}; image-to-video compares clips of one picture: pair others, or "
+            "train a text-to-video model"
+        )
 
 
 def _copies(row: PairRow) -> int:
@@ -140,11 +181,15 @@ class CachedPairs(Sequence[Pair]):
         a, b = (self._seeds.get(clip) for clip in (row.clip_a, row.clip_b))
         return Pair(
             latents=torch.stack([self._read("latents", clip)["latents"] for clip in (row.clip_a, row.clip_b)]),
-            conditions=self._read("text", row.prompt),
+            conditions=self._read("text", row.prompt) | self._image(row),
             patch_rewards=rewards.view(2, *row.grid),
             video_rewards=torch.tensor([row.video_reward_a, row.video_reward_b]),
             seeds=None if a is None or b is None else (a, b),
         )
+
+    def _image(self, row: PairRow) -> dict[str, Tensor]:
+        """Conditions of the pair's first frame; none in text-to-video."""
+        return self._read("image", row.pair_id) if ("image", row.pair_id) in self._files else {}
 
     def _read(self, kind: str, name: str) -> dict[str, Tensor]:
         from safetensors import SafetensorError

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Frame",
+    "first_frame",
     "latent_factors",
     "motion_amount",
     "natural_order",
+    "picture_file",
     "plays_everywhere",
     "read_clip",
     "read_frames",
@@ -139,6 +141,21 @@ def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
     """
     frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
     return _stack([frame.picture for frame in frames], f"clip {path}")
+
+
+def picture_file(video: Path) -> Path:
+    """Where the picture lies from which image-to-video made a clip: images/NAME.png beside videos/NAME.mp4."""
+    return video.parent.parent / "images" / f"{video.stem}.png"
+
+
+def first_frame(video: Path) -> Tensor:
+    """The picture that a clip goes on from, uint8 [H, W, 3]: the one it was made from, else its own first frame.
+
+    Args:
+        video: of the clip.
+    """
+    picture = picture_file(video)
+    return read_picture(picture, str(picture)) if picture.exists() else next(stream_clip(video)).picture
 
 
 def stream_clip(path: Path | str) -> Iterator[Frame]:

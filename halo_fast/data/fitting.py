@@ -14,7 +14,7 @@ from halo_fast.data.clips import Frame, sample_frames
 from halo_fast.errors import UserError
 from halo_fast.patches import PatchGrid
 
-__all__ = ["Fit", "FitPolicy", "Fitted", "VideoFormat", "fit_clip", "pool_damage"]
+__all__ = ["Fit", "FitPolicy", "Fitted", "VideoFormat", "fit_clip", "fit_picture", "pool_damage"]
 
 _CANDIDATES = 16  # frames in memory for one that is kept
 _SAME_RATE = 0.01  # rates that differ by a smaller share are the same: 30 and 29.97
@@ -111,6 +111,11 @@ def fit_clip(frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy) ->
     changes += _size_changes(source, wanted, box)
     pictures, numbers = [picture for _, picture in kept], [number for number, _ in kept]
     return Fitted(torch.stack(pictures), Fit(numbers, box, source, "; ".join(changes)))
+
+
+def fit_picture(picture: Tensor, height: int, width: int) -> Tensor:
+    """A picture uint8 [H, W, 3] scaled until it covers a size, and cut alike on both sides."""
+    return _resized(picture, VideoFormat(1, height, width, 0.0), FitPolicy())
 
 
 def _kept_frames(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from halo_fast import registry
-from halo_fast.data.records import SUFFIXES, is_empty, parse_csv, parse_json, read_records
+from halo_fast.data.records import SUFFIXES, Row, exists, is_empty, parse_csv, parse_json, read_records
 from halo_fast.errors import UserError, first_line
 
-__all__ = ["prompt_source", "read_prompts", "shared_prompts"]
+__all__ = ["prompt_pictures", "prompt_source", "read_prompts", "shared_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,42 @@ def read_prompts(prompts: str, count: int | None, seed: int = 0, setting: str = 
     if len(taken) < len(found):
         logger.info("%s: the first %d of %d prompts of %s (num_prompts)", setting, len(taken), len(found), path)
     return taken
+
+
+def prompt_pictures(prompts: str, setting: str = "prompts") -> dict[str, Path]:
+    """The picture from which each prompt's clips go on, by the column "image" of a table; none without such a column.
+
+    Args:
+        prompts: as for `read_prompts`; names of pictures are relative to the table's folder.
+        setting: under which mistakes are reported.
+
+    Raises:
+        UserError: no such picture, or two of one prompt.
+    """
+    path = Path(prompts)
+    if registry.is_name("prompts", prompts) or path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return {}
+    value = read_records(path) if path.suffix.lower() not in (".json", ".jsonl") else _json_rows(path, setting)
+    if not any("image" in row for row in value):
+        return {}
+    found: dict[str, Path] = {}
+    for number, (row, prompt) in enumerate(zip(value, _column(value, path, setting), strict=True), 1):
+        place, name = f"{setting}: {path} row {number}", row.get("image")
+        if not isinstance(name, str) or not exists(path.parent / name) or not (path.parent / name).is_file():
+            raise UserError(
+                f"{place}: expected the name of a picture in 'image', got {name!r}; write it relative to the table"
+            )
+        if found.setdefault(prompt, path.parent / name) != path.parent / name:
+            raise UserError(
+                f"{place}: expected one picture of a prompt, got two of {prompt!r}; word the prompts differently"
+            )
+    return found
+
+
+def _json_rows(path: Path, setting: str) -> list[Row]:
+    """The rows of a JSON list of objects; none of other lists, which have no columns."""
+    value = parse_json(_read_text(path, setting), path.suffix.lower() == ".jsonl")
+    return value if isinstance(value, list) and all(isinstance(row, dict) for row in value) else []
 
 
 def shared_prompts(prompts: Sequence[str], others: Sequence[str]) -> list[str]:

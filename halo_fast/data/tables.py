@@ -192,8 +192,8 @@ class CacheRow:
     """A cached file, in index.parquet.
 
     Args:
-        kind: "latents" or "text".
-        id: the clip, or the prompt itself.
+        kind: "latents", "text" or "image".
+        id: the clip, the prompt itself, or the pair that goes on from the image.
         file: relative to the table's folder.
         content_hash: of what it was made from.
     """

@@ -31,11 +31,13 @@ registry.register(
         "HunyuanVideoPipeline": "halo_fast.families.hunyuan:HunyuanVideo",
         "Kandinsky5T2VPipeline": "halo_fast.families.kandinsky:Kandinsky5",
         "LTX2Pipeline": "halo_fast.families.ltx:LTX2",
+        "LTXImageToVideoPipeline": "halo_fast.families.ltx:LTXImageToVideo",
         "LTXPipeline": "halo_fast.families.ltx:LTX",
         "MochiPipeline": "halo_fast.families.mochi:Mochi",
         "SanaVideoPipeline": "halo_fast.families.sana:SanaVideo",
         "SkyReelsV2Pipeline": "halo_fast.families.wan:SkyReelsV2",
         "TextToVideoSDPipeline": "halo_fast.families.unet:TextToVideoSD",
+        "WanImageToVideoPipeline": "halo_fast.families.wan:WanImageToVideo",
         "WanPipeline": "halo_fast.families.wan:Wan",
     },
 )

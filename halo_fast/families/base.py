@@ -33,6 +33,8 @@ class Denoiser(ABC):
     layout: ClassVar[str] = "BCFHW"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix: ClassVar[str] = "transformer"
+    # names of the conditions that a clip's first frame gives, in image-to-video
+    image_conditions: tuple[str, ...] = ()
 
     def __init__(self, pipeline: Any = None, network: str | None = None) -> None:
         self.pipeline = pipeline
@@ -131,6 +133,11 @@ class Family(Denoiser):
         components = self.pipeline.components
         return [components[name] for name in sorted(components) if name.startswith(("text_encoder", "tokenizer"))]
 
+    @property
+    def image_parts(self) -> list[Any]:
+        """What encodes first frames; cached conditions of them are valid for these alone."""
+        return [self.vae]
+
     @abstractmethod
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Shape of one clip's latents.
@@ -142,6 +149,15 @@ class Family(Denoiser):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""
+
+    def encode_images(self, images: Tensor, num_frames: int) -> list[dict[str, Tensor]]:
+        """What each first frame adds to the conditions of its prompt: `image_conditions`, nothing in text-to-video.
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            num_frames: of the clips that begin with them.
+        """
+        return [{} for _ in images]
 
     def blank_conditions(self) -> dict[str, Tensor]:
         """Conditions of a prompt of the longest length, without values: shapes and precisions for predictions.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from halo_fast.errors import UserError
 from halo_fast.families.base import shift_times
+from halo_fast.families.image import ImageToVideo
 from halo_fast.families.pipeline import MaskedPrompts, replaced
 
-__all__ = ["LTX", "LTX2"]
+__all__ = ["LTX", "LTX2", "LTXImageToVideo"]
 
 
 class LTX(MaskedPrompts):
@@ -70,22 +71,33 @@ class LTX(MaskedPrompts):
     def unpack(self, latents: Tensor, size: Sequence[int]) -> Tensor:
         return latents.transpose(1, 2).unflatten(2, tuple(size))
 
-    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    def network_inputs(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
+        """The network's arguments."""
         dtype = self.transformer.dtype
-        size = frames, height, width = self.latent_size(noisy.shape)
+        frames, height, width = self.latent_size(noisy.shape)
         time, space = self.compression
-        tokens = model(
-            hidden_states=self.pack(noisy.to(dtype)),
-            encoder_hidden_states=conditions["prompt_embeds"].to(noisy.device, dtype),
-            timestep=t.float() * self.pipeline.scheduler.config.num_train_timesteps,
-            encoder_attention_mask=conditions["prompt_attention_mask"].to(noisy.device),
-            num_frames=frames,
-            height=height,
-            width=width,
-            rope_interpolation_scale=(time / self.frame_rate, space, space),
-            return_dict=False,
-        )[0]
-        return self.unpack(tokens, size)
+        return {
+            "hidden_states": self.pack(noisy.to(dtype)),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(noisy.device, dtype),
+            "timestep": t.float() * self.pipeline.scheduler.config.num_train_timesteps,
+            "encoder_attention_mask": conditions["prompt_attention_mask"].to(noisy.device),
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "rope_interpolation_scale": (time / self.frame_rate, space, space),
+        }
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        tokens = model(**self.network_inputs(noisy, t, conditions), return_dict=False)[0]
+        return self.unpack(tokens, self.latent_size(noisy.shape))
+
+
+class LTXImageToVideo(ImageToVideo, LTX):
+    """diffusers.LTXImageToVideoPipeline: the first frame's tokens are clean, and their time is 0."""
+
+    def network_inputs(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
+        inputs = super().network_inputs(self.begun(noisy, conditions), t, conditions)
+        return inputs | {"timestep": self.token_times(inputs["timestep"], self.latent_size(noisy.shape))}
 
 
 class LTX2(LTX):

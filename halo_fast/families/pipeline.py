@@ -164,8 +164,15 @@ class PipelineFamily(Family):
     def encode(self, videos: Tensor) -> Tensor:
         # autoencoders drop frames and pixels that do not fit
         self.latent_shape(videos.shape[1], videos.shape[2], videos.shape[3])
+        return self.encode_pixels(self.pixels(videos))
+
+    def pixels(self, videos: Tensor) -> Tensor:
+        """Videos uint8 [N, F, H, W, 3] as the autoencoder takes them, [N, 3, F, H, W] in [-1, 1]."""
         vae = self.pipeline.vae
-        pixels = videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
+        return videos.permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Latents in model space of `pixels`."""
         latents = torch.cat([self.encode_clip(clip) for clip in pixels.split(1)]).float()
         check_finite(latents, _numbered(latents), "latents of the autoencoder", _CURE)
         mean, std = self.statistics(latents)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -67,7 +67,11 @@ class GenerateConfig:
 
 
 def sample_clips(
-    family: Family, prompts: Sequence[str], seeds: Sequence[int], settings: GenerateConfig
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerateConfig,
+    images: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One clip for each prompt and seed, in one batch through the pipeline.
 
@@ -79,19 +83,21 @@ def sample_clips(
         prompts: of the clips.
         seeds: of the clips.
         settings: size, steps and guidance; the rest is not read.
+        images: in image-to-video, the first frame of each prompt's clips, uint8 [H, W, 3] in their size.
 
     Returns:
         latents float32 [N, *latent_shape] in model space and videos uint8 [N, F, H, W, 3], both on the CPU.
 
     Raises:
-        UserError: a size that the model cannot make, a model that only trains, or a clip that is not finite.
+        UserError: a size that the model cannot make, a model that only trains, a prompt without the image that the
+            model needs, or a clip that is not finite.
     """
     if not isinstance(family, Family):
         raise UserError(
             f"model: expected a Family, which samples, got {type(family).__name__}, which only trains; "
             "leave out previews and fresh pairs, or subclass halo_fast.families.Family"
         )
-    conditions, noise = _conditions(family, prompts, settings), _noise(family, seeds, settings)
+    conditions, noise = _conditions(family, prompts, settings, images or {}), _noise(family, seeds, settings)
     latents = family.sample(conditions, noise, **_arguments(settings))
     return _finished(family, latents, prompts, seeds)
 
@@ -173,16 +179,37 @@ def first_step(settings: GenerateConfig) -> int:
     return settings.num_inference_steps - max(math.floor(settings.strength * settings.num_inference_steps + 1e-9), 1)
 
 
-def _conditions(family: Family, prompts: Sequence[str], settings: GenerateConfig) -> list[dict[str, Tensor]]:
-    """Conditions of each prompt, which are encoded one at a time."""
+def _conditions(
+    family: Family, prompts: Sequence[str], settings: GenerateConfig, images: Mapping[str, Tensor] | None = None
+) -> list[dict[str, Tensor]]:
+    """Conditions of each prompt and its image, which are encoded one at a time."""
     if not isinstance(family, Family):
         raise UserError(
             f"model: expected a Family, which samples, got {type(family).__name__}, which only trains; "
             "leave out previews and fresh pairs, or subclass halo_fast.families.Family"
         )
     encoded = {prompt: family.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+    if family.image_conditions:
+        for prompt, conditions in encoded.items():
+            image = _first_frame(family, prompt, images or {}, settings)
+            conditions |= family.encode_images(image[None], settings.num_frames)[0]
     family.set_conditions(settings.guidance_scale, settings.fps)
     return [encoded[prompt] for prompt in prompts]
+
+
+def _first_frame(family: Family, prompt: str, images: Mapping[str, Tensor], settings: GenerateConfig) -> Tensor:
+    if prompt not in images:
+        raise UserError(
+            f"prompts: {type(family).__name__} makes clips that go on from a picture, got none for {prompt!r}; give a "
+            "table with the columns 'prompt' and 'image', from Python `images`"
+        )
+    expected = settings.height, settings.width, 3
+    if tuple(images[prompt].shape) != expected:
+        raise UserError(
+            f"images: expected {list(expected)}, the size of the clips, got {list(images[prompt].shape)} for "
+            f"{prompt!r}; scale it, as halo_fast.data.fitting.fit_picture does"
+        )
+    return images[prompt]
 
 
 def _noise(family: Family, seeds: Sequence[int], settings: GenerateConfig) -> Tensor:

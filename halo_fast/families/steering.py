@@ -35,9 +35,10 @@ def steerable(family: Family) -> PipelineFamily:
             "steps; set it to independent, or subclass halo_fast.families.pipeline.PipelineFamily"
         )
     if not family.enterable:
+        reason = "goes on from a picture" if family.image_conditions else "makes sound beside the video"
         raise UserError(
-            f"generate.strategy: the sampler of {type(family).__name__} makes sound beside the video, so it can't be "
-            "entered between steps; set it to independent"
+            f"generate.strategy: the sampler of {type(family).__name__} {reason}, so it can't be entered between "
+            "steps; set it to independent"
         )
     scheduler = family.pipeline.scheduler
     # such as EulerDiscrete, whose latents grow with the noise, and Heun

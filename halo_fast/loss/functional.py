@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss import ops
+from halo_fast.loss.given import by_frame, given_frames, made_frames, patch_means
 from halo_fast.loss.inputs import (
     Inputs,
     check_grid,
@@ -49,7 +50,7 @@ def patch_log_ratio(
         reference: likewise, the reference's prediction, in prediction's dtype.
         grid: (f, h, w) patches along frames, rows, columns; patch k of n along length L covers
             floor(kL/n)..floor((k+1)L/n).
-        layout: of the three latents.
+        layout: of the three latents; "BC(1+F)HW" is BCFHW with a first frame that is given and counts nowhere.
 
     Returns:
         [N, f, h, w], float32 (float64 for float64). Differentiable in prediction, once; not under torch.func.
@@ -59,8 +60,9 @@ def patch_log_ratio(
     """
     policy, goal = check_latents(prediction, target, layout)
     base = check_reference(reference, prediction, layout)
-    ratio: Tensor = ops.patch_log_ratio(policy, base, goal, check_grid(grid, policy, "grid"))
-    return ratio
+    grid, given = check_grid(grid, policy, "grid"), given_frames(layout)
+    policy, base, goal = (made_frames(view, given) for view in (policy, base, goal))
+    return patch_means(lambda even: ops.patch_log_ratio(policy, base, goal, even), grid, policy.shape[2], given)
 
 
 def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout: str = "BCFHW") -> Tensor:
@@ -73,8 +75,9 @@ def patch_error(prediction: Tensor, target: Tensor, grid: Sequence[int], layout:
         [N, f, h, w], float32 (float64 for float64).
     """
     policy, goal = check_latents(prediction, target, layout)
-    error: Tensor = ops.patch_error(policy, goal, check_grid(grid, policy, "grid"))
-    return error
+    grid, given = check_grid(grid, policy, "grid"), given_frames(layout)
+    policy, goal = made_frames(policy, given), made_frames(goal, given)
+    return patch_means(lambda even: ops.patch_error(policy, goal, even), grid, policy.shape[2], given)
 
 
 def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor, layout: str = "BCFHW") -> Tensor:
@@ -94,7 +97,9 @@ def patch_weighted_mse(prediction: Tensor, target: Tensor, coefficients: Tensor,
     """
     policy, goal = check_latents(prediction, target, layout)
     dtype = accumulate_dtype(policy.dtype, goal.dtype)
-    coefficients = check_table("coefficients", coefficients, policy, dtype)
+    coefficients, given = check_table("coefficients", coefficients, policy, dtype), given_frames(layout)
+    policy, goal = made_frames(policy, given), made_frames(goal, given)
+    coefficients = by_frame(coefficients, policy.shape[2], given)
     with torch.no_grad():
         value = (coefficients * ops.patch_error(policy, goal, coefficients.shape[1:])).sum()
     loss: Tensor = ops.attach_gradient(value, coefficients, policy, goal)
@@ -137,7 +142,8 @@ def gran_dpo(
             patch_dpo no reference.
         reference_error: [2B, f, h, w] float32, cached ``patch_error`` of the reference for the same timestep and noise;
             then reference is None.
-        layout: "BCFHW"; "BFCHW" for CogVideoX, "BCHW" for images.
+        layout: "BCFHW"; "BFCHW" for CogVideoX, "BCHW" for images, "BC(1+F)HW" for image-to-video, where the first
+            latent frame is given: it is in no mean, has no gradient, and a patch of nothing else has no preference.
         kappa: [B] timestep weight of each pair ([N] unpaired), default 1; see ``timestep_weight``.
         pair_weight: [B] omega, default 1: multiplies the preference terms of each pair's loss, where kappa multiplies
             the logits. Supervised terms and the mean over pairs stay as they are; 0 masks a pair's preferences. For
@@ -203,7 +209,8 @@ def _evaluate(objective: Objective, policy: Tensor, inputs: Inputs) -> tuple[Ten
     else:
         table = objective.table(inputs)
         coefficients = _checked_coefficients(objective, table.coefficients, inputs)
-        loss = ops.attach_gradient(table.loss, coefficients, policy, inputs.target)
+        even = by_frame(coefficients, policy.shape[2], inputs.given)
+        loss = ops.attach_gradient(table.loss, even, policy, inputs.target)
     out = GranDPOOutput(
         loss, table.patch_logits, table.video_logits, table.log_ratio, table.active, objective, inputs, table.error
     )

@@ -6,7 +6,7 @@ A message names the argument, what was expected, what came and what to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss import ops
-from halo_fast.loss.reference import accumulate_dtype, patch_sizes
+from halo_fast.loss.given import GIVEN_FIRST, empty_rows, given_frames, made_frames, patch_means, without_preference
+from halo_fast.loss.reference import accumulate_dtype, patch_mean, patch_sizes
 
 __all__ = [
     "Inputs",
@@ -30,7 +31,7 @@ __all__ = [
     "describe",
 ]
 
-_LAYOUTS = ("BCFHW", "BFCHW", "BCHW")
+_DIMENSIONS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4, GIVEN_FIRST: 5}
 
 
 class Requirements(Protocol):
@@ -62,7 +63,8 @@ class Inputs:
     """What an objective computes from, after all checks. Nothing here carries a graph.
 
     N samples are B pairs, all a and then their partners b, or stand alone where the objective is unpaired. Views have
-    any strides and their own dtypes, and are read in place. All else has ``dtype``.
+    any strides and their own dtypes, and are read in place. All else has ``dtype``. Views have the F frames that are
+    made; ``given`` more before them are given, and patches are those of all.
 
     Args:
         prediction: [N, C, F, H, W] view of the policy's prediction.
@@ -74,6 +76,7 @@ class Inputs:
         kappa: [B] timestep weights ([N] unpaired); None for 1.
         grid: (f, h, w) patches.
         pair_weight: [B], what multiplies the preference terms of each pair's loss; None for 1.
+        given: latent frames at the beginning that are given and count nowhere.
     """
 
     prediction: Tensor
@@ -85,11 +88,24 @@ class Inputs:
     kappa: Tensor | None
     grid: tuple[int, ...]
     pair_weight: Tensor | None = None
+    given: int = 0
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, F, H, W) of one sample."""
-        return tuple(self.prediction.shape[1:])
+        """(C, F, H, W) of one sample, given frames included."""
+        channels, made, height, width = self.prediction.shape[1:]
+        return channels, self.given + made, height, width
+
+    @property
+    def empty_rows(self) -> int:
+        """Patch rows, from the first on, that lie wholly inside the given frames."""
+        return empty_rows(self.prediction.shape[2], self.grid[0], self.given)
+
+    @property
+    def patches(self) -> int:
+        """Patches that have elements."""
+        frames, rows, columns = self.grid
+        return (frames - self.empty_rows) * rows * columns
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,8 +114,14 @@ class Inputs:
 
     def error(self) -> Tensor:
         """E_p [N, f, h, w], mean squared errors of the policy; costs one pass over the latents."""
-        error: Tensor = ops.patch_error(self.prediction, self.target, self.grid)
-        return error
+        return self._means(lambda grid: ops.patch_error(self.prediction, self.target, grid))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each patch, [..., f, h, w], of values that are shaped like the views."""
+        return self._means(lambda grid: patch_mean(values, grid))
+
+    def _means(self, measure: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        return patch_means(measure, self.grid, self.prediction.shape[2], self.given)
 
     def log_ratio(self, error: Tensor | None = None) -> Tensor:
         """E_p(reference) - E_p(policy) [N, f, h, w]; costs one pass over the latents.
@@ -110,16 +132,16 @@ class Inputs:
         Raises:
             ValueError: there is no reference.
         """
-        if self.reference is not None:
-            ratio: Tensor = ops.patch_log_ratio(self.prediction, self.reference, self.target, self.grid)
-            return ratio
+        reference = self.reference
+        if reference is not None:
+            return self._means(lambda grid: ops.patch_log_ratio(self.prediction, reference, self.target, grid))
         if self.reference_error is None:
             raise ValueError("inputs have no reference: the objective must say needs_reference")
         return self.reference_error - (self.error() if error is None else error)
 
     def volume(self, like: Tensor) -> Tensor:
         """Each patch's share of the latent [f, h, w], Z_p / sum Z, in the dtype of ``like``."""
-        sizes = patch_sizes(self.latent_shape, self.grid, like)
+        sizes = patch_sizes(self.latent_shape, self.grid, like, self.given)
         return sizes / sizes.sum()
 
 
@@ -175,8 +197,16 @@ def check_inputs(
                 f"pair_weight must be left out: objective {name} has no preference term of pairs that it could weight"
             )
         pair_weight = _check_numbers("pair_weight", pair_weight, (samples // 2,), policy, dtype, missing="")
+    given = given_frames(layout)
+    made = policy.shape[2] - given
+    policy, target = made_frames(policy, given), made_frames(target, given)
+    if reference is not None:
+        reference = made_frames(reference, given)
+    if patch_rewards is not None:
+        patch_rewards = without_preference(patch_rewards, made, given)
     record = Inputs(
-        policy.detach(), target, reference, reference_error, patch_rewards, video_rewards, kappa, grid, pair_weight
+        policy.detach(), target, reference, reference_error, patch_rewards, video_rewards, kappa, grid, pair_weight,
+        given,
     )  # fmt: skip
     return policy, record
 
@@ -289,19 +319,24 @@ def _view(latent: Tensor, layout: str) -> Tensor:
 
 def _check_latent(name: str, value: object, layout: str, like: Tensor | None = None) -> Tensor:
     """``value`` in its own layout, after every check of a latent-shaped argument."""
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}")
+    if layout not in _DIMENSIONS:
+        raise ValueError(f"layout must be one of {', '.join(_DIMENSIONS)}; got {layout!r}")
     value = check_tensor(name, value, like)
     if not value.dtype.is_floating_point or value.dtype.itemsize == 1:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}: convert it")
-    if value.ndim != len(layout):
+    if value.ndim != _DIMENSIONS[layout]:
         raise ValueError(
-            f"{name} must have the {len(layout)} dimensions of layout {layout}; got shape {tuple(value.shape)}"
+            f"{name} must have the {_DIMENSIONS[layout]} dimensions of layout {layout}; got shape {tuple(value.shape)}"
         )
     if like is not None and value.shape != like.shape:
         raise ValueError(f"{name} must have prediction's shape {tuple(like.shape)}; got {tuple(value.shape)}")
     if 0 in value.shape[1:]:
         raise ValueError(f"{name} must not have an empty side; got shape {tuple(value.shape)}")
+    if layout == GIVEN_FIRST and value.shape[2] == 1:
+        raise ValueError(
+            f"{name} must have frames beside the first, which layout {layout} says is given; got shape "
+            f"{tuple(value.shape)}: give longer clips"
+        )
     return value
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "patch_sizes",
     "reduce_pairs",
     "signed_weights",
+    "table_of_volumes",
     "winner_share",
 ]
 
@@ -74,14 +75,18 @@ def accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor) -> Tensor:
-    """Z_p [f, h, w]: elements of each patch (channels included) for a latent (C, F, H, W), in the dtype of ``like``."""
+def patch_sizes(latent_shape: Sequence[int], grid: Sequence[int], like: Tensor, given: int = 0) -> Tensor:
+    """Z_p [f, h, w]: elements of each patch (channels included) for a latent (C, F, H, W), in the dtype of ``like``.
+
+    The first ``given`` frames do not count.
+    """
     channels, *sides = latent_shape
-    lengths = [
-        torch.diff(torch.arange(parts + 1, device=like.device) * length // parts)
-        for length, parts in zip(sides, grid, strict=True)
+    edges = [
+        torch.arange(parts + 1, device=like.device) * length // parts for length, parts in zip(sides, grid, strict=True)
     ]
-    frames, rows, columns = lengths
+    if given:
+        edges[0] = edges[0].clamp(min=given)
+    frames, rows, columns = (torch.diff(edge) for edge in edges)
     return (channels * frames[:, None, None] * rows[:, None] * columns).to(like.dtype)
 
 
@@ -242,10 +247,34 @@ def gran_dpo_table(
     Returns loss [], coefficients dL/dE_p [2B, f, h, w], video_logits [B], patch_logits [B, f, h, w], active [B]
     (1 for a pair that counts in the mean, else 0).
     """
+    sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
+    return table_of_volumes(
+        log_ratio,
+        patch_rewards,
+        video_rewards,
+        logit_scale,
+        error,
+        loser_scale,
+        sizes / sizes.sum(),
+        link_name,
+        numbers,
+    )
+
+
+def table_of_volumes(
+    log_ratio: Tensor,
+    patch_rewards: Tensor | None,
+    video_rewards: Tensor | None,
+    logit_scale: Tensor | None,
+    error: Tensor | None,
+    loser_scale: Tensor | None,
+    volume: Tensor,
+    link_name: str,
+    numbers: Sequence[float],
+) -> Table:
+    """``gran_dpo_table`` for patches of any sizes: ``volume`` [f, h, w], Z_p / sum Z, in place of ``latent_shape``."""
     a, b = halves(log_ratio)
     margin = a - b  # -D_p
-    sizes = patch_sizes(latent_shape, log_ratio.shape[1:], log_ratio)
-    volume = sizes / sizes.sum()
     to = TableNumbers(*numbers)
     video_scale, patch_scale, *omega = margin.new_ones(2, margin.shape[0]) if logit_scale is None else logit_scale
     video_scale, patch_scale = 0.5 * to.video_beta * video_scale, 0.5 * to.patch_beta * patch_scale

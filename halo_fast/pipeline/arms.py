@@ -10,11 +10,13 @@ from torch import Tensor
 from halo_fast import processes
 from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data.clips import read_clip, write_clip
+from halo_fast.data.prompts import prompt_pictures
 from halo_fast.data.tables import EvaluatedRow, shared_rows
 from halo_fast.errors import UserError
 from halo_fast.families import load
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.pictures import pictures_of
 from halo_fast.rewards import RewardModel
 
 __all__ = ["arm_clips", "measure_arms", "sample_arms"]
@@ -69,14 +71,16 @@ def sample_arms(config: Config, clips: Sequence[EvaluatedRow], trained: Sequence
         config.pretrained_model_name_or_path, network=config.train.network, precision=config.precision,
         quantization=config.quantization,
     )  # fmt: skip
+    wanted = family.image_conditions and config.evaluation_prompts
+    pictures = prompt_pictures(config.evaluation_prompts, "evaluation_prompts") if wanted else {}
     arm = _ARMS[0]
     for batch in processes.share([batches[number] for number in missing], "evaluate"):
         if batch[0].arm != arm:
             arm = batch[0].arm
             load_all_trained(family, trained)
-        _, videos = sample_clips(
-            family, [clip.prompt for clip in batch], [clip.seed for clip in batch], config.generate
-        )
+        prompts = [clip.prompt for clip in batch]
+        images = pictures_of(prompts, pictures, config.generate)
+        _, videos = sample_clips(family, prompts, [clip.seed for clip in batch], config.generate, images)
         for clip, video in zip(batch, videos, strict=True):
             write_clip(folder / clip.video, video, config.generate.fps, config.generate.crf)
 

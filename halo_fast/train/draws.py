@@ -17,6 +17,7 @@ from halo_fast.data import Pair
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
 from halo_fast.families.sampling import clip_noise
+from halo_fast.loss.given import given_frames, without_preference
 
 __all__ = [
     "Batch",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_SAME_FRAME = 0.3  # of the norm; unlike frames are about as far from each other as they are large
 
 
 class Drawn(NamedTuple):
@@ -96,7 +99,7 @@ class Batch:
 
 
 def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
-    """Check that there are pairs, that the model takes latents of their size and that the patch grid fits them.
+    """Check that there are pairs with the model's conditions and size of latents, and that the patch grid fits them.
 
     Only the first pair is read; `make_batch` checks each pair it takes.
 
@@ -108,6 +111,12 @@ def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
     pair = pairs[0]
     size = family.latent_size(pair.latents.shape)
     family.check_size(size)
+    missing = [name for name in family.image_conditions if name not in pair.conditions]
+    if missing:
+        raise UserError(
+            f"pairs: {type(family).__name__} goes on from a first frame, and the conditions of the first pair have no "
+            f"{', '.join(missing)}; add those of Family.encode_images, or run `halo cache` again"
+        )
     grid = tuple(pair.patch_rewards.shape[1:])
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
         raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
@@ -216,11 +225,13 @@ def draw_batch(
         own: whether each clip gets the noise that it was sampled from; pairs without seeds share one all the same.
 
     Raises:
-        UserError: a pair that is not of two clips, of another size or grid than the first, with infinite rewards, or
-            with latents or conditions that are not finite.
+        UserError: a pair that is not of two clips, of another size or grid than the first, with infinite rewards, with
+            latents or conditions that are not finite, or, in image-to-video, with clips of different first frames.
     """
     chosen = [pairs[index] for index, _ in draws]
     _check_alike(chosen, [index for index, _ in draws])
+    for pair, (index, _) in zip(chosen, draws, strict=True):
+        _check_first_frames(pair, index)
     shape = chosen[0].latents.shape[1:]
     drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
     shared = torch.stack([noise for noise, _ in drawn])
@@ -230,10 +241,17 @@ def draw_batch(
         noise=_own_noise(chosen, shared) if own else shared,
         u=torch.cat([u for _, u in drawn]),
         conditions=family.stack([pair.conditions for pair in chosen]),
-        patch_rewards=torch.stack([pair.patch_rewards for pair in chosen], dim=1).flatten(0, 1),
+        patch_rewards=_decidable(family, chosen),
         video_rewards=torch.stack([pair.video_rewards for pair in chosen], dim=1).flatten(0, 1),
         reference_error=found,
     )
+
+
+def _decidable(family: Denoiser, pairs: Sequence[Pair]) -> Tensor:
+    """Patch rewards of all samples, [2B, f, h, w]; a patch wholly inside given frames has no label."""
+    rewards = torch.stack([pair.patch_rewards for pair in pairs], dim=1).flatten(0, 1)
+    given = given_frames(family.layout)
+    return without_preference(rewards, family.latent_size(pairs[0].latents.shape)[0] - given, given)
 
 
 def _own_noise(pairs: Sequence[Pair], shared: Tensor) -> Tensor:
@@ -292,3 +310,20 @@ def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
                 raise UserError(f"pairs: {name} of pair {index} are infinite; expected numbers, or NaN for no label")
         for name, value in {"latents": pair.latents, **pair.conditions}.items():
             check_finite(value[None], [f"pair {index}"], name, "make its clips and the cache again, or leave it out")
+
+
+def _check_first_frames(pair: Pair, index: int) -> None:
+    """Raise unless both clips begin with the frame that the network is given, up to what files and autoencoders lose.
+
+    Networks that see a picture in another way have no `first_frame`; their clips are compared when they are cached.
+    """
+    given = pair.conditions.get("first_frame")
+    if given is None:
+        return
+    for clip, latents in zip("ab", pair.latents, strict=True):
+        off = float((latents[:, :1] - given).norm() / given.norm())
+        if not off <= _SAME_FRAME:
+            raise UserError(
+                f"pairs: the first latent frame of clip {clip} of pair {index} is {100 * off:.0f}% off the given one, "
+                f"expected at most {100 * _SAME_FRAME:.0f}%; pair clips that begin with the same picture"
+            )

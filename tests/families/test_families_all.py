@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
-from tiny import TINY, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, write_scores
+from tiny import TINY, merged, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, write_scores
 
 from halo_fast.data import CachedPairs, Pair
 from halo_fast.errors import UserError
@@ -322,18 +322,6 @@ def test_videos_the_model_cannot_make_are_refused_and_never_cut(case, offset):
         case.family.encode(torch.zeros(1, *size, 3, dtype=torch.uint8))
 
 
-def merged(case, lora):
-    """A fresh pipeline's trained network with B A added to its weights by hand."""
-    family = family_of(case.tiny.build(), case.tiny.network)
-    weights = family.transformer.state_dict()
-    for name, up in lora.items():
-        if ".lora_B." in name:
-            down = lora[name.replace(".lora_B.", ".lora_A.")]
-            layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
-            weights[layer] += up @ down
-    return family
-
-
 def test_stages_training_and_export(case, tmp_path):
     """Generate, pair, cache, train 3 steps; the LoRA in a fresh pipeline acts as B A on the weights."""
     frames, height, width = case.tiny.size
@@ -368,7 +356,7 @@ def test_stages_training_and_export(case, tmp_path):
         base = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
         fresh.load_lora(result.lora)
         loaded = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
-        by_hand = merged(case, result.lora)
+        by_hand = merged(case.tiny, result.lora)
         expected = by_hand.predict(by_hand.transformer, case.noise, t, case.conditions)
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
     assert (loaded - base).abs().max() > 1e-4

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
+import transformers
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -41,6 +42,7 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
@@ -53,6 +55,7 @@ from diffusers import (
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -68,6 +71,8 @@ from transformers import (
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma2Config,
     Gemma2Model,
     Gemma3Config,
@@ -85,6 +90,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from halo_fast.families import Family, family_of
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.files import hash_file, write_json, write_parquet
 from halo_fast.pipeline.config import Config
@@ -156,6 +162,46 @@ def tiny_wan(
             expand_timesteps=expand,
         )
     )  # fmt: skip
+
+
+# without torchvision transformers 5 has this class for it
+_PICTURES = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def tiny_wan_image(seed: int = 0, *, kind: str = "2.1") -> WanImageToVideoPipeline:
+    """Wan from a picture: "2.1" with an image encoder, "A14B" with two experts, "TI2V" with a time for every token.
+
+    The network of Wan 2.1 takes its text to be 512 tokens.
+    """
+    parts = tiny_wan(seed, 512 if kind == "2.1" else 12, experts=kind == "A14B").components
+    encoder = processor = None
+    if kind != "TI2V":
+        # four channels of the mark, and the picture's latents
+        picture = {"image_dim": 16, "added_kv_proj_dim": 24} if kind == "2.1" else {}
+        for name in ("transformer", "transformer_2"):
+            if parts[name] is not None:
+                config = {key: value for key, value in parts[name].config.items() if not key.startswith("_")}
+                parts[name] = WanTransformer3DModel(**config | {"in_channels": 2 * CHANNELS + 4} | picture)
+    if kind == "2.1":
+        encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                patch_size=8,
+            )
+        )  # fmt: skip
+        size = {"height": 16, "width": 16}
+        processor = _PICTURES(size={"shortest_edge": 16}, crop_size=size)
+    return _ready(
+        WanImageToVideoPipeline(
+            **parts | {"image_encoder": encoder, "image_processor": processor},
+            boundary_ratio=0.875 if kind == "A14B" else None, expand_timesteps=kind == "TI2V",
+        )
+    )  # fmt: skip
+
+
+def tiny_ltx_image(seed: int = 0) -> Any:
+    """The parts of `tiny_ltx` in the pipeline that goes on from a picture."""
+    return _ready(LTXImageToVideoPipeline(**tiny_ltx(seed).components))
 
 
 def tiny_skyreels(seed: int = 0) -> Any:
@@ -522,6 +568,49 @@ TINY = {
     "TextToVideoSD": Tiny(tiny_text_to_video_sd, size=(3, 32, 32)),
     "AnimateDiff": Tiny(tiny_animatediff, size=(3, 32, 32)),
 }
+
+
+# from a picture; apart, for what they need beside prompts
+TINY_IMAGE = {
+    "Wan 2.1, from an image": Tiny(tiny_wan_image),
+    "Wan 2.2 A14B, from an image": Tiny(partial(tiny_wan_image, kind="A14B")),
+    "Wan 2.2 TI2V-5B, from an image": Tiny(partial(tiny_wan_image, kind="TI2V")),
+    "LTX-Video, from an image": Tiny(tiny_ltx_image),
+}
+
+
+def tiny_images(prompts: list[str], size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """A picture of noise for each prompt, uint8 [H, W, 3] in the size of a clip."""
+    draw = torch.Generator().manual_seed(0)
+    return {prompt: torch.randint(256, (*size[1:], 3), generator=draw, dtype=torch.uint8) for prompt in prompts}
+
+
+def tiny_conditions(family: Family, prompts: list[str], size: tuple[int, int, int]) -> list[dict[str, torch.Tensor]]:
+    """The conditions of prompts and, where the family goes on from them, of their `tiny_images`."""
+    images = tiny_images(prompts, size)
+    return [
+        conditions | family.encode_images(images[prompt][None], size[0])[0]
+        for prompt, conditions in zip(prompts, family.encode_prompts(prompts), strict=True)
+    ]
+
+
+def begun(latents: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Random latents of a pair that begin with the given first frame, if there is one."""
+    if "first_frame" in conditions:
+        latents[:, :, :1] = conditions["first_frame"]
+    return latents
+
+
+def merged(tiny: Tiny, lora: dict[str, torch.Tensor]) -> Family:
+    """A fresh pipeline's trained network with B A added to its weights by hand."""
+    family = family_of(tiny.build(), tiny.network)
+    weights = family.transformer.state_dict()
+    for name, up in lora.items():
+        if ".lora_B." in name:
+            down = lora[name.replace(".lora_B.", ".lora_A.")]
+            layer = name.removeprefix(f"{family.lora_prefix}.").replace(".lora_B", "")
+            weights[layer] += up @ down
+    return family
 
 
 def tiny_clips(**changes: Any) -> GenerateConfig:

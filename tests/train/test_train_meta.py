@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import TINY, tiny_wan
+from tiny import TINY, TINY_IMAGE, begun, tiny_conditions, tiny_wan
 from training import CONFIG
 
 from halo_fast.data import Pair
@@ -20,11 +20,11 @@ META = torch.device("meta")
 def pairs_of(family, size):
     """Three pairs of random latents for one prompt."""
     shape, generator = family.latent_shape(*size), torch.Generator().manual_seed(0)
-    conditions = family.encode_prompts(["a cube jumps"])[0]
+    conditions = tiny_conditions(family, ["a cube jumps"], size)[0]
 
     def pair():
         return Pair(
-            torch.randn(2, *shape, generator=generator), conditions,
+            begun(torch.randn(2, *shape, generator=generator), conditions), conditions,
             torch.rand(2, 1, 2, 2, generator=generator), torch.rand(2, generator=generator),
         )  # fmt: skip
 
@@ -86,12 +86,12 @@ NOT_ON_META = ("HunyuanVideo 1.5", "Mochi")
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow) if name == "TextToVideoSD" else name
-        for name in TINY
+        for name in [*TINY, *TINY_IMAGE]
         if name not in NOT_ON_META
     ],
 )
 def test_a_step_reads_no_value_from_the_device(name, schedule, draws):
-    tiny = TINY[name]
+    tiny = (TINY | TINY_IMAGE)[name]
     settings = {"schedule": schedule, "reference_draws": draws, "gradient_checkpointing": "none"}
     with job_on_meta(tiny.build(), tiny.network, tiny.size, **settings) as job:
         step(job)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.loss.inputs import Inputs, Requirements, check_choice, check_number
-from halo_fast.loss.reference import LINKS, halves, patch_mean, signed_weights
+from halo_fast.loss.reference import LINKS, halves, signed_weights
 
 __all__ = [
     "LABELS",
@@ -208,7 +208,7 @@ class PairObjective(Objective):
     def _loser_scale(self, inputs: Inputs, error: Tensor) -> Tensor:
         """The guard's factor for each sample in the place of the loser: clip((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1)."""
         residual = (inputs.prediction - inputs.target).to(error.dtype)
-        inner = patch_mean(torch.mul(*halves(residual)), inputs.grid).repeat(2, 1, 1, 1)
+        inner = inputs.mean(torch.mul(*halves(residual))).repeat(2, 1, 1, 1)
         winner = torch.cat(halves(error)[::-1])
         if self.loser_guard == "video":
             volume = inputs.volume(error)
@@ -254,7 +254,7 @@ def logit_scale(objective: Any, inputs: Inputs, groups: int) -> tuple[float, flo
     """
     video_beta, patch_beta = objective.video_beta, objective.patch_beta
     if patch_beta is None:
-        patch_beta = video_beta / math.sqrt(math.prod(inputs.grid))
+        patch_beta = video_beta / math.sqrt(inputs.patches)
     kappa, omega = inputs.kappa, inputs.pair_weight
     constant = not isinstance(video_beta, Tensor) and not isinstance(patch_beta, Tensor)
     if kappa is None and omega is None and constant:

@@ -9,7 +9,7 @@ from torch import Tensor
 from halo_fast.loss import ops
 from halo_fast.loss.inputs import Inputs
 from halo_fast.loss.objectives.base import PairObjective, Table, logit_scale
-from halo_fast.loss.reference import TableNumbers
+from halo_fast.loss.reference import TableNumbers, table_of_volumes
 
 __all__ = ["GranDPO", "fused_table"]
 
@@ -74,22 +74,25 @@ class GranDPO(PairObjective):
         log_ratio, error, loser_scale = self.errors(inputs)
         scale, numbers = _numbers(self, inputs)
         supervision = error if self.supervised or self.loser_guard else None
-        loss, coefficients, video_logits, patch_logits, active = ops.gran_dpo_table(
-            log_ratio, inputs.patch_rewards, inputs.video_rewards, scale, supervision, loser_scale,
-            inputs.latent_shape, self.link, numbers,
-        )  # fmt: skip
-        return Table(loss, coefficients, video_logits, patch_logits, active, log_ratio, error)
+        tables = log_ratio, inputs.patch_rewards, inputs.video_rewards, scale, supervision, loser_scale
+        # kernels know the sizes of patches that divide all frames
+        found = (
+            table_of_volumes(*tables, inputs.volume(log_ratio), self.link, numbers)
+            if inputs.given
+            else ops.gran_dpo_table(*tables, inputs.latent_shape, self.link, numbers)
+        )
+        return Table(*found, log_ratio, error)
 
 
 def fused_table(objective: object, policy: Tensor, inputs: Inputs) -> Table | None:
     """The table of a plain ``GranDPO`` from one operator, its loss differentiable in ``policy``; None of anything else.
 
     Args:
-        objective: fused if it is a ``GranDPO`` without a loser guard.
+        objective: fused if it is a ``GranDPO`` without a loser guard, and no frame is given.
         policy: [2B, C, F, H, W], the prediction with its graph.
         inputs: of the same call.
     """
-    if type(objective) is not GranDPO or objective.loser_guard:
+    if type(objective) is not GranDPO or objective.loser_guard or inputs.given:
         return None
     scale, numbers = _numbers(objective, inputs)
     loss, coefficients, video_logits, patch_logits, active, log_ratio, error = ops.gran_dpo(

@@ -95,7 +95,7 @@ class DiffusionKTO(Objective):
         coefficients = -per_patch(self.video_weight * video * derivative * video_scale) * volume
 
         gain = per_patch(patch_scale) * log_ratio
-        patch_logits = patch.sign() * (gain - gain.mean().clamp(min=0))
+        patch_logits = patch.sign() * (gain - gain[:, inputs.empty_rows :].mean().clamp(min=0))
         value, derivative = link(patch_logits, "kto", 0.0)
         weight = total(patch.abs())
         share = self.patch_weight / torch.where(weight > 0, weight, 1.0)

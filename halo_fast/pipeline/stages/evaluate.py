@@ -23,6 +23,7 @@ from halo_fast.files import read_json, write_bytes, write_json
 from halo_fast.pipeline.arms import arm_clips, measure_arms, sample_arms
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.judging import check_judges, judge_arms
+from halo_fast.pipeline.pictures import picture_input
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.train import trained_results, training_folder
 from halo_fast.rewards import RewardModel
@@ -61,6 +62,7 @@ def evaluate(config: Config, run: Run) -> None:
         "reward": reward,
         **meter.sources,
     }
+    inputs |= picture_input(config, config.evaluation_prompts, "evaluation_prompts")
     # judges come after the clips, which they do not change
     keys = {name: value for name, value in asdict(settings).items() if not name.startswith("judge")}
     keys |= {"generate": asdict(config.generate), "grid": config.grid, "seed": config.seed}

@@ -1,8 +1,9 @@
 """The stage that samples candidates of the base model: clips of every prompt with recorded seeds."""
 
+import io
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import torch
 from torch import Tensor
 
 from halo_fast import processes, registry
-from halo_fast.data.clips import read_clip, write_clip
+from halo_fast.data.clips import picture_file, read_clip, write_clip
 from halo_fast.data.pairs import corrupted_pair
-from halo_fast.data.prompts import prompt_source, read_prompts, shared_prompts
+from halo_fast.data.prompts import prompt_pictures, prompt_source, read_prompts, shared_prompts
 from halo_fast.data.regions import covered_share, moving_region, worst_region
 from halo_fast.data.tables import ClipRow, PairRow, read_rows, write_rows
 from halo_fast.errors import UserError
 from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, sample_variations
-from halo_fast.files import write_safetensors
+from halo_fast.families.steering import steerable
+from halo_fast.files import write_bytes, write_safetensors
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.pictures import check_pictures, picture_input, pictures_of
 from halo_fast.pipeline.run import Run, Stage
 from halo_fast.pipeline.stages.train import trained_results
 from halo_fast.rewards import RewardModel
@@ -49,6 +52,7 @@ def generate(config: Config, run: Run) -> None:
     model = config.pretrained_model_name_or_path
     own = prompt_source(config.prompts) if config.prompts else run.require("import")
     inputs: dict[str, Path | str] = {"prompts": own, "pretrained_model_name_or_path": source(model)}
+    inputs |= picture_input(config, config.prompts, "prompts") if config.prompts else {}
     if settings.strategy == "repair":
         inputs["reward_model"] = _reward_model(config)
     policy = trained_results(config, run.rounds[-2]) if run.number > 1 else {}
@@ -63,6 +67,9 @@ def generate(config: Config, run: Run) -> None:
         family = load(model, network=network, precision=config.precision, quantization=config.quantization)
         load_all_trained(family, list(policy.values()))
         _check_grid(family, config)
+        check_pictures(family, config)
+        if settings.strategy != "independent":
+            steerable(family)
         if registry.is_name("model", model):  # its tokenizer could not be had alone
             _list_cut_prompts(family, prompts, "prompts")
         guides = imported if varies_imports(config) else []
@@ -72,6 +79,8 @@ def generate(config: Config, run: Run) -> None:
             return
         for clip in clips:
             processes.seen(stage.folder / clip.video)
+            if family.image_conditions:
+                processes.seen(picture_file(stage.folder / clip.video))
         write_rows(stage.folder / "clips.parquet", clips, ClipRow)
         counts = {"prompts": len(prompts), "clips": len(clips)}
         if settings.strategy == "corrupt":
@@ -213,10 +222,17 @@ def _sample(
 ) -> None:
     """Make all clips: those of noise alone, then trunks, then those that begin as a guide."""
     settings, folder = config.generate, stage.folder
+    pictures = _picture_files(family, config, run)
     alone = [clip for clip in clips if clip.strategy == "independent"]
     others = [clip for clip in clips if clip.strategy != "independent"]
+
+    def make(made: Sequence[ClipRow]) -> tuple[Tensor, Tensor]:
+        images = pictures_of([clip.prompt for clip in made], pictures, settings)
+        _write_pictures(made, images, folder)
+        return sample_clips(family, *_named(made), settings, images)
+
     for batch in _batches(alone, config, "generate"):
-        _write_batch(family, batch, config, folder, lambda made: sample_clips(family, *_named(made), settings))
+        _write_batch(family, batch, config, folder, make)
     if settings.strategy == "branched":
         trunks = [clip for clip in others if clip.parent is None]
         for batch in _batches(trunks, config, "generate: shared steps"):
@@ -233,6 +249,28 @@ def _sample(
             return sample_variations(family, *_named(made), starts, settings, read.of(made, folder, by_id))
 
         _write_batch(family, batch, config, folder, vary)
+
+
+def _picture_files(family: Family, config: Config, run: Run) -> Mapping[str, Path]:
+    """Of each prompt, the picture that its clips go on from, or the video; none in text-to-video."""
+    if not family.image_conditions:
+        return {}
+    if config.prompts:
+        return prompt_pictures(config.prompts)
+    folder = run.path / "import"
+    return {row.prompt: folder / row.video for row in reversed(_imported(config, run))}
+
+
+def _write_pictures(clips: Sequence[ClipRow], images: Mapping[str, Tensor], folder: Path) -> None:
+    """Keep the picture of each clip, for the stages that encode it."""
+    from PIL import Image
+
+    for clip in clips:
+        file = picture_file(folder / clip.video)
+        if clip.prompt in images and not file.exists():
+            content = io.BytesIO()
+            Image.fromarray(images[clip.prompt].numpy()).save(content, "png")
+            write_bytes(file, content.getvalue())
 
 
 def _batches(clips: Sequence[ClipRow], config: Config, label: str) -> Iterable[Sequence[ClipRow]]:

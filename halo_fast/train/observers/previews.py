@@ -43,6 +43,11 @@ class Previews(Observer):
             raise UserError(
                 f"train.validation_prompts: expected a model that samples, got {type(job.family).__name__}; set null"
             )
+        if job.family.image_conditions:
+            raise UserError(
+                f"train.validation_prompts: {type(job.family).__name__} goes on from a picture, and previews have "
+                "none; set null"
+            )
         self._place = folder, job.family, generate
 
     def due(self, done: int) -> bool:
