@@ -96,7 +96,7 @@ def fit(
         family, pairs, config, folder=folder, references=references, progress=progress, start=start
     ) as job:
         if folder is not None and job.is_main:
-            logger.info(job.plan.text)
+            logger.info("\n".join([*job.buckets.lines(), job.plan.text]))
         gap = None
         if folder is not None and config.off_policy_pairs:
             found = measure_off_policy(job, generate)
