@@ -231,11 +231,10 @@ def draws_of_step(
         For each batch its draws (index of the pair, number), of one bucket.
     """
     numbers = range(step * count, (step + 1) * count)
-    taken = (
-        _without_gap(numbers, size, len(buckets), seed)
-        if not any(buckets)
-        else _by_bucket(numbers, size, buckets, seed)
-    )
+    if any(buckets):
+        taken = _by_bucket(numbers, size, buckets, seed)
+    else:
+        taken = _without_gap(numbers, size, len(buckets), seed)
     return [[(index, epoch % limit if limit else epoch) for index, epoch in batch] for batch in taken]
 
 

@@ -243,9 +243,9 @@ def summarize(figures: Sequence[PairFigures], step: int, split: str, grids: bool
         return []
     numbers = torch.stack([torch.cat([row[:1], row[1:] / row[0]]) for row in sums.values()])
     rows: list[Row] = []
-    for (label, group, bucket), (count, *means) in zip(sums, numbers.tolist(), strict=True):
+    for place, (count, *means) in zip(sums, numbers.tolist(), strict=True):
         if count:
-            name: Row = {"step": step, "split": split, "label": label, "group": group, "bucket": bucket}
+            name: Row = {"step": step, "split": split, **dict(zip(("label", "group", "bucket"), place, strict=True))}
             rows.append(name | {"count": int(count)} | dict(zip(columns, means, strict=True)))
     return rows
 
