@@ -96,8 +96,8 @@ def varies_imports(config: Config) -> bool:
     )
     if varies and keeps_formats(config.imports):
         raise UserError(
-            f"imports.size, imports.frames: strategy {config.generate.strategy} needs clips of generate's size, got keep; "
-            "set imports.size crop and imports.frames trim"
+            f"imports.size, imports.frames: the strategy {config.generate.strategy} needs clips of generate's size, "
+            "got keep; set imports.size crop and imports.frames trim"
         )
     return varies
 
