@@ -105,7 +105,7 @@ def fit_clip(
     if policy.size == "keep":
         wanted, sampled = _of_own_size(wanted, sampled, closest)
     kept, count = _kept_frames(sampled, wanted, policy)
-    if policy.frames == "keep":
+    if policy.frames == "keep" and count:
         wanted = _cut(wanted._replace(num_frames=count), closest)
         kept = kept[: wanted.num_frames]
     source = watched.format()
@@ -132,7 +132,9 @@ def fit_clip(
 
 def _of_own_size(wanted: VideoFormat, frames: Iterator[Frame], closest: Closest) -> tuple[VideoFormat, Iterator[Frame]]:
     """The format with the size that a clip is cut to, which its first frame tells; and all frames."""
-    first = next(frames)
+    first = next(frames, None)
+    if first is None:
+        return wanted, frames
     height, width = first.picture.shape[:2]
     return _cut(wanted._replace(height=height, width=width), closest), chain([first], frames)
 

@@ -44,7 +44,7 @@ _SHOWN = 10  # buckets that are listed
 Item = TypeVar("Item")
 Draw = tuple[int, int]
 Errors = Tensor | Sequence[Tensor]
-"""The reference's errors by pair and draw, [pairs, draws, 2, f, h, w]; of several grids a tensor for each pair."""
+"""The reference's errors by pair and draw, [pairs, draws, 2, f, h, w]; of several buckets a tensor for each pair."""
 
 
 class Buckets(NamedTuple):

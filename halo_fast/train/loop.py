@@ -72,7 +72,7 @@ def fit(
 
     Args:
         pipeline: a diffusers pipeline, a `Family` or a `Denoiser`.
-        pairs: any sequence of `Pair`, in memory or `CachedPairs`.
+        pairs: any sequence of `Pair`, in memory or `CachedPairs`, of one or several sizes.
         config: the settings; `config.objective` is the loss.
         folder: where log.csv, diagnostics.csv, previews and checkpoints go and training resumes from; SIGTERM then ends
             the step, saves and exits. None keeps everything in memory.

@@ -137,7 +137,7 @@ def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precisi
         "family": type(family).__name__,
         # such as the guidance scale that HunyuanVideo's network takes
         "settings": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
-        "process": None,
+        "process": None,  # of each file, by its latents; its place is part of the files' names
         "precision": precision,
         "seed": seed,
         "count": count,
