@@ -176,10 +176,10 @@ def test_pairs_of_two_sizes_go_through_score_pairs_cache_and_train(tmp_path, mod
     reward = RewardModel(RewardModelConfig(("visual_quality", "text_alignment", "dynamic_degree"), pretrained=False))
     reward.save(tmp_path / "reward")
     keep = {"sources": [str(source)], "size": "keep", "frames": "keep"}
-    train = {"max_train_steps": 3, "train_batch_size": 2, "reference_draws": 2, "heldout_share": 0.0}
+    train = {"max_train_steps": 4, "train_batch_size": 2, "reference_draws": 2, "heldout_share": 0.0}
     file = str(
         config(
-            tmp_path, model, imports=keep, train=train, reward_model=str(tmp_path / "reward"), score={"batch_size": 4}
+            tmp_path, model, imports=keep, train=train, reward_model=str(tmp_path / "reward"), score={"batch_size": 3}
         )
     )
     run = tmp_path / "run"
@@ -209,7 +209,7 @@ def test_pairs_of_two_sizes_go_through_score_pairs_cache_and_train(tmp_path, mod
     )
     assert main(["train", file]) == 0
     log = list(csv.DictReader((run / "train" / "log.csv").open()))
-    assert sorted(row["num_pairs"] for row in log) == ["1.0", "1.0", "2.0"]
+    assert sorted(row["num_pairs"] for row in log) == ["1.0", "1.0", "2.0", "2.0"]
     assert (run / "train" / "lora" / "pytorch_lora_weights.safetensors").exists()
     # and out again, with their sizes
     assert main(["export", str(run), "--format", "huggingface"]) == 0
