@@ -133,7 +133,7 @@ class Bench:
 
     def places(self) -> list[tuple[int, int]]:
         self.step += 1
-        return draws_of_step(self.step, 1, len(self.job.pairs), 0, DRAWS)
+        return draws_of_step(self.step, 1, 1, self.job.buckets.of, 0, DRAWS)[0]
 
     def cached(self) -> Batch:
         """A batch as trainers with latent and text caches have it."""

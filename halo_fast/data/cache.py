@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from halo_fast.files import hash_file, hash_tensors, hash_text, replacing, write
 __all__ = ["CachedPairs", "images_cache", "latents_cache", "prompts_cache"]
 
 _SAME_PICTURE = 8.0  # of 255, root mean square: what a lossy file changes is less, another moment of a scene is more
+
+Read = TypeVar("Read")
 
 
 def latents_cache(family: Family, source: Path, folder: Path) -> Callable[[Sequence[ClipRow]], list[CacheRow]]:
@@ -149,6 +151,7 @@ class CachedPairs(Sequence[Pair]):
         self._seeds = seeds or {}
         self._rows = [row for row in rows for _ in range(_copies(row))]
         self._files = {(row.kind, row.id): cache / row.file for row in read_rows(cache / "index.parquet", CacheRow)}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
     def prompts(self) -> list[str]:
@@ -179,8 +182,10 @@ class CachedPairs(Sequence[Pair]):
         row = self._rows[index]
         rewards = torch.tensor([row.patch_rewards_a, row.patch_rewards_b])
         a, b = (self._seeds.get(clip) for clip in (row.clip_a, row.clip_b))
+        latents = [self._read("latents", clip)["latents"] for clip in (row.clip_a, row.clip_b)]
+        _check_one_size(row, [tuple(one.shape) for one in latents])
         return Pair(
-            latents=torch.stack([self._read("latents", clip)["latents"] for clip in (row.clip_a, row.clip_b)]),
+            latents=torch.stack(latents),
             conditions=self._read("text", row.prompt) | self._image(row),
             patch_rewards=rewards.view(2, *row.grid),
             video_rewards=torch.tensor([row.video_reward_a, row.video_reward_b]),
@@ -191,16 +196,50 @@ class CachedPairs(Sequence[Pair]):
         """Conditions of the pair's first frame; none in text-to-video."""
         return self._read("image", row.pair_id) if ("image", row.pair_id) in self._files else {}
 
+    def size(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of the latents of a pair's clips, and its grid; only headers of files are read.
+
+        Raises:
+            UserError: a file that cannot be read, or clips of two sizes.
+        """
+        row = self._rows[index]
+        clips = (row.clip_a, row.clip_b)
+        for clip in clips:
+            if clip not in self._shapes:
+                self._shapes[clip] = self._opened("latents", clip, _latents_shape)
+        _check_one_size(row, [self._shapes[clip] for clip in clips])
+        return self._shapes[row.clip_a], tuple(row.grid)
+
     def _read(self, kind: str, name: str) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
+
+        return self._opened(kind, name, load_file)
+
+    def _opened(self, kind: str, name: str, read: Callable[[Path], Read]) -> Read:
+        from safetensors import SafetensorError
 
         if (kind, name) not in self._files:
             raise UserError(f"cache: holds no {kind} of {name!r}; run `halo cache` with this config again")
         file = self._files[kind, name]
         try:
-            return load_file(file)
+            return read(file)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{file}: missing or damaged ({first_line(error)}); delete it and run `halo cache` again"
             ) from error
+
+
+def _latents_shape(file: Path) -> tuple[int, ...]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return tuple(opened.get_slice("latents").get_shape())
+
+
+def _check_one_size(row: PairRow, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise unless both clips of a pair have latents of one shape."""
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"pairs: clips {row.clip_a} and {row.clip_b} of pair {row.pair_id} have latents {list(shapes[0])} and "
+            f"{list(shapes[1])}, expected one size; bring both to it (imports.size crop), or leave the pair out"
+        )

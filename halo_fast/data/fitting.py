@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,14 +15,18 @@ from halo_fast.data.clips import Frame, sample_frames
 from halo_fast.errors import UserError
 from halo_fast.patches import PatchGrid
 
-__all__ = ["Fit", "FitPolicy", "Fitted", "VideoFormat", "fit_clip", "fit_picture", "pool_damage"]
+__all__ = ["Closest", "Fit", "FitPolicy", "Fitted", "VideoFormat", "fit_clip", "fit_picture", "pool_damage"]
 
 _CANDIDATES = 16  # frames in memory for one that is kept
 _SAME_RATE = 0.01  # rates that differ by a smaller share are the same: 30 and 29.97
 
 
+Closest = Callable[[int, int, int], tuple[int, int, int]]
+"""Of frames, height and width the largest that a model makes and a clip of these can be cut to."""
+
+
 class VideoFormat(NamedTuple):
-    """What all clips of a run have alike.
+    """The format of a clip, and what all clips of a run have alike unless imports keep their own.
 
     Args:
         num_frames: of a clip.
@@ -42,15 +47,16 @@ class FitPolicy:
 
     Args:
         size: "crop" scales a clip until it covers the size and cuts what is over on both sides; "resize" scales height
-            and width by themselves, which changes the proportions.
+            and width by themselves, which changes the proportions; "keep" leaves a clip its own size, cut on all sides
+            to the next that the model makes.
         frames: "trim" takes the first frames, "spread" evenly spread ones of the whole clip. A clip with too few frames
-            is always left out.
+            is always left out. "keep" takes all, cut at the end to the next number that the model makes.
         fps: "sample" takes what is shown at the times of the run's rate; "keep" takes frame after frame, whatever their
             rate.
     """
 
-    size: Literal["crop", "resize", "refuse"] = "crop"
-    frames: Literal["trim", "spread", "refuse"] = "trim"
+    size: Literal["crop", "resize", "keep", "refuse"] = "crop"
+    frames: Literal["trim", "spread", "keep", "refuse"] = "trim"
     fps: Literal["sample", "keep", "refuse"] = "sample"
 
 
@@ -77,20 +83,31 @@ class Fitted(NamedTuple):
     fit: Fit
 
 
-def fit_clip(frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy) -> Fitted:
+def fit_clip(
+    frames: Iterator[Frame],
+    wanted: VideoFormat,
+    policy: FitPolicy,
+    closest: Closest = lambda *given: given,
+) -> Fitted:
     """Bring a clip to a format; only the frames that are kept are in memory.
 
     Args:
         frames: of the clip, one by one.
         wanted: the format.
         policy: what may be done.
+        closest: what a clip is cut to whose size or length is kept.
 
     Raises:
         UserError: the policy refuses the clip, it has too few frames, or its size changes; the message says which.
     """
     watched = _Watch(frames)
     sampled = sample_frames(watched, wanted.fps) if policy.fps == "sample" else watched
+    if policy.size == "keep":
+        wanted, sampled = _of_own_size(wanted, sampled, closest)
     kept, count = _kept_frames(sampled, wanted, policy)
+    if policy.frames == "keep" and count:
+        wanted = _cut(wanted._replace(num_frames=count), closest)
+        kept = kept[: wanted.num_frames]
     source = watched.format()
     same_rate = abs(source.fps - wanted.fps) <= _SAME_RATE * wanted.fps
     if policy.fps == "refuse" and not same_rate:
@@ -118,10 +135,28 @@ def fit_picture(picture: Tensor, height: int, width: int) -> Tensor:
     return _resized(picture, VideoFormat(1, height, width, 0.0), FitPolicy())
 
 
+def _of_own_size(wanted: VideoFormat, frames: Iterator[Frame], closest: Closest) -> tuple[VideoFormat, Iterator[Frame]]:
+    """The format with the size that a clip is cut to, which its first frame tells; and all frames."""
+    first = next(frames, None)
+    if first is None:
+        return wanted, frames
+    height, width = first.picture.shape[:2]
+    return _cut(wanted._replace(height=height, width=width), closest), chain([first], frames)
+
+
+def _cut(own: VideoFormat, closest: Closest) -> VideoFormat:
+    """The closest format that the model makes; UserError if a clip is too small for any."""
+    cut = closest(*own[:3])
+    if any(less > given for less, given in zip(cut, own, strict=False)):
+        given, least = (" x ".join(map(str, size)) for size in (own[:3], cut))
+        raise UserError(f"{given} frames and pixels, the model makes no less than {least}; leave it out, or enlarge it")
+    return VideoFormat(*cut, own.fps)
+
+
 def _kept_frames(
     frames: Iterator[Frame], wanted: VideoFormat, policy: FitPolicy
 ) -> tuple[list[tuple[int, Tensor]], int]:
-    """Number and picture of the frames that are kept, at most as many as wanted; and how many there were.
+    """Number and picture of the frames that are kept, at most as many as wanted or all; and how many there were.
 
     Frames are spread at the middles of equal parts. Of a long clip every second, fourth, ... frame is a candidate, so
     that no more than sixteen times the wanted number are in memory.
@@ -129,9 +164,9 @@ def _kept_frames(
     kept: list[tuple[int, Tensor]] = []
     count, stride = 0, 1
     for frame in frames:
-        if count % stride == 0 and (policy.frames == "spread" or count < wanted.num_frames):
+        if count % stride == 0 and (policy.frames in ("spread", "keep") or count < wanted.num_frames):
             kept.append((frame.number, _resized(frame.picture, wanted, policy)))
-        if len(kept) > _CANDIDATES * wanted.num_frames:
+        if policy.frames != "keep" and len(kept) > _CANDIDATES * wanted.num_frames:
             kept, stride = kept[::2], 2 * stride
         count += 1
     if policy.frames == "spread" and count > wanted.num_frames:
@@ -168,7 +203,10 @@ class _Watch:
 
 
 def _box(height: int, width: int, wanted: VideoFormat, policy: FitPolicy) -> tuple[float, float, float, float]:
-    """The part of a picture that is shown: all of it, or by "crop" the largest of the wanted proportions, centred."""
+    """The part of a picture that is shown, centred: all of it, or by "crop" the largest of the wanted proportions."""
+    if policy.size == "keep":
+        top, left = (height - wanted.height) // 2, (width - wanted.width) // 2
+        return float(top), float(left), float(wanted.height), float(wanted.width)
     if policy.size != "crop":
         return 0.0, 0.0, float(height), float(width)
     scale = min(height / wanted.height, width / wanted.width)
@@ -188,7 +226,7 @@ def _resized(picture: Tensor, wanted: VideoFormat, policy: FitPolicy) -> Tensor:
         scale = max(size[0] / height, size[1] / width)
         scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     else:
-        scaled = size
+        scaled = (height, width) if policy.size == "keep" else size
     if scaled != (height, width):
         # channel by channel: a picture of 8K takes a gigabyte as floats
         channels = [

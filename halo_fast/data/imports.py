@@ -5,14 +5,14 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from halo_fast.data.clips import Frame, plays_everywhere, read_picture, stream_clip, stream_frames, write_clip
-from halo_fast.data.fitting import Fit, FitPolicy, VideoFormat, fit_clip, pool_damage
+from halo_fast.data.fitting import Closest, Fit, FitPolicy, VideoFormat, fit_clip, pool_damage
 from halo_fast.data.importers import Preference
 from halo_fast.data.records import SUFFIXES
 from halo_fast.data.sources import (
@@ -29,23 +29,34 @@ from halo_fast.errors import UserError
 from halo_fast.files import hash_bytes, hash_file, hash_text, progress, read_json, replacing, write_json
 from halo_fast.patches import PatchGrid
 
-__all__ = ["ImportConfig", "Imported", "ImportedRow", "forget_facts", "import_sources", "source_key"]
+__all__ = [
+    "ImportConfig",
+    "Imported",
+    "ImportedRow",
+    "clip_format",
+    "forget_facts",
+    "import_sources",
+    "keeps_formats",
+    "source_key",
+]
 
 _FACTS = ".facts"  # what is known of finished clips, until all are finished
 
 
 @dataclass
 class ImportConfig(FitPolicy):
-    """Clips, pairs and labels of one's own. The format of the clips is that of generate.
+    """Clips, pairs and labels of one's own. The format of the clips is that of generate, unless they keep their own.
 
     Args:
         sources: folders and tables of clips, scores, preferences, masks; docs/data.md lists the layouts.
         scores: columns of your tables that hold scores from 1 to 5; null for all numbers that do not describe the clip.
         generate: also generate candidates, of the prompts of the imported clips if `prompts` is not set.
         size: "crop" scales a clip until it covers the size and cuts what is over; "resize" scales height and width by
-            themselves; "refuse" leaves clips of another size out.
+            themselves; "keep" leaves each clip its own size, cut to the next that the model makes; "refuse" leaves
+            clips of another size out.
         frames: "trim" takes the first frames; "spread" evenly spread ones of the whole clip; "refuse" leaves longer
-            clips out. Shorter ones are always left out.
+            clips out. Shorter ones are always left out. "keep" takes all frames, cut to the next number that the model
+            makes.
         fps: "sample" takes what is shown at the times of the run's rate; "keep" takes frame after frame; "refuse"
             leaves clips of another rate out.
     """
@@ -109,19 +120,42 @@ def source_key(path: Path) -> str:
     return hash_text("\n".join(lines))
 
 
+def keeps_formats(settings: ImportConfig) -> bool:
+    """Whether imported clips may differ in size or length."""
+    return "keep" in (settings.size, settings.frames)
+
+
+def clip_format(row: ImportedRow, settings: FitPolicy, wanted: VideoFormat) -> VideoFormat:
+    """The format of an imported clip's file.
+
+    Args:
+        row: the clip.
+        settings: of its import.
+        wanted: the format of clips that do not keep their own.
+    """
+    own = [round(side) for side in row.box[2:]] if settings.size == "keep" else wanted[1:3]
+    return VideoFormat(len(row.frames), own[0], own[1], wanted.fps)
+
+
 def import_sources(
-    settings: ImportConfig, wanted: VideoFormat, patches: PatchGrid, folder: Path, crf: int | None = None
+    settings: ImportConfig,
+    wanted: VideoFormat,
+    patches: PatchGrid,
+    folder: Path,
+    crf: int | None = None,
+    closest: Closest = lambda *given: given,
 ) -> Imported:
-    """Read sources, bring every clip to one format and write it, and make the rows of clips, labels and pairs.
+    """Read sources, bring every clip to its format and write it, and make the rows of clips, labels and pairs.
 
     Clips are read one at a time. A clip that is there already is not made again.
 
     Args:
         settings: sources and policy.
-        wanted: the format of all clips.
-        patches: of a clip, for labels of patches.
+        wanted: the format of all clips, but for what they keep.
+        patches: of a clip of this format, for labels of patches; clips of others have as many.
         folder: where videos/CLIP.mp4 are written.
         crf: of the files, as for `write_clip`.
+        closest: what clips are cut to that keep their size or length.
 
     Raises:
         UserError: a source that cannot be read, or no clip at all.
@@ -134,16 +168,35 @@ def import_sources(
         raise UserError(f"imports.sources: no clips in {', '.join(settings.sources)}{reasons}")
     refs = {clip.ref for clip in source.clips}
     left_out = [row for row in source.left_out if str(Path(row.what).resolve()) not in refs]
-    rows, found = _write_clips(source.clips, settings, wanted, folder, crf, left_out)
+
+    def fitting(*size: int) -> tuple[int, int, int]:
+        cut = closest(*size)
+        _patches_of(patches, cut)  # a clip too small for the grid is left out
+        return cut
+
+    rows, found = _write_clips(source.clips, settings, wanted, folder, crf, left_out, fitting)
     if not rows:
         raise UserError(
             f"imports.sources: all {len(source.clips)} clips are left out; the first is {left_out[0].what}: "
             f"{left_out[0].reason}"
         )
     by_ref = _ByRef(source.clips, found, left_out)
-    labels = _labels(rows, source, by_ref, patches, left_out)
-    pairs = _pairs(rows, source, by_ref, patches, left_out)
+    formats = {name: clip_format(row, settings, wanted) for name, row in rows.items()}
+    divided = {name: _patches_of(patches, form[:3]) for name, form in formats.items()}
+    labels = _labels(rows, source, by_ref, divided, left_out)
+    pairs = _pairs(rows, source, by_ref, divided, left_out)
     return Imported(list(rows.values()), labels, pairs, left_out)
+
+
+def _patches_of(patches: PatchGrid, size: Sequence[int]) -> PatchGrid:
+    """The patches of a clip of another size; UserError if the grid does not fit it."""
+    frames, height, width = size
+    if (frames, height, width) == (patches.num_frames, patches.height, patches.width):
+        return patches
+    try:
+        return replace(patches, num_frames=frames, height=height, width=width)
+    except ValueError as error:
+        raise UserError(f"a clip of {frames} x {height} x {width}: {error}") from error
 
 
 def _write_clips(
@@ -153,6 +206,7 @@ def _write_clips(
     folder: Path,
     crf: int | None,
     left_out: list[LeftOutRow],
+    closest: Closest,
 ) -> tuple[dict[str, ImportedRow], dict[tuple[str, str], str]]:
     """Write the clips; rows by clip_id, and the clip_id of each ref and prompt. Equal clips of a prompt are one."""
     rows: dict[str, ImportedRow] = {}
@@ -170,7 +224,7 @@ def _write_clips(
                 if (earlier.ref, earlier.prompt) in found:
                     found[clip.ref, clip.prompt] = found[earlier.ref, earlier.prompt]
                 raise UserError(f"the same clip and prompt as {earlier.place}")
-            fit = _fitted(clip, clip_id, hash_text(f"{key[0]} {key[1]} {crf}"), settings, wanted, folder, crf)
+            fit = _fitted(clip, clip_id, hash_text(f"{key[0]} {key[1]} {crf}"), settings, wanted, folder, crf, closest)
         except UserError as error:
             left_out.append(LeftOutRow(_name(clip), str(error)))
             continue
@@ -217,13 +271,14 @@ def _fitted(
     wanted: VideoFormat,
     folder: Path,
     crf: int | None,
+    closest: Closest,
 ) -> Fit:
     """Write a clip in the wanted format unless it is there; where its frames come from."""
     facts, video = folder / _FACTS / f"{clip_id}.json", folder / "videos" / f"{clip_id}.mp4"
     known = read_json(facts)
     if known and known["key"] == key and video.exists():
         return Fit(known["frames"], tuple(known["box"]), VideoFormat(*known["source"]), known["changes"])
-    fitted = fit_clip(_stream(clip, wanted.fps), wanted, settings)
+    fitted = fit_clip(_stream(clip, wanted.fps), wanted, settings, closest)
     fit = fitted.fit
     own = _fitting_file(clip, fit)
     if own:
@@ -291,7 +346,11 @@ class _ByRef:
 
 
 def _labels(
-    rows: dict[str, ImportedRow], source: Source, by_ref: _ByRef, patches: PatchGrid, left_out: list[LeftOutRow]
+    rows: dict[str, ImportedRow],
+    source: Source,
+    by_ref: _ByRef,
+    patches: dict[str, PatchGrid],
+    left_out: list[LeftOutRow],
 ) -> list[LabelRow]:
     """The labels of all clips that have scores or damage, the mean over those who gave them; in the order of clips."""
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -301,10 +360,11 @@ def _labels(
                 scores[clip_id][name].append(value)
     quality = _patch_quality(rows, source.damage, by_ref, patches, left_out)
     names = list(dict.fromkeys(name for one in source.scores for name in one.scores))
-    missing = [math.nan] * math.prod(patches.grid)
+    grid = next(iter(patches.values())).grid
+    missing = [math.nan] * math.prod(grid)
     return [
         LabelRow(
-            clip_id, "imported", "ok", "", list(patches.grid),
+            clip_id, "imported", "ok", "", list(grid),
             {name: _mean(scores[clip_id][name]) for name in names},
             {"quality": quality.get(clip_id, missing)},
         )
@@ -322,7 +382,7 @@ def _patch_quality(
     rows: dict[str, ImportedRow],
     damage: Sequence[ClipDamage],
     by_ref: _ByRef,
-    patches: PatchGrid,
+    patches: dict[str, PatchGrid],
     left_out: list[LeftOutRow],
 ) -> dict[str, list[float]]:
     """Scores of the patches of each clip, 5 - 4 times the damage; the mean where there are several."""
@@ -330,7 +390,7 @@ def _patch_quality(
     for one in progress(damage, len(damage), "import: patches"):
         for clip_id in by_ref.clips(one.ref, one.place):
             try:
-                found[clip_id].append(_quality(one, rows[clip_id], patches))
+                found[clip_id].append(_quality(one, rows[clip_id], patches[clip_id]))
             except UserError as error:
                 left_out.append(LeftOutRow(one.place, str(error)))
     return {
@@ -346,7 +406,11 @@ def _quality(one: ClipDamage, row: ImportedRow, patches: PatchGrid) -> list[floa
 
 
 def _pairs(
-    rows: dict[str, ImportedRow], source: Source, by_ref: _ByRef, patches: PatchGrid, left_out: list[LeftOutRow]
+    rows: dict[str, ImportedRow],
+    source: Source,
+    by_ref: _ByRef,
+    patches: dict[str, PatchGrid],
+    left_out: list[LeftOutRow],
 ) -> list[PairRow]:
     """The pairs of all preferences; patches are unlabelled, or with a mask labelled where the clips differ."""
     pairs: dict[str, PairRow] = {}
@@ -356,16 +420,23 @@ def _pairs(
         if a is None or b is None:
             continue
         reason = "both clips are the same" if a == b else "nothing is preferred" if not one.preferred else ""
+        if patches[a] != patches[b]:
+            sizes = " and ".join(f"{name} of {_size_text(patches[name])}" for name in (a, b))
+            reason = f"its clips are {sizes}, a pair needs one size (imports.size crop, imports.frames trim)"
         if f"{a}-{b}" in pairs:
             reason = f"the clips {a} and {b} are compared twice"
         if reason:
             left_out.append(LeftOutRow(place, reason))
             continue
         try:
-            pairs[f"{a}-{b}"] = _pair(rows[a], rows[b], one, patches)
+            pairs[f"{a}-{b}"] = _pair(rows[a], rows[b], one, patches[a])
         except UserError as error:
             left_out.append(LeftOutRow(place, str(error)))
     return list(pairs.values())
+
+
+def _size_text(patches: PatchGrid) -> str:
+    return f"{patches.num_frames} x {patches.height} x {patches.width}"
 
 
 def _pair(a: ImportedRow, b: ImportedRow, preference: Preference, patches: PatchGrid) -> PairRow:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge
 from torch import Tensor
@@ -86,10 +86,12 @@ def pair_candidates(
     settings: PairsConfig,
     grid: Sequence[int],
     required: bool = True,
+    sizes: Mapping[str, Any] | None = None,
 ) -> tuple[list[PairRow], int]:
     """Pair the candidates of every prompt, by default the best with the worst by video reward.
 
     The video reward is the weighted mean of the video dimensions. A pair in which everything ties is left out.
+    Candidates of several sizes are paired among those of their size.
 
     Args:
         clips: the candidates.
@@ -97,6 +99,7 @@ def pair_candidates(
         settings: ties, weights, and which candidates are paired.
         grid: patches along time, height and width.
         required: whether no pair at all is a mistake.
+        sizes: of clips, by clip_id; None if they are alike.
 
     Returns:
         the pairs, and how many were left out.
@@ -105,17 +108,20 @@ def pair_candidates(
         UserError: a clip without scores, a dimension without scores, weights that sum to 0, or no pair at all.
     """
     by_clip = {score.clip_id: score for score in scores}
-    candidates: dict[int, list[_Candidate]] = defaultdict(list)
+    candidates: dict[tuple[int, Any], list[_Candidate]] = defaultdict(list)
     for clip in clips:
         if clip.clip_id not in by_clip:
             raise UserError(f"pairs: no scores of clip {clip.clip_id}; score all clips again")
         score = by_clip[clip.clip_id]
         reward = _video_reward(score, settings)
         weighted = [score.video[name] for name, weight in settings.dimensions.items() if weight]
-        candidates[clip.prompt_id].append(_Candidate(clip, reward, _patch_scores(score, math.prod(grid)), weighted))
+        candidates[clip.prompt_id, sizes and sizes[clip.clip_id]].append(
+            _Candidate(clip, reward, _patch_scores(score, math.prod(grid)), weighted)
+        )
     groups = [group for group in candidates.values() if len(group) > 1]
     if not groups and required:
-        raise UserError("generate.num_videos_per_prompt: pairs need at least 2 candidates of a prompt, got 1")
+        of_size = " and one size (imports.size keep, imports.frames keep)" if sizes else ""
+        raise UserError(f"generate.num_videos_per_prompt: pairs need at least 2 candidates of a prompt{of_size}, got 1")
     rows = [_pair_row(a, b, settings.patch_delta, grid) for group in groups for a, b in _select(group, settings)]
     if not rows and required:
         raise UserError(
@@ -260,22 +266,28 @@ def corrupted_pair(clip: ClipRow, corrupted: ClipRow, share: Tensor, grid: Seque
     return _labelled_pair(clip, corrupted, (_BEST, _BEST - 4 * float(share.mean())), worse, grid)
 
 
-def real_pairs(real: Sequence[ClipRow], generated: Sequence[ClipRow], grid: Sequence[int]) -> list[PairRow]:
-    """Every generated clip against a real one of its prompt, which wins; patches are unlabelled.
+def real_pairs(
+    real: Sequence[ClipRow],
+    generated: Sequence[ClipRow],
+    grid: Sequence[int],
+    sizes: Mapping[str, Any] | None = None,
+) -> list[PairRow]:
+    """Every generated clip against a real one of its prompt and size, which wins; patches are unlabelled.
 
     Args:
         real: clips whose prompt_id is that of the generated ones; they take turns.
         generated: the model's own.
         grid: patches along time, height and width.
+        sizes: as for `pair_candidates`.
     """
-    by_prompt: dict[int, list[ClipRow]] = defaultdict(list)
+    by_prompt: dict[tuple[int, Any], list[ClipRow]] = defaultdict(list)
     for clip in real:
-        by_prompt[clip.prompt_id].append(clip)
+        by_prompt[clip.prompt_id, sizes and sizes[clip.clip_id]].append(clip)
     unlabelled = [math.nan] * math.prod(grid)
     return [
         _labelled_pair(winners[clip.candidate % len(winners)], clip, (_BEST, _WORST), unlabelled, grid)
         for clip in generated
-        if (winners := by_prompt.get(clip.prompt_id))
+        if (winners := by_prompt.get((clip.prompt_id, sizes and sizes[clip.clip_id])))
     ]
 
 

@@ -120,13 +120,14 @@ class RunData:
         folder: to which the clips' files are relative.
         pairs: of the clips; there may be none.
         labels: of the clips; there may be none.
-        format: num_frames, height, width and fps of every clip.
+        format: num_frames, height, width and fps of every clip that has none of its own.
         generators: model of each clip_id, where known.
         changes: what an import did to each clip_id.
         settings: of the generator by clip_id, as JSON.
         tie: margins of the video reward up to this are ties.
         factors: pixels to a side and frames of one latent position, and whether the autoencoder is causal: patches
             divide the latents.
+        formats: of clips that have one of their own, by clip_id.
     """
 
     clips: Sequence[ClipRow]
@@ -139,6 +140,11 @@ class RunData:
     settings: Mapping[str, str] = field(default_factory=dict)
     tie: float = 0.0
     factors: tuple[int, int, bool] = (1, 1, False)
+    formats: Mapping[str, tuple[int, int, int, float]] = field(default_factory=dict)
+
+    def format_of(self, clip_id: str) -> tuple[int, int, int, float]:
+        """num_frames, height, width and fps of a clip."""
+        return self.formats.get(clip_id, self.format)
 
 
 def write_dataset(data: RunData, format: str, folder: Path) -> Path:
@@ -225,7 +231,7 @@ def _clip(
     name = clip.clip_id
     missing = [math.nan] * math.prod(label.grid) if label else []
     return DatasetClip(
-        _file(clip), name, clip.prompt, clip.prompt_id, *data.format, data.generators.get(name, ""), clip.seed,
+        _file(clip), name, clip.prompt, clip.prompt_id, *data.format_of(name), data.generators.get(name, ""), clip.seed,
         data.settings.get(name, ""), data.changes.get(name, ""), clip.strategy, clip.parent,
         label.teacher if label else "",
         list(label.grid) if label else [], *_edges(label, data),
@@ -238,7 +244,9 @@ def _edges(label: LabelRow | None, data: RunData) -> tuple[list[int], list[int],
     """Frames, rows and columns at which the patches of a label begin and end."""
     if label is None:
         return [], [], []
-    patches = PatchGrid((label.grid[0], label.grid[1], label.grid[2]), *data.format[:3], *data.factors)
+    patches = PatchGrid(
+        (label.grid[0], label.grid[1], label.grid[2]), *data.format_of(label.clip_id)[:3], *data.factors
+    )
     return patches.pixel_edges(0), patches.pixel_edges(1), patches.pixel_edges(2)
 
 
@@ -284,7 +292,7 @@ def _videodpo(data: RunData, pairs: Sequence[DatasetPair], folder: Path) -> None
     _copy_clips(data, folder, _paired(decided))
     clips = [clip for clip in data.clips if clip.clip_id in _paired(decided)]
     number = {clip.clip_id: index for index, clip in enumerate(clips)}
-    frames, height, width, fps = data.format
+    formats = {clip.clip_id: data.format_of(clip.clip_id) for clip in clips}
     write_json(
         folder / "metadata.json",
         [
@@ -296,6 +304,7 @@ def _videodpo(data: RunData, pairs: Sequence[DatasetPair], folder: Path) -> None
                 "misc": {"frame_caption": [clip.prompt]},
             }
             for clip in clips
+            for frames, height, width, fps in [formats[clip.clip_id]]
         ],
     )  # fmt: skip
     write_json(

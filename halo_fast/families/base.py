@@ -146,6 +146,10 @@ class Family(Denoiser):
             UserError: the model cannot make a clip of this size.
         """
 
+    def closest_format(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The largest format that the model makes and a clip of this one can be cut to."""
+        return num_frames, height, width
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Named conditions of each prompt, trimmed to its true length and independent of the other prompts."""

@@ -80,9 +80,8 @@ class PipelineFamily(Family):
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         time, space = self.compression
-        if (num_frames - 1) % self.frame_step or height % self.side or width % self.side:
-            frames, side = (num_frames - 1) // self.frame_step * self.frame_step + 1, self.side
-            fit = frames, max(height // side, 1) * side, max(width // side, 1) * side
+        fit = self.closest_format(num_frames, height, width)
+        if fit != (num_frames, height, width):
             raise UserError(
                 f"generate: this model makes {self.frame_step}k+1 frames with sides divisible by {self.side}, "
                 f"got num_frames {num_frames}, height {height}, width {width}; "
@@ -92,6 +91,10 @@ class PipelineFamily(Family):
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
         self.check_size((frames, height // space, width // space))
         return *first, height // space, width // space
+
+    def closest_format(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        frames, side = (num_frames - 1) // self.frame_step * self.frame_step + 1, self.side
+        return frames, max(height // side, 1) * side, max(width // side, 1) * side
 
     @property
     def text_device(self) -> torch.device:

@@ -95,30 +95,58 @@ class PairFigures:
 
     def metrics(self) -> dict[str, Tensor]:
         """What to log, as 0-d tensors; ``GranDPOOutput.metrics`` says what each is."""
-        values = {"loss": self.loss, "num_pairs": self.num_pairs, "model_mse": self._whole(self.error).mean()}
+        means = {name: value for name, (value, _) in self._means().items()}
+        return {"loss": self.loss, "num_pairs": self.num_pairs, **means}
+
+    @staticmethod
+    def joined_metrics(
+        parts: Sequence[PairFigures], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> dict[str, Tensor]:
+        """``metrics`` of all pairs of several batches, whose grids and numbers of pairs may differ.
+
+        Args:
+            parts: at least one, all of one objective.
+            gather: as for ``join``.
+        """
+        tables = [{"loss": (part.loss, part.num_pairs), **part._means()} for part in parts]
+        sums = torch.stack(
+            [
+                torch.stack([torch.stack([torch.where(n > 0, mean * n, 0.0), n]) for mean, n in table.values()])
+                for table in tables
+            ]
+        ).sum(0)
+        sums = gather(sums[None]).sum(0)
+        (loss, pairs), *rest = sums
+        means = {name: total / n for name, (total, n) in zip(list(tables[0])[1:], rest, strict=True)}
+        return {"loss": loss / pairs.clamp(min=1), "num_pairs": pairs, **means}
+
+    def _means(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Means over the batch, and how many numbers each is over."""
+        samples = self.error.new_full((), len(self.error))
+        values = {"model_mse": (self._whole(self.error).mean(), samples)}
         if self.log_ratio is not None:
-            values["ref_mse"] = self._whole(self.error + self.log_ratio).mean()
+            values["ref_mse"] = self._whole(self.error + self.log_ratio).mean(), samples
         logits, weights = [], []
         if self.shared_logit or self.video is not None:
             labelled = self.video_weights()
             logits.append(self.video_logits)
             weights.append(labelled)
-            accuracy = _mean(_agreement(self.video_logits), labelled)
-            values["rewards/margins"] = _mean(self.video_logits, labelled)
+            accuracy = _mean(_agreement(self.video_logits), labelled), labelled.sum()
+            values["rewards/margins"] = _mean(self.video_logits, labelled), labelled.sum()
             values["rewards/accuracies"] = values["implicit_acc"] = accuracy
         if self.video is not None:
-            values |= self._video_metrics(self.video)
+            values |= self._video_means(self.video)
         if self.patch is not None:
             labelled = (self.patch != 0).to(self.error.dtype)
             logits.append(self.patch_logits.flatten())
             weights.append(labelled.flatten())
-            values["patch/margins"] = _mean(self.patch_logits, labelled)
-            values["patch/accuracies"] = _mean(_agreement(self.patch_logits), labelled)
-            values["patch/ties"] = 1 - labelled.mean()
+            values["patch/margins"] = _mean(self.patch_logits, labelled), labelled.sum()
+            values["patch/accuracies"] = _mean(_agreement(self.patch_logits), labelled), labelled.sum()
+            values["patch/ties"] = 1 - labelled.mean(), labelled.new_full((), labelled.numel())
         if logits:
             z, weight = torch.cat(logits), torch.cat(weights)
-            values["gradient_factor"] = _mean(torch.sigmoid(-z), weight)
-            values["saturation"] = _mean(_saturated(z), weight)
+            values["gradient_factor"] = _mean(torch.sigmoid(-z), weight), weight.sum()
+            values["saturation"] = _mean(_saturated(z), weight), weight.sum()
         return values
 
     def weights(self, label: str) -> Tensor:
@@ -190,17 +218,18 @@ class PairFigures:
         """Means over the video [S] of a table [S, f, h, w] of means over patches."""
         return (self.volume * table).flatten(1).sum(1)
 
-    def _video_metrics(self, video: Tensor) -> dict[str, Tensor]:
+    def _video_means(self, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         labelled = (video != 0).to(self.video_logits.dtype)
-        values = {"video/ties": 1 - labelled.mean()}
+        values = {"video/ties": (1 - labelled.mean(), labelled.new_full((), len(labelled)))}
         if self.log_ratio is None or not self.paired:
             return values
         a, b = self._whole(self.log_ratio).chunk(2)
         chosen, rejected = torch.where(video > 0, a, b), torch.where(video > 0, b, a)
-        values["rewards/chosen"] = _mean(self.scale * chosen, labelled)
-        values["rewards/rejected"] = _mean(self.scale * rejected, labelled)
-        values["win_gap"], values["lose_gap"] = _mean(-chosen, labelled), _mean(-rejected, labelled)
-        return values
+        tables = {
+            "rewards/chosen": self.scale * chosen, "rewards/rejected": self.scale * rejected, "win_gap": -chosen,
+            "lose_gap": -rejected,
+        }  # fmt: skip
+        return values | {name: (_mean(table, labelled), labelled.sum()) for name, table in tables.items()}
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

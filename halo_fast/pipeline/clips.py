@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from halo_fast import processes
 from halo_fast.data.clips import latent_factors
-from halo_fast.data.imports import ImportedRow
+from halo_fast.data.fitting import FitPolicy, VideoFormat
+from halo_fast.data.imports import ImportedRow, clip_format, keeps_formats
 from halo_fast.data.labels import join_labels
 from halo_fast.data.tables import ClipRow, PairRow, read_rows
 from halo_fast.errors import UserError
@@ -25,6 +26,7 @@ from halo_fast.pipeline.stages import StageEntry, run_stage
 __all__ = [
     "FACTORS_FILE",
     "RunClips",
+    "clip_sizes",
     "clip_stages",
     "given_pairs",
     "noise_seeds",
@@ -85,6 +87,23 @@ def run_clips(run: Run, earlier: bool = False) -> RunClips:
         return RunClips(read_rows(folder / "clips.parquet", ClipRow), folder, {"clips": folder})
     folders = {folder.relative_to(run.root).as_posix(): folder for folder in found}
     return RunClips(_joined(folders), run.root, {f"clips of {name}": folder for name, folder in folders.items()})
+
+
+def clip_sizes(config: Config, run: Run, clips: Sequence[ClipRow]) -> dict[str, VideoFormat] | None:
+    """The format of each clip, by clip_id; None where all have that of config.generate.
+
+    Args:
+        config: of the run.
+        run: whose import is looked at.
+        clips: of the run.
+    """
+    if "import" not in clip_stages(config) or not keeps_formats(config.imports):
+        return None
+    form = config.generate
+    wanted = VideoFormat(form.num_frames, form.height, form.width, form.fps)
+    rows = read_rows(run.path / "import" / "clips.parquet", ImportedRow)
+    own = {row.clip_id: clip_format(row, config.imports, wanted) for row in rows}
+    return {clip.clip_id: own.get(clip.clip_id, wanted) for clip in clips}
 
 
 def noise_seeds(clips: Sequence[ClipRow], family: Denoiser) -> tuple[dict[str, int], str]:
@@ -201,6 +220,8 @@ def read_run_data(run: Path) -> RunData:
     imported = read_rows(run / "import" / "clips.parquet", ImportedRow) if "import" in folders else []
     last = manifests[list(folders)[-1]]
     form = last["settings"].get("generate", last["settings"])
+    wanted = VideoFormat(form["num_frames"], form["height"], form["width"], form["fps"])
+    policy = FitPolicy(manifests["import"]["settings"]["imports"]["size"]) if imported else FitPolicy()
     labels = [table for name in ("import", "annotate") if (table := run / name / "labels.parquet").exists()]
     pairs = next((table for name in ("pairs", "import") if (table := run / name / "pairs.parquet").exists()), None)
     clips = _joined(folders)
@@ -208,10 +229,11 @@ def read_run_data(run: Path) -> RunData:
     made = [clip.clip_id for clip in clips if clip.video.startswith("generate/")]
     return RunData(
         clips, run, read_rows(pairs, PairRow) if pairs else [], join_labels(labels),
-        (form["num_frames"], form["height"], form["width"], form["fps"]),
+        wanted,
         {row.clip_id: row.generator for row in imported} | dict.fromkeys(made, model),
         {row.clip_id: row.changes for row in imported},
         dict.fromkeys(made, json.dumps(form)),
         (read_json(run / "pairs" / "manifest.json") or {"settings": {}})["settings"].get("video_delta", 0.0),
         RunClips(clips, run, folders).factors() or (1, 1, False),
+        {row.clip_id: clip_format(row, policy, wanted) for row in imported},
     )  # fmt: skip

@@ -80,10 +80,11 @@ def check_run(config: Config, run: Run) -> None:
     from halo_fast.pipeline.judging import check_judges
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
-    from halo_fast.pipeline.stages.generate import warn_of_prompts
+    from halo_fast.pipeline.stages.generate import varies_imports, warn_of_prompts
     from halo_fast.rewards.model import check_backbone
     from halo_fast.teachers import LabelStore
 
+    varies_imports(config)
     check_backbone(config.reward.backbone)
     if config.reward.examples:
         registry.resolve("reward examples", config.reward.examples, "reward.examples")

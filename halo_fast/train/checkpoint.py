@@ -1,6 +1,7 @@
 """Checkpoints: one file with all that a training needs to go on as if it had never stopped."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def _settings(job: Job) -> dict[str, Any]:
     # Reading all pairs would take as long as an epoch; other data differ at the ends.
     ends = {f"{name} pair": _digest(job.pairs[index]) for name, index in (("first", 0), ("last", len(job.pairs) - 1))}
     more: dict[str, Any] = {"pairs": len(job.pairs), "processes": job.accelerator.num_processes}
+    more |= {} if job.one_bucket else {"pairs of each size": sorted(Counter(job.buckets.of).values())}
     # first, because the reference of a training without a start is no setting
     start = {"start": job.start} if job.start else {}
     own = deciding_settings(job.config, bool(job.start))

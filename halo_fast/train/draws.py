@@ -1,19 +1,23 @@
 """Which pairs a step takes, their noise and their times: functions of the step's number and the seed alone.
 
-A draw is (index of the pair, number): the number-th noise and time of that pair.
+A draw is (index of the pair, number): the number-th noise and time of that pair. Pairs of one latent shape and one grid
+are a bucket, and every batch is of one bucket.
 """
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from math import prod
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from halo_fast.data import Pair
+from halo_fast.data.cache import CachedPairs
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families import Denoiser
 from halo_fast.families.sampling import clip_noise
@@ -21,7 +25,10 @@ from halo_fast.loss.given import given_frames, without_preference
 
 __all__ = [
     "Batch",
+    "Buckets",
     "Drawn",
+    "batches_alike",
+    "buckets_of",
     "check_pairs",
     "draw_batch",
     "draws_of_step",
@@ -34,6 +41,44 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SAME_FRAME = 0.3  # of the norm; unlike frames are about as far from each other as they are large
+_SHOWN = 10  # buckets that are listed
+
+Item = TypeVar("Item")
+Draw = tuple[int, int]
+Errors = Tensor | Sequence[Tensor]
+"""The reference's errors by pair and draw, [pairs, draws, 2, f, h, w]; of several buckets a tensor for each pair."""
+
+
+class Buckets(NamedTuple):
+    """The buckets of some pairs, numbered in the order of their first pairs.
+
+    Args:
+        of: number of each pair's bucket.
+        sizes: latent_shape and grid (f, h, w) of each bucket.
+    """
+
+    of: tuple[int, ...] = ()
+    sizes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    def firsts(self) -> list[int]:
+        """Index of the first pair of each bucket, that of the largest latents last."""
+        found = [self.of.index(number) for number in range(len(self.sizes))]
+        return sorted(found, key=lambda index: prod(self.sizes[self.of[index]][0]))
+
+    def lines(self, notes: Sequence[str] = ()) -> list[str]:
+        """A line for each bucket, the largest latents first; none if there is but one.
+
+        Args:
+            notes: of each bucket, by its number.
+        """
+        if len(self.sizes) == 1:
+            return []
+        counts, lines = Counter(self.of), [f"buckets: {len(self.sizes)}, each batch is of one"]
+        for number in [self.of[index] for index in reversed(self.firsts())][:_SHOWN]:
+            shape, grid = self.sizes[number]
+            note = f", {notes[number]}" if notes else ""
+            lines.append(f"  latents {list(shape)}, {' x '.join(map(str, grid))} patches: {counts[number]} pairs{note}")
+        return lines + [f"  and {len(self.sizes) - _SHOWN} smaller ones"] * (len(self.sizes) > _SHOWN)
 
 
 class Drawn(NamedTuple):
@@ -98,28 +143,61 @@ class Batch:
         )
 
 
-def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> None:
-    """Check that there are pairs with the model's conditions and size of latents, and that the patch grid fits them.
+def buckets_of(pairs: Sequence[Pair], count: int | None = None) -> Buckets:
+    """The buckets of the first `count` pairs, or of all.
 
-    Only the first pair is read; `make_batch` checks each pair it takes.
+    Of `CachedPairs` the files' headers are read, of other sequences every pair.
+
+    Raises:
+        UserError: a cached pair whose clips differ in size.
+    """
+
+    def size(index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if isinstance(pairs, CachedPairs):
+            return pairs.size(index)
+        pair = pairs[index]
+        return tuple(pair.latents.shape[1:]), tuple(pair.patch_rewards.shape[1:])
+
+    sizes = [size(index) for index in range(len(pairs) if count is None else count)]
+    numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
+    return Buckets(tuple(numbers[size] for size in sizes), tuple(numbers))
+
+
+def check_pairs(family: Denoiser, pairs: Sequence[Pair]) -> Buckets:
+    """The buckets of the pairs, of which there are some, of sizes that the model takes and grids that fit them.
+
+    `make_batch` checks each pair it takes.
 
     Raises:
         UserError: naming what does not fit.
     """
     if not len(pairs):
         raise UserError("pairs: training needs at least one, got none; generate more candidates or lower the deltas")
-    pair = pairs[0]
-    size = family.latent_size(pair.latents.shape)
-    family.check_size(size)
-    missing = [name for name in family.image_conditions if name not in pair.conditions]
+    buckets = buckets_of(pairs)
+    for index in buckets.firsts():
+        try:
+            _check_size(family, *buckets.sizes[buckets.of[index]])
+        except UserError as error:
+            raise UserError(f"{_named(pairs, index)}: {error}" if len(buckets.sizes) > 1 else f"{error}") from None
+    missing = [name for name in family.image_conditions if name not in pairs[0].conditions]
     if missing:
         raise UserError(
             f"pairs: {type(family).__name__} goes on from a first frame, and the conditions of the first pair have no "
             f"{', '.join(missing)}; add those of Family.encode_images, or run `halo cache` again"
         )
-    grid = tuple(pair.patch_rewards.shape[1:])
+    return buckets
+
+
+def _check_size(family: Denoiser, shape: Sequence[int], grid: Sequence[int]) -> None:
+    size = family.latent_size(shape)
+    family.check_size(size)
     if any(patches > length for patches, length in zip(grid, size, strict=True)):
-        raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {grid}; use fewer patches")
+        raise UserError(f"grid: at most {tuple(size)} patches on these latents, got {tuple(grid)}; use fewer patches")
+
+
+def _named(pairs: Sequence[Pair], index: int) -> str:
+    """A pair's number, and its clips where they have names."""
+    return f"pair {index}" + (f" ({' and '.join(pairs.clips[index])})" if isinstance(pairs, CachedPairs) else "")
 
 
 def tell_noise(known: Sequence[bool], why: str = "they have no seeds") -> None:
@@ -140,25 +218,76 @@ def tell_noise(known: Sequence[bool], why: str = "they have no seeds") -> None:
     )  # fmt: skip
 
 
-def draws_of_step(step: int, size: int, count: int, seed: int, limit: int | None) -> list[tuple[int, int]]:
-    """The draws of a step: which pairs it takes, and which noise and time of each.
+def draws_of_step(
+    step: int, count: int, size: int, buckets: Sequence[int], seed: int, limit: int | None
+) -> list[list[Draw]]:
+    """The draws of a step: which pairs its batches take, and which noise and time of each.
 
     Every epoch takes all pairs once, in an order of its own. In epoch k each draw has the number k, or k modulo
-    `limit`.
+    `limit`. With one bucket an epoch begins in the batch in which the one before ends. With several each bucket ends an
+    epoch with what it has left, which may be less than a batch.
 
     Args:
         step: from 0.
-        size: pairs of a step, over all processes and batches.
-        count: pairs that there are.
+        count: batches of a step, over all processes.
+        size: pairs of a full batch.
+        buckets: number of each pair's bucket, from 0.
         seed: of the orders.
         limit: draws of a pair; None for any number.
 
     Returns:
-        `size` draws (index of the pair, number).
+        For each batch its draws (index of the pair, number), of one bucket.
     """
-    places = range(step * size, (step + 1) * size)
-    numbered = [(_order(place // count, count, seed)[place % count], place // count) for place in places]
-    return [(index, number % limit if limit else number) for index, number in numbered]
+    numbers = range(step * count, (step + 1) * count)
+    if any(buckets):
+        taken = _by_bucket(numbers, size, buckets, seed)
+    else:
+        taken = _without_gap(numbers, size, len(buckets), seed)
+    return [[(index, epoch % limit if limit else epoch) for index, epoch in batch] for batch in taken]
+
+
+def _without_gap(numbers: range, size: int, count: int, seed: int) -> list[list[Draw]]:
+    """Pairs of full batches, counted from the first step on, each with its epoch."""
+    places = [range(number * size, (number + 1) * size) for number in numbers]
+    return [
+        [(_order(place // count, count, seed)[place % count], place // count) for place in batch] for batch in places
+    ]
+
+
+def _by_bucket(numbers: range, size: int, buckets: Sequence[int], seed: int) -> list[list[Draw]]:
+    """As `_without_gap`, of batches that are of one bucket and of one epoch each."""
+    known = tuple(buckets)
+    each = len(_batches_of_epoch(0, size, known, seed))  # every epoch has as many
+    epochs = range(numbers.start // each, (numbers.stop - 1) // each + 1)
+    batches = {epoch: _batches_of_epoch(epoch, size, known, seed) for epoch in epochs}
+    return [[(index, number // each) for index in batches[number // each][number % each]] for number in numbers]
+
+
+@lru_cache(maxsize=4)
+def _batches_of_epoch(epoch: int, size: int, buckets: tuple[int, ...], seed: int) -> list[list[int]]:
+    """The batches in which an epoch takes all pairs."""
+    return batches_alike(_order(epoch, len(buckets), seed), size, lambda index: buckets[index])
+
+
+def batches_alike(items: Iterable[Item], size: int, bucket: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Items in batches of one bucket each.
+
+    A batch takes the place of its first item. So items of one bucket stay in their order.
+
+    Args:
+        items: in the order in which they are taken.
+        size: items of a full batch; the last of each bucket may have fewer.
+        bucket: of an item.
+    """
+    batches: list[list[Item]] = []
+    unfilled: dict[Hashable, list[Item]] = {}
+    for item in items:
+        batch = unfilled.get(bucket(item))
+        if batch is None or len(batch) == size:
+            batch = unfilled[bucket(item)] = []
+            batches.append(batch)
+        batch.append(item)
+    return batches
 
 
 @lru_cache(maxsize=4)  # every batch of an epoch asks for it
@@ -191,12 +320,12 @@ def _noise_and_time(shape: torch.Size, index: int, draw: int, seed: int, limit: 
 def make_batch(
     family: Denoiser,
     pairs: Sequence[Pair],
-    draws: Sequence[tuple[int, int]],
+    draws: Sequence[Draw],
     seed: int,
     device: torch.device,
     *,
     limit: int | None = None,
-    errors: Tensor | None = None,
+    errors: Errors | None = None,
     own: bool = False,
 ) -> Batch:
     """Pairs at their noise and times; `draw_batch` and `place_batch` in one."""
@@ -206,11 +335,11 @@ def make_batch(
 def draw_batch(
     family: Denoiser,
     pairs: Sequence[Pair],
-    draws: Sequence[tuple[int, int]],
+    draws: Sequence[Draw],
     seed: int,
     *,
     limit: int | None = None,
-    errors: Tensor | None = None,
+    errors: Errors | None = None,
     own: bool = False,
 ) -> Drawn:
     """Read pairs and draw their noise and times, on the CPU, so that they are the same for every device.
@@ -221,7 +350,7 @@ def draw_batch(
         draws: (index of the pair, number) of the B pairs of the batch.
         seed: of noise and times.
         limit: number of draws of a pair; None for any number.
-        errors: the reference's errors at all draws, [pairs, limit, 2, f, h, w]; None if not computed.
+        errors: the reference's errors at all draws; None if not computed.
         own: whether each clip gets the noise that it was sampled from; pairs without seeds share one all the same.
 
     Raises:
@@ -235,7 +364,7 @@ def draw_batch(
     shape = chosen[0].latents.shape[1:]
     drawn = [_noise_and_time(shape, index, draw, seed, limit) for index, draw in draws]
     shared = torch.stack([noise for noise, _ in drawn])
-    found = None if errors is None else torch.stack([errors[index, draw] for index, draw in draws], dim=1).flatten(0, 1)
+    found = None if errors is None else torch.stack([errors[index][draw] for index, draw in draws], dim=1).flatten(0, 1)
     return Drawn(
         latents=torch.stack([pair.latents for pair in chosen], dim=1).flatten(0, 1),
         noise=_own_noise(chosen, shared) if own else shared,
@@ -304,7 +433,7 @@ def _check_alike(chosen: Sequence[Pair], indices: Sequence[int]) -> None:
             if tuple(value.shape) != expected:
                 raise UserError(
                     f"pairs: {name} of pair {index} are {list(value.shape)}, expected {list(expected)} as in pair "
-                    f"{indices[0]} of its batch; train clips of one size and one grid at a time"
+                    f"{indices[0]} of its batch; a batch is of one size and one grid"
                 )
             if name != "latents" and value.isinf().any():
                 raise UserError(f"pairs: {name} of pair {index} are infinite; expected numbers, or NaN for no label")

@@ -28,7 +28,10 @@ from halo_fast.train.block_offload import check_offload
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import (
     Batch,
+    Buckets,
+    Draw,
     Drawn,
+    Errors,
     check_pairs,
     draw_batch,
     draws_of_step,
@@ -66,11 +69,12 @@ class Job:
         config: the settings.
         objective: the loss, with the betas of the settings.
         pairs: to train on.
-        reference_errors: [pairs, draws, 2, f, h, w]; None where the reference runs in the loop or is not used.
+        reference_errors: by pair and draw; None where the reference runs in the loop or is not used.
         plan: how steps are taken.
         auto_beta: adjusts the betas; None for constant ones.
         sharded: whether FSDP2 shards the model.
         start: hash of what the policy starts from; empty for the base.
+        buckets: of the pairs.
         ahead: the batches of the steps to come, inside `reading_ahead`; None where each is made when it is needed.
     """
 
@@ -83,11 +87,12 @@ class Job:
     config: TrainConfig
     objective: Objective
     pairs: Sequence[Pair]
-    reference_errors: Tensor | None
+    reference_errors: Errors | None
     plan: Plan
     auto_beta: AutoBeta | None
     sharded: bool
     start: str = ""
+    buckets: Buckets = Buckets()
     ahead: Iterator[Drawn] | None = None
 
     @property
@@ -96,9 +101,23 @@ class Job:
         return bool(self.start) and self.config.reference == "base"
 
     @property
+    def one_bucket(self) -> bool:
+        """Whether all pairs have one latent shape and one grid."""
+        return len(self.buckets.sizes) == 1
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
+
+    def draws(self, step: int) -> Sequence[list[Draw]]:
+        """The draws of each of this process's batches of a step."""
+        config, world = self.config, self.accelerator.num_processes
+        draws = draws_of_step(
+            step, config.gradient_accumulation_steps * world, config.train_batch_size, self.buckets.of, config.seed,
+            config.reference_draws or None,
+        )  # fmt: skip
+        return batches_of_process(draws, self.accelerator.process_index, world)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's batches of a step, on the device."""
@@ -124,14 +143,11 @@ class Job:
 
     def _draw(self, number: int) -> Drawn:
         """This process's batch of a number, counted over all steps."""
-        config, world = self.config, self.accelerator.num_processes
-        count, limit = config.gradient_accumulation_steps, config.reference_draws or None
-        size = config.train_batch_size * count * world
-        draws = draws_of_step(number // count, size, len(self.pairs), config.seed, limit)
-        own = batches_of_process(draws, config.train_batch_size, self.accelerator.process_index, world)
+        config = self.config
+        step, place = divmod(number, config.gradient_accumulation_steps)
         return draw_batch(
-            self.family, self.pairs, own[number % count], config.seed, limit=limit, errors=self.reference_errors,
-            own=config.noise == "own",
+            self.family, self.pairs, self.draws(step)[place], config.seed, limit=config.reference_draws or None,
+            errors=self.reference_errors, own=config.noise == "own",
         )  # fmt: skip
 
     def current_objective(self) -> Objective:
@@ -171,7 +187,7 @@ def prepared_job(
     """
     family = family_of(pipeline, config.network)
     check_network(family.transformer)
-    check_pairs(family, pairs)
+    buckets = check_pairs(family, pairs)
     if config.noise == "own" and isinstance(pairs, list | tuple):
         tell_noise([pair.seeds is not None for pair in pairs])
     objective = checked_objective(config)
@@ -190,13 +206,15 @@ def prepared_job(
 
         limit, own = config.reference_draws or None, config.noise == "own"
         with _reference(family, config, start, accelerator.device):
-            first = make_batch(family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, own=own)
-            base = _first_prediction(lambda: predict(first), first)
+            # one pair of each size shows that the network takes it; the largest is measured and checked
+            for index in buckets.firsts():
+                first = make_batch(family, pairs, [(index, 0)], config.seed, accelerator.device, limit=limit, own=own)
+                base = _first_prediction(predict, first, index)
             errors = None
             if limit and uses_reference(objective):
-                errors = _reference_errors(family, model, pairs, config, accelerator, references, progress)
+                errors = _reference_errors(family, model, pairs, buckets, config, accelerator, references, progress)
                 first = make_batch(
-                    family, pairs, [(0, 0)], config.seed, accelerator.device, limit=limit, errors=errors, own=own
+                    family, pairs, [(index, 0)], config.seed, accelerator.device, limit=limit, errors=errors, own=own
                 )
             check_reference_errors(first, base, family.layout)
         parameters = stack.enter_context(_trained(family, config, accelerator.device))
@@ -206,6 +224,7 @@ def prepared_job(
         broadcast_first(parameters.values())
         sharded = accelerator.num_processes > 1 and uses_fsdp()
         plan = make_plan(family, model, parameters, first, objective, config, accelerator, sharded=sharded)
+        _check_passes(plan, buckets, config, sharded)
         if sharded:
             shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -213,13 +232,26 @@ def prepared_job(
         job = Job(
             family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
             objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
-            hash_tensors(dict(sorted(start.items())))[:16] if start else "",
+            hash_tensors(dict(sorted(start.items())))[:16] if start else "", buckets,
         )  # fmt: skip
         check_start(
             predict, reference_mode, parameters, family.layout, first, base, objective, _rounding(config, base.dtype),
             begins_apart=job.begins_apart,
         )  # fmt: skip
         yield job
+
+
+def _check_passes(plan: Plan, buckets: Buckets, config: TrainConfig, sharded: bool) -> None:
+    """Raise if shards would make different numbers of passes through the network, in each of which they wait.
+
+    Raises:
+        UserError: it is so, for a short batch of margin_first makes fewer passes than a full one.
+    """
+    if sharded and plan.schedule == "margin_first" and config.train_batch_size > 1 and len(buckets.sizes) > 1:
+        raise UserError(
+            f"train.train_batch_size: FSDP2 and margin_first on pairs of {len(buckets.sizes)} sizes expect 1, got "
+            f"{config.train_batch_size}; set 1, or schedule batched"
+        )
 
 
 @contextmanager
@@ -246,18 +278,19 @@ def _reference(
         yield
 
 
-def _first_prediction(predict: Callable[[], Tensor], batch: Batch) -> Tensor:
-    """The base's prediction; one line if the network does not take a batch of these shapes."""
+def _first_prediction(predict: Callable[[Batch], Tensor], batch: Batch, index: int) -> Tensor:
+    """The base's prediction of a pair; one line if the network does not take a batch of these shapes."""
     try:
-        return predict()
+        return predict(batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         given = {"latents": batch.noisy, **batch.conditions}
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+        pair = f"pair {index}" if index else "the first pair"
         raise UserError(
-            f"pairs: the network does not take the first pair, {shapes} ({first_line(error)}); were its latents and "
-            "prompts cached with this model?"
+            f"pairs: the network does not take {pair}, {shapes} ({first_line(error)}); were its latents and prompts "
+            "cached with this model?"
         ) from error
 
 
@@ -265,11 +298,12 @@ def _reference_errors(
     family: Denoiser,
     model: nn.Module,
     pairs: Sequence[Pair],
+    buckets: Buckets,
     config: TrainConfig,
     accelerator: Any,
     folder: Path | None,
     progress: Progress,
-) -> Tensor:
+) -> Errors:
     """The reference's errors at the settings' draws, computed by all processes together."""
 
     def wait() -> None:
@@ -282,6 +316,7 @@ def _reference_errors(
         precision=f"{config.mixed_precision} {next(model.parameters()).dtype}", folder=folder,
         progress=progress if accelerator.is_main_process else _silent,
         share=(accelerator.process_index, accelerator.num_processes), wait=wait, own=config.noise == "own",
+        buckets=buckets.of,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def fit(
 
     Args:
         pipeline: a diffusers pipeline, a `Family` or a `Denoiser`.
-        pairs: any sequence of `Pair`, in memory or `CachedPairs`.
+        pairs: any sequence of `Pair`, in memory or `CachedPairs`, of one or several sizes.
         config: the settings; `config.objective` is the loss.
         folder: where log.csv, diagnostics.csv, previews and checkpoints go and training resumes from; SIGTERM then ends
             the step, saves and exits. None keeps everything in memory.
@@ -96,7 +96,7 @@ def fit(
         family, pairs, config, folder=folder, references=references, progress=progress, start=start
     ) as job:
         if folder is not None and job.is_main:
-            logger.info(job.plan.text)
+            logger.info("\n".join([*job.buckets.lines(), job.plan.text]))
         gap = None
         if folder is not None and config.off_policy_pairs:
             found = measure_off_policy(job, generate)

@@ -1,5 +1,6 @@
 """Before training: are the pairs' clips the model's own? Preference training on others is known to be unstable."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,10 +11,12 @@ from halo_fast.data import Pair
 from halo_fast.families import Denoiser, Family
 from halo_fast.families.sampling import GenerateConfig
 from halo_fast.loss.functional import patch_error
-from halo_fast.train.draws import Batch, generator, make_batch
+from halo_fast.train.draws import Batch, batches_alike, generator, make_batch
 from halo_fast.train.job import Job
 
 __all__ = ["OffPolicy", "fresh_pairs", "measure_off_policy", "off_policy_gap"]
+
+logger = logging.getLogger(__name__)
 
 # Errors of winners, losers and fresh samples of one model agree within this share on pairs of its own.
 OFF_POLICY_LIMIT = 0.25
@@ -58,23 +61,41 @@ def measure_off_policy(job: Job, generate: GenerateConfig | None) -> OffPolicy:
         job: before its first step.
         generate: how fresh clips are sampled (`off_policy_fresh`); None compares with none.
     """
-    config = job.config
-    count = min(len(job.pairs), config.off_policy_pairs)
-
-    def batches(pairs: Sequence[Pair], count: int) -> list[Batch]:
-        draws = [(index, 0) for index in range(count)]
-        size = config.train_batch_size
-        return [
-            make_batch(job.family, pairs, draws[start : start + size], config.seed, job.accelerator.device)
-            for start in range(0, count, size)
-        ]
-
+    config, family = job.config, job.family
+    order = list(range(min(len(job.pairs), config.off_policy_pairs)))
     fresh: list[Batch] = []
-    if config.off_policy_fresh and generate is not None and isinstance(job.family, Family):
-        chosen = [job.pairs[index] for index in range(min(count, config.off_policy_fresh))]
-        fresh = batches(fresh_pairs(job.family, chosen, generate, config.seed), len(chosen))
+    if config.off_policy_fresh and generate is not None and isinstance(family, Family):
+        alike = [index for index in order if job.one_bucket or _is_sampled_size(job, family, index, generate)]
+        # the errors of fresh clips are compared with those of as many first ones
+        order = alike + [index for index in order if index not in alike]
+        chosen = alike[: config.off_policy_fresh]
+        if not chosen:
+            logger.warning(
+                "train.off_policy_fresh: none of the first %d pairs has the size of generate, so no fresh clips are "
+                "compared", len(order),
+            )  # fmt: skip
+        made = fresh_pairs(family, [job.pairs[index] for index in chosen], generate, config.seed)
+        known = dict(zip(chosen, made, strict=True))
+        fresh = _batches(
+            job, [known.get(index) or job.pairs[index] for index in range(max(chosen, default=-1) + 1)], chosen
+        )
     with job.accelerator.autocast():
-        return off_policy_gap(job.family, job.model, batches(job.pairs, count), fresh)
+        return off_policy_gap(family, job.model, _batches(job, job.pairs, order), fresh)
+
+
+def _is_sampled_size(job: Job, family: Family, index: int, generate: GenerateConfig) -> bool:
+    """Whether a pair's clips have the size that is sampled."""
+    shape, _ = job.buckets.sizes[job.buckets.of[index]]
+    return shape == tuple(family.latent_shape(generate.num_frames, generate.height, generate.width))
+
+
+def _batches(job: Job, pairs: Sequence[Pair], indices: Sequence[int]) -> list[Batch]:
+    """Some pairs at their first draws."""
+    draws = [(index, 0) for index in indices]
+    return [
+        make_batch(job.family, pairs, batch, job.config.seed, job.accelerator.device)
+        for batch in batches_alike(draws, job.config.train_batch_size, lambda draw: job.buckets.of[draw[0]])
+    ]
 
 
 @torch.no_grad()

@@ -32,16 +32,15 @@ def gather_shards(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def batches_of_process(draws: Sequence[Any], size: int, rank: int, world: int) -> list[Sequence[Any]]:
+def batches_of_process(batches: Sequence[Any], rank: int, world: int) -> Sequence[Any]:
     """The batches of one process in a step.
 
     Args:
-        draws: the step's, over all processes.
-        size: pairs of a batch; batches go to the processes in turn.
+        batches: the step's, over all processes, to which they go in turn.
         rank: this process's number.
         world: number of processes.
     """
-    return [draws[start : start + size] for start in range(rank * size, len(draws), world * size)]
+    return batches[rank::world]
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from halo_fast.families import Denoiser
 from halo_fast.families.fingerprint import fingerprint
 from halo_fast.files import hash_tensors, write_safetensors
 from halo_fast.loss.functional import patch_error
-from halo_fast.train.draws import Batch, make_batch
+from halo_fast.train.draws import Batch, Errors, batches_alike, make_batch
 
 __all__ = ["check_reference_errors", "reference_errors"]
 
@@ -46,13 +46,16 @@ def reference_errors(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
     own: bool = False,
-) -> Tensor:
+    buckets: Sequence[int] | None = None,
+) -> Errors:
     """E_p(o_ref) of `count` draws of every pair, float32 [pairs, count, 2, f, h, w] on the CPU.
+
+    Pairs of several buckets have tensors of their own, [count, 2, f, h, w] each.
 
     Args:
         family: of the model.
         model: the base, without adapters.
-        pairs: all of one size and grid.
+        pairs: to train on.
         seed: of the draws.
         count: draws of a pair.
         device: where the model is.
@@ -64,32 +67,43 @@ def reference_errors(
         share: this process's number and how many share the work, where there is a folder.
         wait: returns once all processes have called it.
         own: whether each clip has the noise that it was sampled from.
+        buckets: number of each pair's bucket; None for one bucket.
     """
-    starts = range(0, len(pairs), _PAIRS_IN_A_FILE)
+    buckets = buckets or [0] * len(pairs)
+    groups = batches_alike(range(len(pairs)), _PAIRS_IN_A_FILE, buckets.__getitem__)
 
-    def compute(start: int) -> Tensor:
-        indices = range(start, min(start + _PAIRS_IN_A_FILE, len(pairs)))
+    def compute(group: int) -> Tensor:
+        indices = groups[group]
         with torch.no_grad():
             found = _compute(family, model, pairs, indices, seed, count, device, batch_size, autocast, own)
         names = [f"pair {index}" for index in indices]
         check_finite(found, names, "errors of the reference", "check that the model runs in this precision")
         return found
 
+    every = range(len(groups))
     if folder is None:
-        return torch.cat([compute(start) for start in progress(starts, len(starts), "train: reference errors")])
-    settings = _settings(family, model, seed, count, precision, pairs[0].latents.shape[1:])
-    files = {
-        start: folder / f"{_key(settings, start, pairs[start : start + _PAIRS_IN_A_FILE], own)}.safetensors"
-        for start in starts
-    }
+        parts = [compute(group) for group in progress(every, len(every), "train: reference errors")]
+        return _by_pair(parts, groups, buckets)
+    settings = _settings(family, model, seed, count, precision)
+    files = [folder / f"{_key(settings, family, indices, pairs, own)}.safetensors" for indices in groups]
     # shared before looking which there are: another process may have written some by now
-    todo = [start for start in starts[share[0] :: share[1]] if not files[start].exists()]
-    for start in progress(todo, len(todo), "train: reference errors"):
-        write_safetensors(files[start], {"errors": compute(start)})
+    todo = [group for group in every[share[0] :: share[1]] if not files[group].exists()]
+    for group in progress(todo, len(todo), "train: reference errors"):
+        write_safetensors(files[group], {"errors": compute(group)})
     wait()
     from safetensors.torch import load_file
 
-    return torch.cat([load_file(processes.seen(files[start]))["errors"] for start in starts])
+    return _by_pair([load_file(processes.seen(file))["errors"] for file in files], groups, buckets)
+
+
+def _by_pair(parts: Sequence[Tensor], groups: Sequence[Sequence[int]], buckets: Sequence[int]) -> Errors:
+    """The errors of groups of pairs in the order of the pairs; one tensor if there is one bucket."""
+    if not any(buckets):
+        return torch.cat(list(parts))
+    found = {
+        index: own for group, part in zip(groups, parts, strict=True) for index, own in zip(group, part, strict=True)
+    }
+    return [found[index] for index in range(len(buckets))]
 
 
 def _compute(
@@ -116,29 +130,36 @@ def _compute(
     return torch.cat(parts).unflatten(0, (-1, count))
 
 
-def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precision: str, shape: torch.Size) -> str:
-    """What all files depend on: weights, precision, draws, and how the family makes noise, target and times."""
+def _settings(family: Denoiser, model: nn.Module, seed: int, count: int, precision: str) -> dict[str, Any]:
+    """What all files depend on: weights, precision, draws, and the family's own numbers."""
+    return {
+        "model": fingerprint([model]),
+        "family": type(family).__name__,
+        # such as the guidance scale that HunyuanVideo's network takes
+        "settings": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
+        "process": None,  # of each file, by its latents; its place is part of the files' names
+        "precision": precision,
+        "seed": seed,
+        "count": count,
+    }
+
+
+def _process(family: Denoiser, shape: Sequence[int]) -> list[list[float]]:
+    """How the family makes noise, target and times of latents of a shape, by their values at a few points."""
     probe = torch.linspace(0.05, 0.95, 7)
     times = family.timesteps(probe, shape)
     ones = torch.ones(7, 1, 1, 1, 1)
     process = [family.add_noise(ones, -2 * ones, times), family.target(ones, -2 * ones, times), times]
-    return json.dumps(
-        {
-            "model": fingerprint([model]),
-            "family": type(family).__name__,
-            # a family's own numbers, such as the guidance scale that HunyuanVideo's network takes
-            "settings": {name: value for name, value in vars(family).items() if isinstance(value, int | float | str)},
-            "process": [value.flatten().tolist() for value in process],
-            "precision": precision,
-            "seed": seed,
-            "count": count,
-        }
-    )
+    return [value.flatten().tolist() for value in process]
 
 
-def _key(settings: str, start: int, pairs: Sequence[Pair], own: bool) -> str:
-    parts: list[str | dict[str, Tensor]] = [f"{settings} {start}"]
-    for pair in pairs:
+def _key(settings: dict[str, Any], family: Denoiser, indices: Sequence[int], pairs: Sequence[Pair], own: bool) -> str:
+    """Hash of what a file depends on: pairs of one bucket, and their numbers, which seed their noise."""
+    chosen = [pairs[index] for index in indices]
+    known = json.dumps(settings | {"process": _process(family, chosen[0].latents.shape[1:])})
+    numbers = indices[0] if indices[-1] - indices[0] == len(indices) - 1 else indices
+    parts: list[str | dict[str, Tensor]] = [f"{known} {numbers}"]
+    for pair in chosen:
         grid = str(list(pair.patch_rewards.shape))
         parts += [{"latents": pair.latents, **dict(sorted(pair.conditions.items()))}, grid]
         parts += [f"noise of {pair.seeds}"] if own and pair.seeds is not None else []

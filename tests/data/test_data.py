@@ -180,6 +180,7 @@ def test_cache_gives_what_the_model_would(scored):
     build_cache(config, run)
     pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
     assert len(pairs) == 4 and len(pairs[1:3]) == 2
+    assert {pairs.size(index) for index in range(4)} == {((4, 3, 4, 4), (3, 2, 2))}
     rows = pyarrow.parquet.read_table(run.path / "pairs/pairs.parquet").to_pylist()
     family = family_of(tiny_wan())
     for row, pair in zip(rows, pairs, strict=True):

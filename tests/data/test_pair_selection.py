@@ -116,6 +116,34 @@ def test_a_weight_is_how_often_an_epoch_has_a_pair(tmp_path):
     assert len(cached) == len(cached.prompts) == 3 + sum(rest)
 
 
+def test_candidates_of_two_sizes_are_paired_among_their_own():
+    clips, scores = rows()
+    sizes = dict(zip([clip.clip_id for clip in clips], [9, 9, 9, 5, 9], strict=True))
+    settings = PairsConfig(dimensions={"quality": 1.0, "alignment": 1.0}, select="margin")
+    found, _ = pair_candidates(clips, scores, settings, GRID, sizes=sizes)
+    every, _ = pair_candidates(clips, scores, settings, GRID)
+    assert found == [one for one in every if sizes[one.clip_a] == sizes[one.clip_b]] != every
+    real = [ClipRow(f"r{size}", 0, "a cube", 0, None, "", None) for size in (5, 9)]
+    made = real_pairs(real, clips, GRID, sizes | {"r5": 5, "r9": 9})
+    assert [one.pair_id for one in made] == ["r9-a", "r9-b", "r9-c", "r5-d", "r9-e"]
+    with pytest.raises(UserError, match="at least 2 candidates of a prompt and one size"):
+        pair_candidates(clips, scores, settings, GRID, sizes={clip.clip_id: clip.clip_id for clip in clips})
+
+
+def test_clips_of_a_pair_that_differ_in_size_are_named(tmp_path):
+    write_rows(tmp_path / "pairs.parquet", [pair("a", "b", 1)], PairRow)
+    for name, shape in (("a", (4, 3, 4, 4)), ("b", (4, 3, 4, 6))):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"latents": torch.zeros(shape)})
+    write_rows(
+        tmp_path / "index.parquet", [CacheRow("latents", one, f"{one}.safetensors", "") for one in "ab"], CacheRow
+    )
+    for read in (CachedPairs.size, CachedPairs.__getitem__):
+        with pytest.raises(
+            UserError, match=r"clips a and b of pair .* latents \[4, 3, 4, 4\] and \[4, 3, 4, 6\], expected"
+        ):
+            read(CachedPairs(tmp_path / "pairs.parquet", tmp_path), 0)
+
+
 def test_a_table_of_before_there_were_weights_is_read(tmp_path):
     import pyarrow.parquet
 

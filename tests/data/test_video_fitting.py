@@ -103,6 +103,30 @@ def test_spread_frames_are_the_middles_of_equal_parts(count, wanted):
     assert (f"{wanted} spread over {count} frames" in fitted.fit.changes) == (count > wanted)
 
 
+def closest(frames, height, width):
+    return (frames - 1) // 4 * 4 + 1, max(height // 16, 1) * 16, max(width // 16, 1) * 16
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "expected"),
+    [("keep", "keep", (9, 32, 48)), ("keep", "trim", (5, 32, 48)), ("crop", "keep", (9, 16, 16))],
+)
+def test_a_clip_that_keeps_its_own_is_cut_to_what_the_model_makes(size, frames, expected):
+    clip = torch.randint(256, (11, 40, 51, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    film = [Frame(k, k / 8, (k + 1) / 8, one) for k, one in enumerate(clip)]
+    found = fit_clip(iter(film), VideoFormat(5, 16, 16, 8), FitPolicy(size=size, frames=frames), closest)
+    assert found.video.shape == (*expected, 3) and len(found.fit.frames) == expected[0]
+    assert f"first {expected[0]} of 11 frames" in found.fit.changes
+    if size == "keep":
+        assert torch.equal(found.video, clip[: expected[0], 4:36, 1:49]) and found.fit.box == (4, 1, 32, 48)
+        assert "middle 32 x 48 of 40 x 51 pixels" in found.fit.changes and "scaled" not in found.fit.changes
+
+
+def test_a_clip_too_small_to_keep_its_size_is_refused():
+    with pytest.raises(UserError, match="5 x 12 x 40 frames and pixels, the model makes no less than 5 x 16 x 32"):
+        fit_clip(iter(film(9, 8, 12, 40)), VideoFormat(5, 16, 16, 8), FitPolicy(size="keep"), closest)
+
+
 def test_an_equal_clip_is_unchanged():
     clip = torch.randint(256, (3, 16, 16, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     frames = [Frame(k, k / 8, (k + 1) / 8, one) for k, one in enumerate(clip)]

@@ -80,6 +80,45 @@ def test_batches_joined_are_one_batch(objective):
     assert torch.equal(joined.t, whole.t)
 
 
+@pytest.mark.parametrize("objective", [OBJECTIVE, "dense_dpo", "mapo", "diffusion_kto"], ids=lambda o: str(o)[:9])
+def test_metrics_of_uneven_batches_are_those_of_one_batch(objective):
+    data = batch()
+    data[3][[2, 6]] = float("nan")
+    if objective == "diffusion_kto":
+        data = [*data[:3], None, data[4].nan_to_num(1.0)]
+    reference = objective != "mapo"
+
+    def output(pairs):
+        half = [*pairs, *(4 + pair for pair in pairs)]
+        policy, target, ref, patches, videos = (None if value is None else value[half] for value in data)
+        return gran_dpo(policy, target, ref if reference else None, patches, videos, objective=objective)
+
+    # the pair by itself has neither labels of patches nor, being the first, of the video
+    whole, *parts = (output(pairs).figures() for pairs in ([0, 1, 2, 3], [1, 3], [2], [0]))
+    joined = PairFigures.joined_metrics(parts)
+    assert list(joined) == list(whole.metrics())
+    torch.testing.assert_close(joined, whole.metrics(), equal_nan=True)
+    # two processes with other numbers of pairs
+    sums = []
+    PairFigures.joined_metrics(parts[1:], lambda own: sums.append(own) or own)
+    together = PairFigures.joined_metrics(parts[:1], lambda own: torch.cat([own, *sums]))
+    torch.testing.assert_close(together, whole.metrics(), equal_nan=True)
+
+
+def test_metrics_of_two_grids_are_means_over_all_their_patches():
+    one, other = (
+        gran_dpo(*batch()[:3], *labels, objective=OBJECTIVE).figures()
+        for labels in (batch()[3:], (cases.rewards((1, 4, 2), 8, torch.float64, 9)[0], batch(seed=3)[4]))
+    )
+    joined, metrics = PairFigures.joined_metrics([one, other]), [part.metrics() for part in (one, other)]
+    patches = [part.weights("patch").sum() for part in (one, other)]
+    expected = sum(count * part["patch/margins"] for count, part in zip(patches, metrics, strict=True)) / sum(patches)
+    torch.testing.assert_close(joined["patch/margins"], expected)
+    ties = 1 - sum(patches) / (one.patch.numel() + other.patch.numel())
+    torch.testing.assert_close(joined["patch/ties"], ties)
+    assert joined["num_pairs"] == sum(part["num_pairs"] for part in metrics)
+
+
 def test_joining_takes_in_other_processes():
     data = batch()
     one, other = (gran_dpo(*take(data, pairs), objective=OBJECTIVE).figures() for pairs in ([0, 1], [2, 3]))

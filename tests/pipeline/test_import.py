@@ -14,9 +14,10 @@ from tiny import TINY_TRAIN, kill_when, output_hashes, tiny_wan
 
 from halo_fast.data.clips import read_clip, write_clip
 from halo_fast.data.imports import ImportedRow
-from halo_fast.data.tables import CacheRow, LabelRow, PairRow, read_rows
+from halo_fast.data.tables import CacheRow, LabelRow, PairRow, ScoreRow, read_rows
 from halo_fast.families import family_of
 from halo_fast.pipeline.cli import main
+from halo_fast.rewards import RewardModel, RewardModelConfig
 
 SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SETTINGS = {
@@ -149,6 +150,91 @@ def test_preferences_train_without_any_reward(tmp_path, model, capsys):
     pairs = read_rows(tmp_path / "run" / "pairs" / "pairs.parquet", PairRow)
     assert [(pair.video_reward_a, pair.video_reward_b) for pair in pairs] == [(5, 1), (5, 1)]
     assert (tmp_path / "run" / "train" / "manifest.json").exists()
+
+
+def moving(frames: int, height: int, width: int, shade: int) -> torch.Tensor:
+    """A square that moves, in shades of its own."""
+    video = torch.full((frames, height, width, 3), shade, dtype=torch.uint8)
+    for frame in range(frames):
+        video[frame, 8:16, 2 * frame : 2 * frame + 10, shade % 3] = 250
+    return video
+
+
+def test_pairs_of_two_sizes_go_through_score_pairs_cache_and_train(tmp_path, model, capsys):
+    source = tmp_path / "clips"
+    source.mkdir()
+    sizes = [(9, 32, 32)] * 4 + [(14, 40, 56)] * 4 + [(5, 32, 32)]  # the last is too short for three patches in time
+    for number, size in enumerate(sizes):
+        write_clip(source / f"{number}.mp4", moving(*size, 20 + 10 * number), 8)
+        (source / f"{number}.txt").write_text(f"a cube number {number // 2 % 2}")
+    rows = [
+        {"chosen": f"{a}.mp4", "rejected": f"{b}.mp4", "prompt": f"a cube number {a // 2 % 2}"}
+        for a, b in [(0, 1), (2, 3), (4, 5), (0, 5), (1, 8)]
+    ]
+    table(source / "pairs.csv", rows)
+    table(source / "boxes.csv", [{"video": "4.mp4", "x0": 4, "y0": 4, "x1": 28, "y1": 36}])
+    reward = RewardModel(RewardModelConfig(("visual_quality", "text_alignment", "dynamic_degree"), pretrained=False))
+    reward.save(tmp_path / "reward")
+    keep = {"sources": [str(source)], "size": "keep", "frames": "keep"}
+    train = {"max_train_steps": 4, "train_batch_size": 2, "reference_draws": 2, "heldout_share": 0.0}
+    file = str(
+        config(
+            tmp_path, model, imports=keep, train=train, reward_model=str(tmp_path / "reward"), score={"batch_size": 3}
+        )
+    )
+    run = tmp_path / "run"
+    for verb in ("import", "reward", "score", "pairs", "cache"):
+        assert main([verb, file]) == 0, verb
+    error = capsys.readouterr().err
+    assert "8.mp4: a clip of 5 x 32 x 32: grid must have 1 to 2 patches along 2 latent frames; got 3" in error
+    assert "its clips are c00000 of 9 x 32 x 32 and c00005 of 13 x 32 x 48, a pair needs one size" in error
+    # of the damaged clip 32 x 48 pixels are shown, from (4, 4) on: the box is 32 rows and 24 columns of them
+    (label,) = read_rows(run / "import" / "labels.parquet", LabelRow)
+    assert label.patches["quality"] == pytest.approx([1, 5 - 4 * 0, 1, 5 - 4 * 0] * 3)
+    scores = read_rows(run / "score" / "scores.parquet", ScoreRow)
+    assert [row.clip_id for row in scores] == [f"c{number:05d}" for number in range(8)]
+    alone = reward.eval()(read_clip(run / "import/videos/c00005.mp4")[None], ["a cube number 0"], (3, 2, 2))
+    assert scores[5].patches["quality"] == pytest.approx(alone.patches.flatten().tolist(), rel=1e-5)
+    # three given pairs; of the prompts without one there are none
+    pairs = read_rows(run / "pairs" / "pairs.parquet", PairRow)
+    assert [(pair.clip_a, pair.clip_b) for pair in pairs] == [
+        ("c00000", "c00001"),
+        ("c00002", "c00003"),
+        ("c00004", "c00005"),
+    ]
+    assert main(["train", file, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "buckets: 2, each batch is of one" in printed and "latents [4, 4, 4, 6], 3 x 2 x 2 patches: 1 pairs" in printed
+    )
+    assert main(["train", file]) == 0
+    log = list(csv.DictReader((run / "train" / "log.csv").open()))
+    assert sorted(row["num_pairs"] for row in log) == ["1.0", "1.0", "2.0", "2.0"]
+    assert (run / "train" / "lora" / "pytorch_lora_weights.safetensors").exists()
+    # and out again, with their sizes
+    assert main(["export", str(run), "--format", "huggingface"]) == 0
+    exported = pyarrow.parquet.read_table(run / "export" / "huggingface" / "metadata.parquet").to_pylist()
+    assert [(one["num_frames"], one["height"], one["width"]) for one in exported] == [(9, 32, 32)] * 4 + [
+        (13, 32, 48)
+    ] * 4
+
+
+def test_clips_that_keep_their_sizes_are_refused_where_one_size_is_needed(tmp_path, model, capsys):
+    source = tmp_path / "clips"
+    source.mkdir()
+    for number, size in enumerate([(9, 32, 32), (9, 32, 48)]):
+        write_clip(source / f"{number}.mp4", moving(*size, 30), 8)
+        (source / f"{number}.txt").write_text("a cube")
+    table(source / "scores.csv", [{"video": f"{number}.mp4", "beauty": 1 + number} for number in range(2)])
+    keep = {"sources": [str(source)], "size": "keep"}
+    file = str(config(tmp_path, model, imports=keep, pairs={"dimensions": {"beauty": 1}}, reward={"patch_steps": 0}))
+    assert main(["run", file, "--imports.generate=true", "--generate.strategy=guided"]) == 2
+    assert "the strategy guided needs clips of generate's size, got keep" in capsys.readouterr().err
+    assert main(["import", file]) == 0 and main(["reward", file]) == 2
+    assert (
+        "takes clips of one size, got 9 x 32 x 48 of c00001.mp4 and 9 x 32 x 32 of c00000.mp4"
+        in capsys.readouterr().err
+    )
 
 
 def test_latents_are_those_of_the_fitted_clip(tmp_path, model):

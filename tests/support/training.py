@@ -35,6 +35,28 @@ def make_pairs(family, count=6, seed=0, grid=(3, 2, 2)):
     ]
 
 
+def pairs_of_sizes(conditions, channels, sizes, seed=3):
+    """Random pairs of several buckets: for each its latents (F, H, W), its grid and how many."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Pair(
+            latents=torch.randn(2, channels, *shape, generator=generator),
+            conditions=conditions[number % len(conditions)],
+            patch_rewards=torch.rand(2, *grid, generator=generator) * 4 + 1,
+            video_rewards=torch.rand(2, generator=generator) * 4 + 1,
+        )
+        for shape, grid, count in sizes
+        for number in range(count)
+    ]
+
+
+def mixed_pairs(family):
+    """Five pairs of a tiny Wan, of two latent shapes and grids, in no order by size."""
+    conditions = family.encode_prompts(["a red ball rolls", "a cube"])
+    pairs = pairs_of_sizes(conditions, CHANNELS, [((3, 4, 4), (3, 2, 2), 3), ((2, 6, 4), (2, 3, 2), 2)])
+    return [pairs[index] for index in (3, 0, 1, 4, 2)]
+
+
 def quiet(iterable, total, label):
     return iterable
 

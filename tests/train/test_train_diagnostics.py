@@ -165,7 +165,7 @@ def test_other_layout_and_default_patch_beta_are_read_alike(family):
             prediction, batch.target, None, batch.patch_rewards, batch.video_rewards,
             objective=objective, reference_error=reference, layout=layout,
         )  # fmt: skip
-        return summarize(out.figures(batch.t), 3, "train")
+        return summarize([out.figures(batch.t)], 3, "train")
 
     one = rows(batch, prediction, objective)
     turned = dataclasses.replace(batch, target=batch.target.transpose(1, 2))

@@ -177,7 +177,7 @@ def test_time_weights_multiply_the_preferences_of_their_times(tmp_path):
     config = dataclasses.replace(CONFIG, objective=objective, max_train_steps=1, time_weights=weights)
     fit(family, pairs, config, folder=tmp_path, progress=quiet)
     (row,) = csv.DictReader((tmp_path / "log.csv").open())
-    draws = draws_of_step(0, config.train_batch_size, len(pairs), config.seed, None)
+    (draws,) = draws_of_step(0, 1, config.train_batch_size, [0] * len(pairs), config.seed, None)
     batch = make_batch(family, pairs, draws, config.seed, torch.device("cpu"), limit=None)
     times = batch.t[: len(draws)].tolist()
     expected = [weights[0 if t < 1 / 3 else 1 if t < 2 / 3 else 2] * 1.25 * math.log(2) for t in times]

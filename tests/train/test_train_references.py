@@ -84,8 +84,8 @@ def test_times_of_a_pairs_draws_are_stratified_and_first_draws_cover_the_times(p
 
 
 def test_draws_beyond_the_last_begin_again():
-    seen = [draw for step in range(8) for draw in draws_of_step(step, 3, 6, 0, DRAWS)]
-    unlimited = [draw for step in range(8) for draw in draws_of_step(step, 3, 6, 0, None)]
+    seen = [draw for step in range(8) for (draw,) in draws_of_step(step, 3, 1, [0] * 6, 0, DRAWS)]
+    unlimited = [draw for step in range(8) for (draw,) in draws_of_step(step, 3, 1, [0] * 6, 0, None)]
     assert [(index, draw % DRAWS) for index, draw in unlimited] == seen
     assert {draw for _, draw in seen} == {0, 1, 2} and max(draw for _, draw in unlimited) == 3
 

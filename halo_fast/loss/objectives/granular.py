@@ -76,12 +76,13 @@ class GranDPO(PairObjective):
         supervision = error if self.supervised or self.loser_guard else None
         tables = log_ratio, inputs.patch_rewards, inputs.video_rewards, scale, supervision, loser_scale
         # kernels know the sizes of patches that divide all frames
-        found = (
+        found: tuple[Tensor, ...] = (
             table_of_volumes(*tables, inputs.volume(log_ratio), self.link, numbers)
             if inputs.given
             else ops.gran_dpo_table(*tables, inputs.latent_shape, self.link, numbers)
         )
-        return Table(*found, log_ratio, error)
+        loss, coefficients, video_logits, patch_logits, active = found
+        return Table(loss, coefficients, video_logits, patch_logits, active, log_ratio, error)
 
 
 def fused_table(objective: object, policy: Tensor, inputs: Inputs) -> Table | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halo_fast import processes, registry
 from halo_fast.data.clips import picture_file, read_clip, write_clip
+from halo_fast.data.imports import keeps_formats
 from halo_fast.data.pairs import corrupted_pair
 from halo_fast.data.prompts import prompt_pictures, prompt_source, read_prompts, shared_prompts
 from halo_fast.data.regions import covered_share, moving_region, worst_region
@@ -91,13 +92,23 @@ def generate(config: Config, run: Run) -> None:
 
 
 def varies_imports(config: Config) -> bool:
-    """Whether candidates are made from imported clips, in the place of a first candidate of its own."""
-    return bool(
+    """Whether candidates are made from imported clips, in the place of a first candidate of its own.
+
+    Raises:
+        UserError: they are, and may have other sizes than candidates.
+    """
+    varies = bool(
         config.imports.sources
         and config.imports.generate
         and not config.prompts
         and config.generate.strategy in ("guided", "repair", "corrupt")
     )
+    if varies and keeps_formats(config.imports):
+        raise UserError(
+            f"imports.size, imports.frames: the strategy {config.generate.strategy} needs clips of generate's size, "
+            "got keep; set imports.size crop and imports.frames trim"
+        )
+    return varies
 
 
 def _imported(config: Config, run: Run) -> list[ClipRow]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from halo_fast.data.fitting import VideoFormat
+from halo_fast.data.fitting import Closest, VideoFormat
 from halo_fast.data.imports import ImportedRow, forget_facts, import_sources, source_key
 from halo_fast.data.sources import LeftOutRow
 from halo_fast.data.tables import LabelRow, PairRow, write_rows
@@ -30,8 +30,8 @@ def import_clips(config: Config, run: Run) -> None:
     """Import clips, labels and pairs; a stage.
 
     Writes import/clips.parquet and videos/CLIP.mp4; labels.parquet and pairs.parquet if there are any; and
-    left_out.parquet. Clips get the format of config.generate. Where a model is named, the format must be one that it
-    makes, and patches are those of its latents. A killed import continues at the first unfinished clip.
+    left_out.parquet. Clips get the format of config.generate, or keep their own. Where a model is named, the format is
+    one that it makes, and patches are those of its latents. A killed import continues at the first unfinished clip.
 
     Raises:
         UserError: no sources, one that cannot be read, no clip at all, or a format that the model does not make.
@@ -52,8 +52,9 @@ def import_clips(config: Config, run: Run) -> None:
     with run.stage("import", keys, inputs) as stage:
         if stage.done:
             return
-        patches = _patches(config, load(model, device="cpu", weights=()) if model else None)
-        found = import_sources(settings, wanted, patches, stage.folder, form.crf)
+        family = load(model, device="cpu", weights=()) if model else None
+        patches = _patches(config, family)
+        found = import_sources(settings, wanted, patches, stage.folder, form.crf, _closest(family))
         write_rows(stage.folder / "clips.parquet", found.clips, ImportedRow)
         for name, rows, kind in (("labels", found.labels, LabelRow), ("pairs", found.pairs, PairRow)):
             if rows:
@@ -85,6 +86,19 @@ def _patches(config: Config, family: Family | None) -> PatchGrid:
         return PatchGrid(grid, *size, *factors)
     except ValueError as error:
         raise UserError(f"grid, generate: {error}") from error
+
+
+def _closest(family: Family | None) -> Closest:
+    """What clips are cut to that keep their own format; UserError for one that the model does not make."""
+
+    def closest(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        if family is None:
+            return (num_frames - 1) // 4 * 4 + 1, max(height // 8, 1) * 8, max(width // 8, 1) * 8
+        cut = family.closest_format(num_frames, height, width)
+        family.latent_shape(*cut)
+        return cut
+
+    return closest
 
 
 def _list_left_out(rows: Sequence[LeftOutRow], file: Path) -> None:

@@ -85,8 +85,8 @@ def _take_trained(folder: Path, run: Run) -> None:
 def _tables(run: Run) -> dict[str, Path]:
     """The tables of labels that a round has: people's that were imported, and the teacher's."""
     config, tables = run.config, {}
-    imported = run.path / "import" / "labels.parquet"
-    if config.imports.sources and processes.by_first(imported.exists):
+    imported = processes.by_first((run.path / "import" / "labels.parquet").exists)
+    if config.imports.sources and imported:
         tables["imported labels"] = run.require("import/labels.parquet")
     if config.annotate.teacher or not tables:
         name = "labels" if run.number == 1 else f"labels of {run.path.name}"
@@ -145,14 +145,16 @@ def read_labels(
 def _read_videos(files: Sequence[Path], place: Path, folder: Path | None) -> torch.Tensor:
     """The frames of clips of one size, uint8 [N, F, H, W, 3]; one clip after another is decoded."""
     first = read_clip(files[0])
-    videos, sizes = scratch_tensor(folder, (len(files), *first.shape), torch.uint8), set()
+    videos = scratch_tensor(folder, (len(files), *first.shape), torch.uint8)
     for index, file in enumerate(processes.shown(files, "reward: reading clips")):
         video = read_clip(file)
-        sizes.add(tuple(video.shape))
-        if video.shape == first.shape:
-            videos[index] = video
-    if len(sizes) > 1:
-        raise UserError(f"{place}: expected clips of one size, got {sorted(sizes)}; make them alike")
+        if video.shape != first.shape:
+            sizes = [" x ".join(map(str, one.shape[:3])) for one in (video, first)]
+            raise UserError(
+                f"{place}: reward training takes clips of one size, got {sizes[0]} of {file.name} and {sizes[1]} of "
+                f"{files[0].name}; make them alike (imports.size crop, imports.frames trim), or set reward_model"
+            )
+        videos[index] = video
     return videos
 
 

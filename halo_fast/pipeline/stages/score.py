@@ -38,18 +38,22 @@ def score(config: Config, run: Run) -> None:
         model = RewardModel.load(model_folder)
 
         def score_batch(batch: Sequence[ClipRow]) -> list[ScoreRow]:
-            videos = torch.stack([read_clip(folder / clip.video) for clip in batch])
-            video, patches = model.by_dimension(model(videos, [clip.prompt for clip in batch], config.grid))
-            return [
-                ScoreRow(
-                    clip.clip_id,
-                    {name: values[index].item() for name, values in video.items()},
-                    {name: values[index].tolist() for name, values in patches.items()},
-                    motion_amount(videos[index]),
-                    hash_bytes(videos[index].numpy().tobytes()),
-                )
-                for index, clip in enumerate(batch)
-            ]
+            videos = [read_clip(folder / clip.video) for clip in batch]
+            rows: dict[int, ScoreRow] = {}
+            for shape in dict.fromkeys(video.shape for video in videos):
+                places = [place for place, video in enumerate(videos) if video.shape == shape]
+                alike = torch.stack([videos[place] for place in places])
+                rewards = model(alike, [batch[place].prompt for place in places], config.grid)
+                video_scores, patch_scores = model.by_dimension(rewards)
+                for index, place in enumerate(places):
+                    rows[place] = ScoreRow(
+                        batch[place].clip_id,
+                        {name: values[index].item() for name, values in video_scores.items()},
+                        {name: values[index].tolist() for name, values in patch_scores.items()},
+                        motion_amount(alike[index]),
+                        hash_bytes(alike[index].numpy().tobytes()),
+                    )
+            return [rows[place] for place in range(len(batch))]
 
         batches = [clips[start : start + size] for start in range(0, len(clips), size)]
         rows = shared_rows(stage.folder, "clips", batches, score_batch, ScoreRow)

@@ -1,7 +1,9 @@
 """The stage that trains."""
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from halo_fast import processes
@@ -15,8 +17,8 @@ from halo_fast.pipeline.clips import noise_seeds, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.train.config import deciding_settings
-from halo_fast.train.draws import tell_noise
-from halo_fast.train.job import prepared_job
+from halo_fast.train.draws import Buckets, buckets_of, tell_noise
+from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
@@ -107,19 +109,44 @@ def dry_run(config: Config, run: Run) -> None:
         UserError: whatever `fit` finds wrong at its start.
     """
     family, pairs, heldout = _load(config, run)
-    few = pairs[: config.train.train_batch_size * config.train.gradient_accumulation_steps]
+    settings, buckets = config.train, buckets_of(pairs)
+    numbers = range(len(buckets.sizes))
+    count = settings.train_batch_size * (settings.gradient_accumulation_steps if len(numbers) == 1 else 1)
+    few = [pairs[i] for number in numbers for i in _places(buckets, number)[:count]]
     path = _start(config, run)
     start = None if path is None else read_trained(family, path)
-    with prepared_job(family, few, config.train, progress=progress, start=start) as job:
-        take_step(job, 0)  # kernels and compiled blocks warm up
-        started = time.perf_counter()
-        _, norm = take_step(job, 1)
-        norm.item()
-        seconds = time.perf_counter() - started
-    print(f"pairs: {len(pairs)} to train on, {len(heldout)} held out; latents {list(few[0].latents.shape[1:])}")
+    with prepared_job(family, few, settings, progress=progress, start=start) as job:
+        times = [_seconds_of_step(job, number) for number in numbers]
+    print(f"pairs: {len(pairs)} to train on, {len(heldout)} held out", end="")
+    print(f"; latents {list(few[0].latents.shape[1:])}" if len(numbers) == 1 else "")
+    for line in buckets.lines([f"{one:.3g} s a step of these alone" for one in times]):
+        print(line)
     print(job.plan.text)
-    steps = config.train.max_train_steps
+    # a bucket has its share of the steps by its batches
+    batches = [math.ceil(len(_places(buckets, number)) / settings.train_batch_size) for number in numbers]
+    seconds = sum(one * share for one, share in zip(times, batches, strict=True)) / sum(batches)
+    steps = settings.max_train_steps
     print(f"time: {seconds:.3g} s a step, {seconds * steps / 60:.3g} min for {steps} steps")
+
+
+def _places(buckets: Buckets, number: int) -> list[int]:
+    """The pairs of a bucket."""
+    return [index for index, own in enumerate(buckets.of) if own == number]
+
+
+def _seconds_of_step(job: Job, number: int) -> float:
+    """Time of a step on the pairs of one bucket."""
+    places, errors = _places(job.buckets, number), job.reference_errors
+    alone = replace(
+        job, pairs=[job.pairs[index] for index in places],
+        buckets=Buckets((0,) * len(places), (job.buckets.sizes[number],)),
+        reference_errors=None if errors is None else [errors[index] for index in places],
+    )  # fmt: skip
+    take_step(alone, 0)  # kernels and compiled blocks warm up
+    started = time.perf_counter()
+    _, norm = take_step(alone, 1)
+    norm.item()
+    return time.perf_counter() - started
 
 
 def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pair]]:

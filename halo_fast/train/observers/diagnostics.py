@@ -7,7 +7,8 @@ train/diagnostics.csv has one row for each (step, split, label, group, bucket):
     step                optimiser steps done
     split               "heldout" (always the same pairs, noise and times) or "train" (the batches since the last row)
     label               "video" or "patch": whose preference says which sample is the winner
-    group, bucket       "all", ""; "timestep", "0.25-0.50"; "patch", "f.h.w" (label patch only)
+    group, bucket       "all", ""; "timestep", "0.25-0.50"; "patch", "f.h.w" (label patch only), with several grids
+                        "f.h.w of 3.4.4"
     count               labelled pairs or patches behind the row; without any there is no row
     accuracy            share whose logit is above 0, a zero counting one half: 0.5 at the start
     margin              mean logit z, signed by the preference: 0 at the start
@@ -33,7 +34,7 @@ from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.functional import gran_dpo_coefficients, patch_error
 from halo_fast.loss.objectives import Objective, PairObjective, PooledDPO
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch, make_batch
+from halo_fast.train.draws import Batch, batches_alike, buckets_of, make_batch
 from halo_fast.train.job import Job
 from halo_fast.train.observers.base import Observer
 from halo_fast.train.observers.log import read_rows
@@ -70,14 +71,15 @@ class Diagnostics(Observer):
     def __init__(self, job: Job, heldout: Sequence[Pair]) -> None:
         self.rows: list[Row] = []
         self._job, self._heldout = job, heldout
-        self._figures: list[PairFigures] = []
+        self._figures: dict[int, list[PairFigures]] = {}  # by bucket, of the training's own pairs
         self._errors: list[Tensor] = []
         if heldout and job.objective.paired:
             with job.reference_mode(), job.accelerator.autocast():
                 self._errors = heldout_errors(job.family, job.model, heldout, job.config, job.accelerator.device)
 
     def after_step(self, step: int, figures: Sequence[PairFigures], norm: Tensor) -> None:
-        self._figures += figures
+        for draws, part in zip(self._job.draws(step), figures, strict=True):
+            self._figures.setdefault(self._job.buckets.of[draws[0][0]], []).append(part)
 
     def due(self, done: int) -> bool:
         config = self._job.config
@@ -87,17 +89,22 @@ class Diagnostics(Observer):
         if not self.due(done):
             return
         job = self._job
-        new = summarize(PairFigures.join(self._figures), done, "train") if self._figures else []
+        grids = len({grid for _, grid in job.buckets.sizes}) > 1
+        new = summarize(self._joined(), done, "train", grids)
         if self._errors:
             with job.accelerator.autocast():
                 figures = heldout_figures(
                     job.family, job.model, self._heldout, self._errors, job.config, job.current_objective()
                 )
-            new += summarize(figures, done, "heldout")
+            new += summarize(figures, done, "heldout", grids)
         self._figures.clear()
         self.rows += new
         for warning in self._warnings(new) if job.is_main else ():
             logger.warning(warning)
+
+    def _joined(self) -> list[PairFigures]:
+        """The figures of each bucket since the last row."""
+        return [PairFigures.join(self._figures[bucket]) for bucket in sorted(self._figures)]
 
     def _warnings(self, rows: Sequence[Row]) -> list[str]:
         """What the newest rows warn of."""
@@ -118,20 +125,28 @@ class Diagnostics(Observer):
             write_csv(folder / _FILE, self.rows)
 
     def state(self) -> dict[str, Any]:
-        if not self._figures:
-            return {}
-        joined = PairFigures.join(self._figures)
-        values = {field.name: getattr(joined, field.name) for field in fields(joined)}
-        # No row reads the loss, and the mean of a mean would not have the same bits as the mean of all.
-        return {name: value for name, value in values.items() if value is not None and name != "loss"}
+        return {
+            f"{_prefix(bucket)}{field.name}": value
+            for bucket, joined in zip(sorted(self._figures), self._joined(), strict=True)
+            for field in fields(joined)
+            # No row reads the loss, and the mean of a mean would not have the same bits as the mean of all.
+            if (value := getattr(joined, field.name)) is not None and field.name != "loss"
+        }
 
     def restore(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         self.rows = read_rows(folder / _FILE, step)  # type: ignore[assignment]
-        if state:
-            device = self._job.accelerator.device
-            absent: dict[str, Any] = {field.name: None for field in fields(PairFigures)}
-            found = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-            self._figures = [PairFigures(**absent | found | {"loss": torch.zeros((), device=device)})]
+        device = self._job.accelerator.device
+        absent: dict[str, Any] = {field.name: None for field in fields(PairFigures)}
+        found = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+        for bucket in range(len(self._job.buckets.sizes)):
+            own = {name: found[kept] for name in absent if (kept := f"{_prefix(bucket)}{name}") in found}
+            if own:
+                self._figures[bucket] = [PairFigures(**absent | own | {"loss": torch.zeros((), device=device)})]
+
+
+def _prefix(bucket: int) -> str:
+    """Before the names of a bucket's figures in a checkpoint; the first one's have none."""
+    return f"{bucket}." if bucket else ""
 
 
 @torch.no_grad()
@@ -164,8 +179,8 @@ def heldout_figures(
     reference_errors: Sequence[Tensor],
     config: TrainConfig,
     objective: Objective,
-) -> PairFigures:
-    """The policy's figures on the held-out pairs: one forward pass over the same draws every time.
+) -> list[PairFigures]:
+    """The policy's figures on the held-out pairs, of each bucket: one forward pass over the same draws every time.
 
     Args:
         family: of the model.
@@ -178,61 +193,65 @@ def heldout_figures(
     if isinstance(objective, PairObjective):
         # The anchor changes no figure, and its value would need the reference's predictions.
         objective = replace(objective, anchor_weight=0.0)
-    figures = []
+    figures: dict[tuple[torch.Size, ...], list[PairFigures]] = {}
     for batch, errors in zip(
         _batches(family, pairs, config, reference_errors[0].device), reference_errors, strict=True
     ):
         prediction = family.predict(model, batch.noisy, batch.t, batch.conditions)
         known = replace(batch, reference_error=errors)
         _, out = gran_dpo_coefficients(**loss_arguments(known, prediction, None, objective, family.layout))
-        figures.append(out.figures(batch.t))
-    return PairFigures.join(figures)
+        size = batch.noisy.shape[1:], batch.patch_rewards.shape[1:]
+        figures.setdefault(size, []).append(out.figures(batch.t))
+    return [PairFigures.join(parts) for parts in figures.values()]
 
 
 def _batches(family: Denoiser, pairs: Sequence[Pair], config: TrainConfig, device: torch.device) -> Iterator[Batch]:
     # assembled each time: latents with noise take far more room than the counters they come from
     count = min(len(pairs), config.heldout_pairs)
     draws = [(index, draw) for draw in range(config.heldout_draws) for index in range(count)]
-    for start in range(0, len(draws), config.train_batch_size):
-        chosen = draws[start : start + config.train_batch_size]
+    buckets = buckets_of(pairs, count).of
+    for chosen in batches_alike(draws, config.train_batch_size, lambda draw: buckets[draw[0]]):
         yield make_batch(
             family, pairs, chosen, config.seed, device, limit=config.heldout_draws, own=config.noise == "own"
         )
 
 
 @torch.no_grad()
-def summarize(figures: PairFigures, step: int, split: str) -> list[Row]:
-    """Rows of diagnostics.csv; waits for the device once.
+def summarize(figures: Sequence[PairFigures], step: int, split: str, grids: bool = False) -> list[Row]:
+    """Rows of diagnostics.csv, over all buckets; waits for the device once.
 
     Args:
-        figures: with times.
+        figures: of each bucket, with times.
         step: optimiser steps done.
         split: "heldout" or "train".
+        grids: whether rows by place name their grid, because there are several.
 
     Returns:
         A row for each label and group with at least one labelled pair or patch; none for unpaired objectives.
     """
-    names: list[Row] = []
-    numbers = []
+    sums: dict[tuple[str, str, str], Tensor] = {}
     columns: list[str] = []
-    for label in figures.labels:
-        values = figures.values(label)
+    for label, part in ((label, part) for label in ("video", "patch") for part in figures if label in part.labels):
+        values = part.values(label)
         columns = list(values)
         table = torch.stack(list(values.values()))
-        for group, bucket, weight in _groups(figures, label):
-            names.append({"step": step, "split": split, "label": label, "group": group, "bucket": bucket})
-            numbers.append(torch.cat([weight.sum()[None], (table * weight).flatten(1).sum(1) / weight.sum()]))
-    if not numbers:
+        for group, bucket, weight in _groups(part, label, grids):
+            row = label, group, bucket
+            own = torch.cat([weight.sum()[None], (table * weight).flatten(1).sum(1)])
+            sums[row] = sums[row] + own if row in sums else own
+    if not sums:
         return []
-    rows = []
-    for name, (count, *means) in zip(names, torch.stack(numbers).tolist(), strict=True):
+    numbers = torch.stack([torch.cat([row[:1], row[1:] / row[0]]) for row in sums.values()])
+    rows: list[Row] = []
+    for place, (count, *means) in zip(sums, numbers.tolist(), strict=True):
         if count:
+            name: Row = {"step": step, "split": split, **dict(zip(("label", "group", "bucket"), place, strict=True))}
             rows.append(name | {"count": int(count)} | dict(zip(columns, means, strict=True)))
     return rows
 
 
-def _groups(figures: PairFigures, label: str) -> Iterator[tuple[str, str, Tensor]]:
-    """(group, bucket, weights) of all rows of a label; only the label "patch" has rows by place."""
+def _groups(figures: PairFigures, label: str, grids: bool) -> Iterator[tuple[str, str, Tensor]]:
+    """(group, bucket, weights) of all rows of a label; only the label "patch" has rows by place, of each grid."""
     weight, t = figures.weights(label), figures.t
     yield "all", "", weight
     if t is not None:
@@ -242,10 +261,11 @@ def _groups(figures: PairFigures, label: str) -> Iterator[tuple[str, str, Tensor
             inside = (t >= low) & ((t < high) | (bucket == BUCKETS - 1))
             yield "timestep", f"{low:.2f}-{high:.2f}", weight * inside[:, None].to(weight)
     if label == "patch":
+        of_grid = f" of {'.'.join(map(str, figures.grid))}" if grids else ""
         for place, index in enumerate(product(*map(range, figures.grid))):
             mask = torch.zeros_like(weight)
             mask[:, place] = weight[:, place]
-            yield "patch", ".".join(map(str, index)), mask
+            yield "patch", ".".join(map(str, index)) + of_grid, mask
 
 
 def winner_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit: float | None) -> str | None:

@@ -30,10 +30,13 @@ class _Step:
     norm: Tensor
     beta: dict[str, Tensor]
 
-    def values(self) -> dict[str, Tensor]:
+    def values(self, one_bucket: bool) -> dict[str, Tensor]:
         """What the row holds, over the pairs of all processes, which must all call."""
-        joined = PairFigures.join(self.figures, gather_rows)
-        return {"loss": joined.loss, "grad_norm": self.norm, **joined.metrics(), **self.beta}
+        if one_bucket:
+            metrics = PairFigures.join(self.figures, gather_rows).metrics()
+        else:
+            metrics = PairFigures.joined_metrics(self.figures, gather_rows)
+        return {"loss": metrics["loss"], "grad_norm": self.norm, **metrics, **self.beta}
 
 
 class Log(Observer):
@@ -68,7 +71,7 @@ class Log(Observer):
         self.first_new = len(self.rows)
         if not self._waiting:
             return
-        rows = [step.values() for step in self._waiting]
+        rows = [step.values(self._job.one_bucket) for step in self._waiting]
         table = torch.stack([torch.stack([value.detach().float() for value in row.values()]) for row in rows])
         for step, values in enumerate(table.tolist(), start=len(self.rows)):
             rate = learning_rate(step, self._job.config)
