@@ -75,7 +75,7 @@ class TrainConfig:
 
     objective: dict[str, Any] | str = field(default_factory=lambda: {"preset": "halo_bounded"})
     learning_rate: Annotated[float, Gt(0)] = 1e-4
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: CountOrZero = 50
     max_train_steps: Count = 2000
     reference_draws: CountOrZero | None = 4
