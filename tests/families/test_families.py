@@ -51,10 +51,16 @@ def test_folder_that_is_no_pipeline_is_named(tmp_path):
 
 def test_a_pipeline_without_a_family_is_refused_with_those_that_exist(tmp_path):
     parts = tiny_wan().components
-    pipeline = diffusers.WanImageToVideoPipeline(**{name: part for name, part in parts.items() if part is not None})
+    pipeline = diffusers.WanVideoToVideoPipeline(
+        tokenizer=parts["tokenizer"],
+        text_encoder=parts["text_encoder"],
+        transformer=parts["transformer"],
+        vae=parts["vae"],
+        scheduler=parts["scheduler"],
+    )
     pipeline.save_pretrained(tmp_path)
     for refused in (lambda: family_of(pipeline), lambda: load(str(tmp_path), device="cpu")):
-        with pytest.raises(UserError, match="no family for WanImageToVideoPipeline; expected one of ") as caught:
+        with pytest.raises(UserError, match="no family for WanVideoToVideoPipeline; expected one of ") as caught:
             refused()
         assert all(name in str(caught.value) for name in known("family")) and "\n" not in str(caught.value)
 

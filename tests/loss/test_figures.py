@@ -80,12 +80,11 @@ def test_batches_joined_are_one_batch(objective):
     assert torch.equal(joined.t, whole.t)
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVE, "dense_dpo", "mapo", "diffusion_kto"], ids=lambda o: str(o)[:9])
+# a logit of KTO is less the mean of its batch, so its figures are those of the batches
+@pytest.mark.parametrize("objective", [OBJECTIVE, "dense_dpo", "mapo"], ids=lambda o: str(o)[:9])
 def test_metrics_of_uneven_batches_are_those_of_one_batch(objective):
     data = batch()
     data[3][[2, 6]] = float("nan")
-    if objective == "diffusion_kto":
-        data = [*data[:3], None, data[4].nan_to_num(1.0)]
     reference = objective != "mapo"
 
     def output(pairs):

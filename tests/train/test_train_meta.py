@@ -71,7 +71,7 @@ def step(job):
         figures, norm = take_step(job, number)
         log.after_step(number, figures, norm)
         assert norm.device == META
-    rows = [waiting.values() for waiting in log._waiting]
+    rows = [waiting.values(job.one_bucket) for waiting in log._waiting]
     assert rows and all(value.device == META for row in rows for value in row.values())
     assert all(value.device == META for value in job.parameters.values())
 
