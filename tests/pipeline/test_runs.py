@@ -173,7 +173,7 @@ def test_other_settings_are_refused_by_name(config, finished):
     files = {path: hash_file(path) for path in stage.folder.iterdir()}
     other = TrainConfig()
     other.objective = {"preset": "halo"}
-    with pytest.raises(UserError, match=r"objective\.preset = halo_sft, now it is halo; pass --force"):
+    with pytest.raises(UserError, match=r"objective\.preset = halo_bounded, now it is halo; pass --force"):
         work(config, other, name="train")
     assert {path: hash_file(path) for path in stage.folder.iterdir()} == files
 
@@ -471,7 +471,7 @@ def test_require_compares_nested_settings(config):
     work(config, config.train, name="train")
     assert Run(config).require("train")
     other = dataclasses.replace(config, train=TrainConfig(objective={"preset": "halo"}))
-    with pytest.raises(UserError, match=r"train: was made with objective\.preset = halo_sft, now it is halo"):
+    with pytest.raises(UserError, match=r"train: was made with objective\.preset = halo_bounded, now it is halo"):
         Run(other).require("train")
 
 
