@@ -53,7 +53,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 def assert_equal(run: Path, alone: Path, trained: Sequence[str] = ()) -> None:
-    """To the bit but for stages that hang on a training, which are equal to 1e-5; so is the LoRA.
+    """To the bit, but for stages that hang on a training of the reward model; the LoRA to 1e-5.
 
     Args:
         run: of two processes.
@@ -81,7 +81,10 @@ def assert_equal(run: Path, alone: Path, trained: Sequence[str] = ()) -> None:
 
 
 def assert_close(stage: Path, alone: Path) -> None:
-    """Every table of a stage within 1e-5 of that of one process."""
+    """Every table of a stage as that of one process, but for what thirty steps make of the rounding of sums.
+
+    Scores are 1 to 5. The first steps of a training are equal to 1e-6.
+    """
     tables = [path for path in alone.iterdir() if path.suffix in (".parquet", ".csv")]
     assert tables
     for path in tables:
@@ -92,7 +95,10 @@ def assert_close(stage: Path, alone: Path) -> None:
             columns = [table[name].to_pylist() for table in (found, expected)]
             if pyarrow.types.is_floating(kind) or pyarrow.types.is_list(kind):
                 numbers = [np.array(column, dtype=float) for column in columns]
-                np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-5, err_msg=f"{path}: {name}")
+                np.testing.assert_allclose(*numbers, rtol=0, atol=1e-3, err_msg=f"{path}: {name}")
+                if path.name == "history.csv":
+                    first = [column[:4] for column in numbers]
+                    np.testing.assert_allclose(*first, rtol=1e-6, atol=1e-6, err_msg=f"{path}: {name}")
             else:
                 assert columns[0] == columns[1], f"{path}: {name}"
 
