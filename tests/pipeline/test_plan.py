@@ -110,8 +110,9 @@ def test_mistakes_are_one_line_and_write_nothing(config, arguments, words, capsy
 
 
 @pytest.mark.slow
-def test_the_config_that_doctor_writes_fits(tmp_path, capsys):
-    file, card = tmp_path / "recipe.yaml", "rtx4090"
+@pytest.mark.parametrize("card", ["rtx4090", "h100"])
+def test_the_config_that_doctor_writes_fits(card, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
     assert cli.main(["doctor", "--write", str(file), "--device", card]) == 0
     written = load_config(file)
     train = written.train
