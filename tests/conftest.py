@@ -1,8 +1,11 @@
 """Environment of every test: no network, two threads in all, Triton interpreted where there is no GPU."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
+
+gc.disable()  # until all is imported: see pytest_collection_finish
 
 SUPPORT = str(Path(__file__).parent / "support")
 # programs that tests start find it too
@@ -58,3 +61,10 @@ def pytest_collection_modifyitems(items):
         for marker, count in needed.items():
             if item.get_closest_marker(marker) and torch.accelerator.device_count() < count:
                 item.add_marker(pytest.mark.skip(reason=f"needs {count} GPU{'s' if count > 1 else ''}"))
+
+
+def pytest_collection_finish():
+    """What imports have made stays: each collection among its millions of objects takes half a second."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
