@@ -55,6 +55,11 @@ def calls(monkeypatch):
     return noted
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Folders of tests run in two processes, each with whole files; files and single tests in this one."""
+    return 2 if any(Path(name.partition("::")[0]).is_dir() for name in config.args) else 0
+
+
 def pytest_collection_modifyitems(items):
     needed = {"gpu": 1, "gpu2": 2}
     for item in items:
