@@ -113,7 +113,7 @@ def train_reward_model(
         known, frozen = frozen, laid_out_like(frozen, len(rows), torch.float16, folder)
         for place, row in enumerate(rows.tolist()):
             frozen[place] = known[row]
-    inputs = _prepare_inputs(model, data, rows, config, frozen)
+    inputs = _prepare_inputs(model, data, rows, config, frozen, folder)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
     state = _start(model, config, checkpoint)
     total, begun = config.video_steps + config.patch_steps, len(state.history)
@@ -161,7 +161,12 @@ def _split(data: LabelledClips, rows: Tensor, config: RewardConfig, seed: int) -
 
 
 def _prepare_inputs(
-    model: RewardModel, clips: LabelledClips, rows: Tensor, config: RewardConfig, frozen: Tensor | None
+    model: RewardModel,
+    clips: LabelledClips,
+    rows: Tensor,
+    config: RewardConfig,
+    frozen: Tensor | None,
+    folder: Path | None,
 ) -> TrainingInputs:
     """Fit what has a closed form, once for all steps; weights and fits of all processes are those of the first."""
 
@@ -172,7 +177,7 @@ def _prepare_inputs(
         prompts = [clips.prompts[row] for row in rows.tolist()]
         evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
         if hasattr(model.backbone, "fit_scores") and not config.start:
-            model.backbone.fit_scores(frozen, clips, rows)
+            model.backbone.fit_scores(frozen, clips, rows, folder)
         return weights() | ({} if evidence is None else {"word evidence": evidence}), None
 
     fitted, _ = processes.tensors_by_first(fit, into=weights())

@@ -20,14 +20,16 @@ CONFIG = RewardModelConfig(("visual_quality",), temporal_factor=1, causal=False,
 SETTINGS = RewardConfig(video_steps=0, patch_steps=0, held_out_share=0, backbone="kernel")
 
 
+@pytest.mark.parametrize("exact", [4096, 5])  # labels up to which there is a matrix, and five rows a pass
 @pytest.mark.parametrize("width", [7, 90])  # fewer and more inputs than patches: both sides of the ridge
-def test_the_ridge_is_generalised_least_squares_with_errors_that_a_clip_shares(width):
+def test_the_ridge_is_generalised_least_squares_with_errors_that_a_clip_shares(width, exact, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel, "_EXACT", exact)
     rng = np.random.default_rng(0)
     inputs, scores = rng.normal(size=(6, 8, width)), rng.uniform(1, 5, size=(6, 8))
     scores[2, 3:], scores[4] = np.nan, np.nan
     head = nn.Linear(width, 2)
     kept = head.weight[0].tolist()
-    kernel._solve(head.requires_grad_(False), 1, *(torch.from_numpy(x).float() for x in (inputs, scores)))
+    kernel._solve(head.requires_grad_(False), 1, *(torch.from_numpy(x).float() for x in (inputs, scores)), tmp_path)
     known = ~np.isnan(scores)
     x, clip = inputs[known], np.nonzero(known)[0]
     target = (scores[known] - 1) / 4
@@ -35,6 +37,26 @@ def test_the_ridge_is_generalised_least_squares_with_errors_that_a_clip_shares(w
     expected = x.T @ np.linalg.solve(x @ x.T + noise, target - target.mean())
     np.testing.assert_allclose(head.weight[1].numpy(), expected, atol=1e-4)
     assert head.bias[1].item() == pytest.approx(target.mean(), abs=1e-5) and head.weight[0].tolist() == kept
+
+
+def test_views_are_standardised_and_turned_as_all_rows_at_once():
+    torch.manual_seed(1)
+    backbone = kernel.KernelRidge(CONFIG)
+    features = torch.randn(37, 1, 2, 2, kernel._LOOKS + kernel._MOTION) * 3 + 1  # three parts, the last of five clips
+    features[..., :200] += 5 * torch.randn(37, 1, 2, 2, 1) * torch.linspace(0, 1, 200)
+    backbone._fit_views(features)
+    flat = features.flatten(0, 3).double().numpy()
+    np.testing.assert_allclose(backbone.centre, flat.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(backbone.scale, 1 / (flat.std(axis=0, ddof=1) + 1e-3), rtol=1e-5)
+    rows = np.clip((flat - flat.mean(axis=0)) / (flat.std(axis=0, ddof=1) + 1e-3), -6, 6)[:, : kernel._LOOKS]
+    first = np.linalg.svd(rows)[2][0]
+    assert abs(first @ backbone.components[:, 0].double().numpy()) > 0.999
+    kept = backbone.components.T @ backbone.components
+    torch.testing.assert_close(kept, torch.eye(kernel._COMPONENTS), atol=1e-4, rtol=0)
+    views = backbone._views(features)
+    for part in views:
+        mean = part.square().sum(dim=-1).flatten(1).mean(dim=1)
+        torch.testing.assert_close(mean, torch.ones(3), atol=1e-4, rtol=0)
 
 
 def test_random_features_give_the_kernel_of_the_docstring():

@@ -6,12 +6,14 @@ It is fitted to the labels before the first step, so that a few thousand labelle
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halo_fast.files import scratch_tensor
 from halo_fast.rewards.backbones.frames import FrameFeatures
 from halo_fast.rewards.base import RewardModelConfig
 from halo_fast.rewards.clips import LabelledClips
@@ -35,6 +37,7 @@ _CLIP_NOISE = 10.0  # variance of what all labels of a clip have in common and i
 _CLAMP = 6.0  # standardised features beyond this are outliers of a few training clips
 _EDGE = 0.02
 _BATCH = 16
+_EXACT = 4096  # labels up to which the ridge is solved directly, in memory
 
 
 class KernelRidge(nn.Module):
@@ -97,25 +100,31 @@ class KernelRidge(nn.Module):
         """Nothing: what is fitted needs the labels, see `fit_scores`."""
 
     @torch.no_grad()
-    def fit_scores(self, frozen: Tensor, clips: LabelledClips, rows: Tensor) -> None:
-        """Fit everything to the labels of some clips, in closed form.
+    def fit_scores(self, frozen: Tensor, clips: LabelledClips, rows: Tensor, folder: Path | None = None) -> None:
+        """Fit everything to the labels of some clips.
 
         Args:
             frozen: [N, 2364, f', y, x], frozen features of these clips, half precision.
             clips: labelled clips.
             rows: int64 [N], which of them.
+            folder: on whose disk what grows with N lies, 76 KB a patch and more; None keeps it in memory.
         """
         grid = clips.patch_scores.shape[2:]
         size = (clips.videos.shape[1], clips.videos.shape[2], clips.videos.shape[3])
-        features = torch.cat([self._pooled(FrameFeatures(x.float(), size), grid) for x in frozen.split(_BATCH)])
+        features = scratch_tensor(folder, (len(rows), *grid, _LOOKS + _MOTION), torch.float32)
+        for kept, part in zip(features.split(_BATCH), frozen.split(_BATCH), strict=True):
+            kept.copy_(self._pooled(FrameFeatures(part.float(), size), grid))
         self._fit_views(features)
-        views = [self._views(part) for part in features.split(_BATCH)]
-        patches = torch.cat([self._patch_inputs(view).flatten(1, 3) for view in views])
+        patches = scratch_tensor(folder, (len(rows), math.prod(grid), self.patch_head.in_features), torch.float32)
+        whole = torch.empty(len(rows), 1, self.video_head.in_features)
+        for start, part in enumerate(features.split(_BATCH)):
+            chosen, views = slice(start * _BATCH, start * _BATCH + len(part)), self._views(part)
+            patches[chosen] = self._patch_inputs(views).flatten(1, 3)
+            whole[chosen, 0] = self._video_inputs(views)
         for index, scores in enumerate(clips.patch_scores[rows].flatten(2).unbind(1)):
-            _solve(self.patch_head, index, patches, scores)
-        whole = torch.cat([self._video_inputs(view) for view in views])[:, None]
+            _solve(self.patch_head, index, patches, scores, folder)
         for index, scores in enumerate(clips.video_scores[rows].unbind(1)):
-            _solve(self.video_head, index, whole, scores[:, None])
+            _solve(self.video_head, index, whole, scores[:, None], folder)
 
     def encode(self, videos: Tensor, frozen: Tensor, word_evidence: Tensor | None = None) -> FrameFeatures:
         """The frozen features [N, 2364, f', y, x] and the clips' size."""
@@ -142,14 +151,19 @@ class KernelRidge(nn.Module):
 
     def _fit_views(self, features: Tensor) -> None:
         """Centre, scale and principal components of features [N, f, h, w, 3148], and the scale of each view."""
-        flat = features.flatten(0, -2)
-        self.centre.copy_(flat.mean(dim=0))
-        self.scale.copy_(1 / (flat.std(dim=0) + 1e-3))
-        self.components.copy_(_principal(self._standardised(flat)[:, :_LOOKS], _COMPONENTS))
+        parts, count = features.split(_BATCH), features.flatten(0, -2).shape[0]
+        self.centre.copy_(_sum(part.flatten(0, -2) for part in parts) / count)
+        spread = _sum((part.flatten(0, -2) - self.centre).square() for part in parts) / max(1, count - 1)
+        self.scale.copy_(1 / (spread.sqrt() + 1e-3))
+
+        def looks() -> Iterable[Tensor]:
+            return (self._standardised(part).flatten(0, -2)[:, :_LOOKS] for part in parts)
+
+        self.components.copy_(_principal(looks, _LOOKS, min(_COMPONENTS, count)))
         self.view_scale.fill_(1)
         squares = [
             torch.stack([view.square().sum(dim=-1).flatten(1).mean(dim=1) for view in self._views(part)]) * len(part)
-            for part in features.split(_BATCH)
+            for part in parts
         ]
         self.view_scale.copy_((torch.stack(squares).sum(dim=0) / len(features)).clamp(min=1e-12).rsqrt())
 
@@ -227,13 +241,20 @@ def _distances(stage: Tensor) -> Tensor:
     return torch.stack((distances[len(distances) // 2], torch.stack(distances).amin(dim=0)), dim=1).sqrt()
 
 
-def _principal(x: Tensor, count: int) -> Tensor:
-    """The first principal directions of rows [M, C], [C, count], by subspace iteration; zeros where there are fewer."""
-    found = min(count, *x.shape)
-    basis = torch.randn(x.shape[1], found, generator=torch.Generator().manual_seed(0)).to(x)
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of the rows of all parts, in float64."""
+    return torch.stack([part.sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0)
+
+
+def _principal(parts: Callable[[], Iterable[Tensor]], width: int, count: int) -> Tensor:
+    """The first `count` principal directions of rows [M, C], by subspace iteration: [C, 128], the others 0."""
+    basis = torch.randn(width, count, generator=torch.Generator().manual_seed(0))
     for _ in range(8):
-        basis = torch.linalg.qr(x.T @ (x @ basis))[0]
-    return F.pad(basis, (0, count - found))
+        product = torch.zeros_like(basis)
+        for x in parts():
+            product += x.T @ (x @ basis)
+        basis = torch.linalg.qr(product)[0]
+    return F.pad(basis, (0, _COMPONENTS - count))
 
 
 def _places(grid: Sequence[int]) -> Tensor:
@@ -244,36 +265,64 @@ def _places(grid: Sequence[int]) -> Tensor:
     return torch.cat((along, away - away.mean(dim=(0, 1, 2))), dim=-1)
 
 
-def _solve(head: nn.Linear, row: int, inputs: Tensor, scores: Tensor) -> None:
+def _solve(head: nn.Linear, row: int, inputs: Tensor, scores: Tensor, folder: Path | None = None) -> None:
     """Fit one row of a head to (score - 1) / 4 by ridge; NaN scores are left out.
 
     Labels of a clip err together: their covariance is K + s I + c 1 1^T within it. Both sides are multiplied by
     (s I + c 1 1^T)^(-1/2) sqrt(s), which takes a share 1 - sqrt(s / (s + n c)) of the clip's mean away. Then
-    w = X^T (X X^T + s I)^-1 t, by whichever of X X^T and X^T X is smaller.
+    w = X^T (X X^T + s I)^-1 t, by whichever of X X^T and X^T X is smaller. Many labels are solved for by conjugate
+    gradients, which need no such matrix.
 
     Args:
         head: maps inputs to shares of the scale from 1 to 5.
         row: of the head.
         inputs: [N, P, K].
         scores: [N, P].
+        folder: on whose disk X lies where there are many labels.
     """
     known = ~scores.isnan()
-    if not known.any():
+    count = int(known.sum())
+    if not count:
         return
     middle = (scores[known].mean() - 1) / 4
-    parts = []
-    for x, y, chosen in zip(inputs, scores, known, strict=True):
-        joined = torch.cat((x[chosen], (y[chosen, None] - 1) / 4 - middle), dim=1)
-        share = 1 - math.sqrt(_NOISE / (_NOISE + len(joined) * _CLIP_NOISE)) if len(joined) > 1 else 0.0
-        parts.append(joined - share * joined.mean(dim=0))
-    x, target = torch.cat(parts).split((inputs.shape[-1], 1), dim=1)
+    x = scratch_tensor(folder if count > _EXACT else None, (count, inputs.shape[-1]), torch.float32)
+    target, begin = torch.empty(count, 1), 0
+    for own, score, chosen in zip(inputs, scores, known, strict=True):
+        end = begin + int(chosen.sum())
+        share = 1 - math.sqrt(_NOISE / (_NOISE + (end - begin) * _CLIP_NOISE)) if end - begin > 1 else 0.0
+        for kept, values in ((x, own[chosen]), (target, (score[chosen, None] - 1) / 4 - middle)):
+            kept[begin:end] = values - share * values.mean(dim=0)
+        begin = end
+    weight = _direct(x, target) if count <= _EXACT else _conjugate_gradients(x, target)
+    head.weight[row], head.bias[row] = weight[:, 0], middle
+
+
+def _direct(x: Tensor, target: Tensor) -> Tensor:
+    """Weights [K, 1] of the ridge of a target [M, 1] on rows [M, K]."""
     dual = len(x) <= x.shape[1]
     gram = (x @ x.T if dual else x.T @ x).double()
     gram.diagonal().add_(_NOISE)
     wanted = (target if dual else x.T @ target).double()
     weight = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram)).to(x)
-    weight = x.T @ weight if dual else weight
-    head.weight[row], head.bias[row] = weight[:, 0], middle
+    return x.T @ weight if dual else weight
+
+
+def _conjugate_gradients(x: Tensor, target: Tensor) -> Tensor:
+    """The same, by passes over the rows until what is left of X^T t is a millionth (Hestenes and Stiefel, 1952)."""
+    parts = x.split(_EXACT)
+    weight = torch.zeros(x.shape[1], 1, dtype=torch.float64)
+    left = sum(part.T @ known for part, known in zip(parts, target.split(_EXACT), strict=True)).double()
+    direction, squared = left.clone(), float(left.square().sum())
+    enough = 1e-12 * squared
+    while squared > enough:
+        along = direction.to(x)
+        turned = _NOISE * direction + sum(part.T @ (part @ along) for part in parts).double()
+        step = squared / float((direction * turned).sum())
+        weight += step * direction
+        left -= step * turned
+        before, squared = squared, float(left.square().sum())
+        direction = left + squared / before * direction
+    return weight.to(x)
 
 
 def as_logit(share: Tensor) -> Tensor:
