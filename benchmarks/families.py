@@ -111,6 +111,9 @@ def _makes(family: Family, size: tuple[int, int, int]) -> bool:
 def frames(family: Family, size: tuple[int, int, int]) -> str:
     """The frame rule, found by trying."""
     step = next(step for step in range(1, 33) if _makes(family, (1 + step, *size[1:])))
+    if not _makes(family, (1, *size[1:])):
+        assert [count for count in range(1, 100) if _makes(family, (count, *size[1:]))] == [1 + step]
+        return f"{1 + step}"
     most = (family.largest[0] or 40) if step == 1 else 40  # latent frames are frames there
     assert all(_makes(family, (count, *size[1:])) == (count % step == 1 % step) for count in range(1, most))
     return "any" if step == 1 else f"{step}k + 1"

@@ -27,6 +27,7 @@ registry.register(
         "AnimateDiffPipeline": "halo_fast.families.unet:AnimateDiff",
         "CogVideoXPipeline": "halo_fast.families.cogvideox:CogVideoX",
         "Cosmos2_5_PredictBasePipeline": "halo_fast.families.cosmos:CosmosPredict25",
+        "HeliosPipeline": "halo_fast.families.helios:Helios",
         "HunyuanVideo15Pipeline": "halo_fast.families.hunyuan:HunyuanVideo15",
         "HunyuanVideoPipeline": "halo_fast.families.hunyuan:HunyuanVideo",
         "Kandinsky5T2VPipeline": "halo_fast.families.kandinsky:Kandinsky5",

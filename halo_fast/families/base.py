@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halo_fast.errors import UserError
 
-__all__ = ["Denoiser", "Family", "repeated_blocks", "shift_times", "unwrapped"]
+__all__ = ["Denoiser", "Family", "repeated_blocks", "shift_logarithm", "shift_times", "unwrapped"]
 
 
 class Denoiser(ABC):
@@ -239,3 +239,16 @@ def _inside(module: nn.Module) -> nn.Module | None:
 def shift_times(u: Tensor, shift: float) -> Tensor:
     """shift u / (1 + (shift - 1) u), which keeps 0 and 1 (Esser et al., arXiv:2403.03206)."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def shift_logarithm(tokens: int | None, config: Mapping[str, Any]) -> float:
+    """The logarithm of a shift that grows with the number of tokens, by a scheduler's settings: a line.
+
+    Args:
+        tokens: of a clip; None for the least that the settings name.
+        config: of the scheduler; settings that it lacks have the values of diffusers' pipelines.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - base) / (high - low)
+    return float(base + slope * ((low if tokens is None else tokens) - low))

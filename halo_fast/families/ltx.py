@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError
-from halo_fast.families.base import shift_times
+from halo_fast.families.base import shift_logarithm, shift_times
 from halo_fast.families.image import ImageToVideo
 from halo_fast.families.pipeline import MaskedPrompts, replaced
 
@@ -59,11 +59,8 @@ class LTX(MaskedPrompts):
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
             return super().timesteps(u)
-        # the logarithm of the shift is linear in the number of tokens
-        tokens = math.prod(self.latent_size(shape)) if shape is not None else config.base_image_seq_len
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        shift = math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
-        return shift_times(u, shift)
+        tokens = math.prod(self.latent_size(shape)) if shape is not None else None
+        return shift_times(u, math.exp(shift_logarithm(tokens, config)))
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.flatten(2).transpose(1, 2)

@@ -69,6 +69,11 @@ class PipelineFamily(Family):
         return self.compression[0]
 
     @property
+    def lengths(self) -> str:
+        """The lengths of clips, in words."""
+        return f"{self.frame_step}k+1 frames"
+
+    @property
     def side(self) -> int:
         """What the sides of a clip must be divisible by."""
         return 16
@@ -83,7 +88,7 @@ class PipelineFamily(Family):
         fit = self.closest_format(num_frames, height, width)
         if fit != (num_frames, height, width):
             raise UserError(
-                f"generate: this model makes {self.frame_step}k+1 frames with sides divisible by {self.side}, "
+                f"generate: this model makes {self.lengths} with sides divisible by {self.side}, "
                 f"got num_frames {num_frames}, height {height}, width {width}; "
                 f"the next that fit are {fit[0]}, {fit[1]} and {fit[2]}"
             )

@@ -258,7 +258,7 @@ def clip_noise(shape: Sequence[int], seed: int) -> Tensor:
 
 # schedulers of diffusers that draw no noise, but for these values of their settings
 _DETERMINISTIC: dict[str, dict[str, tuple[object, ...]]] = {
-    "CogVideoXDDIMScheduler": {}, "DDIMScheduler": {}, "UniPCMultistepScheduler": {},
+    "CogVideoXDDIMScheduler": {}, "DDIMScheduler": {}, "HeliosScheduler": {}, "UniPCMultistepScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (True,)},
     "DPMSolverMultistepScheduler": {"algorithm_type": ("sde-dpmsolver", "sde-dpmsolver++")},
 }  # fmt: skip

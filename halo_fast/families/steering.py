@@ -122,6 +122,8 @@ def sample_part(
             whole["sigmas"], levels["sigmas"] = scheduler.sigmas, scheduler.sigmas[start:]
         scheduler.__dict__.update(levels)
         begin(start)
+        if getattr(scheduler, "_step_index", start) is None:
+            scheduler._step_index = start  # HeliosScheduler would count from the first step all the same
 
     @wraps(step)
     def take_step(*given: Any, **named: Any) -> Any:

@@ -60,7 +60,8 @@ class Wan(PipelineFamily):
         return super().token_counts(prompt_clean(prompt))
 
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
-        self.pipeline.load_lora_weights(dict(lora), load_into_transformer_2=self.network == "transformer_2")
+        second = {"load_into_transformer_2": True} if self.network == "transformer_2" else {}
+        self.pipeline.load_lora_weights(dict(lora), **second)
 
     def timesteps(self, u: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         ratio = self.pipeline.config.get("boundary_ratio")
@@ -194,6 +195,3 @@ class SkyReelsV2(Wan):
     """
 
     networks = ("transformer",)
-
-    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
-        self.pipeline.load_lora_weights(dict(lora))

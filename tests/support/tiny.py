@@ -34,6 +34,9 @@ from diffusers import (
     CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
@@ -215,6 +218,22 @@ def tiny_skyreels(seed: int = 0) -> Any:
         SkyReelsV2Pipeline(
             tokenizer=parts["tokenizer"], text_encoder=parts["text_encoder"], vae=parts["vae"],
             transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=8.0),
+        )
+    )  # fmt: skip
+
+
+def tiny_helios(seed: int = 0, **scheduler: Any) -> Any:
+    """Latents [4, 9, H / 8, W / 8] of 33 frames, one chunk; the parts of Wan around a network that sees a history."""
+    parts = tiny_wan(seed).components
+    transformer = HeliosTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS,
+        text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2, rope_dim=(4, 4, 4),
+    )  # fmt: skip
+    settings = {"stages": 1, "stage_range": [0, 1], "use_dynamic_shifting": True, "scheduler_type": "euler"}
+    return _ready(
+        HeliosPipeline(
+            tokenizer=parts["tokenizer"], text_encoder=parts["text_encoder"], vae=parts["vae"],
+            transformer=transformer, scheduler=HeliosScheduler(**settings | scheduler),
         )
     )  # fmt: skip
 
@@ -551,6 +570,7 @@ TINY = {
     "Wan 2.2 A14B, low noise": Tiny(partial(tiny_wan, experts=True), network="transformer_2"),
     "Wan 2.2 TI2V-5B": Tiny(partial(tiny_wan, expand=True)),
     "SkyReels-V2": Tiny(tiny_skyreels),
+    "Helios": Tiny(tiny_helios, size=(33, 32, 32)),
     "CogVideoX 2B": Tiny(partial(tiny_cogvideox, rotary=False)),
     "CogVideoX 5B": Tiny(tiny_cogvideox),
     "CogVideoX 1.5": Tiny(partial(tiny_cogvideox, patch_size_t=2)),

@@ -77,8 +77,9 @@ def step(job):
 
 
 # Their networks in diffusers do what this device cannot: HunyuanVideo 1.5 counts the words of each sample by boolean
-# indexing, which reads them; Mochi asks for autocast of the device's kind, which torch has for none but real ones.
-NOT_ON_META = ("HunyuanVideo 1.5", "Mochi")
+# indexing, which reads them; Mochi and Helios ask for autocast of the device's kind, which torch has for none but real
+# ones.
+NOT_ON_META = ("HunyuanVideo 1.5", "Mochi", "Helios")
 
 
 @pytest.mark.parametrize(("schedule", "draws"), [("batched", None), ("margin_first", 2)])
