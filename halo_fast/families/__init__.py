@@ -4,7 +4,7 @@ A family is found by the name of its pipeline class. A model that is no diffuser
 `Family` anywhere, or `Denoiser` if it is only trained, and passing the object wherever a pipeline is taken.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -14,7 +14,7 @@ from halo_fast import registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
 from halo_fast.families.quantization import Quantization
-from halo_fast.families.weights import Precision, hub_commit, load_pipeline
+from halo_fast.families.weights import Precision, Weights, hub_commit, load_pipeline
 from halo_fast.files import no_loading_bars
 
 __all__ = ["Denoiser", "Family", "RegisteredModel", "family_of", "load", "shift_times", "source"]
@@ -92,7 +92,7 @@ def load(
     device: str | None = None,
     network: str | None = None,
     precision: Precision = "auto",
-    weights: Collection[str] | None = None,
+    weights: Weights = None,
     quantization: Quantization | None = None,
 ) -> Family:
     """A model by its name.
@@ -106,7 +106,8 @@ def load(
         network: the part that is trained, as for `family_of`.
         precision: of the weights; "auto" for the one in which they are stored.
         weights: parts whose weights are loaded, such as "transformer"; the others are on the meta device, without
-            memory. None for all; () for tokenizers, as `cut_prompts` needs them.
+            memory. None for all; "encoders" for all but the denoising networks; () for tokenizers, as `cut_prompts`
+            needs them.
         quantization: of the frozen network's layers, in 8 or 4 bits; None for none.
 
     Raises:
@@ -135,9 +136,7 @@ def _check_family(pipeline: Any, place: str) -> None:
         raise UserError(f"{place}: no family for {name}; expected one of {', '.join(families)}, or a Family")
 
 
-def _load_pipeline(
-    name: str, precision: Precision, weights: Collection[str] | None, quantization: Quantization | None
-) -> Any:
+def _load_pipeline(name: str, precision: Precision, weights: Weights, quantization: Quantization | None) -> Any:
     """The pipeline or model under a registered or dotted name, in a folder, or on the hub."""
     if registry.is_name("model", name):
         if quantization:

@@ -1,11 +1,13 @@
 """A frozen network in 8 or 4 bits: which layers, by which package, and what its weights take.
 
 Quantised are the linear layers inside the repeated blocks, of attention and feed-forward. Everything else stays as it
-is: embeddings, modulation, norms, the output layer, what diffusers keeps in float32, and whatever is trained.
+is: embeddings, modulation, norms, the output layer, what diffusers keeps in float32, and whatever is trained. Of
+transformers' models, which are read here too, the caller names the layers.
 """
 
+import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +28,7 @@ __all__ = [
     "plain_tensors",
     "quantized_bytes",
     "quantized_layers",
+    "read_quantized",
     "stored_bytes",
 ]
 
@@ -108,51 +111,83 @@ def load_quantized(folder: Path, empty: nn.Module, quantization: Quantization, d
     Raises:
         UserError: nothing of the network can be quantised, or the package is missing or has left layers as they were.
     """
-    check_quantization(quantization)
-    wanted, kind = quantized_layers(empty), type(empty).__name__
-    if not wanted:
-        raise UserError(f"quantization: {kind} names no blocks with linear layers to quantise; set null")
+    reader: Any = type(empty)
+
+    def read(**settings: Any) -> nn.Module:
+        network: nn.Module = reader.from_pretrained(str(folder), torch_dtype=dtype, **settings)
+        return network
+
+    with _on_any_device():
+        return read_quantized(read, empty, quantized_layers(empty), quantization, dtype)
+
+
+def read_quantized(
+    read: Callable[..., nn.Module],
+    empty: nn.Module,
+    layers: Sequence[str],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    library: str = "diffusers",
+    stored: bool = False,
+    setting: str = "quantization",
+) -> nn.Module:
+    """A network whose linear layers are quantised on the CPU while it is read; in eval mode.
+
+    Args:
+        read: gives the network by keyword arguments of its library's `from_pretrained`.
+        empty: the network without weights.
+        layers: names of the linear layers.
+        quantization: how.
+        dtype: of everything that is not quantised, and in which layers compute.
+        library: "diffusers" or "transformers".
+        stored: whether the network's files hold it quantised already, by the same settings.
+        setting: for errors.
+
+    Raises:
+        UserError: no layers, or the package is missing or has left layers as they were.
+    """
+    check_quantization(quantization, setting)
+    kind = type(empty).__name__
+    if not layers:
+        raise UserError(f"{setting}: {kind} names no blocks with linear layers to quantise; set null")
     if quantization == "bnb_nf4":
-        for name in wanted:  # bitsandbytes reads other scales than it wrote where a block goes on in the next row
+        for name in layers:  # bitsandbytes reads other scales than it wrote where a block goes on in the next row
             layer: Any = empty.get_submodule(name)
             if layer.in_features % _NF4_BLOCK:
                 raise UserError(
-                    f"quantization: bnb_nf4 takes layers with a multiple of {_NF4_BLOCK} inputs, {name} of {kind} has "
+                    f"{setting}: bnb_nf4 takes layers with a multiple of {_NF4_BLOCK} inputs, {name} of {kind} has "
                     f"{layer.in_features}; set torchao_int8"
                 )
+    wanted = set(layers)
     others = [name for name, layer in empty.named_modules() if isinstance(layer, nn.Linear) and name not in wanted]
-    settings = _settings(quantization, dtype, others)
+    given: dict[str, Any] = {} if stored else {"quantization_config": _settings(quantization, dtype, others, library)}
+    if quantization == "bnb_int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer
     # torchao leaves alone what a map places on the CPU; bitsandbytes asks for a GPU where there is no map
     placed = {"device_map": {"": "cpu"}} if quantization.startswith("bnb") else {}
-    reader: Any = type(empty)
-    with _on_any_device():
-        network: nn.Module = reader.from_pretrained(
-            str(folder), torch_dtype=dtype, quantization_config=settings, **placed
-        )
-    left = [name for name in wanted if not is_quantized(network.get_submodule(name))]
+    network = read(**given, **placed)
+    left = [name for name in layers if not is_quantized(network.get_submodule(name))]
     if left:
-        raise UserError(f"quantization: {quantization} has left {left[0]} of {kind} as it was; update the package")
+        raise UserError(f"{setting}: {quantization} has left {left[0]} of {kind} as it was; update the package")
     keep_gradients(network)
     return network.eval()
 
 
-def _settings(quantization: str, dtype: torch.dtype, others: Sequence[str]) -> Any:
-    """diffusers' settings of a quantisation that leaves `others` alone."""
-    import diffusers
-
+def _settings(quantization: str, dtype: torch.dtype, others: Sequence[str], library: str) -> Any:
+    """The library's settings of a quantisation that leaves `others` alone."""
+    names: Any = importlib.import_module(library)
     kept = list(others)  # diffusers adds to it
     if quantization == "bnb_nf4":
-        return diffusers.BitsAndBytesConfig(
+        return names.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
         )
     if quantization == "bnb_int8":
         # Above a threshold, columns would be chosen by all rows, and a sample would depend on its batch.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer
-        return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
+        return names.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     weights = Int8WeightOnlyConfig() if quantization == "torchao_int8" else Float8WeightOnlyConfig()
-    return diffusers.TorchAoConfig(weights, modules_to_not_convert=kept)
+    return names.TorchAoConfig(weights, modules_to_not_convert=kept)
 
 
 @contextmanager

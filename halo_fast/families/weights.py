@@ -13,9 +13,11 @@ from torch import nn
 
 from halo_fast.families.quantization import Quantization, load_quantized
 
-__all__ = ["Precision", "hub_commit", "load_pipeline", "stored_dtype"]
+__all__ = ["Precision", "Weights", "hub_commit", "load_pipeline", "stored_dtype"]
 
 Precision = Literal["auto", "fp32", "bf16"]
+Weights = Collection[str] | Literal["encoders"] | None
+"""Parts whose weights are loaded, by name; "encoders" for all but the denoising networks, None for all."""
 
 _STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -23,7 +25,7 @@ _STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF
 def load_pipeline(
     name: str,
     precision: Precision = "auto",
-    weights: Collection[str] | None = None,
+    weights: Weights = None,
     quantization: Quantization | None = None,
 ) -> Any:
     """A diffusers pipeline from a folder or the hub.
@@ -32,7 +34,7 @@ def load_pipeline(
         name: of the folder or the model on the hub.
         precision: of all networks. "auto" is the one in which each is stored. float16 needs loss scaling, so it becomes
             bfloat16 where the GPU computes in that, else float32. Layers that diffusers keeps in float32 stay so.
-        weights: networks whose weights are loaded; the others are on the meta device. None for all.
+        weights: networks whose weights are loaded; the others are on the meta device.
         quantization: of the denoising networks; None for none.
 
     Raises:
@@ -45,15 +47,18 @@ def load_pipeline(
     if not folder.is_dir():
         folder = Path(diffusers.DiffusionPipeline.download(name, revision=hub_commit(name)))
     networks = _networks(folder)
-    empty = (
-        {}
-        if weights is None
-        else {part: _empty(folder / part, networks[part]) for part in networks if part not in weights}
-    )
-    dtypes = {part: _dtype(folder / part, precision) for part in networks if part not in empty}
-    ready = dict(empty)
+    denoising = {part for part in networks if part.partition("_")[0] in ("transformer", "unet")}
+    if weights == "encoders":
+        loaded: Collection[str] = networks.keys() - denoising
+    else:
+        loaded = networks if weights is None else weights
+    ready = {part: _empty(folder / part, networks[part]) for part in networks if part not in loaded}
+    if weights == "encoders":  # pipelines may ask a network for its precision to encode a prompt
+        for part, network in ready.items():
+            network.to(_dtype(folder / part, precision))
+    dtypes = {part: _dtype(folder / part, precision) for part in networks if part in loaded}
     for part in dtypes:
-        if quantization and part.partition("_")[0] in ("transformer", "unet"):
+        if quantization and part in denoising:
             shell = _empty(folder / part, networks[part])
             ready[part] = load_quantized(folder / part, shell, quantization, dtypes[part])
     # the class itself: DiffusionPipeline would load parts that are optional in it again

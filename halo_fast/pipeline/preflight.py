@@ -47,6 +47,12 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
             kind, what = _GIVE[setting]
             names = ", ".join(registry.known(kind))
             raise UserError(f"{setting}: required; give {what}, or one of {names}")
+    if "reward" in stages and not config.reward_model:
+        from halo_fast.rewards.model import check_backbone
+        from halo_fast.train.optimizers import check_optimizer
+
+        check_backbone(config.reward)
+        check_optimizer(config.reward.optimizer, "reward.optimizer")
     if "train" in stages:
         from halo_fast.families.quantization import check_quantization
         from halo_fast.train.block_offload import check_offload
@@ -54,7 +60,7 @@ def check_required(config: Config, stages: Iterable[str]) -> None:
         from halo_fast.train.setting_checks import check_trackers, checked_objective
 
         check_quantization(config.quantization)
-        check_optimizer(config.train)
+        check_optimizer(config.train.optimizer)
         check_offload(config.train, config.quantization)
         checked_objective(config.train)
         check_trackers(config.train.report_to)
@@ -81,11 +87,9 @@ def check_run(config: Config, run: Run) -> None:
     from halo_fast.pipeline.stages.annotate import load_teacher
     from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
     from halo_fast.pipeline.stages.generate import varies_imports, warn_of_prompts
-    from halo_fast.rewards.model import check_backbone
     from halo_fast.teachers import LabelStore
 
     varies_imports(config)
-    check_backbone(config.reward.backbone)
     if config.reward.examples:
         registry.resolve("reward examples", config.reward.examples, "reward.examples")
     own = "generate" in stages and config.prompts

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
+from halo_fast.families.quantization import Quantization
 from halo_fast.patches import PatchGrid
+from halo_fast.train.optimizers import Optimizer
 
 __all__ = ["Backbone", "Calibration", "RewardConfig", "RewardModelConfig", "Rewards"]
 
@@ -42,7 +44,11 @@ class RewardConfig:
         pretrained: add pretrained frame features and a prompt encoder to the backbone "compact" (the extra "reward").
         backbone: "compact" or "frames"; a vision-language model's folder or hub name; or your own as
             "package.module:Class".
-        lora_rank: rank of the LoRA matrices in a vision-language model; 0 trains its whole language model.
+        lora_rank: rank of the LoRA matrices in a vision-language model; 0 trains its whole language model, null the
+            head alone.
+        quantization: of a vision-language model's frozen language model, in 4 or 8 bits: "bnb_nf4", "bnb_int8",
+            "torchao_int8" or "torchao_float8"; null for none.
+        optimizer: "adamw", or "adamw_8bit", whose moments take a quarter (bitsandbytes).
         start: reward model of the same backbone that training starts from: a folder that `halo reward` wrote, or
             "fetv", which is shipped; null starts anew.
         checkpointing_steps: steps between two checkpoints.
@@ -64,7 +70,9 @@ class RewardConfig:
     num_examples: Annotated[int, Ge(1)] = 768
     pretrained: bool = True
     backbone: str = "compact"
-    lora_rank: Annotated[int, Ge(0)] = 0
+    lora_rank: Annotated[int, Ge(0)] | None = 0
+    quantization: Quantization | None = None
+    optimizer: Optimizer = "adamw"
     start: str | None = None
     checkpointing_steps: Annotated[int, Ge(1)] = 50
 
@@ -94,7 +102,8 @@ class RewardModelConfig:
         width: channels of the compact backbone's finest stage; the next two have 3/2 and 2 times as many.
         pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
         backbone: as in RewardConfig.
-        lora_rank: rank of the LoRA matrices in a vision-language model; 0 trains its whole language model.
+        lora_rank: as in RewardConfig.
+        quantization: as in RewardConfig.
         fps: frames a second of the clips that it was trained on; None if unknown.
         video_calibration: (slope, offset) of each video dimension's logit; empty for none.
         patch_calibration: likewise of each patch dimension's.
@@ -111,7 +120,8 @@ class RewardModelConfig:
     width: int = 32
     pretrained: bool = True
     backbone: str = "compact"
-    lora_rank: int = 0
+    lora_rank: int | None = 0
+    quantization: Quantization | None = None
     fps: float | None = None
     video_calibration: Calibration = ()
     patch_calibration: Calibration = ()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError, check_finite
+from halo_fast.families.quantization import check_quantization
 from halo_fast.files import write_json, write_safetensors
 from halo_fast.registry import create, is_name, register, resolve
-from halo_fast.rewards.base import Calibration, RewardModelConfig, Rewards
+from halo_fast.rewards.base import Calibration, RewardConfig, RewardModelConfig, Rewards
 
 __all__ = ["RewardModel", "check_backbone", "copy_start", "model_folder", "start_folder"]
 
@@ -47,7 +48,7 @@ class RewardModel(nn.Module):
         weights: whether a vision-language model's weights are read; without, `load` fills them in.
 
     Raises:
-        UserError: no such backbone, or packages or weights that it needs are missing.
+        UserError: no such backbone or none that can be quantised, or packages or weights that it needs are missing.
     """
 
     def __init__(self, config: RewardModelConfig, weights: bool = True) -> None:
@@ -94,7 +95,11 @@ class RewardModel(nn.Module):
         )
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer."""
+        """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer.
+
+        Of a quantised one these are all of the frozen network, as it is stored in memory; model.safetensors then holds
+        what was trained.
+        """
         config = self.config
         if hasattr(self.backbone, "save_pretrained"):
             self.backbone.save_pretrained(folder / _BACKBONE_FILES)
@@ -163,32 +168,66 @@ def copy_start(model: RewardModel, name: str) -> None:
             f"reward.start: expected a model with the backbone {model.config.backbone!r}, {name!r} has "
             f"{start.config.backbone!r}; set reward.backbone to that"
         )
+    given, own = start.config.quantization, model.config.quantization
+    if given != own:
+        raise UserError(
+            f"reward.start: expected a model with reward.quantization {own}, {name!r} has {given}; set that"
+        )
+    if own and not _same_base(model.backbone, start.backbone):
+        raise UserError(
+            f"reward.start: {name!r} was trained on another model than {model.config.backbone!r}; set reward.backbone "
+            "to that one"
+        )
     for part in ("video_dimensions", "patch_dimensions"):
-        own, given = getattr(model.config, part), getattr(start.config, part)
-        if own != given and len(own) == len(given):
-            raise UserError(f"reward.start: expected a model that scores {own}, {name!r} scores {given}; start anew")
-        if own != given:
-            logger.info("reward.start: the labels have %s, the start %s; their heads start anew", own, given)
+        names, others = getattr(model.config, part), getattr(start.config, part)
+        if names != others and len(names) == len(others):
+            raise UserError(f"reward.start: expected a model that scores {names}, {name!r} scores {others}; start anew")
+        if names != others:
+            logger.info("reward.start: the labels have %s, the start %s; their heads start anew", names, others)
     known = start.state_dict()
     for key, tensor in model.state_dict().items():
         if key in known and known[key].shape == tensor.shape:
             tensor.copy_(known[key])
 
 
-def check_backbone(name: str) -> None:
+def _same_base(one: Any, other: Any) -> bool:
+    """Whether two quantised vision-language models have the same frozen weights."""
+    own, others = one.frozen_tensors(), other.frozen_tensors()
+    return len(own) == len(others) and all(map(torch.equal, own, others))
+
+
+def check_backbone(config: RewardConfig | RewardModelConfig) -> None:
     """Raise for a backbone that cannot be; no weights are loaded and no hub is reached.
 
+    Args:
+        config: names the backbone, and says how it is quantised and what of it is trained.
+
     Raises:
-        UserError: neither a registered nor an importable name, nor a folder, nor of the form of a hub name.
+        UserError: neither a registered nor an importable name, nor a folder, nor of the form of a hub name; or one that
+            cannot be quantised, or what is quantised would be trained.
     """
+    name, quantization = config.backbone, config.quantization
     # whatever is none of these is resolved as well: its error lists the known names
     if is_name("reward backbone", name) or not ("/" in name or Path(name).is_dir()):
         resolve("reward backbone", name, "reward.backbone")
+    if not quantization:
+        return
+    if is_name("reward backbone", name):
+        raise UserError(
+            f"reward.quantization: {quantization} is for vision-language models, and reward.backbone {name!r} is none; "
+            "set null"
+        )
+    if config.lora_rank == 0:
+        raise UserError(
+            f"reward.quantization: {quantization} freezes the language model, and reward.lora_rank 0 trains it; set "
+            "null, or reward.lora_rank to a rank, or to null for the head alone"
+        )
+    check_quantization(quantization, "reward.quantization")
 
 
 def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
     name = config.backbone
-    check_backbone(name)
+    check_backbone(config)
     if is_name("reward backbone", name):
         backbone: nn.Module = create("reward backbone", name, "reward.backbone", config, requires=_BACKBONE)
         return backbone

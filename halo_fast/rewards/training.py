@@ -27,6 +27,7 @@ from halo_fast.rewards.model import RewardModel, copy_start
 from halo_fast.rewards.shares import Share, add_up_gradients
 from halo_fast.rewards.terms import Batch, loss_scales, loss_terms
 from halo_fast.settings import validate
+from halo_fast.train.optimizers import Optimizer, check_optimizer, kept_state, make_optimizer, restore_state
 
 __all__ = ["TrainingInputs", "draw_batch", "frozen_features", "train_reward_model"]
 
@@ -99,6 +100,7 @@ def train_reward_model(
         ValueError: no clips, a held-out share that leaves none to train on.
     """
     validate(config, "reward")
+    check_optimizer(config.optimizer, "reward.optimizer")
     _check_alike(model_config, data)
     rows, heldout = _split(data, torch.arange(len(data)) if rows is None else rows, config, seed)
     with torch.random.fork_rng():
@@ -126,7 +128,7 @@ def train_reward_model(
         state.history.append(row | losses)
         schedule.step()
         if checkpoint and processes.is_first() and (step + 1) % config.checkpointing_steps == 0:
-            _save(checkpoint, state)
+            _save(checkpoint, state, config.optimizer)
     with torch.no_grad():
         for parameter, mean in zip(state.parameters, state.average, strict=True):
             parameter.copy_(mean)
@@ -170,17 +172,14 @@ def _prepare_inputs(
 ) -> TrainingInputs:
     """Fit what has a closed form, once for all steps; weights and fits of all processes are those of the first."""
 
-    def weights() -> dict[str, Tensor]:
-        return dict(model.named_parameters()) | dict(model.named_buffers())
-
     def fit() -> tuple[dict[str, Tensor], None]:
         prompts = [clips.prompts[row] for row in rows.tolist()]
         evidence = model.backbone.fit_closed_form(frozen, prompts, clips.prompt_confidence(rows))
         if hasattr(model.backbone, "fit_scores") and not config.start:
             model.backbone.fit_scores(frozen, clips, rows, folder)
-        return weights() | ({} if evidence is None else {"word evidence": evidence}), None
+        return model.state_dict() | ({} if evidence is None else {"word evidence": evidence}), None
 
-    fitted, _ = processes.tensors_by_first(fit, into=weights())
+    fitted, _ = processes.tensors_by_first(fit, into=model.state_dict())
     word_evidence = fitted.get("word evidence")
     chosen = {"none": (), "horizontal": ("horizontal",), "both": ("horizontal", "vertical")}[config.mirror]
     # patches of unequal size do not map onto each other in a mirror
@@ -229,14 +228,14 @@ def _start(model: RewardModel, config: RewardConfig, checkpoint: Path | None) ->
     """The state before the first step, or that of the checkpoint."""
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, eps=1e-6)
+    optimizer = make_optimizer(parameters, config.optimizer, config.learning_rate, _WEIGHT_DECAY, eps=1e-6)
     state = _State(parameters, average, optimizer)
     if checkpoint:
         none: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
         # the first process reads, because a network file system may show others an older file
         kept = processes.tensors_by_first(lambda: read_checkpoint(checkpoint) if checkpoint.exists() else none)
         if kept[0]:
-            _resume(*kept, state)
+            _resume(*kept, state, config.optimizer)
     return state
 
 
@@ -338,25 +337,20 @@ def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: i
     model.config = replace(model.config, video_calibration=of_video, patch_calibration=of_patches)
 
 
-def _save(path: Path, state: _State) -> None:
+def _save(path: Path, state: _State, kind: Optimizer) -> None:
     tensors = {f"model.{index}": value.detach() for index, value in enumerate(state.parameters)}
     tensors |= {f"average.{index}": value for index, value in enumerate(state.average)}
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    for index, parameter in enumerate(state.parameters):
+        tensors |= {f"{key}.{index}": value for key, value in kept_state(state.optimizer, parameter, kind).items()}
     write_checkpoint(path, tensors, {"history": state.history})
 
 
-def _resume(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], state: _State) -> None:
+def _resume(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], state: _State, kind: Optimizer) -> None:
     """Load what `_save` wrote into `state`."""
     with torch.no_grad():
         for part, values in (("model", state.parameters), ("average", state.average)):
             for index, value in enumerate(values):
                 value.copy_(tensors[f"{part}.{index}"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = tensor
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for index, parameter in enumerate(state.parameters):
+        restore_state(state.optimizer, parameter, tensors, str(index), kind)
     state.history.extend(rest["history"])

@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, job: Job, observers: Sequence[Obser
     tensors: dict[str, Tensor] = {}
     for name, parameter in job.parameters.items():
         tensors[f"weights.{name}"] = on_cpu(parameter)
-        for key, value in kept_state(job.optimizer, parameter, job.config).items():
+        for key, value in kept_state(job.optimizer, parameter, job.config.optimizer).items():
             tensors[f"{key}.{name}"] = on_cpu(value)
     if job.auto_beta is not None:
         tensors["auto_beta"] = job.auto_beta.beta.detach().cpu()
@@ -95,7 +95,7 @@ def resume(folder: Path | None, job: Job, observers: Sequence[Observer]) -> int:
     with torch.no_grad():
         for name, parameter in job.parameters.items():
             parameter.copy_(placed_like(tensors[f"weights.{name}"], parameter))
-            restore_state(job.optimizer, parameter, tensors, name, job.config)
+            restore_state(job.optimizer, parameter, tensors, name, job.config.optimizer)
     if job.auto_beta is not None:
         job.auto_beta.load_state_dict({"beta": tensors["auto_beta"]})
     found = tensors | state["observers"]

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from halo_fast.train.optimizers import Optimizer
+
 __all__ = ["TrainConfig", "deciding_settings"]
 
 Count = Annotated[int, Ge(1)]
@@ -86,7 +88,7 @@ class TrainConfig:
     rank: CountOrZero = 32
     lora_alpha: Count = 32
     target_modules: list[str] | None = None
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     max_grad_norm: Annotated[float, Interval(gt=0, le=math.inf)] = 1.0
     schedule: Literal["auto", "batched", "margin_first"] = "auto"
     gradient_checkpointing: Literal["none", "full", "selective"] = "selective"

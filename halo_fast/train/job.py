@@ -192,7 +192,7 @@ def prepared_job(
         tell_noise([pair.seeds is not None for pair in pairs])
     objective = checked_objective(config)
     check_trackers(config.report_to)
-    check_optimizer(config)
+    check_optimizer(config.optimizer)
     check_offload(config)
     check_launch(config, family.transformer)
     with ExitStack() as stack:
@@ -229,8 +229,9 @@ def prepared_job(
             shard(model, accelerator.device)
             parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         reference_mode = stack.enter_context(reference_switch(model, parameters, config, start))
+        optimizer = make_optimizer(parameters.values(), config.optimizer, config.learning_rate, fused=True)
         job = Job(
-            family, model, reference_mode, parameters, make_optimizer(parameters.values(), config), accelerator, config,
+            family, model, reference_mode, parameters, optimizer, accelerator, config,
             objective, pairs, errors, plan, build_auto_beta(config, objective, accelerator.device), sharded,
             hash_tensors(dict(sorted(start.items())))[:16] if start else "", buckets,
         )  # fmt: skip

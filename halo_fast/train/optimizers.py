@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from halo_fast.errors import UserError
-from halo_fast.train.config import TrainConfig
 from halo_fast.train.parallel import placed_like
 
-__all__ = ["check_optimizer", "kept_state", "make_optimizer", "moment_bytes", "restore_state"]
+__all__ = ["Optimizer", "check_optimizer", "kept_state", "make_optimizer", "moment_bytes", "restore_state"]
+
+Optimizer = Literal["adamw", "adamw_8bit"]
 
 # bitsandbytes: smaller weights have float32 moments, and larger ones a float32 scale for so many 8-bit ones
 _SMALLEST, _BLOCK = 4096, 256
@@ -22,55 +23,62 @@ _KEPT = {
 }
 
 
-def check_optimizer(config: TrainConfig) -> None:
+def check_optimizer(kind: Optimizer, setting: str = "train.optimizer") -> None:
     """Raise unless the optimizer's package is installed.
+
+    Args:
+        kind: of the optimizer.
+        setting: for the error.
 
     Raises:
         UserError: with the command that installs it.
     """
-    if config.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
-        raise UserError(
-            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; pip install bitsandbytes"
-        )
+    if kind == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(f"{setting}: adamw_8bit needs bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
-def make_optimizer(parameters: Iterable[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the settings; its learning rate is set before each step.
+def make_optimizer(
+    parameters: Iterable[Tensor],
+    kind: Optimizer,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer.
 
     Args:
         parameters: what is trained, float32.
-        config: names the optimizer.
-
-    Raises:
-        UserError: its package is missing.
+        kind: of the optimizer; its package is installed.
+        learning_rate: before a schedule sets it.
+        weight_decay: decoupled.
+        eps: added to the root of the second moment.
+        fused: whether AdamW takes a step in one kernel; None for torch's default.
     """
-    check_optimizer(config)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=eps, fused=fused)
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: torch.optim.Optimizer = AdamW8bit(
-        list(parameters), lr=config.learning_rate, weight_decay=0.0, min_8bit_size=_SMALLEST
+        list(parameters), lr=learning_rate, weight_decay=weight_decay, eps=eps, min_8bit_size=_SMALLEST
     )
     return optimizer
 
 
-def kept_state(optimizer: torch.optim.Optimizer, parameter: Tensor, config: TrainConfig) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a weight for the optimizer.
+def kept_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a weight for the optimizer; nothing of one that never had a gradient.
 
     Args:
         optimizer: from `make_optimizer`, after a step.
         parameter: the weight.
-        config: names the optimizer.
+        kind: of the optimizer.
     """
-    state = optimizer.state[parameter]
-    found = {key: state[key] for key in _KEPT[config.optimizer] if key in state}
+    state = optimizer.state.get(parameter, {})
+    found = {key: state[key] for key in _KEPT[kind] if key in state}
     return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in found.items()}
 
 
-def restore_state(
-    optimizer: Any, parameter: Tensor, kept: Mapping[str, Tensor], name: str, config: TrainConfig
-) -> None:
+def restore_state(optimizer: Any, parameter: Tensor, kept: Mapping[str, Tensor], name: str, kind: Optimizer) -> None:
     """Give the optimizer what a checkpoint kept of a weight; tensors go where and as the weight is.
 
     Args:
@@ -78,15 +86,17 @@ def restore_state(
         parameter: the weight.
         kept: tensors of the checkpoint, under "KEY.NAME".
         name: of the weight.
-        config: names the optimizer.
+        kind: of the optimizer.
     """
-    found: dict[str, Any] = {key: kept[f"{key}.{name}"] for key in _KEPT[config.optimizer] if f"{key}.{name}" in kept}
+    found: dict[str, Any] = {key: kept[f"{key}.{name}"] for key in _KEPT[kind] if f"{key}.{name}" in kept}
+    if not found:
+        return
     # the count of steps is a number, never sharded
     state = {
         key: value.to(parameter.device) if key == "step" else placed_like(value, parameter)
         for key, value in found.items()
     }
-    if config.optimizer == "adamw_8bit":
+    if kind == "adamw_8bit":
         state["step"] = int(found["step"])
         if "absmax1" in state:
             if not optimizer.name2qmap:
@@ -96,17 +106,17 @@ def restore_state(
     optimizer.state[parameter] = state
 
 
-def moment_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
+def moment_bytes(parameters: Iterable[Tensor], kind: Optimizer) -> int:
     """Bytes of both moments of what is trained.
 
     Args:
         parameters: what is trained.
-        config: names the optimizer.
+        kind: of the optimizer.
     """
     total = 0
     for value in parameters:
         count = value.numel()
-        if config.optimizer == "adamw" or count < _SMALLEST:
+        if kind == "adamw" or count < _SMALLEST:
             total += 2 * count * value.element_size()
         else:
             total += 2 * (count + 4 * -(-count // _BLOCK))

@@ -110,7 +110,7 @@ def make_plan(
         waiting, block = waiting_bytes(model, lambda value: value.numel() * value.element_size())
         weights -= waiting - block
     gradients = sum(value.numel() * value.element_size() for value in parameters.values())
-    training = (gradients + moment_bytes(parameters.values(), config)) // parts
+    training = (gradients + moment_bytes(parameters.values(), config.optimizer)) // parts
     need = _needed_bytes(activations, len(repeated_blocks(model)), training, config)
     free = _free_memory(accelerator.device)
     schedule = config.schedule

@@ -359,7 +359,7 @@ def _trial(
         stack.enter_context(_without_values(model))
         parameters: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
         trained = sum(_size(value) for value in parameters.values())
-        moments = moment_bytes(parameters.values(), config)
+        moments = moment_bytes(parameters.values(), config.optimizer)
         weights = sum(_size(value) for value in model.parameters()) if base is None else base + trained
         reference = stack.enter_context(reference_switch(model, parameters, prepared))
         # one sample follows the other in margin_first, so one pair shows what any number needs

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from tiny import TINY, tiny_hunyuan, tiny_wan
+from tiny import TINY, TINY_IMAGE, tiny_conditions, tiny_hunyuan, tiny_wan
 
 from halo_fast.families import family_of, load
 
@@ -44,6 +44,35 @@ def test_the_network_alone_predicts_as_the_whole_model_and_tokenizers_alone_coun
     words = load(str(tmp_path), "cpu", tiny.network, weights=())
     assert not any(bytes_held(words).values())
     assert words.cut_prompts(PROMPTS) == whole.cut_prompts(PROMPTS) == PROMPTS[1:]
+
+
+@pytest.mark.parametrize("name", [*TINY, *TINY_IMAGE])
+@torch.no_grad()
+def test_encoders_alone_encode_as_the_whole_model(name, tmp_path):
+    tiny = (TINY | TINY_IMAGE)[name]
+    pipeline = tiny.build()
+    for part in ("transformer", "transformer_2", "unet"):
+        if getattr(pipeline, part, None) is not None:
+            getattr(pipeline, part).to(torch.bfloat16)  # some pipelines encode in the network's precision
+    pipeline.save_pretrained(tmp_path)
+    whole, encoders = (load(str(tmp_path), "cpu", tiny.network, weights=weights) for weights in (None, "encoders"))
+    held = bytes_held(encoders)
+    assert {part for part, size in held.items() if not size} == {
+        part for part in held if part.startswith(("transformer", "unet"))
+    }
+    assert encoders.transformer.dtype == whole.transformer.dtype
+    draw = torch.Generator().manual_seed(0)
+    clip = torch.randint(256, (1, *tiny.size, 3), generator=draw, dtype=torch.uint8)
+    found = []
+    for family in (whole, encoders):
+        conditions = (
+            tiny_conditions(family, PROMPTS[:1], tiny.size)
+            if name in TINY_IMAGE
+            else family.encode_prompts(PROMPTS[:1])
+        )
+        found.append({"latents": family.encode(clip), **conditions[0]})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
 def test_auto_is_the_stored_precision_of_each_part(tmp_path):

@@ -22,7 +22,7 @@ def moved(config, count, steps=20):
     """How far AdamW moves weights on gradients that are the same for every optimizer, and its state."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(count))
-    optimizer = optimizers.make_optimizer([weight], config)
+    optimizer = optimizers.make_optimizer([weight], config.optimizer, config.learning_rate)
     drift = torch.randn(count, generator=generator)
     for _ in range(steps):
         weight.grad = drift + torch.randn(count, generator=generator)
@@ -38,7 +38,7 @@ def test_eight_bits_move_weights_as_float32_does(count):
     small = count < 4096
     assert (found - truth).norm() < (1e-5 if small else 0.05) * truth.norm()
     held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
-    assert held == optimizers.moment_bytes([torch.zeros(count)], EIGHT)
+    assert held == optimizers.moment_bytes([torch.zeros(count)], "adamw_8bit")
     assert held == (8 * count if small else 2 * count + 8 * -(-count // 256))
 
 

@@ -36,7 +36,7 @@ def build_cache(config: Config, run: Run) -> None:
         paired = {clip for pair in pairs for clip in (pair.clip_a, pair.clip_b)}
         clips = [clip for clip in found.rows if clip.clip_id in paired]
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-        family = load(model, precision=config.precision)
+        family = load(model, precision=config.precision, weights="encoders")
         folder = stage.folder
         groups = [clips[start : start + _BATCH] for start in range(0, len(clips), _BATCH)]
         rows = shared_rows(folder, "latents", groups, latents_cache(family, found.folder, folder), CacheRow)

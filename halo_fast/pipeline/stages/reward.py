@@ -55,7 +55,7 @@ def train_reward(config: Config, run: Run) -> None:
             raise UserError(str(error)) from error
         model_config = replace(
             model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank,
-            fps=config.generate.fps,
+            quantization=reward.quantization, fps=config.generate.fps,
         )  # fmt: skip
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]

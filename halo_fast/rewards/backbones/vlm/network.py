@@ -11,8 +11,10 @@ for each patch would give, and the frames are read once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast.errors import UserError, first_line
+from halo_fast.families.quantization import plain_tensors, read_quantized
 from halo_fast.files import no_loading_bars
 from halo_fast.rewards.backbones import shared_prefix
 from halo_fast.rewards.backbones.shared_prefix import Blocks
@@ -37,12 +40,17 @@ _KEYS = {r"^base_model\.model\.": ""}  # VideoReward was saved inside PEFT's wra
 class VisionLanguage(nn.Module):
     """A transformers vision-language model that reads scores off queries at the end of its sequence.
 
-    The vision tower is frozen; the language model is trained whole or by LoRA. A folder of VideoScore or VideoReward
-    starts from its published head.
+    The vision tower is frozen; the language model is trained whole, by LoRA or not at all. A folder of VideoScore or
+    VideoReward starts from its published head.
+
+    With `quantization` the linear layers of the frozen language model are in 8 or 4 bits, and everything else is in
+    float32. The state dict of such a model holds what is trained; `save_pretrained` writes the rest.
 
     Args:
-        config: dimensions, `backbone` (folder or hub name), `lora_rank` (0 trains the whole language model).
+        config: dimensions, `backbone` (folder or hub name), `quantization`, `lora_rank` (0 trains the whole language
+            model, None the head alone).
         weights: whether to read the weights; without, they are drawn at random, for `RewardModel.load` to fill in.
+            Those of a quantised network are then read from what `save_pretrained` wrote.
 
     Raises:
         UserError: a model or weights that are missing, or of a family whose frames cannot be read here.
@@ -53,16 +61,17 @@ class VisionLanguage(nn.Module):
     def __init__(self, config: RewardModelConfig, weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.network, self.tokenizer = _load_network(config.backbone, weights)
+        self.network, self.tokenizer = _load_network(config, weights)
         self.network.requires_grad_(False)
-        self.network.get_decoder().requires_grad_(not config.lora_rank)
+        self.network.get_decoder().requires_grad_(config.lora_rank == 0)
         if config.lora_rank:
             from peft import LoraConfig, inject_adapter_in_model
 
-            adapter = LoraConfig(
-                r=config.lora_rank, lora_alpha=_LORA_ALPHA * config.lora_rank, target_modules="all-linear"
+            rank, layers = config.lora_rank, _language_layers(self.network)
+            # the whole network tells peft how its layers are quantised
+            inject_adapter_in_model(
+                LoraConfig(r=rank, lora_alpha=_LORA_ALPHA * rank, target_modules=layers), self.network
             )
-            inject_adapter_in_model(adapter, self.network.get_decoder())
         settings = self.network.config
         hidden = self.network.get_input_embeddings().embedding_dim
         count = len(config.video_dimensions) + len(config.patch_dimensions)
@@ -77,6 +86,9 @@ class VisionLanguage(nn.Module):
             nn.init.zeros_(self.place.bias)
         if weights:
             self._start_from_published()
+        if config.quantization:
+            trained = {name for name, value in self.named_parameters() if value.requires_grad}
+            self.register_state_dict_post_hook(partial(_drop_others, trained))
 
     @torch.no_grad()
     def _start_from_published(self) -> None:
@@ -92,9 +104,26 @@ class VisionLanguage(nn.Module):
                     self.queries[row] = score.query
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the network's config and the tokenizer, from which `weights=False` builds the network again."""
-        self.network.config.save_pretrained(folder)
+        """Write the network's config and the tokenizer, from which `weights=False` builds the network again.
+
+        The weights of a quantised network are written too, by transformers and as they are.
+        """
+        if self.config.quantization:
+            part = folder / ".part"  # files that are read at this moment keep their content
+            shutil.rmtree(part, ignore_errors=True)
+            with _without_adapter(self.network), no_loading_bars("transformers"):
+                self.network.save_pretrained(part, save_original_format=False)
+            for file in part.iterdir():
+                file.replace(folder / file.name)
+            part.rmdir()
+        else:
+            self.network.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """The tensors that hold the network's weights, without the LoRA; those of quantised ones with their scales."""
+        with _without_adapter(self.network):
+            return list(plain_tensors(self.network))
 
     def frozen_features(self, videos: Tensor) -> Tensor | None:
         """None: the vision tower's output is too large to keep; `encode` computes it."""
@@ -265,9 +294,55 @@ def block_mask(known: Tensor, sizes: Tensor) -> Tensor:
     return mask
 
 
-def _load_network(name: str, weights: bool) -> tuple[Any, Any]:
+def _language_layers(network: Any) -> list[str]:
+    """The names of the linear layers of the language model: what is quantised, and what gets a LoRA."""
+    inside = {id(layer) for layer in network.get_decoder().modules() if isinstance(layer, nn.Linear)}
+    return [name for name, layer in network.named_modules() if id(layer) in inside]
+
+
+@contextmanager
+def _without_adapter(network: nn.Module) -> Iterator[None]:
+    """Inside the block the network has its own layers in place of those that PEFT has wrapped around them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
+    try:
+        for name, layer in wrapped.items():
+            network.set_submodule(name, layer.get_base_layer())
+        yield
+    finally:
+        for name, layer in wrapped.items():
+            network.set_submodule(name, layer)
+
+
+def _drop_others(kept: Collection[str], module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Remove from a module's state whatever is not among `kept`; a hook of `state_dict`."""
+    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
+        del state[name]
+
+
+def _load_network(config: RewardModelConfig, weights: bool) -> tuple[Any, Any]:
     """A transformers model and its tokenizer; UserError if there is none, or none that can be read here."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    name, quantization = config.backbone, config.quantization
+
+    def read(**how: Any) -> Any:
+        with no_loading_bars("transformers"):
+            network, found = AutoModelForImageTextToText.from_pretrained(
+                name,
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                key_mapping=_KEYS,
+                output_loading_info=True,
+                **how,
+            )
+        # the layer from states to words is not used: reward models are published without it
+        absent = sorted(key for key in found["missing_keys"] if not key.startswith("lm_head."))
+        if absent:
+            raise ValueError(f"{len(absent)} of its weights are missing, such as {absent[0]}")
+        return network
 
     try:
         settings = AutoConfig.from_pretrained(name)
@@ -276,18 +351,26 @@ def _load_network(name: str, weights: bool) -> tuple[Any, Any]:
             raise UserError(
                 f"reward.backbone: expected one of {', '.join(READERS)}, got {name!r}, a {settings.model_type}"
             )
+        if weights and getattr(settings, "quantization_config", None):
+            raise UserError(
+                f"reward.backbone: expected a model that is not stored quantised, got {name!r}; name the one that it "
+                "was made from, and set reward.quantization"
+            )
+        if quantization:
+            from accelerate import init_empty_weights
+
+            with init_empty_weights():
+                empty = AutoModelForImageTextToText.from_config(settings)
+            layers, setting = _language_layers(empty), "reward.quantization"
+            network: Any = read_quantized(
+                read, empty, layers, quantization, torch.float32, "transformers", stored=not weights, setting=setting
+            )
+            network.lm_head = nn.Identity()  # from states to words, which nobody reads
+            return network, tokenizer
         if not weights:
             return AutoModelForImageTextToText.from_config(settings, attn_implementation="sdpa"), tokenizer
-        with no_loading_bars("transformers"):
-            network, found = AutoModelForImageTextToText.from_pretrained(
-                name, attn_implementation="sdpa", dtype=torch.float32, key_mapping=_KEYS, output_loading_info=True
-            )
-        # the layer from states to words is not used: reward models are published without it
-        absent = sorted(key for key in found["missing_keys"] if not key.startswith("lm_head."))
-        if absent:
-            raise ValueError(f"{len(absent)} of its weights are missing, such as {absent[0]}")
-        return network, tokenizer
-    except (OSError, ValueError) as error:
+        return read(), tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"reward.backbone: expected a model of transformers, got {name!r} ({first_line(error)})"
         ) from error
