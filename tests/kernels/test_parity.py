@@ -75,9 +75,17 @@ def assert_gradient(found: Tensor, truth: np.ndarray) -> None:
     assert abs(np.sum(found - truth)) < tolerance * np.sum(np.abs(truth))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "grid"), cases.SMALL, ids=str)
+def combinations() -> list[tuple]:
+    """Every shape in every dtype and layout; of interpreted Triton's two slowest shapes each dtype and layout once."""
+    found = itertools.product(DEVICES, enumerate(cases.SMALL), enumerate(cases.DTYPES), enumerate(LAYOUTS))
+    return [
+        (backend, *sizes, dtype, layout)
+        for backend, (shape, sizes), (kind, dtype), (place, layout) in found
+        if backend != "triton" or DEVICES[backend] != "cpu" or shape > 1 or kind == place
+    ]
+
+
+@pytest.mark.parametrize(("backend", "shape", "grid", "dtype", "layout"), combinations(), indirect=["backend"], ids=str)
 def test_parity_with_a_loop_over_patches(backend, shape, grid, dtype, layout):
     kernels, device = module(backend), DEVICES[backend]
     policy, ref, target = cases.latents(shape, samples=2, dtype=dtype)

@@ -52,36 +52,8 @@ def alone(tmp_path_factory) -> Path:
     return folder / "runs" / "demo"
 
 
-def assert_equal(run: Path, alone: Path, trained: Sequence[str] = ()) -> None:
-    """To the bit, but for stages that hang on a training of the reward model; the LoRA to 1e-5.
-
-    Args:
-        run: of two processes.
-        alone: of one.
-        trained: stages that hang on the reward model that two processes trained.
-    """
-    for stage in ("generate", "annotate", "reward", "score", "pairs", "cache"):
-        if stage in trained:
-            assert_close(run / stage, alone / stage)
-        else:
-            assert output_hashes(run / stage) == output_hashes(alone / stage), stage
-    trained, expected = load_file(run / LORA), load_file(alone / LORA)
-    assert max(float(value.abs().max()) for value in expected.values()) > 1e-2
-    for name, value in expected.items():
-        assert float((trained[name] - value).abs().max()) < 1e-5
-    for stage in ("generate", "annotate", "reward", "score", "pairs", "cache", "train", "evaluate", "report"):
-        written = {str(path.relative_to(run / stage)) for path in (run / stage).rglob("*") if path.is_file()}
-        outputs = read_json(run / stage / "manifest.json")["outputs"]
-        assert written - {"manifest.json"} == outputs.keys(), stage
-        counts = [read_json(one / stage / "manifest.json")["counts"] for one in (run, alone)]
-        assert counts[0] == pytest.approx(counts[1], rel=1e-5, nan_ok=True), stage
-    base = {name: value for name, value in output_hashes(alone / "evaluate").items() if "/base/" in name}
-    assert len(base) == CHANGES["evaluate.num_prompts"]
-    assert base.items() <= output_hashes(run / "evaluate").items()
-
-
 def assert_close(stage: Path, alone: Path) -> None:
-    """Every table of a stage as that of one process, but for what thirty steps make of the rounding of sums.
+    """Every table of the stage reward as that of one process, but for what thirty steps make of the rounding of sums.
 
     Scores are 1 to 5. The first steps of a training are equal to 1e-6.
     """
@@ -103,47 +75,55 @@ def assert_close(stage: Path, alone: Path) -> None:
                 assert columns[0] == columns[1], f"{path}: {name}"
 
 
-@pytest.mark.slow
-def test_two_processes_run_to_the_end_as_one_does(alone, tmp_path):
-    done = ended(launch(MULTI, "-m", "halo_fast", "run", *CONFIG, folder=tmp_path))
+def go_on(launcher: Sequence[str], verb: str, folder: Path) -> subprocess.CompletedProcess:
+    done = ended(launch(launcher, "-m", "halo_fast", verb, *CONFIG, folder=folder))
     assert done.returncode == 0, done.stderr[-4000:]
-    run = tmp_path / "runs" / "demo"
-    assert_equal(run, alone, ["reward", "score", "pairs"])
-    # the first process alone says something
-    assert done.stderr.count("evaluate: begins (stage 8 of 9)") == 1 and done.stdout.count("report: ") == 1
-    assert done.stdout.count("severity, flicker") == 1
-    # with the same LoRA the tables of evaluate are the same
-    shutil.rmtree(run)
-    shutil.copytree(alone, run)
-    for finished in ("evaluate", "judges", "report"):
-        shutil.rmtree(run / finished)
-    manifest = json.loads((run / "train" / "manifest.json").read_text())
-    manifest["settings"]["gradient_accumulation_steps"] = 1
-    (run / "train" / "manifest.json").write_text(json.dumps(manifest))
-    done = ended(launch(TORCHRUN, "-m", "halo_fast", "evaluate", *CONFIG, folder=tmp_path))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert output_hashes(run / "evaluate") == output_hashes(alone / "evaluate")
-    assert (run / "judges/judges.json").read_bytes() == (alone / "judges/judges.json").read_bytes()
+    return done
+
+
+def take(stage: Path, alone: Path) -> None:
+    """Put the stage of one process in place: with the same weights all that follows is the same."""
+    shutil.rmtree(stage)
+    shutil.copytree(alone, stage)
+    manifest = read_json(stage / "manifest.json")
+    if stage.name == "train":
+        manifest["settings"]["gradient_accumulation_steps"] = 1  # one process has as many pairs in a step by two
+    (stage / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.slow
 def test_a_process_killed_in_each_stage_changes_no_result(alone, tmp_path):
+    """The reward model differs by rounding and the LoRA by 1e-5, every other file of a stage not at all."""
     run = tmp_path / "runs" / "demo"
     for stage, (rank, sign) in KILLED.items():
-        words = ("-m", "halo_fast", stage, *CONFIG)
-        process = launch(TORCHRUN, *words, folder=tmp_path)
+        # goes on with the stage that was killed before, and ends in this one
+        process = launch(TORCHRUN, "-m", "halo_fast", "run", *CONFIG, folder=tmp_path)
         kill_worker(process, rank, lambda stage=stage, sign=sign: list(run.glob(f"{stage}/{sign}")))
         killed = ended(process)
         assert killed.returncode != 0 and f"exitcode  : -{int(signal.SIGKILL)}" in killed.stderr
         assert not (run / stage / "manifest.json").exists(), f"{stage} was over before a process was killed"
-        done = ended(launch(TORCHRUN, *words, folder=tmp_path))
-        assert done.returncode == 0, done.stderr[-4000:]
         if stage == "reward":
+            go_on(TORCHRUN, "reward", tmp_path)
             assert_close(run / stage, alone / stage)
-            # with the same reward model all that follows is the same
-            shutil.rmtree(run / stage)
-            shutil.copytree(alone / stage, run / stage)
-    assert_equal(run, alone)
+            take(run / stage, alone / stage)
+        if stage == "train":
+            go_on(TORCHRUN, "train", tmp_path)
+            found, expected = load_file(run / LORA), load_file(alone / LORA)
+            assert max(float(value.abs().max()) for value in expected.values()) > 1e-2
+            for name, value in expected.items():
+                assert float((found[name] - value).abs().max()) < 1e-5
+            take(run / stage, alone / stage)
+    done = go_on(MULTI, "run", tmp_path)
+    # the first process alone says something
+    assert done.stderr.count("report: goes on (stage 9 of 9)") == 1 and done.stdout.count("report: ") == 1
+    for stage in KILLED:
+        written = {str(path.relative_to(run / stage)) for path in (run / stage).rglob("*") if path.is_file()}
+        assert written - {"manifest.json"} == read_json(run / stage / "manifest.json")["outputs"].keys(), stage
+        counts = [read_json(one / stage / "manifest.json")["counts"] for one in (run, alone)]
+        assert counts[0] == pytest.approx(counts[1], rel=1e-5, nan_ok=True), stage
+        if stage != "report":
+            assert output_hashes(run / stage) == output_hashes(alone / stage), stage
+    assert (run / "judges/judges.json").read_bytes() == (alone / "judges/judges.json").read_bytes()
 
 
 @pytest.mark.slow
