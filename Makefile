@@ -2,8 +2,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
-# two processes, each with whole files of tests
-TWO := -n 2 --dist loadfile
 
 .PHONY: demo test test-slow docs gpu bench lint format clean
 
@@ -11,10 +9,10 @@ demo: $(READY)
 	$(BIN)/halo run demo
 
 test: lint
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(READY)
-	$(BIN)/pytest $(TWO) -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu"
 
 # The site in build/site, strictly, and notebooks of the tutorials in build/notebooks.
 docs: $(READY)

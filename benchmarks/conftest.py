@@ -14,6 +14,11 @@ SETTING = {"threads": 1, "memory": "as it comes"}
 CLOCK = Clock()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Nothing is timed beside another process."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "mode(name): runs every case of one mode with every provider")
 

@@ -1,8 +1,11 @@
 """Environment of every test: no network, two threads in all, Triton interpreted where there is no GPU."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
+
+gc.disable()  # until all is imported: see pytest_collection_finish
 
 SUPPORT = str(Path(__file__).parent / "support")
 # programs that tests start find it too
@@ -52,9 +55,21 @@ def calls(monkeypatch):
     return noted
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Folders of tests run in two processes, each with whole files; files and single tests in this one."""
+    return 2 if any(Path(name.partition("::")[0]).is_dir() for name in config.args) else 0
+
+
 def pytest_collection_modifyitems(items):
     needed = {"gpu": 1, "gpu2": 2}
     for item in items:
         for marker, count in needed.items():
             if item.get_closest_marker(marker) and torch.accelerator.device_count() < count:
                 item.add_marker(pytest.mark.skip(reason=f"needs {count} GPU{'s' if count > 1 else ''}"))
+
+
+def pytest_collection_finish():
+    """What imports have made stays: each collection among its millions of objects takes half a second."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

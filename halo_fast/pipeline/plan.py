@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,21 @@ def plan_text(config: Config, found: Prediction, card: Device) -> str:
     return "\n\n".join([*sections, _teacher(config)])
 
 
-def predict(config: Config, choices: Sequence[tuple[str, str, bool]] | None = None) -> Prediction:
+def predict(
+    config: Config, choices: Sequence[tuple[str, str, bool]] | None = None, known: Prediction | None = None
+) -> Prediction:
     """Predict a run's memory and work from the model's configuration.
 
     Args:
         config: of the run.
         choices: schedule, checkpointing and offload of each training option; None for all.
+        known: a prediction of the same config, which has all but these options.
 
     Raises:
         UserError: an unknown model, or settings that do not fit it.
     """
     check_required(config, ["cache", "train"])
-    family, dtype = _family(config)
+    family, dtype = (known.family, known.dtype) if known else _family(config)
     settings = config.generate
     family.set_conditions(settings.guidance_scale, settings.fps)
     latents = family.latent_shape(settings.num_frames, settings.height, settings.width)
@@ -160,6 +163,8 @@ def predict(config: Config, choices: Sequence[tuple[str, str, bool]] | None = No
     options = predict_options(
         family, latents, config.grid, conditions, config.train, trained, choices, config.quantization
     )
+    if known:
+        return replace(known, options=options)
     batch = settings.batch_size * family.passes(settings.guidance_scale)
     forward = predict_forward(family, latents, conditions, dtype, batch)
     decode = predict_autoencoder(family, latents, dtype) if isinstance(family, PipelineFamily) else 0
@@ -417,13 +422,13 @@ def _fitting(card: Device) -> tuple[str, int, Prediction, Option]:
     later = []
     for rung in _LADDER:
         if fits(card, _network_bytes(rung[0]), 0):
-            sampling = predict(_rung_config(*rung), ()).sampling  # without the options of training, which take longer
-            if not fits(card, *sampling):
-                later.append(rung)
-            elif (found := _trained(rung, card)) is not None:
+            sampled = predict(_rung_config(*rung), ())  # without the options of training, which take longer
+            if not fits(card, *sampled.sampling):
+                later.append((rung, sampled))
+            elif (found := _trained(rung, sampled, card)) is not None:
                 return found
-    for rung in later:
-        if (found := _trained(rung, card)) is not None:
+    for rung, sampled in later:
+        if (found := _trained(rung, sampled, card)) is not None:
             return found
     model, frames = _LADDER[-1]
     raise UserError(f"doctor: not even {model} with {frames} frames fits {card.name}, {size_text(card.memory)}")
@@ -441,8 +446,8 @@ def _network_bytes(model: str) -> int:
     return 0 if shell is None else 2 * sum(value.numel() for value in network_of(shell).parameters())
 
 
-def _trained(rung: tuple[str, int], card: Device) -> tuple[str, int, Prediction, Option] | None:
-    """A rung of the ladder with the settings that train it on a card; None if none do."""
-    found = predict(_rung_config(*rung))
+def _trained(rung: tuple[str, int], sampled: Prediction, card: Device) -> tuple[str, int, Prediction, Option] | None:
+    """A rung of the ladder, its sampling known, with the settings that train it on a card; None if none do."""
+    found = predict(_rung_config(*rung), known=sampled)
     best = cheapest(found.options, card)
     return None if best is None else (*rung, found, best)

@@ -1,19 +1,13 @@
-"""Rounds: their folders, what each takes from the one before, changes that reach the next, and kills."""
+"""Rounds: their folders, what each takes from the one before, and changes that reach the next."""
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import finish_again, output_hashes, run_to_cache, tiny_config, tiny_wan, write_scores
+from tiny import finish_again, run_to_cache, tiny_config, tiny_wan, write_scores
 from verbs import NEEDED, refuse
 
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow, read_rows, write_rows
@@ -223,48 +217,3 @@ def test_rounds_without_prompts_or_rewards_are_refused_before_anything_is_made(c
     given = [*needed - {"--annotate.teacher=human:anna"}, "--rounds=2", "--pairs.real_wins=true"]
     assert "rounds: later ones need rewards" in refuse(capsys, "run", *given)
     assert not calls
-
-
-CHANGES = {
-    "generate.num_prompts": 8, "generate.batch_size": 4, "reward.video_steps": 10, "reward.patch_steps": 20,
-    "reward.checkpointing_steps": 5, "reward.num_examples": 64, "train.max_train_steps": 8, "train.train_batch_size": 4,
-    "train.checkpointing_steps": 2, "evaluate.num_prompts": 8, "evaluate.bootstrap": 100, "report.num_clips": 2,
-    "annotate.num_clips": 12, "evaluate.judges": "[frames]",
-}  # fmt: skip
-SIGNS = {
-    "generate": "videos/p*.mp4", "reward": "checkpoint.safetensors", "train": "checkpoints/step_*.safetensors",
-    "evaluate": "videos/base/*.mp4",
-}  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_run_that_gets_a_second_round_and_is_killed_in_it_ends_as_an_undisturbed_one(tmp_path):
-    def halo(folder: Path, *words: str) -> subprocess.Popen:
-        # one thread: sums in another order would be another result
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        config = [f"--{setting}={value}" for setting, value in CHANGES.items()]
-        command = [sys.executable, "-m", "halo_fast", "run", "demo", *config, *words]
-        return subprocess.Popen(command, env=environment, cwd=folder)
-
-    # the report names the run directory, so both have the same relative name
-    whole, killed = (tmp_path / name / "runs" / "demo" for name in ("whole", "killed"))
-    whole.mkdir(parents=True)
-    assert halo(whole.parents[1]).wait() == 0
-    shutil.copytree(whole, killed)
-    assert halo(whole.parents[1], "--rounds=2").wait() == 0
-    first = {path.parent.name: output_hashes(path.parent) for path in killed.glob("*/manifest.json")}
-    for stage, sign in SIGNS.items():
-        process = halo(killed.parents[1], "--rounds=2")
-        while not list(killed.glob(f"round_2/{stage}/{sign}")):
-            assert process.poll() is None, f"ended by itself with {process.returncode}"
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert not (killed / "round_2" / stage / "manifest.json").exists(), f"{stage} was over before it was killed"
-    assert halo(killed.parents[1], "--rounds=2").wait() == 0
-    assert {path.parent.name: output_hashes(path.parent) for path in killed.glob("*/manifest.json")} == first
-    for manifest in (*whole.glob("*/manifest.json"), *whole.glob("round_2/*/manifest.json")):
-        stage = manifest.parent.relative_to(whole)
-        assert output_hashes(killed / stage) == output_hashes(whole / stage), stage
-    page = (killed / "round_2/report/report.html").read_text()
-    assert "What each round began with" in page and (killed / "round_2/report/rounds.html").exists()
