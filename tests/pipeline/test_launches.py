@@ -115,7 +115,7 @@ def test_a_process_killed_in_each_stage_changes_no_result(alone, tmp_path):
             take(run / stage, alone / stage)
     done = go_on(MULTI, "run", tmp_path)
     # the first process alone says something
-    assert done.stderr.count("report: goes on (stage 9 of 9)") == 1 and done.stdout.count("report: ") == 1
+    assert done.stderr.count("report: begins (stage 9 of 9)") == 1 and done.stdout.count("report: ") == 1
     for stage in KILLED:
         written = {str(path.relative_to(run / stage)) for path in (run / stage).rglob("*") if path.is_file()}
         assert written - {"manifest.json"} == read_json(run / stage / "manifest.json")["outputs"].keys(), stage

@@ -156,6 +156,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_training_ends_with_the_same_bits(base, tmp_path, case):
     settings, backend, rank = CASES[case]
@@ -192,7 +193,7 @@ def test_a_quantised_model_is_trained_on_from_its_folder(base, tmp_path):
     assert torch.equal(wider.backbone.head, model.backbone.head)
     for backend, message in (
         (None, "quantization None, .* has bnb_nf4"),
-        ("bnb_int8", "quantization bnb_int8, .* nf4"),
+        ("bnb_int8", "quantization bnb_int8, .* has bnb_nf4"),
     ):
         with pytest.raises(UserError, match=rf"reward\.start: expected a model with reward\.{message}"):
             train_reward_model(config_of(base, backend), labelled(), none, 1)
