@@ -7,7 +7,7 @@ video["visual_quality"] is the column video_visual_quality. A column belongs to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
@@ -246,7 +246,16 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         raise UserError(
             f"{path}: expected a column {missing[0]!r}, got {', '.join(table.column_names)}; make the table again"
         )
-    return [kind(**_values(row, own, prefixed)) for row in table.to_pylist()]
+    left = {name: table.column(name).to_pylist() for name in table.column_names}
+    values: dict[str, Any] = {one.name: left.pop(one.name) for one in own if one.name in left}
+    # the longest prefix comes first and takes its columns away from shorter ones
+    for one in sorted(prefixed, key=lambda one: -len(one.metadata["prefix"])):
+        prefix = one.metadata["prefix"]
+        parts = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
+        rows = zip(*parts.values(), strict=True) if parts else ((),) * len(table)
+        values[one.name] = [dict(zip(parts, row, strict=True)) for row in rows]
+    names = list(values)
+    return [kind(**dict(zip(names, row, strict=True))) for row in zip(*values.values(), strict=True)]
 
 
 def shared_rows(
@@ -279,17 +288,6 @@ def shared_rows(
     if not processes.is_first():
         return []
     return [row for file in files for row in read_rows(processes.seen(file), kind)]
-
-
-def _values(row: dict[str, Any], own: Iterable[Field[Any]], prefixed: Iterable[Field[Any]]) -> dict[str, Any]:
-    values = {one.name: row[one.name] for one in own if one.name in row}
-    # the longest prefix comes first and takes its columns away from shorter ones
-    left = {name: value for name, value in row.items() if name not in values}
-    for one in sorted(prefixed, key=lambda one: -len(one.metadata["prefix"])):
-        prefix = one.metadata["prefix"]
-        names = [name for name in left if name.startswith(prefix)]
-        values[one.name] = {name.removeprefix(prefix): left.pop(name) for name in names}
-    return values
 
 
 def _arrow_type(one: Field[Any]) -> pyarrow.DataType:

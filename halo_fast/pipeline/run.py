@@ -18,7 +18,7 @@ from halo_fast.data.tables import PART
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, read_json, versions, write_json
 from halo_fast.pipeline.config import Config, round_config
-from halo_fast.pipeline.hashes import MANIFEST, changed_outputs, hash_folder, hash_outputs
+from halo_fast.pipeline.hashes import MANIFEST, changed_outputs, hash_folder, hash_outputs, read_manifest
 
 __all__ = ["Run", "Stage", "round_folders"]
 
@@ -96,7 +96,7 @@ class Run:
         if not processes.is_first():  # which has checked it, or ends the run
             return processes.seen(found)
         name = Path(path).parts[0]
-        manifest = read_json(self.path / name / MANIFEST)
+        manifest = read_manifest(self.path / name)
         if manifest is None or not found.exists():
             raise UserError(f"{found}: not there or unfinished; run `halo {name}{self.option}` with this config first")
         if self.path / name in checked:
@@ -138,7 +138,7 @@ class Run:
             return hash_text(value)
         if value.is_file():
             return hash_file(value)
-        manifest = read_json(value / MANIFEST)
+        manifest = read_manifest(value)
         if manifest is not None and "outputs" in manifest:
             outputs = manifest["outputs"]
             return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
