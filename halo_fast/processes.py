@@ -124,6 +124,13 @@ def join() -> None:
     _launch = _Launch(group, store, state.process_index, state.num_processes)
 
 
+def device() -> str:
+    """Where this process computes: its GPU, or the CPU where there is none."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def leave() -> None:
     """Wait for the others, and take leave of them."""
     global _launch

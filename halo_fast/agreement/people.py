@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from halo_fast import processes
 from halo_fast.agreement.baselines import (
     folds_by_name,
     frame_statistics,
@@ -142,7 +143,8 @@ def cross_validate(
     video, patches = np.empty(data.video_scores.shape), np.empty(data.patch_scores.shape)
     with tempfile.TemporaryDirectory() as place:
         folder, all_rows = Path(place), torch.arange(len(data))
-        frozen = frozen_features(RewardModel(model_config), data.videos, all_rows, folder)  # once for all folds
+        reader = RewardModel(model_config).to(processes.device())
+        frozen = frozen_features(reader, data.videos, all_rows, folder)  # once for all folds
         for fold in progress(np.unique(folds), len(np.unique(folds)), label):
             train, test = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
             model, _ = train_reward_model(model_config, data, config, seed, frozen=frozen, folder=folder, rows=train)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 
-from halo_fast import registry
+from halo_fast import processes, registry
 from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import Denoiser, Family, shift_times
 from halo_fast.families.quantization import Quantization
@@ -122,7 +122,7 @@ def load(
     if family is not pipeline:
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module) and not any(value.is_meta for value in part.parameters()):
-                part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+                part.to(device or processes.device())
         pipeline.set_progress_bar_config(disable=True)
     return family
 

@@ -31,10 +31,10 @@ def reward_model(
     Raises:
         UserError: no reward model there.
     """
-    judge = RewardModel.load(Path(model)).to(device)
+    judge = RewardModel.load(Path(model), device)
     rows = []
     for clip, prompt in progress(zip(clips, prompts, strict=True), len(clips), "judge reward_model"):
-        video, patches = judge.by_dimension(judge(read_video(clip)[None].to(device), [prompt], grid))
+        video, patches = judge.by_dimension(judge(read_video(clip)[None], [prompt], grid))
         row = {name: float(score) for name, score in video.items()}
         rows.append(row | {f"patch_{name}": float(scores.mean()) for name, scores in patches.items()})
     return JudgeTable("reward_model", rows)

@@ -50,6 +50,11 @@ class LabelledClips:
             patch_scores=self.patch_scores[rows],
         )
 
+    def to(self, device: torch.device) -> LabelledClips:
+        """The same clips on a device."""
+        videos, video, patches = (x.to(device) for x in (self.videos, self.video_scores, self.patch_scores))
+        return replace(self, videos=videos, video_scores=video, patch_scores=patches)
+
     def without_frames(self) -> LabelledClips:
         """The prompts and scores alone: clips of no frames."""
         return replace(self, videos=self.videos[:, :0])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halo_fast import processes
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families.quantization import check_quantization
 from halo_fast.files import write_json, write_safetensors
@@ -61,6 +62,8 @@ class RewardModel(nn.Module):
     ) -> Rewards:
         """Scores of videos and of their patches, from one pass over the pixels.
 
+        The model computes where it is; scores are on the videos' device.
+
         Args:
             videos: uint8 [N, F, H, W, 3].
             prompts: of each.
@@ -80,12 +83,21 @@ class RewardModel(nn.Module):
             raise ValueError("videos: expected at least one, got none")
         if len(prompts) != len(videos):
             raise ValueError(f"prompts: expected one for each of {len(videos)} videos, got {len(prompts)}")
-        features = self.backbone.encode(videos, self.backbone.frozen_features(videos) if frozen is None else frozen)
+        given = videos.device
+        videos = videos.to(self.device)
+        frozen = self.backbone.frozen_features(videos) if frozen is None else frozen.to(self.device)
+        features = self.backbone.encode(videos, frozen)
         video, patches = self.backbone.logits(features, prompts, grid)
         clips = [f"clip {index} of {len(prompts)}, {prompt!r}" for index, prompt in enumerate(prompts)]
         for logits in (video, patches):
             check_finite(logits, clips, "scores of the reward model", "score in another precision, or train it again")
-        return Rewards(_scores(video, self.config.video_calibration), _scores(patches, self.config.patch_calibration))
+        of_video, of_patches = self.config.video_calibration, self.config.patch_calibration
+        return Rewards(_scores(video, of_video).to(given), _scores(patches, of_patches).to(given))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters(), torch.empty(0)).device
 
     def by_dimension(self, rewards: Rewards) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Scores by the names of their dimensions: of the video [N], and of the patches [N, P], P = f * h * w."""
@@ -108,8 +120,12 @@ class RewardModel(nn.Module):
         write_json(folder / "config.json", asdict(config))
 
     @classmethod
-    def load(cls, folder: Path) -> RewardModel:
+    def load(cls, folder: Path, device: str | None = None) -> RewardModel:
         """Read what `save` wrote; in eval mode, without gradients.
+
+        Args:
+            folder: with the files.
+            device: where the model goes; None for the first GPU, or the CPU where there is none.
 
         Raises:
             UserError: files that are missing or are no reward model's, weights that are not finite, a calibration that
@@ -132,7 +148,7 @@ class RewardModel(nn.Module):
             model.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path}: expected a reward model's ({error}); run `halo reward` to train one") from error
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False).to(device or processes.device())
 
 
 def model_folder(name: str) -> Path:
@@ -162,7 +178,7 @@ def copy_start(model: RewardModel, name: str) -> None:
     Raises:
         UserError: there is no such model, or it has another backbone, or as many dimensions of other names.
     """
-    start = RewardModel.load(start_folder(name))
+    start = RewardModel.load(start_folder(name), "cpu")
     if type(model.backbone) is not type(start.backbone) or model.config.pretrained != start.config.pretrained:
         raise UserError(
             f"reward.start: expected a model with the backbone {model.config.backbone!r}, {name!r} has "

@@ -40,6 +40,11 @@ class Batch:
     frozen: Tensor | None = None
     word_evidence: Tensor | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; `share` stays on the CPU."""
+        frozen, evidence = (None if x is None else x.to(device) for x in (self.frozen, self.word_evidence))
+        return Batch(self.clips.to(device), self.labels.to(device), self.share, frozen, evidence)
+
 
 def loss_scales(scores: Tensor) -> list[float]:
     """The loss of the best constant for each dimension of scores [N, D, ...]; 1 of it is "nothing learned"."""
@@ -77,7 +82,8 @@ def loss_terms(
         count = min(len(labels) - 1, backbone.negatives)
         others = torch.stack([torch.arange(len(labels)).roll(shift) for shift in range(count + 1)], dim=1)
         with share.dropout():
-            logits = backbone.video_logits_for(features, labels.prompts, others[share.rows])[..., column]
+            chosen = others[share.rows].to(video.device)
+            logits = backbone.video_logits_for(features, labels.prompts, chosen)[..., column]
         losses["swap"] = swap_loss(share.join(logits[:, :1] - logits[:, 1:]), labels, others[:, 1:], column)
     if _MOTION_DIMENSION in dimensions and config.motion_weight:
         column = dimensions.index(_MOTION_DIMENSION)
@@ -111,7 +117,7 @@ def swap_loss(margin: Tensor, clips: LabelledClips, others: Tensor, column: int)
     same = [
         [clips.prompts[other] == own for other in row] for own, row in zip(clips.prompts, others.tolist(), strict=True)
     ]
-    weight = weight.masked_fill(torch.tensor(same), 0)
+    weight = weight.masked_fill(torch.tensor(same, device=weight.device), 0)
     return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
 
 

@@ -77,6 +77,7 @@ def train_reward_model(
     frozen: Tensor | None = None,
     folder: Path | None = None,
     rows: Tensor | None = None,
+    device: str | None = None,
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
     """Train a reward model: `video_steps` on video scores, then `patch_steps` on patch scores with the video loss kept.
 
@@ -91,6 +92,7 @@ def train_reward_model(
         frozen: frozen features of all clips, float16, as `frozen_features` gives them; None computes them.
         folder: on whose disk those of the training clips lie; None for that of the checkpoint, without one in memory.
         rows: int64, the clips that there are for training; None for all.
+        device: where it is trained, and stays; None for the first GPU, or the CPU where there is none.
 
     Returns:
         the model with exponentially averaged weights, in eval mode, and one row for each step.
@@ -109,22 +111,25 @@ def train_reward_model(
     if config.start:
         copy_start(model, config.start)
     folder = folder or (checkpoint and checkpoint.parent)
+    place = torch.device(device or processes.device())
     if frozen is None:
-        frozen = frozen_features(model, data.videos, rows, folder)
+        frozen = frozen_features(model.to(place), data.videos, rows, folder)
     else:
         known, frozen = frozen, laid_out_like(frozen, len(rows), torch.float16, folder)
         for place, row in enumerate(rows.tolist()):
             frozen[place] = known[row]
-    inputs = _prepare_inputs(model, data, rows, config, frozen, folder)
+    inputs = _prepare_inputs(model.cpu(), data, rows, config, frozen, folder)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
-    state = _start(model, config, checkpoint)
+    state = _start(model.to(place), config, checkpoint)
     total, begun = config.video_steps + config.patch_steps, len(state.history)
     schedule = LambdaLR(state.optimizer, lambda done: _peak_share(min(begun + done, total - 1), config))
     model.train()
     for step in processes.shown(range(begun, total), "reward"):
         row = {"phase": _phase(step, config)[0], "step": step + 1, "learning_rate": schedule.get_last_lr()[0]}
         # no name holds the batch, so it is gone before the next is drawn
-        losses = _take_step(model, draw_batch(inputs, config.batch_size, seed, step), scales, state, config, seed, step)
+        losses = _take_step(
+            model, draw_batch(inputs, config.batch_size, seed, step).to(place), scales, state, config, seed, step
+        )
         state.history.append(row | losses)
         schedule.step()
         if checkpoint and processes.is_first() and (step + 1) % config.checkpointing_steps == 0:
@@ -210,9 +215,10 @@ def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Pa
         # the first batch tells every process how features are laid out
         if not own and frozen is not None:
             continue
-        part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]])
+        part = model.backbone.frozen_features(videos[rows[start : start + _FEATURE_BATCH]].to(model.device))
         if part is None:
             return None
+        part = part.cpu()
         if frozen is None:
             frozen = laid_out_like(part, len(rows), torch.float16, folder)
         if own:
@@ -326,15 +332,16 @@ def _calibrate(model: RewardModel, data: LabelledClips, heldout: Tensor, size: i
         return logits
 
     for places in torch.arange(len(heldout)).split(size)[processes.rank() :: processes.count()]:
-        video[places], patches[places] = logits_of(data.select(heldout[places]))
+        of_video, of_patches = logits_of(data.select(heldout[places]).to(model.device))
+        video[places], patches[places] = of_video.cpu(), of_patches.cpu()
     processes.add_up([video, patches])
 
     def fits() -> list[list[tuple[float, float]]]:
         pairs = (video, held.video_scores), (patches, held.patch_scores)
         return [[calibrate(*pair) for pair in zip(x.unbind(1), y.unbind(1), strict=True)] for x, y in pairs]
 
-    of_video, of_patches = (tuple((slope, offset) for slope, offset in fit) for fit in processes.by_first(fits))
-    model.config = replace(model.config, video_calibration=of_video, patch_calibration=of_patches)
+    scales = [tuple((slope, offset) for slope, offset in fit) for fit in processes.by_first(fits)]
+    model.config = replace(model.config, video_calibration=scales[0], patch_calibration=scales[1])
 
 
 def _save(path: Path, state: _State, kind: Optimizer) -> None:

@@ -70,10 +70,10 @@ def evaluate(config: Config, run: Run) -> None:
     keys |= {"quantization": config.quantization} if config.quantization else {}
     with run.stage("evaluate", keys, inputs) as stage:
         if not stage.done:
-            model = RewardModel.load(reward)
+            model = RewardModel.load(reward, "cpu")  # on the GPU once the video model is gone
             clips = arm_clips(prompts, config.seed)
             sample_arms(config, clips, list(trained.values()), stage.folder)
-            rows = measure_arms(config, clips, stage.folder, meter, model)
+            rows = measure_arms(config, clips, stage.folder, meter, model.to(processes.device()))
             if processes.is_first():
                 _write_tables(config, rows, stage.folder, meter, model)
                 stage.finish({"prompts": len(prompts), "clips": len(clips)})
