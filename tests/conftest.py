@@ -73,3 +73,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries that count what is left at the end find nothing
