@@ -111,16 +111,16 @@ def train_reward_model(
     if config.start:
         copy_start(model, config.start)
     folder = folder or (checkpoint and checkpoint.parent)
-    place = torch.device(device or processes.device())
+    where = torch.device(device or processes.device())
     if frozen is None:
-        frozen = frozen_features(model.to(place), data.videos, rows, folder)
+        frozen = frozen_features(model.to(where), data.videos, rows, folder)
     else:
         known, frozen = frozen, laid_out_like(frozen, len(rows), torch.float16, folder)
         for place, row in enumerate(rows.tolist()):
             frozen[place] = known[row]
     inputs = _prepare_inputs(model.cpu(), data, rows, config, frozen, folder)
     scales = loss_scales(data.video_scores[rows]), loss_scales(data.patch_scores[rows])
-    state = _start(model.to(place), config, checkpoint)
+    state = _start(model.to(where), config, checkpoint)
     total, begun = config.video_steps + config.patch_steps, len(state.history)
     schedule = LambdaLR(state.optimizer, lambda done: _peak_share(min(begun + done, total - 1), config))
     model.train()
@@ -128,7 +128,7 @@ def train_reward_model(
         row = {"phase": _phase(step, config)[0], "step": step + 1, "learning_rate": schedule.get_last_lr()[0]}
         # no name holds the batch, so it is gone before the next is drawn
         losses = _take_step(
-            model, draw_batch(inputs, config.batch_size, seed, step).to(place), scales, state, config, seed, step
+            model, draw_batch(inputs, config.batch_size, seed, step).to(where), scales, state, config, seed, step
         )
         state.history.append(row | losses)
         schedule.step()
