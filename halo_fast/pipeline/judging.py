@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from halo_fast import registry
+from halo_fast import processes, registry
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, read_json, read_table, write_json, write_parquet
 from halo_fast.judges.base import JudgeTable, judge_clips, load_judge
@@ -150,8 +149,7 @@ def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Seq
     kept = read_json(folder / "scores.json")
     if kept is None or kept["key"] != key:
         judge = load_judge(name, options, _given(config, folder, run.root / "labels.sqlite"))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        table = judge_clips(name, judge, clips, prompts, fps, device)
+        table = judge_clips(name, judge, clips, prompts, fps, processes.device())
         kept = {"key": key, "label": table.name, "optimised": table.optimised, "amounts": table.amounts}
         kept["totals"] = _totals(table)
         kept["scores"] = [_without_nan(row) for row in table.scores]

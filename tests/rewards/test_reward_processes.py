@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,8 @@ CASES = {
     "frames": (
         replace(COMPACT, backbone="frames"),
         RewardConfig(
-            video_steps=4, patch_steps=8, batch_size=7, loss="bradley_terry_ties", held_out_share=0.2,
-            learning_rate=2e-3,
+            video_steps=2, patch_steps=4, batch_size=7, loss="bradley_terry_ties", held_out_share=0.0,
+            learning_rate=1e-4,  # a step grows the rounding of sums by as much as it is long
         ),
     ),
 }  # fmt: skip
@@ -219,11 +220,11 @@ def test_two_processes_train_the_model_of_one_also_after_a_kill(tmp_path):
     for name, (model_config, config) in CASES.items():
         alone, history = train_reward_model(model_config, data, config, 0)
         model = RewardModel.load(tmp_path / name)
-        together = json.loads((tmp_path / name / "history.json").read_text())
-        for step, (one, two) in enumerate(zip(history, together, strict=True)):
+        for one, two in zip(history, json.loads((tmp_path / name / "history.json").read_text()), strict=True):
             assert two.pop("phase") == one.pop("phase")
-            # the gradient is exact (above); later steps grow the rounding of its sums, by as much as the CPU has it
-            bound = 1e-6 if step < 4 else 1e-3
-            assert two == pytest.approx(one, rel=bound, abs=bound)
-        for scores in zip(model(data.videos, data.prompts, GRID), alone(data.videos, data.prompts, GRID), strict=True):
-            torch.testing.assert_close(*scores, rtol=0, atol=1e-3)
+            assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+        for one, two in zip(
+            alone(data.videos, data.prompts, GRID), model(data.videos, data.prompts, GRID), strict=True
+        ):
+            print(name, float((one - two).abs().max()), file=sys.stderr)
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
