@@ -55,15 +55,21 @@ def ratings_tables(ratings: Ratings, seed: int = 0, resamples: int = 1000) -> di
     """For each dimension the cross-validated compact model, the baselines and the agreement of the raters.
 
     Rows: the model; prompt only (ridge on the prompt's embedding); frame statistics (ridge); generator only (its mean
-    label, in sample); raters, one against the mean of the others: the ceiling. Folds never share a prompt.
+    label, in sample); raters, one against the mean of the others: the ceiling. Folds never share a prompt. A dimension
+    that nobody scored has no table, which is logged.
 
     Args:
         ratings: clips with scores of one or more raters.
         seed: of folds, training and bootstrap.
         resamples: draws of the bootstrap over prompts.
     """
+    names = [name for name, scores in ratings.scores.items() if not np.isnan(scores).all()]
+    if len(names) < len(ratings.scores):
+        empty = ", ".join(sorted(set(ratings.scores) - set(names)))
+        logger.warning("%s: nobody scored %s, which is left out", ratings.source, empty)
+    if not names:
+        return {}
     videos, statistics = zip(*map(_small, progress(ratings.clips, len(ratings), "reading clips")), strict=True)
-    names = list(ratings.scores)
     labels = np.stack([rater_mean(ratings.scores[name]) for name in names], axis=1)
     folds = folds_by_name(ratings.prompts, _RATING_FOLDS, seed)
     predictions = {

@@ -151,3 +151,15 @@ def test_agreement_keeps_one_video_in_memory(tmp_path, monkeypatch):
     scores = {"visual_quality": np.arange(1.0, 6)[:, None]}
     tables = people.ratings_tables(Ratings("table", files, [f"p{k}" for k in range(5)], scores), 0, 5)
     assert len(loaded) == 5 and "compact model" in next(iter(tables.values()))
+
+
+def test_a_dimension_that_nobody_scored_is_left_out_by_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(people, "_predict_ratings", lambda videos, prompts, labels, *_: labels)
+    clips = [torch.full((12, 32, 48, 3), 40 * index, dtype=torch.uint8) for index in range(5)]
+    nobody, some = np.full((5, 2), np.nan), np.array([[1.0, np.nan], [np.nan, 2], [np.nan, np.nan], [4, 5], [5, 5]])
+    scores = {"visual_quality": some, "text_alignment": nobody, "dynamic_degree": nobody}
+    prompts = [f"p{k}" for k in range(5)]
+    tables = people.ratings_tables(Ratings("table", clips, prompts, scores), 0, 5)
+    assert list(tables) == ["table: visual_quality, folds by prompt"]
+    assert "table: nobody scored dynamic_degree, text_alignment, which is left out" in caplog.text
+    assert people.ratings_tables(Ratings("table", clips, prompts, {"text_alignment": nobody}), 0, 5) == {}
