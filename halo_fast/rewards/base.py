@@ -48,6 +48,8 @@ class RewardConfig:
             head alone.
         quantization: of a vision-language model's frozen language model, in 4 or 8 bits: "bnb_nf4", "bnb_int8",
             "torchao_int8" or "torchao_float8"; null for none.
+        precision: of a vision-language model's frozen language model: "fp32", "bf16", or "auto", which is bf16 on a GPU
+            that has it and fp32 elsewhere. What is trained is float32 always, and so is the vision tower.
         optimizer: "adamw", or "adamw_8bit", whose moments take a quarter (bitsandbytes).
         start: reward model of the same backbone that training starts from: a folder that `halo reward` wrote, or
             "fetv", which is shipped; null starts anew.
@@ -72,6 +74,7 @@ class RewardConfig:
     backbone: str = "compact"
     lora_rank: Annotated[int, Ge(0)] | None = 0
     quantization: Quantization | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     optimizer: Optimizer = "adamw"
     start: str | None = None
     checkpointing_steps: Annotated[int, Ge(1)] = 50
@@ -104,6 +107,7 @@ class RewardModelConfig:
         backbone: as in RewardConfig.
         lora_rank: as in RewardConfig.
         quantization: as in RewardConfig.
+        precision: "fp32", or "bf16" for a frozen language model whose weights and products are bfloat16.
         fps: frames a second of the clips that it was trained on; None if unknown.
         video_calibration: (slope, offset) of each video dimension's logit; empty for none.
         patch_calibration: likewise of each patch dimension's.
@@ -122,6 +126,7 @@ class RewardModelConfig:
     backbone: str = "compact"
     lora_rank: int | None = 0
     quantization: Quantization | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
     fps: float | None = None
     video_calibration: Calibration = ()
     patch_calibration: Calibration = ()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from halo_fast.files import write_json, write_safetensors
 from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardConfig, RewardModelConfig, Rewards
 
-__all__ = ["RewardModel", "check_backbone", "copy_start", "model_folder", "start_folder"]
+__all__ = ["RewardModel", "check_backbone", "chosen_precision", "copy_start", "model_folder", "start_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -226,19 +226,38 @@ def check_backbone(config: RewardConfig | RewardModelConfig) -> None:
     # whatever is none of these is resolved as well: its error lists the known names
     if is_name("reward backbone", name) or not ("/" in name or Path(name).is_dir()):
         resolve("reward backbone", name, "reward.backbone")
-    if not quantization:
+    bf16 = config.precision == "bf16"
+    setting, value, instead = (
+        ("reward.quantization", quantization, "null") if quantization else ("reward.precision", "bf16", "fp32")
+    )
+    if not (quantization or bf16):
         return
     if is_name("reward backbone", name):
         raise UserError(
-            f"reward.quantization: {quantization} is for vision-language models, and reward.backbone {name!r} is none; "
-            "set null"
+            f"{setting}: {value} is for vision-language models, and reward.backbone {name!r} is none; set {instead}"
         )
     if config.lora_rank == 0:
         raise UserError(
-            f"reward.quantization: {quantization} freezes the language model, and reward.lora_rank 0 trains it; set "
-            "null, or reward.lora_rank to a rank, or to null for the head alone"
+            f"{setting}: {value} freezes the language model, and reward.lora_rank 0 trains it; set {instead}, or "
+            "reward.lora_rank to a rank, or to null for the head alone"
         )
+    if quantization and bf16:
+        raise UserError(
+            f"reward.precision: bf16 and reward.quantization {quantization} exclude each other; set fp32, or "
+            "reward.quantization null"
+        )
+    if not quantization:
+        return
     check_quantization(quantization, "reward.quantization")
+
+
+def chosen_precision(config: RewardConfig) -> Literal["fp32", "bf16"]:
+    """`reward.precision` on this machine: "auto" is bf16 for a frozen language model on a GPU that has it."""
+    if config.precision != "auto":
+        return config.precision
+    frozen = config.lora_rank != 0 and not config.quantization and not is_name("reward backbone", config.backbone)
+    gpu = torch.device(processes.device()).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if frozen and gpu else "fp32"
 
 
 def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:

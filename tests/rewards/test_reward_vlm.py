@@ -1,5 +1,7 @@
 """Vision-language backbones: one sequence gives what a pass a patch gives; published reward models as a start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -7,9 +9,13 @@ from moving_shapes import GRID
 from rewards import FAMILIES, WORDS, reward_model, tiny_model
 from safetensors.torch import load_file, save_file
 
+from halo_fast import processes
 from halo_fast.errors import UserError
+from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.preflight import check_required
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model
 from halo_fast.rewards.backbones.vlm.frames import read_qwen
+from halo_fast.rewards.model import chosen_precision
 from halo_fast.teachers.rubric import RUBRIC_DIMENSIONS, VIDEO_DIMENSIONS
 
 
@@ -155,3 +161,111 @@ def test_training_moves_the_language_model_or_its_adapter_and_lowers_the_loss(tm
 def test_what_is_no_vision_language_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"reward\.backbone"):
         reward_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_frozen_language_model_in_bf16(tmp_path, family, rank):
+    folder = tiny_model(tmp_path / "base", family, wide=True)
+    model, plain = (reward_model(folder, rank=rank, precision=precision) for precision in ("bf16", "fp32"))
+    language, generator = plain.backbone.network.get_decoder(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:  # a fresh LoRA changes nothing
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        frozen = {id(value) for value in model.backbone.network.get_decoder().parameters() if not value.requires_grad}
+        for name, value in model.named_parameters():
+            assert value.dtype == (torch.bfloat16 if id(value) in frozen else torch.float32), name
+            assert id(value) not in frozen or torch.equal(value, plain.get_parameter(name).bfloat16()), name
+        plain.load_state_dict(model.state_dict())
+    assert len(frozen) == sum(not value.requires_grad for value in language.parameters()) > 20
+    videos = torch.randint(256, (2, 9, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    found, computed = [], []
+
+    def draw(shape: torch.Size) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    language_layer = model.backbone.network.get_decoder().layers[1].mlp
+    language_layer.register_forward_hook(lambda layer, given, output: computed.append(output.dtype))
+    for one in (plain.double().backbone, model.backbone):
+        trained = {name: value for name, value in one.named_parameters() if value.requires_grad}
+        video, patches = one.logits(one.encode(videos, None), ["a red disc moves left", "a disc"], (2, 2, 2))
+        # linear, because a logit of a fresh head is near 1 at most and may be near 0
+        loss = (video * draw(video.shape)).sum() + (patches * draw(patches.shape)).sum()
+        found.append(
+            {"video": video, "patches": patches}
+            | dict(zip(trained, torch.autograd.grad(loss, [*trained.values()]), strict=True))
+        )
+    truth, values = found
+    assert set(computed) == {torch.bfloat16} and {value.dtype for value in values.values()} == {torch.float32}
+    assert (rank is None) == (not any("lora_" in name for name in values))
+    # 16 roundings to 8 bits; what is left out or misplaced is off by far more
+    for name, value in values.items():
+        if name in ("video", "patches"):
+            assert (value - truth[name]).abs().max() <= 2**-4, name
+        else:
+            assert (value - truth[name]).norm() <= 2**-4 * truth[name].norm(), name
+
+
+def test_a_model_in_bf16_scores_alike_from_its_files(tmp_path):
+    folder = tiny_model(tmp_path / "base", "qwen2_vl")
+    config = RewardModelConfig(("visual_quality",), backbone=str(folder), lora_rank=2, precision="bf16")
+    scores = torch.tensor([5.0, 1.0, 4.0, 2.0])
+    videos = torch.randint(256, (4, 9, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    patches = scores.view(4, 1, 1, 1, 1).expand(4, 1, 2, 2, 2).clone()
+    data = LabelledClips(videos, ["a red disc", "a disc"] * 2, scores[:, None], patches, ("visual_quality",))
+    short = RewardConfig(video_steps=2, patch_steps=2, batch_size=2, learning_rate=5e-3, held_out_share=0)
+    model, _ = train_reward_model(config, data, short, 0)
+    model.save(tmp_path / "saved")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    loaded = RewardModel.load(tmp_path / "saved")
+    assert loaded.config.precision == "bf16"
+    for rewards in zip(*(one(videos, data.prompts, (2, 2, 2)) for one in (model, loaded)), strict=True):
+        assert torch.equal(*rewards)
+    # a start in float32 or bfloat16 may be trained on in the other
+    start = RewardConfig(video_steps=0, patch_steps=0, held_out_share=0, start=str(tmp_path / "saved"))
+    (tmp_path / "gone").rename(tmp_path / "base")
+    plain, _ = train_reward_model(replace(config, precision="fp32"), data, start, 0)
+    weight = "backbone.network.model.language_model.layers.0.mlp.up_proj.base_layer.weight"
+    assert torch.equal(plain.get_parameter(weight), model.get_parameter(weight).float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"backbone": "compact"},
+            "bf16 is for vision-language models, and reward.backbone 'compact' is none; set fp32",
+        ),
+        ({"backbone": "some/model"}, "bf16 freezes the language model, and reward.lora_rank 0 trains it; set fp32"),
+        (
+            {"backbone": "some/model", "lora_rank": 4, "quantization": "torchao_int8"},
+            "bf16 and reward.quantization torchao_int8 exclude each other; set fp32",
+        ),
+    ],
+)
+def test_bf16_where_it_cannot_be_is_one_line(settings, message):
+    with pytest.raises(UserError, match=rf"reward\.precision: {message}"):
+        check_required(Config(reward=RewardConfig(precision="bf16", **settings)), ["reward"])
+    with pytest.raises(UserError, match=rf"reward\.precision: {message}"):
+        RewardModel(RewardModelConfig(("visual_quality",), precision="bf16", **settings))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "settings", "expected"),
+    [
+        (True, True, {"backbone": "some/model", "lora_rank": 4}, "bf16"),
+        (True, True, {"backbone": "some/model", "lora_rank": None}, "bf16"),
+        (True, True, {"backbone": "some/model", "lora_rank": 0}, "fp32"),
+        (True, True, {"backbone": "some/model", "lora_rank": 4, "quantization": "bnb_nf4"}, "fp32"),
+        (True, True, {"backbone": "kernel", "lora_rank": 4}, "fp32"),
+        (True, False, {"backbone": "some/model", "lora_rank": 4}, "fp32"),
+        (False, True, {"backbone": "some/model", "lora_rank": 4}, "fp32"),
+        (True, True, {"backbone": "some/model", "lora_rank": 4, "precision": "fp32"}, "fp32"),
+        (False, False, {"backbone": "some/model", "lora_rank": 4, "precision": "bf16"}, "bf16"),
+    ],
+)
+def test_auto_is_bf16_for_frozen_weights_on_a_gpu_that_has_it(monkeypatch, gpu, bf16, settings, expected):
+    monkeypatch.setattr(processes, "device", lambda: "cuda:0" if gpu else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    assert chosen_precision(RewardConfig(**settings)) == expected

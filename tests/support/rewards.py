@@ -1,7 +1,7 @@
 """Tiny vision-language models of the real classes, and reward models on them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -83,9 +83,11 @@ def reward_model(
     dimensions: tuple[str, ...] = ("visual_quality", "text_alignment"),
     rank: int | None = 0,
     quantization: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ):
     torch.manual_seed(1)
     config = RewardModelConfig(
-        dimensions, ("quality", "sharpness"), backbone=str(folder), lora_rank=rank, quantization=quantization
-    )
+        dimensions, ("quality", "sharpness"), backbone=str(folder), lora_rank=rank, quantization=quantization,
+        precision=precision,
+    )  # fmt: skip
     return RewardModel(config).eval()

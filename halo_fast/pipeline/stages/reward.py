@@ -19,7 +19,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
 from halo_fast.rewards.examples import add_examples
-from halo_fast.rewards.model import model_folder
+from halo_fast.rewards.model import chosen_precision, model_folder
 
 __all__ = ["read_labels", "train_reward"]
 
@@ -55,7 +55,8 @@ def train_reward(config: Config, run: Run) -> None:
             raise UserError(str(error)) from error
         model_config = replace(
             model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank,
-            quantization=reward.quantization, fps=config.generate.fps,
+            quantization=reward.quantization, precision=processes.by_first(lambda: chosen_precision(reward)),
+            fps=config.generate.fps,
         )  # fmt: skip
         checkpoint = stage.folder / "checkpoint.safetensors"
         outputs = [stage.folder / name for name in ("model.safetensors", "config.json", "history.csv")]

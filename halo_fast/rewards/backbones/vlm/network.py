@@ -43,12 +43,13 @@ class VisionLanguage(nn.Module):
     The vision tower is frozen; the language model is trained whole, by LoRA or not at all. A folder of VideoScore or
     VideoReward starts from its published head.
 
+    With `precision` "bf16" weights and products of the frozen language model are bfloat16; what is trained is float32.
     With `quantization` the linear layers of the frozen language model are in 8 or 4 bits, and everything else is in
     float32. The state dict of such a model holds what is trained; `save_pretrained` writes the rest.
 
     Args:
-        config: dimensions, `backbone` (folder or hub name), `quantization`, `lora_rank` (0 trains the whole language
-            model, None the head alone).
+        config: dimensions, `backbone` (folder or hub name), `quantization`, `precision`, `lora_rank` (0 trains the
+            whole language model, None the head alone).
         weights: whether to read the weights; without, they are drawn at random, for `RewardModel.load` to fill in.
             Those of a quantised network are then read from what `save_pretrained` wrote.
 
@@ -63,7 +64,7 @@ class VisionLanguage(nn.Module):
         self.config = config
         self.network, self.tokenizer = _load_network(config, weights)
         self.network.requires_grad_(False)
-        self.network.get_decoder().requires_grad_(config.lora_rank == 0)
+        decoder = self.network.get_decoder().requires_grad_(config.lora_rank == 0)
         if config.lora_rank:
             from peft import LoraConfig, inject_adapter_in_model
 
@@ -72,6 +73,10 @@ class VisionLanguage(nn.Module):
             inject_adapter_in_model(
                 LoraConfig(r=rank, lora_alpha=_LORA_ALPHA * rank, target_modules=layers), self.network
             )
+        if config.precision == "bf16":
+            for weight in decoder.parameters():  # buffers stay: rotary frequencies need all their digits
+                if not weight.requires_grad:
+                    weight.data = weight.data.bfloat16()
         settings = self.network.config
         hidden = self.network.get_input_embeddings().embedding_dim
         count = len(config.video_dimensions) + len(config.patch_dimensions)
@@ -189,15 +194,17 @@ class VisionLanguage(nn.Module):
         frames = features.tokens.flatten(1, 2).to(self.queries.dtype)
         texts = [self._embed(prompt) for prompt in prompts]
         lengths = torch.tensor([len(text) for text in texts], device=device)
-        text = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        text = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(frames.dtype)
         video = len(self.config.video_dimensions)
         blocks = [*(query.expand(count, 1, -1) for query in self.queries[:video]), *patches]
         sizes = torch.tensor([block.shape[1] for block in blocks], device=device)
         prefix = frames.shape[1] + text.shape[1]
         known = torch.arange(prefix, device=device) < frames.shape[1] + lengths[:, None]
         position = self._positions(features, text.shape[1], lengths, sizes)
-        sequence = torch.cat((frames, text, *blocks), dim=1)
-        decoder, without_mask = self.network.get_decoder(), shared_prefix.usable(sequence)
+        decoder = self.network.get_decoder()
+        computed = torch.bfloat16 if self.config.precision == "bf16" else frames.dtype
+        sequence = torch.cat((frames, text, *blocks), dim=1).to(computed)
+        without_mask = shared_prefix.usable(sequence)
         layout = Blocks(prefix, tuple(known.sum(dim=1).tolist()), tuple(sizes.tolist())) if without_mask else None
         with shared_prefix.attention(decoder, layout) if layout else nullcontext():
             state = decoder(
@@ -207,7 +214,7 @@ class VisionLanguage(nn.Module):
                 use_cache=False,
                 **self._deep_inputs(features, sequence),
             ).last_hidden_state[:, prefix:]
-        return self._read_queries(state, sizes)
+        return self._read_queries(state.to(self.head.dtype), sizes)
 
     def _read_queries(self, state: Tensor, sizes: Tensor) -> Tensor:
         """Logits [N, D + P * Q] of the queries, which are the last tokens of their blocks.
