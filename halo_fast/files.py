@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writes, tables, hashes, versions; and progress of long work."""
 
 import csv
+import ctypes
 import hashlib
 import importlib
 import io
@@ -37,6 +38,7 @@ __all__ = [
     "read_json",
     "read_table",
     "replacing",
+    "return_freed_memory",
     "scratch_tensor",
     "versions",
     "write_bytes",
@@ -88,6 +90,17 @@ def scratch_tensor(folder: Path | None, shape: Sequence[int], dtype: "torch.dtyp
         return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
     finally:
         Path(name).unlink()
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    It keeps what large pieces leave between small ones that live on, so a loop over large pieces seems to need more
+    and more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def laid_out_like(part: "torch.Tensor", count: int, dtype: "torch.dtype", folder: Path | None = None) -> "torch.Tensor":

@@ -1,5 +1,6 @@
 """Clips on disk: videos of any format read with PyAV, folders of pictures, and lossless H.264 in mp4 written."""
 
+import gc
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError, first_line
-from halo_fast.files import replacing
+from halo_fast.files import replacing, return_freed_memory
 
 if TYPE_CHECKING:
     import av
@@ -40,6 +41,7 @@ __all__ = [
 # transfer functions of high dynamic range, by their number in ITU-T H.273
 _HDR = {16: "PQ", 18: "HLG"}
 _LARGEST = 2**25  # pixels of a picture, which is that of 8K
+_LARGE = 2**23  # bytes of a clip that leaves much freed memory behind
 _LONGEST = 600.0  # seconds that one frame may be shown
 _STILL = 0.04  # seconds that a frame is shown whose file does not say it
 # what systems leave in folders beside the pictures
@@ -140,7 +142,11 @@ def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
         UserError: as for `stream_clip`, or the size changes.
     """
     frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
-    return _stack([frame.picture for frame in frames], f"clip {path}")
+    video = _stack([frame.picture for frame in frames], f"clip {path}")
+    if video.nbytes > _LARGE:
+        gc.collect(1)  # a decoder, with its buffers, is part of a cycle of references
+        return_freed_memory()
+    return video
 
 
 def picture_file(video: Path) -> Path:

@@ -1,6 +1,10 @@
 """Videos and folders of pictures as a player shows them; what is damaged or cut is refused."""
 
+import gc
+import platform
 import struct
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from halo_fast.data import clips
 from halo_fast.data.clips import latent_factors, read_clip, read_frames, read_picture, write_clip
 from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError
@@ -350,3 +355,38 @@ def test_factors_of_the_autoencoder_follow_the_layout(tmp_path, layout, shape):
     clip = ClipRow("c", 0, "p", 0, 0, "clip.mp4", "z.safetensors")
     assert latent_factors(tmp_path, clip) == (8, 4, True)
     assert latent_factors(tmp_path, ClipRow("c", 0, "p", 0, 0, "clip.mp4", None)) is None
+
+
+FRAGMENTS = r"""
+import re
+from pathlib import Path
+import torch
+from halo_fast.files import return_freed_memory
+
+def private():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+large, small = zip(*((torch.ones(2**18, dtype=torch.uint8), torch.ones(64)) for _ in range(400)))
+before = private()
+del large
+return_freed_memory()
+print(before - private())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library returns memory by itself")
+def test_freed_memory_goes_back_to_the_system():
+    found = subprocess.run([sys.executable, "-c", FRAGMENTS], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert float(found) > 90  # of 100 MiB
+
+
+def test_a_large_clip_gives_back_what_its_frames_took(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(clips, "return_freed_memory", lambda: calls.append(1))
+    gc.collect()
+    for name, shape in (("small", (9, 64, 64, 3)), ("large", (9, 640, 512, 3))):
+        write_clip(tmp_path / f"{name}.mp4", torch.zeros(shape, dtype=torch.uint8), 8)
+        assert read_clip(tmp_path / f"{name}.mp4").shape == shape
+        assert len(calls) == (name == "large")
+    # the decoder is part of a cycle of references, which lives on until it is collected
+    assert not any(isinstance(one, av.codec.context.CodecContext) for one in gc.get_objects())
