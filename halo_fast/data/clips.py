@@ -144,7 +144,6 @@ def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
     frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
     video = _stack([frame.picture for frame in frames], f"clip {path}")
     if video.nbytes > _LARGE:
-        gc.collect(1)  # a decoder, with its buffers, is part of a cycle of references
         return_freed_memory()
     return video
 
@@ -178,6 +177,7 @@ def stream_clip(path: Path | str) -> Iterator[Frame]:
     try:
         with av.open(str(path)) as container:
             yield from _timed(_decode(container, _video_stream(container), Path(path)))
+        gc.collect(1)  # frames and their side data refer to each other, and would stay for many clips
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error

@@ -383,10 +383,25 @@ def test_freed_memory_goes_back_to_the_system():
 def test_a_large_clip_gives_back_what_its_frames_took(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(clips, "return_freed_memory", lambda: calls.append(1))
-    gc.collect()
     for name, shape in (("small", (9, 64, 64, 3)), ("large", (9, 640, 512, 3))):
         write_clip(tmp_path / f"{name}.mp4", torch.zeros(shape, dtype=torch.uint8), 8)
         assert read_clip(tmp_path / f"{name}.mp4").shape == shape
         assert len(calls) == (name == "large")
-    # the decoder is part of a cycle of references, which lives on until it is collected
-    assert not any(isinstance(one, av.codec.context.CodecContext) for one in gc.get_objects())
+
+
+def test_no_decoded_frame_outlives_its_clip(tmp_path):
+    def alive() -> int:
+        return sum(isinstance(one, av.VideoFrame) for one in gc.get_objects())
+
+    write_clip(tmp_path / "clip.mp4", torch.stack([torch.from_numpy(frame) for frame in noise(40)]), 8)
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        known = alive()
+        for rate, frames in ((None, 40), (4, 20)):
+            assert len(read_clip(tmp_path / "clip.mp4", rate)) == frames and alive() == known
+        assert sum(1 for _ in clips.stream_clip(tmp_path / "clip.mp4")) == 40 and alive() == known
+    finally:
+        if enabled:
+            gc.enable()
