@@ -177,7 +177,7 @@ def stream_clip(path: Path | str) -> Iterator[Frame]:
     try:
         with av.open(str(path)) as container:
             yield from _timed(_decode(container, _video_stream(container), Path(path)))
-        gc.collect(1)  # frames and their side data refer to each other, and would stay for many clips
+        gc.collect(1)  # key frames and their side data refer to each other, and would stay for many clips
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"clip {path}: expected a readable video, got {reason}; make it again or remove it") from error
@@ -325,7 +325,7 @@ def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -
         _check_size(context.width, context.height)
     # before the decoder makes room for a larger one
     context.options = {"max_pixels": str(_LARGEST)}
-    count, end = 0, 0.0
+    count, end, turn, rotation = 0, 0.0, None, 0
     for packet in container.demux(stream, *container.streams.audio):
         if packet.is_corrupt:
             raise ValueError("a damaged or cut one")
@@ -344,7 +344,11 @@ def _decode(container: "av.container.InputContainer", stream: Any, path: Path) -
             _check_size(frame.width * aspect, frame.height)
             count += 1
             lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-            yield _Decoded(frame.time, lasts or _frame_time(stream) or _STILL, _as_displayed(frame, aspect))
+            # side data make a frame a cycle of references, which stays for hundreds of frames; so not of every one
+            if frame.key_frame or frame.rotation != rotation:
+                turn, rotation = frame.side_data.get("DISPLAYMATRIX"), frame.rotation
+                turn = None if turn is None else bytes(turn)
+            yield _Decoded(frame.time, lasts or _frame_time(stream) or _STILL, _as_displayed(frame, aspect, turn))
     _check_whole(container, stream, end, path)
     if not count:
         raise ValueError("one without frames")
@@ -374,15 +378,14 @@ def _timed(frames: Iterator[_Decoded]) -> Iterator[Frame]:
         yield Frame(number, start, start + min(shown.lasts, _LONGEST), shown.picture)
 
 
-def _as_displayed(frame: "av.VideoFrame", aspect: float) -> Tensor:
-    """A frame [H, W, 3] with square pixels, turned and mirrored as its display matrix says."""
+def _as_displayed(frame: "av.VideoFrame", aspect: float, turn: bytes | None) -> Tensor:
+    """A frame [H, W, 3] with square pixels, turned and mirrored as a display matrix says."""
     width = round(frame.width * aspect)
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=frame.height))
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
+    if turn is None:
         return picture
     # x' = a x + c y and y' = b x + d y, in fixed point
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(turn, np.int32)[:5].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture, rows, columns = picture.transpose(0, 1), b, c
     else:

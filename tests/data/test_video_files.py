@@ -401,7 +401,10 @@ def test_no_decoded_frame_outlives_its_clip(tmp_path):
         known = alive()
         for rate, frames in ((None, 40), (4, 20)):
             assert len(read_clip(tmp_path / "clip.mp4", rate)) == frames and alive() == known
-        assert sum(1 for _ in clips.stream_clip(tmp_path / "clip.mp4")) == 40 and alive() == known
+        counts = [alive() - known for _ in clips.stream_clip(tmp_path / "clip.mp4")]
+        assert len(counts) == 40 and alive() == known
+        # one key frame; a decoder with threads hands out several frames at the end
+        assert max(counts) < 20
     finally:
         if enabled:
             gc.enable()
