@@ -163,8 +163,7 @@ def test_what_is_no_vision_language_model_is_named(tmp_path):
         reward_model(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("family", "rank"), [(family, 3) for family in FAMILIES] + [("qwen2_vl", None)])
 def test_a_frozen_language_model_in_bf16(tmp_path, family, rank):
     folder = tiny_model(tmp_path / "base", family, wide=True)
     model, plain = (reward_model(folder, rank=rank, precision=precision) for precision in ("bf16", "fp32"))
