@@ -98,6 +98,8 @@ def return_freed_memory() -> None:
     It keeps what large pieces leave between small ones that live on, so a loop over large pieces seems to need more
     and more.
     """
+    if os.name != "posix":
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -41,7 +41,7 @@ __all__ = [
 # transfer functions of high dynamic range, by their number in ITU-T H.273
 _HDR = {16: "PQ", 18: "HLG"}
 _LARGEST = 2**25  # pixels of a picture, which is that of 8K
-_LARGE = 2**23  # bytes of a clip that leaves much freed memory behind
+_TRIMMED = 2**23  # bytes of a clip after which freed memory is given back
 _LONGEST = 600.0  # seconds that one frame may be shown
 _STILL = 0.04  # seconds that a frame is shown whose file does not say it
 # what systems leave in folders beside the pictures
@@ -143,7 +143,7 @@ def read_clip(path: Path | str, fps: float | None = None) -> Tensor:
     """
     frames = stream_clip(path) if fps is None else sample_frames(stream_clip(path), fps)
     video = _stack([frame.picture for frame in frames], f"clip {path}")
-    if video.nbytes > _LARGE:
+    if video.nbytes > _TRIMMED:
         return_freed_memory()
     return video
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from halo_fast import files
 from halo_fast.data import clips
 from halo_fast.data.clips import latent_factors, read_clip, read_frames, read_picture, write_clip
 from halo_fast.data.tables import ClipRow
@@ -378,6 +379,14 @@ print(before - private())
 def test_freed_memory_goes_back_to_the_system():
     found = subprocess.run([sys.executable, "-c", FRAGMENTS], check=True, stdout=subprocess.PIPE, text=True).stdout
     assert float(found) > 90  # of 100 MiB
+
+
+def test_systems_without_that_c_library_go_on(monkeypatch):
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda name: object())
+    files.return_freed_memory()
+    monkeypatch.setattr(files.ctypes, "CDLL", None)  # Windows has no library without a name
+    monkeypatch.setattr(files.os, "name", "nt")
+    files.return_freed_memory()
 
 
 def test_a_large_clip_gives_back_what_its_frames_took(tmp_path, monkeypatch):
