@@ -35,6 +35,8 @@ class Denoiser(ABC):
     lora_prefix: ClassVar[str] = "transformer"
     # names of the conditions that a clip's first frame gives, in image-to-video
     image_conditions: tuple[str, ...] = ()
+    # names of the conditions that stay on the CPU, because `predict` reads their values
+    host_conditions: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any = None, network: str | None = None) -> None:
         self.pipeline = pipeline
@@ -46,6 +48,12 @@ class Denoiser(ABC):
     def transformer(self) -> nn.Module:
         """The network that is trained, without the wrappers of torch.compile and data parallelism."""
         return unwrapped(getattr(self.pipeline, self.network))
+
+    def adapt(self, network: nn.Module) -> None:  # noqa: B027  most networks stay as they are
+        """Change a network of the family's in place, so that its forward reads no value; outputs stay as they are.
+
+        Families do it when they are made, if their network in diffusers makes the CPU wait for the GPU.
+        """
 
     @property
     def shift(self) -> float:

@@ -23,6 +23,7 @@ class Kandinsky5(PipelineFamily):
     lora_targets = (
         "to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer",
     )  # fmt: skip
+    host_conditions = ("lengths",)
     text_limit = 512
     # what the pipeline takes where none is given
     negative_prompt = (

@@ -1,10 +1,22 @@
 """Mochi 1 (Genmo, 2024): rectified flow whose time runs from noise (0) to data (1)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from halo_fast.families import attention
 from halo_fast.families.pipeline import MaskedPrompts
 
 __all__ = ["Mochi"]
+
+
+def _rotated(part: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Pairs of neighbouring channels turned by angles [tokens, heads, pairs], given by cosine and sine."""
+    first, second = part.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = angles
+    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return turned.flatten(-2).to(part.dtype)
 
 
 class Mochi(MaskedPrompts):
@@ -12,6 +24,15 @@ class Mochi(MaskedPrompts):
 
     Its sampler's steps are linear, then quadratic. That is no shift, so training times are uniform.
     """
+
+    def __init__(self, pipeline: Any, network: str | None = None) -> None:
+        super().__init__(pipeline, network)
+        self.adapt(self.transformer)
+
+    def adapt(self, network: nn.Module) -> None:
+        from diffusers.models.attention_processor import MochiAttnProcessor2_0
+
+        attention.install(network, MochiAttnProcessor2_0, _rotated)
 
     @property
     def compression(self) -> tuple[int, int]:

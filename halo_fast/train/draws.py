@@ -397,6 +397,8 @@ def _own_noise(pairs: Sequence[Pair], shared: Tensor) -> Tensor:
 def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
     """Put what was drawn on the device, and mix latents and noise there; waits for no copy from pinned memory.
 
+    Conditions whose values the family reads stay on the CPU.
+
     Args:
         family: gives times and noise process.
         drawn: on the CPU.
@@ -406,6 +408,10 @@ def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
     def placed(value: Tensor) -> Tensor:
         return value.to(device, non_blocking=device.type == "cuda")
 
+    def condition(name: str, value: Tensor) -> Tensor:
+        value = value if name in family.host_conditions else placed(value)
+        return value.repeat(2, *[1] * (value.ndim - 1))
+
     latents, shape = placed(drawn.latents), drawn.latents.shape[1:]
     noise = placed(drawn.noise)
     noise = noise if len(noise) == len(latents) else noise.repeat(2, *[1] * len(shape))
@@ -414,7 +420,7 @@ def place_batch(family: Denoiser, drawn: Drawn, device: torch.device) -> Batch:
         noisy=family.add_noise(latents, noise, t),
         target=family.target(latents, noise, t),
         t=t,
-        conditions={name: placed(value).repeat(2, *[1] * (value.ndim - 1)) for name, value in drawn.conditions.items()},
+        conditions={name: condition(name, value) for name, value in drawn.conditions.items()},
         patch_rewards=placed(drawn.patch_rewards),
         video_rewards=placed(drawn.video_rewards),
         reference_error=None if drawn.reference_error is None else placed(drawn.reference_error),

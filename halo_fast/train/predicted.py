@@ -504,6 +504,7 @@ def _with_network(family: Denoiser, network: nn.Module) -> Denoiser:
             f"plan: {type(family).__name__}.transformer is not its pipeline's {family.network}, so it cannot be "
             "predicted; measure it with halo train CONFIG --dry-run"
         )
+    other.adapt(network)
     return other
 
 

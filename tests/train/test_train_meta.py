@@ -18,17 +18,17 @@ META = torch.device("meta")
 
 
 def pairs_of(family, size):
-    """Three pairs of random latents for one prompt."""
+    """Three pairs of random latents, whose prompts are of different lengths."""
     shape, generator = family.latent_shape(*size), torch.Generator().manual_seed(0)
-    conditions = tiny_conditions(family, ["a cube jumps"], size)[0]
 
-    def pair():
+    def pair(conditions):
         return Pair(
             begun(torch.randn(2, *shape, generator=generator), conditions), conditions,
             torch.rand(2, 1, 2, 2, generator=generator), torch.rand(2, generator=generator),
         )  # fmt: skip
 
-    return [pair() for _ in range(3)]
+    prompts = ["a cube jumps", "a ball", "a red cube jumps over a ball"]
+    return [pair(conditions) for conditions in tiny_conditions(family, prompts, size)]
 
 
 class OnMeta:
@@ -76,10 +76,6 @@ def step(job):
     assert all(value.device == META for value in job.parameters.values())
 
 
-# Their networks in diffusers count the words of each sample by boolean indexing, which reads them.
-NOT_ON_META = ("HunyuanVideo 1.5", "Mochi")
-
-
 @pytest.fixture
 def no_autocast(monkeypatch):
     """Let networks ask for autocast of this device, which torch has for none but real ones; Helios does."""
@@ -94,11 +90,7 @@ def no_autocast(monkeypatch):
 @pytest.mark.parametrize(("schedule", "draws"), [("batched", None), ("margin_first", 2)])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "TextToVideoSD" else name
-        for name in [*TINY, *TINY_IMAGE]
-        if name not in NOT_ON_META
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name == "TextToVideoSD" else name for name in [*TINY, *TINY_IMAGE]],
 )
 def test_a_step_reads_no_value_from_the_device(name, schedule, draws, no_autocast):
     tiny = (TINY | TINY_IMAGE)[name]
