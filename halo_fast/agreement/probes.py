@@ -4,7 +4,6 @@ Each probe changes clips in one known way and measures how the scores change. It
 and passes a threshold or not. Thresholds are fixed here, not fitted to a model.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,16 +14,12 @@ from torch import Tensor
 
 from halo_fast.agreement.figures import Figure, mean_over
 from halo_fast.rewards import RewardModel, Rewards
+from halo_fast.rewards.clips import names_direction
 
-__all__ = [
-    *("Probe", "brightness", "frame_order", "names_direction", "planted_damage", "probe_all", "prompt_swap"),
-    "static_copy",
-]
+__all__ = ["Probe", "brightness", "frame_order", "planted_damage", "probe_all", "prompt_swap", "static_copy"]
 
 _BRIGHTER = 12  # of 255 levels
 _Change = Callable[[Tensor, int], Tensor]  # of some clips, the number of the first among all of them
-# of a motion: "on the left" and "left of" name a place
-_DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
 
 
 @dataclass(frozen=True)
@@ -163,11 +158,6 @@ def frame_order(
     fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
     meaning = "clips that fall on dynamic_degree backwards, of those whose prompt names a direction"
     return Probe("frame order", _share(fall > 0, fall, prompts), 0.8, True, meaning)
-
-
-def names_direction(prompt: str) -> bool:
-    """Whether a prompt names a direction of motion, so that its clip backwards shows something else."""
-    return re.search(_DIRECTIONS, prompt.lower()) is not None
 
 
 def brightness(

@@ -33,7 +33,8 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, which keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
-        motion_weight: weight of the preference for a clip over a frozen copy of it, in dynamic_degree.
+        motion_weight: weight of the preferences, in dynamic_degree, for a clip over a frozen copy of it and, where its
+            prompt names a direction, over itself backwards.
         mirror: "horizontal" mirrors clips with their labels and exchanges left and right in their prompts. "both" also
             turns them upside down, which is false where things fall or stand on ground. "none" leaves them alone.
         loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "split_heldout"]
+__all__ = [
+    *("MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "names_direction"),
+    "split_heldout",
+]
 
 PROMPT_DIMENSION = "text_alignment"
 """The video dimension that says how well a clip shows its prompt."""
@@ -88,6 +91,10 @@ def heldout_prompts(prompts: Iterable[str], share: float, seed: int) -> set[str]
     return {distinct[index] for index in order[: round(share * len(distinct))]}
 
 
+# of a motion: "on the left" and "left of" name a place
+_DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
+
+
 class Mirror(NamedTuple):
     """A mirror of clips.
 
@@ -104,6 +111,11 @@ MIRRORS = {
     "horizontal": Mirror(-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
     "vertical": Mirror(-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
 }
+
+
+def names_direction(prompt: str) -> bool:
+    """Whether a prompt names a direction of motion, so that its clip backwards shows something else."""
+    return re.search(_DIRECTIONS, prompt.lower()) is not None
 
 
 def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:

@@ -30,7 +30,7 @@ from halo_fast.pipeline.stages.score import score
 from halo_fast.rewards import LabelledClips, RewardConfig, RewardModel, RewardModelConfig, train_reward_model, training
 from halo_fast.rewards.examples import add_examples
 from halo_fast.rewards.shares import Share
-from halo_fast.rewards.terms import Batch, frozen_copy_loss
+from halo_fast.rewards.terms import Batch, backwards_loss, frozen_copy_loss
 from halo_fast.teachers import VIDEO_DIMENSIONS
 
 HELD_OUT = make_clips(64, seed=2)
@@ -133,6 +133,23 @@ def test_clips_beat_frozen_copies_of_themselves_in_training():
     assert own.tolist() == [0, 4, 4, 4, 4]
     loss = frozen_copy_loss(model, Batch(clips, clips, Share.of(5)), own, 0)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-5)
+
+
+def test_clips_beat_themselves_backwards_in_training_where_the_prompt_names_a_direction():
+    """The logistic loss of 4 pixels of travel to one side against 4 to the other."""
+    videos = torch.zeros(5, 5, 8, 8, 3, dtype=torch.uint8)
+    for n, travel in enumerate((1, 1, 0, 1, 1)):
+        for frame in range(5):
+            videos[n, frame, :, frame * travel + 1] = 200
+    prompts = ["a light moves right", "a light moves", "a light moves right", "light right", "the light on the right"]
+    scores = torch.tensor([5, 5, 5, math.nan, 5.0])[:, None]
+    clips = LabelledClips(videos, prompts, scores, torch.full((5, 1, 1, 1, 1), 5.0), ("dynamic_degree",))
+    model = SimpleNamespace(backbone=_Displacement())
+    own = model.backbone.encode(videos, None).requires_grad_()
+    loss = backwards_loss(model, Batch(clips, clips, Share.of(5)), own, 0)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-8)), rel=1e-3)
+    (gradient,) = torch.autograd.grad(loss, own)
+    assert gradient.nonzero().flatten().tolist() == [0]
 
 
 @pytest.mark.slow
