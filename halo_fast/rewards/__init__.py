@@ -2,6 +2,7 @@
 
 from halo_fast.rewards.base import Backbone, RewardConfig, RewardModelConfig, Rewards
 from halo_fast.rewards.clips import LabelledClips
+from halo_fast.rewards.latent import LatentReward, train_latent_reward
 from halo_fast.rewards.losses import calibrate, preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel
 from halo_fast.rewards.training import train_reward_model
@@ -9,6 +10,7 @@ from halo_fast.rewards.training import train_reward_model
 __all__ = [
     "Backbone",
     "LabelledClips",
+    "LatentReward",
     "RewardConfig",
     "RewardModel",
     "RewardModelConfig",
@@ -16,5 +18,6 @@ __all__ = [
     "calibrate",
     "preference_loss",
     "score_loss",
+    "train_latent_reward",
     "train_reward_model",
 ]
