@@ -58,7 +58,7 @@ def main() -> None:
     begun = time.perf_counter()
     reward, history = train_latent_reward(
         family, latents, [encoded[prompt] for prompt in prompts], scores[:, None], draws=arguments.draws,
-        steps=arguments.steps, seed=arguments.seed,
+        steps=arguments.steps, clips_per_pass=config.generate.batch_size, times=(0.0, 1.0), seed=arguments.seed,
     )  # fmt: skip
     print(f"trained in {time.perf_counter() - begun:.0f} s, loss {history[-1]['loss']:.4f}", flush=True)
 

@@ -5,6 +5,7 @@ shape depends on a value: a mask hides the padding, or flash attention gets the 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,36 +33,53 @@ def bounds(seen: Tensor) -> Tensor:
     return pad(both, (0, 1), value=rows * tokens).int()
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, backend: Any = None) -> Tensor:
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention takes sequences of unequal length on this device."""
+    found = device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return found and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, backend: Any = None, parallel_config: Any = None
+) -> Tensor:
     """Attention among the tokens that are seen; the outputs of others are 0.
 
     Args:
         query, key, value: [B, tokens, heads, dim].
         seen: bool [B, tokens]; in each row the tokens that are seen come first.
-        backend: of diffusers, which gets a mask; None: flash attention for half precision on a GPU, else torch's own.
+        backend: of diffusers, which gets a mask; None: flash attention for half precision on a GPU that has it, unless
+            diffusers was told to use another than torch's own.
+        parallel_config: of diffusers' context parallelism; None for none.
     """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    flash = query.is_cuda and dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
-    if backend is None and flash:
+    fits = dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    native = backend is None and _AttentionBackendRegistry.get_active_backend()[0] == "native"
+    if native and parallel_config is None and fits and query.is_cuda and _has_flash(query.device):
         starts, tokens = bounds(seen), seen.shape[1]
         flat = [part.to(dtype).flatten(0, 1) for part in (query, key, value)]
         output: Any = varlen_attn(flat[0], flat[1], flat[2], starts, starts, tokens, tokens)
         output = output.view_as(query)
     else:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        output = dispatch_attention_fn(query, key, value, attn_mask=seen[:, None, None], backend=backend)
+        parallel = {} if parallel_config is None else {"parallel_config": parallel_config}
+        output = dispatch_attention_fn(query, key, value, attn_mask=seen[:, None, None], backend=backend, **parallel)
     hidden: Tensor = output.masked_fill(~seen[:, :, None, None], 0)
     return hidden
 
 
 class JointAttention:
-    """An attention processor of diffusers: a clip's tokens, rotated by position, beside those of its prompt."""
+    """An attention processor of diffusers: a clip's tokens, rotated by position, beside those of its prompt.
 
-    def __init__(self, rotate: Rotation, backend: Any = None) -> None:
+    A prompt's padding must be at its end.
+    """
+
+    def __init__(self, rotate: Rotation, replaces: Any = None) -> None:
         self._rotate = rotate
-        # diffusers' `set_attention_backend` writes it
-        self._attention_backend = backend
+        # diffusers writes both, by `set_attention_backend` and `enable_parallelism`
+        self._attention_backend = getattr(replaces, "_attention_backend", None)
+        self._parallel_config = getattr(replaces, "_parallel_config", None)
 
     def __call__(
         self,
@@ -89,7 +107,7 @@ class JointAttention:
         tokens = hidden_states.shape[1]
         seen = pad(attention_mask.bool(), (tokens, 0), value=True)
         query, key, value = (torch.cat(parts, dim=1) for parts in zip(clip, prompt, strict=True))
-        output = attend(query, key, value, seen, self._attention_backend).flatten(2)
+        output = attend(query, key, value, seen, self._attention_backend, self._parallel_config).flatten(2)
 
         video, words = output[:, :tokens], output[:, tokens:]
         video = attn.to_out[1](attn.to_out[0](video))
@@ -103,4 +121,4 @@ def install(network: nn.Module, replaces: type, rotate: Rotation) -> None:
     for module in network.modules():
         processor = getattr(module, "processor", None)
         if type(processor) is replaces:
-            module.processor = JointAttention(rotate, getattr(processor, "_attention_backend", None))
+            module.processor = JointAttention(rotate, processor)

@@ -1,8 +1,7 @@
 """HunyuanVideo (Kong et al., arXiv:2412.03603) and HunyuanVideo 1.5: rectified flow with two text encoders."""
 
 from collections.abc import Mapping
-from functools import partial
-from types import MethodType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from halo_fast.families import attention
+from halo_fast.families.base import unwrapped
 from halo_fast.families.pipeline import PipelineFamily, count_tokens
 
 __all__ = ["HunyuanVideo", "HunyuanVideo15"]
@@ -84,59 +84,81 @@ def _rotated(part: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return apply_rotary_emb(part, angles, sequence_dim=1)
 
 
-def _forward(
-    network: Any,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_attention_mask: Tensor,
-    *,
-    image_embeds: Tensor | None = None,
-    return_dict: bool = True,
-    **named: Any,
-) -> Any:
-    """The network of HunyuanVideo 1.5 for text to video; with tokens of an image it is run as diffusers has it.
+def _empty(kind: Any) -> Any:
+    """An instance without attributes, which a copy or a pickle then gets."""
+    return kind.__new__(kind)
 
-    diffusers gives text to video the tokens of an image, all hidden, and reads the masks to put hidden tokens last.
-    Here one token stands for the image, so that each weight has a gradient, and nothing is read to find the order.
-    """
-    if image_embeds is not None:
-        return type(network).forward(
-            network, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask,
-            image_embeds=image_embeds, return_dict=return_dict, **named,
-        )  # fmt: skip
-    patch = (network.config.patch_size_t, network.config.patch_size, network.config.patch_size)
-    grid = [size // side for size, side in zip(hidden_states.shape[2:], patch, strict=True)]
-    angles = network.rope(hidden_states)
-    time = network.time_embed(timestep)
 
-    words = network.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-    glyphs = network.context_embedder_2(named["encoder_hidden_states_2"])
-    image = network.image_embedder(words.new_zeros(len(words), 1, network.config.image_embed_dim))
-    of_words, of_glyphs, of_image = network.cond_type_embed(torch.arange(3, device=words.device))
-    prompt = torch.cat([glyphs + of_glyphs, words + of_words, image + of_image], dim=1)
-    seen = torch.cat([named["encoder_attention_mask_2"], encoder_attention_mask], dim=1).bool()
-    seen = pad(seen, (0, 1), value=False)
-    prompt = prompt.masked_fill(~seen[..., None], 0)
-    order = torch.argsort(seen, dim=1, descending=True, stable=True)
-    prompt = prompt.take_along_dim(order[..., None], dim=1)
-    seen = seen.take_along_dim(order, dim=1)
-
-    video = network.x_embedder(hidden_states)
-    checkpointed = torch.is_grad_enabled() and network.gradient_checkpointing
-    for block in network.transformer_blocks:
-        run = partial(network._gradient_checkpointing_func, block) if checkpointed else block
-        video, prompt = run(video, prompt, time, seen, angles)
-
-    video = network.proj_out(network.norm_out(video, time))
-    # [B, f h w, C p_t p_h p_w] -> [B, C, f p_t, h p_h, w p_w]
-    video = video.unflatten(2, (-1, *patch)).unflatten(1, grid).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    video = video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    if not return_dict:
-        return (video,)
+@cache
+def _text_to_video() -> Any:
+    """The network of HunyuanVideo 1.5, as diffusers has it but for text to video."""
+    from diffusers import HunyuanVideo15Transformer3DModel as Original
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-    return Transformer2DModelOutput(sample=video)
+    class TextToVideo(Original):
+        """Without tokens of an image it reads no value; with them it is diffusers' own.
+
+        diffusers gives text to video the tokens of an image, all hidden, and reads the masks to put hidden tokens last.
+        Here one token stands for the image, so that each weight has a gradient, and nothing is read to find the order.
+        """
+
+        def forward(
+            self,
+            hidden_states: Tensor,
+            timestep: Tensor,
+            encoder_hidden_states: Tensor,
+            encoder_attention_mask: Tensor,
+            *args: Any,
+            image_embeds: Tensor | None = None,
+            encoder_hidden_states_2: Tensor | None = None,
+            encoder_attention_mask_2: Tensor | None = None,
+            return_dict: bool = True,
+            **others: Any,
+        ) -> Any:
+            second, second_mask = encoder_hidden_states_2, encoder_attention_mask_2
+            if image_embeds is not None or args or others or second is None or second_mask is None:
+                return super().forward(
+                    hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, *args,
+                    image_embeds=image_embeds, encoder_hidden_states_2=second, encoder_attention_mask_2=second_mask,
+                    return_dict=return_dict, **others,
+                )  # fmt: skip
+            patch = (self.config.patch_size_t, self.config.patch_size, self.config.patch_size)
+            grid = [size // side for size, side in zip(hidden_states.shape[2:], patch, strict=True)]
+            angles = self.rope(hidden_states)
+            time = self.time_embed(timestep)
+
+            words = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
+            glyphs = self.context_embedder_2(second)
+            image = self.image_embedder(words.new_zeros(len(words), 1, self.config.image_embed_dim))
+            of_words, of_glyphs, of_image = self.cond_type_embed(torch.arange(3, device=words.device))
+            prompt = torch.cat([glyphs + of_glyphs, words + of_words, image + of_image], dim=1)
+            seen = torch.cat([second_mask, encoder_attention_mask], dim=1).bool()
+            seen = pad(seen, (0, 1), value=False)
+            prompt = prompt.masked_fill(~seen[..., None], 0)
+            order = torch.argsort(seen, dim=1, descending=True, stable=True)
+            prompt = prompt.take_along_dim(order[..., None], dim=1)
+            seen = seen.take_along_dim(order, dim=1)
+
+            video = self.x_embedder(hidden_states)
+            checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
+            for block in self.transformer_blocks:
+                run = partial(self._gradient_checkpointing_func, block) if checkpointed else block
+                video, prompt = run(video, prompt, time, seen, angles)
+
+            video = self.proj_out(self.norm_out(video, time))
+            # [B, f h w, C p_t p_h p_w] -> [B, C, f p_t, h p_h, w p_w]
+            video = video.unflatten(2, (-1, *patch)).unflatten(1, grid).permute(0, 4, 1, 5, 2, 6, 3, 7)
+            video = video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+            return Transformer2DModelOutput(sample=video) if return_dict else (video,)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # copies and pickles are diffusers' own networks, which a family changes when it is made
+            _, _, *state = super().__reduce_ex__(protocol)
+            return _empty, (Original,), *state
+
+    TextToVideo.__name__, TextToVideo.__qualname__ = Original.__name__, Original.__qualname__
+    TextToVideo.__module__ = Original.__module__
+    return TextToVideo
 
 
 class HunyuanVideo15(PipelineFamily):
@@ -152,15 +174,13 @@ class HunyuanVideo15(PipelineFamily):
         }  # fmt: skip
 
     def adapt(self, network: Any) -> None:
+        from diffusers import HunyuanVideo15Transformer3DModel
         from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 
         attention.install(network, HunyuanVideo15AttnProcessor2_0, _rotated)
-        # one that was wrapped already, for offloading say, stays as it is
-        if "forward" not in vars(network):
-            network.forward = MethodType(_forward, network)
-        adapted = getattr(network.forward, "__func__", None) is _forward
-        # tokens of an image that the network has to be given, all of them to be hidden
-        self.image_tokens = None if adapted else self.pipeline.vision_num_semantic_tokens
+        # a forward that was wrapped already, for offloading say, stays as it is
+        if type(network) is HunyuanVideo15Transformer3DModel and "forward" not in vars(network):
+            network.__class__ = _text_to_video()
 
     @property
     def channels(self) -> int:
@@ -214,8 +234,9 @@ class HunyuanVideo15(PipelineFamily):
         dtype, pipeline = self.transformer.dtype, self.pipeline
         given = {name: value.to(noisy.device, dtype) for name, value in conditions.items()}
         image = None
-        if self.image_tokens is not None:
-            image = noisy.new_zeros(len(noisy), self.image_tokens, pipeline.vision_states_dim, dtype=dtype)
+        if not isinstance(unwrapped(model), _text_to_video()):
+            tokens = pipeline.vision_num_semantic_tokens
+            image = noisy.new_zeros(len(noisy), tokens, pipeline.vision_states_dim, dtype=dtype)
         first_frame = noisy.new_zeros(len(noisy), self.channels + 1, *noisy.shape[2:])
         return model(
             hidden_states=torch.cat([noisy, first_frame], dim=1).to(dtype),

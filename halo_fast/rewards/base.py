@@ -152,6 +152,9 @@ class Backbone(Protocol):
     Training calls, once: frozen_features of all clips, fit_closed_form. Then in each step: encode, logits,
     video_logits_for. Scoring calls frozen_features, encode, logits.
 
+    A backbone whose frozen features are each of one frame, in order, may say so by `features_by_frame = True`. Those of
+    a frozen or reversed copy of a clip are then its own in that order; otherwise they are computed anew in each step.
+
     A backbone with `save_pretrained(folder)` keeps files of its own beside the weights; RewardModel.load then gives
     that folder as `config.backbone`.
     """

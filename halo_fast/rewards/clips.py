@@ -91,8 +91,11 @@ def heldout_prompts(prompts: Iterable[str], share: float, seed: int) -> set[str]
     return {distinct[index] for index in order[: round(share * len(distinct))]}
 
 
-# of a motion: "on the left" and "left of" name a place
-_DIRECTIONS = r"(?<!\bthe )\b(left|right|up|down|leftwards|rightwards|upwards|downwards)\b(?! of\b)"
+# of a motion: "on the left", "left of", "the right hand" and "close-up" name none
+_DIRECTIONS = re.compile(
+    r"(?:(?<!\bthe )(?<!\bclose[ -])\b|\b(?:to|towards?) the )(left|right|up|down)(?:wards?)?\b"
+    r"(?! (?:of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw)s?\b)"
+)
 
 
 class Mirror(NamedTuple):
@@ -114,8 +117,9 @@ MIRRORS = {
 
 
 def names_direction(prompt: str) -> bool:
-    """Whether a prompt names a direction of motion, so that its clip backwards shows something else."""
-    return re.search(_DIRECTIONS, prompt.lower()) is not None
+    """Whether a prompt names a direction of motion, and not its opposite, so that its clip backwards shows another."""
+    found = set(_DIRECTIONS.findall(prompt.lower()))
+    return bool(found) and not ({"left", "right"} <= found or {"up", "down"} <= found)
 
 
 def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:

@@ -65,7 +65,7 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """The loss terms of a whole batch, 0-d each: video, swap, motion, order and, in the patch phase, patch.
 
-    Without a clip whose prompt names a direction there is no term of order.
+    Where no prompt of the batch's first quarter names a direction there is no term of order.
 
     Args:
         model: in training mode.
@@ -146,7 +146,9 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
 
 
 def backwards_loss(model: RewardModel, batch: Batch, own: Tensor, column: int) -> Tensor:
-    """Bradley-Terry: a clip beats itself backwards where its prompt names a direction, weighted as `frozen_copy_loss`.
+    """Bradley-Terry: a clip beats itself backwards where its prompt names a direction of motion.
+
+    It is weighted by how dynamic it was judged.
 
     Args:
         model: in training mode.
@@ -166,7 +168,10 @@ def _copy_loss(
     count = len(share.rows)
     clips = batch.clips.select(torch.arange(count))
     copies = change(clips.videos, 1)
-    frozen = None if batch.frozen is None else change(batch.frozen[:count], 2)
+    frozen = None
+    if batch.frozen is not None:
+        by_frame = getattr(model.backbone, "features_by_frame", False)
+        frozen = change(batch.frozen[:count], 2) if by_frame else model.backbone.frozen_features(copies)
     evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
     with share.dropout():
         features = model.backbone.encode(copies, frozen, evidence)

@@ -224,6 +224,14 @@ def test_agreement_refuses_scores_that_are_nan(tmp_path, capsys):
         ("a cup left of a plate", False),
         ("a lamp on the right", False),
         ("an upright piano", False),
+        ("a ball rolls to the left", True),
+        ("a boat drifts towards the right", True),
+        ("a man raises his right hand", False),
+        ("a close-up shot of a cat", False),
+        ("a close up shot of a cat", False),
+        ("a ball bounces up and down", False),
+        ("she looks left and goes up", True),
+        ("a dog runs left, then right", False),
     ],
 )
 def test_a_direction_of_motion_is_no_place(prompt, motion):

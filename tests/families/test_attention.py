@@ -1,6 +1,7 @@
 """Attention with a prompt whose padding is hidden: diffusers' own outputs, without a reading of the mask."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -87,7 +88,6 @@ def test_networks_that_read_masks_in_diffusers_give_what_they_gave(name):
         return made, torch.autograd.grad(made.square().sum(), list(network.parameters()), allow_unused=True)
 
     made, grads = output(changed)
-    family.image_tokens = getattr(pipeline, "vision_num_semantic_tokens", None)
     wanted, wanted_grads = output(original)
     assert wanted.abs().max() > 0.1
     torch.testing.assert_close(made, wanted, rtol=1e-9, atol=1e-9)
@@ -124,6 +124,40 @@ def test_a_backend_of_diffusers_can_be_chosen():
         module.processor._attention_backend for module in family.transformer.modules() if hasattr(module, "processor")
     }
     assert [backend.value for backend in backends] == ["_native_math"]
+
+
+def test_copies_and_pickles_are_networks_of_diffusers_and_can_be_adapted_again():
+    pipeline = TINY["HunyuanVideo 1.5"].build()
+    original = type(pipeline.transformer)
+    family = family_of(pipeline)
+    network = family.transformer
+    assert type(network) is not original and type(network).__name__ == original.__name__
+    conditions = family.stack(tiny_conditions(family, ["a cube jumps"], TINY["HunyuanVideo 1.5"].size))
+    noisy = torch.randn(1, *family.latent_shape(*TINY["HunyuanVideo 1.5"].size))
+    wanted = family.predict(network, noisy, torch.tensor([0.5]), conditions)
+    for other in (copy.copy(network), copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert type(other) is original
+        torch.testing.assert_close(family.predict(other, noisy, torch.tensor([0.5]), conditions), wanted)
+        family.adapt(other)
+        assert type(other) is type(network)
+        torch.testing.assert_close(family.predict(other, noisy, torch.tensor([0.5]), conditions), wanted)
+
+
+def test_tokens_of_an_image_reach_the_network_as_in_diffusers():
+    """A network may be shared with a pipeline that goes on from an image."""
+    pipeline = TINY["HunyuanVideo 1.5"].build()
+    original = copy.deepcopy(pipeline.transformer)
+    family = family_of(pipeline)
+    inputs = []
+    family.transformer.register_forward_pre_hook(lambda module, args, named: inputs.append(named), with_kwargs=True)
+    conditions = family.stack(tiny_conditions(family, ["a cube jumps"], TINY["HunyuanVideo 1.5"].size))
+    noisy = torch.randn(1, *family.latent_shape(*TINY["HunyuanVideo 1.5"].size))
+    family.predict(family.transformer, noisy, torch.tensor([0.5]), conditions)
+    given = inputs[0] | {"image_embeds": torch.randn(1, 4, pipeline.vision_states_dim)}
+    outputs = [network(**given)[0] for network in (family.transformer, original)]
+    torch.testing.assert_close(*outputs)
+    with pytest.raises(TypeError, match="bogus"):
+        family.transformer(**inputs[0], bogus=3)
 
 
 def test_a_forward_that_was_wrapped_before_stays_and_gets_its_image_tokens():

@@ -92,7 +92,7 @@ def test_it_learns_what_patches_hold_and_comes_back_from_its_files(wan, tmp_path
     model.save(tmp_path / "kept")
     for other in (again.eval(), LatentReward.load(tmp_path / "kept")):
         assert torch.equal(other(family, noisy, t, family.stack(rows[80:])), found)
-    with pytest.raises(UserError, match=r"latent_shape|channels"):
+    with pytest.raises(UserError, match="expected WanTransformer3DModel, .* got LTXVideoTransformer3DModel"):
         other_family = family_of(TINY["LTX-Video"].build())
         size = TINY["LTX-Video"].size
         conditions = other_family.stack(tiny_conditions(other_family, ["a ball"], size))
@@ -114,6 +114,11 @@ def test_scores_that_are_missing_do_not_count(wan):
         ({"patch_scores": torch.ones(1, 1, *GRID)}, "as many clips"),
         ({"patch_scores": torch.ones(2, *GRID)}, "as many clips"),
         ({"dimensions": ("quality", "motion")}, "dimensions: expected 1"),
+        ({"draws": 0}, "draws: expected at least 1"),
+        ({"steps": 0}, "steps: expected at least 1"),
+        ({"patch_scores": torch.zeros(2, 1, *GRID)}, "expected 1 to 5"),
+        ({"patch_scores": torch.full((2, 1, *GRID), float("nan"))}, "NaN alone"),
+        ({"latents": [torch.zeros(4, 3, 4, 4), torch.zeros(4, 2, 4, 4)]}, "for clip 1"),
         ({"times": (0.5, 0.5)}, "times: expected"),
         ({"times": (0.0, 1.5)}, "times: expected"),
     ],
@@ -143,7 +148,7 @@ def test_a_network_without_tokens_is_refused():
 
 @pytest.mark.parametrize("broken", ["missing", "config", "weights"])
 def test_files_that_are_no_latent_rewards_are_named(tmp_path, broken):
-    LatentReward(LatentRewardConfig(GRID, (0,), 8)).save(tmp_path)
+    LatentReward(LatentRewardConfig(GRID, (0,), 8, "Any")).save(tmp_path)
     if broken == "missing":
         (tmp_path / "config.json").unlink()
     elif broken == "config":

@@ -152,6 +152,36 @@ def test_clips_beat_themselves_backwards_in_training_where_the_prompt_names_a_di
     assert gradient.nonzero().flatten().tolist() == [0]
 
 
+@pytest.mark.parametrize("by_frame", [True, False])
+def test_features_of_copies_are_their_own_even_if_they_look_at_several_frames(by_frame):
+    """A light that jumps once: its changes to the next frame, backwards, are not its changes in another order."""
+
+    class Changes(_Displacement):
+        features_by_frame = by_frame
+        given = None
+
+        def frozen_features(self, videos):
+            light = videos.float().mean(dim=(2, 3, 4))
+            following = light if by_frame else torch.cat([light[:, 1:], light[:, -1:]], dim=1)
+            return (following - (0 if by_frame else light))[:, None, :, None, None]
+
+        def encode(self, videos, frozen, word_evidence=None):
+            self.given = videos, frozen
+            return super().encode(videos, frozen)
+
+    videos = torch.zeros(1, 4, 8, 8, 3, dtype=torch.uint8)
+    for frame, bright in enumerate((1, 2, 10, 12)):
+        videos[0, frame, :, 1 + frame] = 8 * bright
+    scores = torch.tensor([[5.0]])
+    clips = LabelledClips(videos, ["it moves left"], scores, torch.full((1, 1, 1, 1, 1), 5.0), ("dynamic_degree",))
+    backbone = Changes()
+    batch = Batch(clips, clips, Share.of(1), backbone.frozen_features(videos))
+    backwards_loss(SimpleNamespace(backbone=backbone), batch, torch.zeros(1), 0)
+    copies, frozen = backbone.given
+    assert torch.equal(copies, videos.flip(1))
+    torch.testing.assert_close(frozen, backbone.frozen_features(copies))
+
+
 @pytest.mark.slow
 def test_a_frozen_copy_does_not_win_on_motion(trained):
     rng = np.random.default_rng(6)

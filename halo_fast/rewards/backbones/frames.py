@@ -42,6 +42,7 @@ class FrameStages(nn.Module):
     averaged away. The head sees a patch, its neighbours, and the mean and spread of the clip.
     """
 
+    features_by_frame = True
     negatives = 1
     centre: Tensor
     scale: Tensor

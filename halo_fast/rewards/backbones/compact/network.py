@@ -99,6 +99,7 @@ class Compact(nn.Module):
     number of colours, word_probe.py the ridge penalties; this file the stages of the frame network, heads and dropout.
     """
 
+    features_by_frame = True
     negatives = 15  # all prompts share one pass, so many are cheap
     probe_mean: Tensor
     probe_scale: Tensor
