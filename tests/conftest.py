@@ -60,7 +60,19 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if any(Path(name.partition("::")[0]).is_dir() for name in config.args) else 0
 
 
+# Whoever takes a long file last works on it alone; these are the longest, in order, of quick and slow tests.
+LONGEST = (
+    "pipeline/test_launches.py", "train/test_predicted.py", "pipeline/test_spine.py", "docs/test_blocks.py",
+    "agreement/test_agreement_patches.py", "kernels/test_kernels.py", "train/test_distributed.py",
+    "pipeline/test_plan.py", "kernels/test_gpu.py", "rewards/test_reward_training.py", "train/test_train_meta.py",
+    "train/test_train_quantized.py", "train/test_train_schedules.py", "train/test_resume.py",
+    "teachers/test_teacher_runs.py", "test_processes.py", "kernels/test_resources.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     needed = {"gpu": 1, "gpu2": 2}
     for item in items:
         for marker, count in needed.items():

@@ -71,32 +71,41 @@ def test_a_reading_is_of_the_patch_at_its_place(name):
 
 def test_it_learns_what_patches_hold_and_comes_back_from_its_files(wan, tmp_path):
     family, conditions = wan
-    latents = clips(family, 96)
-    strength = torch.rand(96, 1, *GRID, generator=torch.Generator().manual_seed(2)) * 2
-    latents = latents + strength.repeat_interleave(3, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
-    scores = 1 + 2 * strength
-    rows = [conditions[n % 2] for n in range(96)]
+    strength = torch.rand(48, 1, *GRID, generator=torch.Generator().manual_seed(2)) * 2
+    latents = clips(family, 48) + strength.repeat_interleave(3, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    rows = [conditions[n % 2] for n in range(48)]
     before = {key: value.clone() for key, value in family.transformer.state_dict().items()}
-    model, history = train_latent_reward(
-        family, latents[:80], rows[:80], scores[:80], draws=4, steps=300, times=(0.0, 0.5), folder=tmp_path
-    )
+    given = latents[:36], rows[:36], 1 + 2 * strength[:36]
+    settings = {"draws": 3, "steps": 300, "clips_per_pass": 36, "times": (0.0, 0.4)}
+    model, history = train_latent_reward(family, *given, **settings)
     assert history[-1]["loss"] < history[0]["loss"]
-    t = torch.full((16,), 0.3)
-    noisy = family.add_noise(latents[80:], clips(family, 16, seed=3), t)
-    found = model(family, noisy, t, family.stack(rows[80:]))
-    assert found.shape == (16, 1, *GRID) and found.min() >= 1 and found.max() <= 5
-    assert spearmanr(found.flatten(), scores[80:].flatten())[0] > 0.7
+    t = torch.full((12,), 0.2)
+    noisy, prompts = family.add_noise(latents[36:], clips(family, 12, seed=3), t), family.stack(rows[36:])
+    found = model(family, noisy, t, prompts)
+    assert found.shape == (12, 1, *GRID) and found.min() >= 1 and found.max() <= 5
+    assert spearmanr(found.flatten(), strength[36:].flatten())[0] > 0.7
     assert all(torch.equal(value, before[key]) for key, value in family.transformer.state_dict().items())
 
-    again, _ = train_latent_reward(family, latents[:80], rows[:80], scores[:80], draws=4, steps=300, times=(0.0, 0.5))
-    model.save(tmp_path / "kept")
-    for other in (again.eval(), LatentReward.load(tmp_path / "kept")):
-        assert torch.equal(other(family, noisy, t, family.stack(rows[80:])), found)
-    with pytest.raises(UserError, match="expected WanTransformer3DModel, .* got LTXVideoTransformer3DModel"):
-        other_family = family_of(TINY["LTX-Video"].build())
-        size = TINY["LTX-Video"].size
-        conditions = other_family.stack(tiny_conditions(other_family, ["a ball"], size))
-        model(other_family, clips(other_family, 1, size), torch.tensor([0.5]), conditions)
+    model.save(tmp_path)
+    assert torch.equal(LatentReward.load(tmp_path)(family, noisy, t, prompts), found)
+    other_family = family_of(TINY["LTX-Video"].build())
+    size = TINY["LTX-Video"].size
+    prompts = other_family.stack(tiny_conditions(other_family, ["a ball"], size))
+    with pytest.raises(UserError, match=r"expected WanTransformer3DModel, .* got LTXVideoTransformer3DModel"):
+        model(other_family, clips(other_family, 1, size), torch.tensor([0.5]), prompts)
+
+
+def test_the_disk_and_training_mode_change_nothing(wan, tmp_path):
+    family, conditions = wan
+    scores = 1 + 4 * torch.rand(2, 1, *GRID, generator=torch.Generator().manual_seed(5))
+    one, _ = train_latent_reward(family, clips(family, 2), conditions, scores, draws=2, steps=5)
+    family.transformer.train()
+    try:
+        other, _ = train_latent_reward(family, clips(family, 2), conditions, scores, draws=2, steps=5, folder=tmp_path)
+        assert all(module.training for module in family.transformer.modules())
+    finally:
+        family.transformer.eval()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 def test_scores_that_are_missing_do_not_count(wan):
@@ -142,7 +151,7 @@ def test_a_network_without_tokens_is_refused():
     tiny = TINY["AnimateDiff"]
     family = family_of(tiny.build(), tiny.network)
     conditions = tiny_conditions(family, ["a ball"], tiny.size)
-    with pytest.raises(UserError, match="no blocks with a token"):
+    with pytest.raises(UserError, match="no blocks with one token"):
         train_latent_reward(family, clips(family, 1, tiny.size), conditions, torch.ones(1, 1, *GRID), draws=1, steps=1)
 
 

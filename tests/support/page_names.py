@@ -23,6 +23,7 @@ _SHORTER = {
     "RewardConfig(), seed": "RewardConfig(video_steps=1, patch_steps=1, pretrained=False), seed",
     "RewardModelConfig(data.video_dimensions)": "RewardModelConfig(data.video_dimensions, pretrained=False)",
     "gran_dpo(...": "gran_dpo(*arguments",
+    "clips_per_pass=4)": "clips_per_pass=4, steps=2)",
     '"budget": 2.0}': '"budget": 2.0, "base_url": server.url}',
 }
 
@@ -123,6 +124,15 @@ def _reward_files() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _latents() -> dict[str, Any]:
+    pipeline, prompts = tiny_wan(), ["a cat", "a dog"]
+    return {
+        "pipeline": pipeline, "prompts": prompts, "latents": torch.randn(2, 4, 3, 4, 4),
+        "noisy": torch.randn(2, 4, 3, 4, 4), "t": torch.tensor([0.2, 0.8]),
+        "patch_scores": torch.rand(2, 1, 3, 4, 4) * 4 + 1,
+    }  # fmt: skip
+
+
 def _pipeline() -> dict[str, Any]:
     pipeline = tiny_wan()
     return {"pipeline": pipeline, "pairs": make_pairs(family_of(pipeline))}
@@ -141,7 +151,7 @@ _NAMES: dict[str, dict[str, Any]] = {
         'batch[f"chosen_': _trl, "gran_dpo_coefficients": _samples, "all_reduce": _processes,
         "": lambda: {"arguments": _arguments()},
     },
-    "docs/rewards.md": {"": _reward_files},
+    "docs/rewards.md": {"train_latent_reward": _latents, "": _reward_files},
     "docs/teachers.md": {"label_clips": _clip},
     "docs/training.md": {"": _pipeline},
 }  # fmt: skip
