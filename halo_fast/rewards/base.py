@@ -33,8 +33,7 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, which keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
-        motion_weight: weight of the preferences, in dynamic_degree, for a clip over a frozen copy of it and, where its
-            prompt names a direction, over itself backwards.
+        motion_weight: weight of the preference for a clip over a frozen copy of it, in dynamic_degree.
         mirror: "horizontal" mirrors clips with their labels and exchanges left and right in their prompts. "both" also
             turns them upside down, which is false where things fall or stand on ground. "none" leaves them alone.
         loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).
@@ -152,8 +151,8 @@ class Backbone(Protocol):
     Training calls, once: frozen_features of all clips, fit_closed_form. Then in each step: encode, logits,
     video_logits_for. Scoring calls frozen_features, encode, logits.
 
-    A backbone whose frozen features are each of one frame, in order, may say so by `features_by_frame = True`. Those of
-    a frozen or reversed copy of a clip are then its own in that order; otherwise they are computed anew in each step.
+    A backbone whose frozen features are each of one frame may say so by `features_by_frame = True`. Those of a frozen
+    copy of a clip are then the clip's own at that moment; otherwise they are computed anew in each step.
 
     A backbone with `save_pretrained(folder)` keeps files of its own beside the weights; RewardModel.load then gives
     that folder as `config.backbone`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halo_fast.rewards.base import RewardConfig
-from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips, names_direction
+from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips
 from halo_fast.rewards.losses import preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel
 from halo_fast.rewards.shares import Share
 
-__all__ = ["Batch", "backwards_loss", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss"]
+__all__ = ["Batch", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss"]
 
 _LEAST_SCALE = 1e-3  # labels that hardly differ are not blown up
 _MOTION_DIMENSION = "dynamic_degree"
-_COPY_SHARE = 0.25  # of a batch that is compared with copies of its clips
+_COPY_SHARE = 0.25  # of a batch that is compared with frozen copies
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ def loss_terms(
     patch_phase: bool,
     config: RewardConfig,
 ) -> dict[str, Tensor]:
-    """The loss terms of a whole batch, 0-d each: video, swap, motion, order and, in the patch phase, patch.
-
-    Where no prompt of the batch's first quarter names a direction there is no term of order.
+    """The loss terms of a whole batch, 0-d each: video, swap, motion and, in the patch phase, patch.
 
     Args:
         model: in training mode.
@@ -90,10 +87,7 @@ def loss_terms(
         losses["swap"] = swap_loss(share.join(logits[:, :1] - logits[:, 1:]), labels, others[:, 1:], column)
     if _MOTION_DIMENSION in dimensions and config.motion_weight:
         column = dimensions.index(_MOTION_DIMENSION)
-        own = video[: math.ceil(_COPY_SHARE * len(labels)), column]
-        losses["motion"] = frozen_copy_loss(model, batch, own, column)
-        if any(map(names_direction, labels.prompts[: len(own)])):
-            losses["order"] = backwards_loss(model, batch, own, column)
+        losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(labels)), column], column)
     if patch_phase:
         losses["patch"] = _label_loss(patches, labels.patch_scores, scales[1], config)
     return losses
@@ -136,46 +130,22 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
         own: [M], their logits.
         column: of dynamic_degree among the video scores.
     """
-    moment = torch.rand(()).item()
+    share, moment = batch.share.of_first(len(own)), torch.rand(()).item()
+    count = len(share.rows)
+    clips = batch.clips.select(torch.arange(count))
 
     def freeze(frames: Tensor, axis: int) -> Tensor:
         chosen = frames.select(axis, round(moment * (frames.shape[axis] - 1)))
         return chosen.unsqueeze(axis).expand_as(frames).contiguous()
 
-    return _copy_loss(model, batch, own, column, freeze, torch.ones_like(own))
-
-
-def backwards_loss(model: RewardModel, batch: Batch, own: Tensor, column: int) -> Tensor:
-    """Bradley-Terry: a clip beats itself backwards where its prompt names a direction of motion.
-
-    It is weighted by how dynamic it was judged.
-
-    Args:
-        model: in training mode.
-        batch: this process's share; the first len(own) clips of the whole batch are compared.
-        own: [M], their logits.
-        column: of dynamic_degree among the video scores.
-    """
-    directed = [float(names_direction(prompt)) for prompt in batch.labels.prompts[: len(own)]]
-    return _copy_loss(model, batch, own, column, lambda frames, axis: frames.flip(axis), own.new_tensor(directed))
-
-
-def _copy_loss(
-    model: RewardModel, batch: Batch, own: Tensor, column: int, change: Callable[[Tensor, int], Tensor], counts: Tensor
-) -> Tensor:
-    """Bradley-Terry of clips over copies of them; `change` gives a copy's frames, which lie along an axis."""
-    share = batch.share.of_first(len(own))
-    count = len(share.rows)
-    clips = batch.clips.select(torch.arange(count))
-    copies = change(clips.videos, 1)
-    frozen = None
+    stills, frozen = freeze(clips.videos, 1), None
     if batch.frozen is not None:
         by_frame = getattr(model.backbone, "features_by_frame", False)
-        frozen = change(batch.frozen[:count], 2) if by_frame else model.backbone.frozen_features(copies)
+        frozen = freeze(batch.frozen[:count], 2) if by_frame else model.backbone.frozen_features(stills)
     evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
     with share.dropout():
-        features = model.backbone.encode(copies, frozen, evidence)
+        features = model.backbone.encode(stills, frozen, evidence)
         logits = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
-    margin, differs = own - share.join(logits), share.join((copies != clips.videos).flatten(1).any(dim=1).float())
-    weight = ((batch.labels.video_scores[: len(own), column] - 1) / 4).nan_to_num(0) * differs * counts
+    margin, moves = own - share.join(logits), share.join((stills != clips.videos).flatten(1).any(dim=1).float())
+    weight = ((batch.labels.video_scores[: len(own), column] - 1) / 4).nan_to_num(0) * moves
     return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)

@@ -279,7 +279,6 @@ def _take_step(
         "video": video_weight,
         "swap": config.swap_weight * video_weight,
         "motion": config.motion_weight * video_weight,
-        "order": config.motion_weight * video_weight,
         "patch": config.patch_weight,
     }
     loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
