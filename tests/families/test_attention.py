@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny import TINY, tiny_conditions
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -117,8 +118,10 @@ def test_only_processors_of_that_type_are_replaced():
     assert isinstance(other.processor, attention.JointAttention) and other.processor._attention_backend == "native"
 
 
-def test_a_backend_of_diffusers_can_be_chosen():
+def test_a_backend_of_diffusers_can_be_chosen(monkeypatch):
     family = family_of(TINY["Mochi"].build())
+    # it is also the backend of every processor without one of its own
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     family.transformer.set_attention_backend("_native_math")
     backends = {
         module.processor._attention_backend for module in family.transformer.modules() if hasattr(module, "processor")

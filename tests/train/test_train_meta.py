@@ -50,7 +50,8 @@ def job_on_meta(pipeline, network, size, **settings):
     config = dataclasses.replace(CONFIG, **{"train_batch_size": 2, "auto_beta": 0.3} | settings)
     with prepared_job(family, pairs_of(family, size), config) as job:
         model = job.model
-        home = {name: value.clone() for name, value in model.state_dict().items()}
+        # some buffers are no part of the state
+        home = [value.detach().clone() for value in (*model.parameters(), *model.buffers())]
         try:
             model.to(META)
             if job.auto_beta is not None:
@@ -61,7 +62,9 @@ def job_on_meta(pipeline, network, size, **settings):
             yield dataclasses.replace(job, parameters=parameters, optimizer=optimizer, accelerator=accelerator)
         finally:
             model.to_empty(device="cpu")
-            model.load_state_dict(home)
+            with torch.no_grad():
+                for value, kept in zip((*model.parameters(), *model.buffers()), home, strict=True):
+                    value.copy_(kept)
 
 
 def step(job):
