@@ -43,7 +43,7 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
         else:
             model.to(device)
         if config.attention_backend:
-            _set_attention(model, config.attention_backend)
+            moved.enter_context(_attention(model, config.attention_backend))
         if config.gradient_checkpointing != "none":
             _require_method(model, "enable_gradient_checkpointing", "gradient_checkpointing", "none")
             if not getattr(model, "_supports_gradient_checkpointing", True):
@@ -64,8 +64,6 @@ def prepared_model(model: Any, config: TrainConfig, device: torch.device) -> Ite
             module._compiled_call_impl = implementation
         if getattr(model, "is_gradient_checkpointing", False):
             model.disable_gradient_checkpointing()
-        if config.attention_backend and hasattr(model, "reset_attention_backend"):
-            model.reset_attention_backend()
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:
@@ -90,15 +88,31 @@ def _require_method(model: Any, method: str, setting: str, off: str) -> None:
         )
 
 
-def _set_attention(model: Any, backend: str) -> None:
+@contextmanager
+def _attention(model: Any, backend: str) -> Iterator[None]:
+    """Let the network attend by a backend inside the block.
+
+    diffusers makes it the backend of all networks that have none of their own; that is put back too.
+    """
     _require_method(model, "set_attention_backend", "attention_backend", "null")
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    processors: list[Any] = [getattr(module, "processor", None) for module in model.modules()]
+    before = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
+    active = Registry.get_active_backend()[0]
     try:
-        model.set_attention_backend(backend)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"train.attention_backend: {backend} cannot be used here ({first_line(error)}); set null for torch's own "
-            "attention"
-        ) from error
+        try:
+            model.set_attention_backend(backend)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"train.attention_backend: {backend} cannot be used here ({first_line(error)}); set null for torch's "
+                "own attention"
+            ) from error
+        yield
+    finally:
+        for processor, own in before:
+            processor._attention_backend = own
+        Registry.set_active_backend(active)
 
 
 def compile_blocks(model: Any) -> None:

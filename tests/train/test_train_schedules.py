@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from tiny import tiny_wan
 from torch import nn
 from traffic import Traffic
@@ -375,6 +376,22 @@ def test_attention_backends(pipeline, pairs):
     for name in ("flash", "nonsense"):
         with pytest.raises(UserError, match=f"attention_backend: {name} cannot be used here .*; set null"):
             fit(pipeline, pairs, dataclasses.replace(CONFIG, attention_backend=name), progress=quiet)
+
+
+def test_training_leaves_no_attention_backend_behind(pairs):
+    """diffusers' own default, which all networks share, and what the user's network had."""
+    pipeline = tiny_wan()
+    processor = pipeline.transformer.blocks[0].attn1.processor
+    processor._attention_backend = AttentionBackendName.NATIVE
+    before = _AttentionBackendRegistry.get_active_backend()
+    fit(
+        pipeline,
+        pairs,
+        dataclasses.replace(CONFIG, attention_backend="_native_math", max_train_steps=1),
+        progress=quiet,
+    )
+    assert _AttentionBackendRegistry.get_active_backend() == before
+    assert processor._attention_backend == AttentionBackendName.NATIVE
 
 
 def test_models_outside_diffusers_are_refused_what_they_lack():
