@@ -126,6 +126,7 @@ def _text_to_video() -> Any:
             grid = [size // side for size, side in zip(hidden_states.shape[2:], patch, strict=True)]
             angles = self.rope(hidden_states)
             time = self.time_embed(timestep)
+            video = self.x_embedder(hidden_states)
 
             words = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
             glyphs = self.context_embedder_2(second)
@@ -139,7 +140,6 @@ def _text_to_video() -> Any:
             prompt = prompt.take_along_dim(order[..., None], dim=1)
             seen = seen.take_along_dim(order, dim=1)
 
-            video = self.x_embedder(hidden_states)
             checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
             for block in self.transformer_blocks:
                 run = partial(self._gradient_checkpointing_func, block) if checkpointed else block

@@ -309,13 +309,18 @@ def cheapest(options: Sequence[Option], device: Device) -> Option | None:
 
 
 def _depths(network: Any) -> list[dict[str, int]]:
-    """The numbers of blocks that are tried: two of each kind, then one more of each kind in turn."""
+    """The numbers of blocks that are tried, then one more of each kind in turn.
+
+    Of a single kind there are three at first: the last block may keep less than those before, whose outputs are all
+    used, and the first one ends the backward pass.
+    """
     config = getattr(network, "config", {})
     names = [name for name in _DEPTHS if isinstance(config.get(name), int) and config[name] > 3]
     if not names or not hasattr(network, "from_config"):
         return [{}]
-    base = dict.fromkeys(names, 2)
-    return [base, *(base | {name: 3} for name in names)]
+    few = 3 if len(names) == 1 and config[names[0]] > 4 else 2
+    base = dict.fromkeys(names, few)
+    return [base, *(base | {name: few + 1} for name in names)]
 
 
 def _extrapolated(
