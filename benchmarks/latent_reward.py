@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run of the demo")
     parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts that are measured")
     parser.add_argument("--draws", type=int, default=8, help="noise and times of each candidate")
-    parser.add_argument("--steps", type=int, default=3000, help="of the training")
+    parser.add_argument("--steps", type=int, default=2000, help="of the training")
     parser.add_argument("--begun", type=int, default=4, help="clips of a prompt of which one is chosen")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -165,7 +165,6 @@ def measure(row: Row) -> tuple[int, int]:
     conditions = family.encode_prompts(["a red ball rolls left over the grass"])[0]
     with torch.profiler.profile(profile_memory=True) as setup:
         family.pipeline.transformer = as_loaded(larger(row.model), row.weights)
-        family.adapt(family.transformer)
         shape = family.latent_shape(*size)
         count = config.train_batch_size * config.gradient_accumulation_steps
         pairs = [Pair(torch.randn(2, *shape), conditions, torch.rand(2, *GRID), torch.rand(2)) for _ in range(count)]

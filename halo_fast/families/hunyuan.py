@@ -115,6 +115,7 @@ def _text_to_video() -> Any:
             return_dict: bool = True,
             **others: Any,
         ) -> Any:
+            """The arguments and outputs of diffusers' forward; what comes by place beyond these is for that one."""
             second, second_mask = encoder_hidden_states_2, encoder_attention_mask_2
             if image_embeds is not None or args or others or second is None or second_mask is None:
                 return super().forward(

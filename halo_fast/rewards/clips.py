@@ -11,10 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    *("MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "names_direction"),
-    "split_heldout",
-]
+__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "split_heldout"]
 
 PROMPT_DIMENSION = "text_alignment"
 """The video dimension that says how well a clip shows its prompt."""
@@ -91,13 +88,6 @@ def heldout_prompts(prompts: Iterable[str], share: float, seed: int) -> set[str]
     return {distinct[index] for index in order[: round(share * len(distinct))]}
 
 
-# of a motion: "on the left", "left of", "the right hand" and "close-up" name none
-_DIRECTIONS = re.compile(
-    r"(?:(?<!\bthe )(?<!\bclose[ -])\b|\b(?:to|towards?) the )(left|right|up|down)(?:wards?)?\b"
-    r"(?! (?:of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw)s?\b)"
-)
-
-
 class Mirror(NamedTuple):
     """A mirror of clips.
 
@@ -114,12 +104,6 @@ MIRRORS = {
     "horizontal": Mirror(-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
     "vertical": Mirror(-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
 }
-
-
-def names_direction(prompt: str) -> bool:
-    """Whether a prompt names a direction of motion, and not its opposite, so that its clip backwards shows another."""
-    found = set(_DIRECTIONS.findall(prompt.lower()))
-    return bool(found) and not ({"left", "right"} <= found or {"up", "down"} <= found)
 
 
 def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:

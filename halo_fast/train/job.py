@@ -187,6 +187,8 @@ def prepared_job(
     """
     family = family_of(pipeline, config.network)
     check_network(family.transformer)
+    # the pipeline may have got another network since the family was made
+    family.adapt(family.transformer)
     buckets = check_pairs(family, pairs)
     if config.noise == "own" and isinstance(pairs, list | tuple):
         tell_noise([pair.seeds is not None for pair in pairs])

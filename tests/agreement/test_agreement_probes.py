@@ -11,14 +11,13 @@ from moving_shapes import GRID, SHAPES, draw_clip, make_clips, write_candidates
 from torch import nn
 
 from halo_fast.agreement.baselines import frame_statistics, patch_statistics
-from halo_fast.agreement.probes import probe_all
+from halo_fast.agreement.probes import names_direction, probe_all
 from halo_fast.files import hash_file
 from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import RewardModelConfig, Rewards
-from halo_fast.rewards.clips import names_direction
 from halo_fast.teachers import Label, LabelStore, label_key
 
 CLIPS = make_clips(24, seed=9)

@@ -102,9 +102,10 @@ def test_the_compiler_takes_a_block_as_one_graph(name):
     family = family_of(pipeline, tiny.network)
     noisy = torch.randn(1, *family.latent_shape(*tiny.size))
     conditions = family.stack(tiny_conditions(family, ["a cube jumps"], tiny.size))
+    wanted = family.predict(family.transformer, noisy, torch.tensor([0.5]), conditions)
     for block in repeated_blocks(family.transformer):
         block.compile(fullgraph=True, backend="eager")
-    family.predict(family.transformer, noisy, torch.tensor([0.5]), conditions)
+    torch.testing.assert_close(family.predict(family.transformer, noisy, torch.tensor([0.5]), conditions), wanted)
 
 
 def test_only_processors_of_that_type_are_replaced():
