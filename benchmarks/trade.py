@@ -97,20 +97,28 @@ def main() -> None:
     rows = {}
     for name in arguments.only:
         for seed in arguments.seeds:
-            rows[name, seed] = _readings(name, seed, base, arguments.folder)
+            rows[name, seed] = read_training(name, SETTINGS[name], seed, base, arguments.folder)
             print(_line([rows[name, seed]], f"{name}, seed {seed}"), flush=True)
     print(
         "\n".join([*_HEAD, *(_line([rows[name, seed] for seed in arguments.seeds], name) for name in arguments.only)])
     )
 
 
-def _readings(name: str, seed: int, base: Config, folder: Path) -> list[dict[str, float]]:
-    """A dict for each reading of a training, in order; those of an earlier call are kept."""
+def read_training(name: str, setting: Setting, seed: int, base: Config, folder: Path) -> list[dict[str, float]]:
+    """A dict for each reading of a training, in order; those of an earlier call are kept.
+
+    Args:
+        name: of the setting; its folder bears it.
+        setting: what differs from the base.
+        seed: of candidates and training.
+        base: the recipe, with a trained reward model.
+        folder: of the benchmark.
+    """
     place = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
     known = read_json(place / "readings.json")
     if known:
         return list(known["readings"])
-    setting, prepared = SETTINGS[name], folder / f"prepared_{seed}"
+    prepared = folder / f"prepared_{seed}"
     run_stages(Run(replace(base, output_dir=str(prepared), seed=seed)), _PAIRS)
     if not place.exists():
         shutil.copytree(prepared, place)
