@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
 from benchmarks.candidates import BACKWARD

@@ -1,13 +1,18 @@
-"""Does the idea hold? Six ways to align a model and the model itself: equal pairs, equal steps, several seeds.
+"""Does the idea hold? Ways to align a model, on equal pairs, with equal steps and equal tuning, by several seeds.
 
 Every arm is the same trainer with another objective. Pairs and rewards come out of the run itself: candidates of the
-base, labels of the teacher, scores of the trained reward model.
+base, labels of the teacher, scores of the trained reward model. Each arm chooses among as many settings as the others,
+on training prompts of the first model; all models are then aligned with what was chosen.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,34 +23,36 @@ from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data import CachedPairs
-from halo_fast.data.prompts import prompt_source
+from halo_fast.data.prompts import prompt_source, read_prompts
+from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
 from halo_fast.files import progress, read_json, replacing, write_json, write_parquet
 from halo_fast.pipeline.arguments import load_config
-from halo_fast.pipeline.compare_tables import arm_slug, build_section, read_arm, render
+from halo_fast.pipeline.compare_arms import ARMS, BASE, BEST, Arm, Choice, arm_training
+from halo_fast.pipeline.compare_tables import (
+    Section,
+    Tuned,
+    arm_slug,
+    build_section,
+    read_measured,
+    render,
+    tuning_score,
+)
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
+from halo_fast.pipeline.stages.train import trained_results
 from halo_fast.settings import validate_arguments
 from halo_fast.train import fit
-from halo_fast.train.config import deciding_settings
+from halo_fast.train.config import TrainConfig, deciding_settings
 
-__all__ = ["ARMS", "Comparison", "compare"]
+__all__ = ["Comparison", "compare"]
 
-# what each arm changes in the recipe's objective; None trains nothing
-ARMS: dict[str, dict[str, Any] | None] = {
-    "base": None,
-    "SFT, winning clips": {"video_weight": 0.0, "patch_weight": 0.0, "sft_weight": 1.0, "patch_sft_weight": 0.0},
-    "SFT, winning patches": {"video_weight": 0.0, "patch_weight": 0.0, "patch_sft_weight": 1.0},
-    "video DPO": {"video_weight": 1.0, "patch_weight": 0.0, "patch_sft_weight": 0.0},
-    "patch DPO": {"video_weight": 0.0, "patch_weight": 1.0, "patch_sft_weight": 0.0},
-    "HALO": {"preset": "halo"},
-    "HALO + patch SFT": {"preset": "halo_sft"},
-}
-BASE, BEST = "base", "HALO + patch SFT"
 _PREPARATION = ("generate", "annotate", "reward", "score", "pairs", "cache")
+_ROUND = ("generate", "reward", "score", "pairs", "cache", "train")
+_TUNING_PROMPTS = 64  # the last of the training prompts, of which candidates took the first
 _CANDIDATE = -1  # no candidate of a training prompt has this number, so evaluation noise was never trained on
 
 
@@ -70,6 +77,9 @@ class Comparison(Protocol):
     def note(self) -> str:
         """A sentence on this very model."""
 
+    def flawless_motion(self, mitigated: float) -> float | None:
+        """What its meter would read as the motion ratio of a flawless removal of this share; None if unknown."""
+
 
 def compare(
     output_dir: str = "runs/compare",
@@ -79,8 +89,11 @@ def compare(
     max_train_steps: Annotated[int, Ge(1)] | None = None,
     bootstrap: Annotated[int, Ge(1)] = 2000,
     table: str | None = None,
+    num_workers: Annotated[int, Ge(1)] = 1,
 ) -> None:
     """Align models by every arm and write the table of results; a killed comparison continues.
+
+    Settings of all arms are chosen with the first model.
 
     Args:
         output_dir: one run directory for each model goes here.
@@ -90,6 +103,7 @@ def compare(
         max_train_steps: optimiser steps of every arm; null for the recipe's.
         bootstrap: resamples of seeds and prompts behind each interval.
         table: Markdown file that the results go to; without it output_dir/results.md.
+        num_workers: trainings at a time, each in a process with its share of the cores.
 
     Raises:
         UserError: an argument out of its bounds, or an unknown comparison.
@@ -97,7 +111,8 @@ def compare(
     validate_arguments(compare, locals())
     names = regimes or tuple(registry.known("comparison"))
     comparisons: list[Comparison] = [_comparison(name) for name in names]
-    sections = []
+    sections: list[Section] = []
+    tuned: list[Tuned] = []
     for name, comparison in zip(names, comparisons, strict=True):
         changes = {"output_dir": f"{output_dir}/{name}", "evaluate.num_prompts": num_prompts}
         if max_train_steps is not None:
@@ -106,12 +121,14 @@ def compare(
         run = Run(config)
         for stage in _PREPARATION:
             registry.load(STAGES[stage].target)(config, run)
-        _measure_arms(config, run, num_seeds)
-        arms = {arm: read_arm(run.path / "arms", arm) for arm in ARMS}
+        tuned = tuned or _choose_settings(config, run, num_workers)
+        _measure_arms(config, run, num_seeds, tuned, num_workers)
+        files = {arm: sorted((run.path / "arms").glob(f"{arm_slug(arm)}_[0-9]*.parquet")) for arm in (BASE, *ARMS)}
+        arms = {arm: read_measured(found) for arm, found in files.items()}
         clean = float((read_json(run.path / "arms" / "clean.json") or {})["severity"])
-        sections.append(build_section(name, arms, clean, BASE, BEST, bootstrap))
+        sections.append(build_section(name, arms, clean, BASE, BEST, bootstrap, comparison.flawless_motion))
     introduction = _introduction(comparisons, config, names, num_seeds, output_dir)
-    text = render(introduction, sections, [comparison.note() for comparison in comparisons])
+    text = render(introduction, sections, [comparison.note() for comparison in comparisons], tuned)
     page = Path(table or f"{output_dir}/results.md")
     # what follows a mark is another command's
     others = page.read_text().partition("\n<!-- ") if page.exists() else ("", "", "")
@@ -123,7 +140,7 @@ def compare(
 def _comparison(name: str) -> Comparison:
     found = registry.resolve("comparison", name, "regimes")
     comparison: Comparison = registry.require(
-        found, ("recipe", "changes", "measures", "preface", "note"), name, "regimes"
+        found, ("recipe", "changes", "measures", "preface", "note", "flawless_motion"), name, "regimes"
     )
     return comparison
 
@@ -145,6 +162,12 @@ def _introduction(
         f"{training.reference_draws} draws of noise and time a pair. Intervals are 95%, bootstrapped over seeds and "
         f"prompts; with only {num_seeds} seeds to draw from they are narrower than they should be.",
         "",
+        f"Every arm was tuned alike: {_counted(ARMS)} settings each, trained once on the pairs of {names[0]}. That "
+        f"one was chosen whose share mitigated and fidelity add up to most on {_TUNING_PROMPTS} training prompts, and "
+        "it holds in all tables. A step costs every arm the same: winners and losers, forward and backward. Before "
+        "training, the reference passes over the pairs once for each draw. Rewards are the trained reward model's, "
+        "not the meter's. In a second round the aligned model makes new candidates, and the reward model stays.",
+        "",
         "*Mitigated* is the share of the base's mean severity that is gone, less the meter's reading on clean clips. "
         f"{measures}All figures but the motion ratio are percentages.",
     ]
@@ -153,48 +176,149 @@ def _introduction(
     return lines
 
 
-def _measure_arms(config: Config, run: Run, num_seeds: int) -> None:
-    """Write arms/<arm>_<seed>.parquet for each training, with a row a prompt; keep what is there."""
-    import pyarrow
+@dataclass(frozen=True)
+class _Job:
+    """One training and its measurement, or the measurement of the base where there is no training."""
 
-    name = config.pretrained_model_name_or_path
-    inputs = {
-        "pairs": run.require("pairs"),
-        "cache": run.require("cache"),
-        "evaluation_prompts": prompt_source(config.evaluation_prompts),
-        "pretrained_model_name_or_path": source(name),
+    file: Path
+    training: TrainConfig | None
+    rounds: int
+    prompts: Sequence[str]
+
+
+def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
+    """What each arm chose, by its clips of training prompts; written to tuning/chosen.json."""
+    arms = {name: arm for name, arm in ARMS.items() if arm.choices}
+    prompts = read_prompts(config.prompts, None, config.seed)[-_TUNING_PROMPTS:]
+    settings = _settings(config) | {"choices": {name: list(arm.choices) for name, arm in arms.items()}}
+    with run.stage("tuning", settings, _inputs(config, run) | {"tuning_prompts": "\n".join(prompts)}) as stage:
+        if not stage.done:
+            jobs = {(BASE, 0): _Job(stage.folder / f"{BASE}.parquet", None, 1, prompts)}
+            for name, arm in arms.items():
+                for number, choice in enumerate(arm.choices):
+                    training = arm_training(arm, config.train, choice, config.seed)
+                    file = stage.folder / f"{arm_slug(name)}_{number}.parquet"
+                    jobs[name, number] = _Job(file, training, 1, prompts)
+            _run_jobs(list(jobs.values()), config, run, num_workers, "compare: settings")
+            clean = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent).clean
+            read = {key: read_measured([job.file]) for key, job in jobs.items()}
+            tuned = []
+            for name, arm in arms.items():
+                scores = [tuning_score(read[name, number], read[BASE, 0], clean) for number in range(len(arm.choices))]
+                best = max(range(len(scores)), key=scores.__getitem__)
+                tuned.append(Tuned(name, dict(arm.choices[best]), scores))
+            write_json(stage.folder / "chosen.json", {"arms": [asdict(one) for one in tuned]})
+            stage.finish({"trainings": len(jobs) - 1})
+    return [Tuned(**one) for one in (read_json(run.path / "tuning" / "chosen.json") or {})["arms"]]
+
+
+def _counted(arms: Mapping[str, Arm]) -> str:
+    return " or ".join(map(str, sorted({len(arm.choices) for arm in arms.values() if arm.choices})))
+
+
+def _measure_arms(config: Config, run: Run, num_seeds: int, tuned: Sequence[Tuned], num_workers: int) -> None:
+    """Write arms/<arm>_<seed>.parquet for each training, with a row a prompt; keep what is there."""
+    choices: dict[str, Choice] = {one.arm: one.choice for one in tuned}
+    prompts = evaluation_prompts(config)
+    trainings = {
+        (name, seed): arm_training(arm, config.train, choices[arm.chosen_as or name], seed)
+        for name, arm in ARMS.items()
+        for seed in range(num_seeds)
     }
-    objectives = {arm: _objective(config, changes) for arm, changes in ARMS.items() if changes is not None}
-    settings: dict[str, Any] = {"arms": objectives, "num_seeds": num_seeds, "seed": config.seed}
-    settings |= {section: asdict(getattr(config, section)) for section in ("evaluate", "generate")}
-    settings["train"] = deciding_settings(config.train, started=False)
+    settings = _settings(config) | {
+        "arms": {name: deciding_settings(trainings[name, 0], started=False) for name in ARMS},
+        "rounds": {name: arm.rounds for name, arm in ARMS.items()},
+        "num_seeds": num_seeds,
+    }
+    inputs = _inputs(config, run) | {"evaluation_prompts": prompt_source(config.evaluation_prompts)}
     with run.stage("arms", settings, inputs) as stage:
         if stage.done:
             return
-        jobs = [(arm, seed) for arm in ARMS for seed in range(num_seeds if arm in objectives else 1)]
-        prompts = evaluation_prompts(config)
+        jobs = [_Job(stage.folder / f"{BASE}_0.parquet", None, 1, prompts)]
+        for (name, seed), training in trainings.items():
+            file = stage.folder / f"{arm_slug(name)}_{seed}.parquet"
+            jobs.append(_Job(file, training, ARMS[name].rounds, prompts))
+        _run_jobs(jobs, config, run, num_workers, f"compare {config.pretrained_model_name_or_path}")
         meter = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent)
-        family, pairs = load(name, device="cpu"), CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
-        for arm, seed in progress(jobs, len(jobs), f"compare {name}"):
-            file = stage.folder / f"{arm_slug(arm)}_{seed}.parquet"
-            if file.exists():
-                continue
-            if arm in objectives:
-                training = replace(config.train, objective=objectives[arm], seed=seed)
-                family.load_lora(fit(family, pairs, training, references=run.path / "reference_errors").lora)
-            try:
-                columns = _sample_and_measure(config, prompts, family, meter)
-            finally:
-                if arm in objectives:
-                    family.pipeline.unload_lora_weights()
-            write_parquet(file, pyarrow.table(columns))
         write_json(stage.folder / "clean.json", {"severity": meter.clean})
-        stage.finish({"trainings": len(jobs), "pairs": len(pairs)})
+        stage.finish({"trainings": len(trainings)})
 
 
-def _objective(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
-    given = config.train.objective
-    return {**({"preset": given} if isinstance(given, str) else given), **changes}
+def _settings(config: Config) -> dict[str, Any]:
+    """What every training and every measurement depends on."""
+    settings = {section: asdict(getattr(config, section)) for section in ("evaluate", "generate")}
+    return settings | {"train": deciding_settings(config.train, started=False), "seed": config.seed}
+
+
+def _inputs(config: Config, run: Run) -> dict[str, Path | str]:
+    return {
+        "pairs": run.require("pairs"),
+        "cache": run.require("cache"),
+        "pretrained_model_name_or_path": source(config.pretrained_model_name_or_path),
+    }
+
+
+def _run_jobs(jobs: Sequence[_Job], config: Config, run: Run, num_workers: int, label: str) -> None:
+    """Do what has no file yet, some at a time in processes of their own."""
+    todo = [job for job in jobs if not job.file.exists()]
+    if num_workers == 1:
+        for job in progress(todo, len(todo), label):
+            _run_job(job, config, run)
+        return
+    threads = max(1, torch.get_num_threads() // num_workers)
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        waiting = [pool.submit(_run_job, job, config, run) for job in todo]
+        try:
+            for done in progress(as_completed(waiting), len(waiting), label):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run_job(job: _Job, config: Config, run: Run) -> None:
+    import pyarrow
+
+    family = _loaded(config.pretrained_model_name_or_path)
+    meter = evaluation_meter(config, job.prompts, run.require("reward/model.safetensors").parent)
+    try:
+        if job.training is not None and job.rounds == 1:
+            pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
+            family.load_lora(fit(family, pairs, job.training, references=run.path / "reference_errors").lora)
+        elif job.training is not None:
+            load_all_trained(family, _train_rounds(job, job.training, config, run))
+        columns = _sample_and_measure(config, job.prompts, family, meter)
+    finally:
+        if job.training is not None:
+            family.pipeline.unload_lora_weights()
+    write_parquet(job.file, pyarrow.table(columns))
+
+
+@cache
+def _loaded(name: str) -> Family:
+    """The model, once for each process."""
+    return load(name, device="cpu")
+
+
+def _train_rounds(job: _Job, training: TrainConfig, config: Config, run: Run) -> list[Path]:
+    """Train, make new candidates with what was trained, and train on; the folders of what each round trained.
+
+    The reward model stays. The rounds are in a run directory of their own, which is left out of the results.
+    """
+    place = run.path / "rounds" / job.file.stem
+    if not (place / "generate").exists():
+        copied = place.with_name(f"{place.name}.part")
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(run.path / "generate", copied / "generate")
+        copied.rename(place)
+    own = replace(
+        config, output_dir=str(place), rounds=job.rounds, reward_model=str(run.path / "reward"),
+        train=replace(training, heldout_share=0.0, diagnostics_steps=0),
+    )  # fmt: skip
+    for number in range(1, job.rounds + 1):
+        for stage in _ROUND:
+            registry.load(STAGES[stage].target)(Run(own, number=number).config, Run(own, number=number))
+    return list(trained_results(own, Run(own, number=job.rounds)).values())
 
 
 def _sample_and_measure(config: Config, prompts: Sequence[str], family: Family, meter: Meter) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from halo_fast.agreement.arms import severity_mitigated
 from halo_fast.files import read_table
+from halo_fast.pipeline.compare_arms import told_choice
 
-__all__ = ["Row", "Section", "arm_slug", "build_section", "read_arm", "render"]
+__all__ = ["Row", "Section", "Tuned", "arm_slug", "build_section", "read_measured", "render", "tuning_score"]
 
 Interval = tuple[float, float, float]
 """A figure and the ends of its 95% interval."""
-Arms = Mapping[str, Mapping[str, NDArray[np.float64]]]
-"""For each arm everything measured, by name: [seeds, prompts]."""
+Measured = Mapping[str, NDArray[np.float64]]
+"""Everything measured of an arm, by name: [seeds, prompts]."""
+Arms = Mapping[str, Measured]
 Statistic = Callable[[str, NDArray[np.int64], NDArray[np.int64]], float]
 """A figure of an arm over these seeds and prompts."""
 _INTERVAL = (0.025, 0.975)
@@ -41,11 +43,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """All arms of one model; `best` is the arm that the others are compared with."""
+    """All arms of one model.
+
+    Args:
+        name: of the model.
+        best: the arm that the others are compared with.
+        rows: of the arms, the base first.
+        flawless: the motion ratio if the same share of defects as in each arm had been removed without a flaw; empty
+            where it is not known.
+    """
 
     name: str
     best: str
     rows: list[Row]
+    flawless: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What an arm chose: the setting, and the scores of all that it could choose from."""
+
+    arm: str
+    choice: dict[str, float | str]
+    scores: list[float]
 
 
 def arm_slug(arm: str) -> str:
@@ -53,13 +73,33 @@ def arm_slug(arm: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in arm.lower())
 
 
-def read_arm(folder: Path, arm: str) -> dict[str, NDArray[np.float64]]:
-    """Everything measured of an arm, by name: [seeds, prompts]."""
-    tables = [read_table(file) for file in sorted(folder.glob(f"{arm_slug(arm)}_[0-9]*.parquet"))]
+def read_measured(files: Sequence[Path]) -> Measured:
+    """Everything measured of an arm, from a file a seed."""
+    tables = [read_table(file) for file in files]
     return {name: np.stack([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
 
 
-def build_section(name: str, arms: Arms, clean: float, base: str, best: str, bootstrap: int) -> Section:
+def tuning_score(measured: Measured, base: Measured, clean: float) -> float:
+    """What a setting is chosen by: the share mitigated and, if it was measured, the share of clips that are faithful.
+
+    Args:
+        measured: of the setting.
+        base: of the model itself, on the same prompts.
+        clean: mean severity that the meter reads on clean clips.
+    """
+    mitigated = severity_mitigated(float(base["severity"].mean()), float(measured["severity"].mean()), clean)
+    return mitigated + (float(measured["fidelity"].mean()) if "fidelity" in measured else 0.0)
+
+
+def build_section(
+    name: str,
+    arms: Arms,
+    clean: float,
+    base: str,
+    best: str,
+    bootstrap: int,
+    flawless: Callable[[float], float | None] = lambda mitigated: None,
+) -> Section:
     """Figures of every arm, with intervals bootstrapped over seeds and prompts.
 
     Args:
@@ -69,6 +109,7 @@ def build_section(name: str, arms: Arms, clean: float, base: str, best: str, boo
         base: the arm that is the model itself.
         best: the arm that the others are compared with.
         bootstrap: resamples.
+        flawless: the motion ratio of a flawless removal of a share of the severity, if that is known.
     """
     statistics = _statistics(arms, clean, base)
     draws = _bootstrap(arms, statistics, base, bootstrap)
@@ -93,7 +134,8 @@ def build_section(name: str, arms: Arms, clean: float, base: str, best: str, boo
             for key in statistics:
                 gap = points[best][key] - points[row.arm][key]
                 row.ahead[key] = (gap, *_quantiles(draws[best][key] - draws[row.arm][key]))
-    return Section(name, best, rows)
+    ratios = {row.arm: flawless(row.statistics["mitigated"][0]) for row in rows}
+    return Section(name, best, rows, {arm: ratio for arm, ratio in ratios.items() if ratio is not None})
 
 
 def _statistics(arms: Arms, clean: float, base: str) -> dict[str, Statistic]:
@@ -137,23 +179,34 @@ def _quantiles(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def render(introduction: Sequence[str], sections: Sequence[Section], notes: Sequence[str]) -> str:
+def render(
+    introduction: Sequence[str], sections: Sequence[Section], notes: Sequence[str], tuned: Sequence[Tuned] = ()
+) -> str:
     """The page in Markdown.
 
     Args:
         introduction: its first lines.
         sections: one for each model.
         notes: a sentence on each model.
+        tuned: what the arms chose.
     """
     lines = list(introduction)
     for section, note in zip(sections, notes, strict=True):
         lines += ["", f"## Base: {section.name}", "", note, "", *_arm_table(section)]
-        ratio = _motion_ratio(section, section.best)
-        if ratio is not None:
-            lines += ["", f"Motion ratio of {section.best}: {ratio:.2f}, where 0.9 to 1.1 was asked."]
         lines += ["", f"{section.best} less each other arm, in points (ahead or behind where the interval excludes 0):"]
         lines += ["", *_difference_table(section)]
+    if tuned:
+        lines += ["", "## What each arm chose", "", *_tuning_table(tuned)]
     return "\n".join(lines) + "\n"
+
+
+def _tuning_table(tuned: Sequence[Tuned]) -> list[str]:
+    """A row for each arm: its setting, and how all that it could choose from scored, in points."""
+    lines = [_line(["arm", "chosen", "score", "scores of all settings"]), "|---|---|---|---|"]
+    for one in tuned:
+        scores = sorted(one.scores, reverse=True)
+        lines.append(_line([one.arm, told_choice(one.choice), _percent(scores[0]), ", ".join(map(_percent, scores))]))
+    return lines
 
 
 def _arm_table(section: Section) -> list[str]:
@@ -161,7 +214,8 @@ def _arm_table(section: Section) -> list[str]:
     means = section.rows[0].means
     verdicts = [name for name in means if name not in _PLAIN]
     head = ["arm", "mitigated", "by seed", *(["fidelity"] if "fidelity" in means else []), *verdicts]
-    head += ["motion ratio"] * (_MOTION in means) + ["defective patches"]
+    flawless = _MOTION in means and set(section.flawless) >= {row.arm for row in section.rows}
+    head += ["motion ratio"] * (_MOTION in means) + ["of a flawless removal"] * flawless + ["defective patches"]
     lines = [_line(head), "|" + "---|" * len(head)]
     for row in section.rows:
         cells = [row.arm, _with_interval(row.statistics["mitigated"]), ", ".join(map(_percent, row.by_seed))]
@@ -169,6 +223,7 @@ def _arm_table(section: Section) -> list[str]:
         cells += [_percent(row.means[name]) for name in verdicts]
         ratio = _motion_ratio(section, row.arm)
         cells += [] if ratio is None else [f"{ratio:.2f}"]
+        cells += [f"{section.flawless[row.arm]:.2f}"] if flawless else []
         lines.append(_line([*cells, _percent(row.means["defective"])]))
     return lines
 

@@ -1,19 +1,30 @@
 """The comparison of methods: its arms, its figures, and what a registered model says of itself."""
 
 import re
+from typing import ClassVar
 
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from recipe import demo_config
 
 from halo_fast import registry
+from halo_fast.demo.notes import calibration
 from halo_fast.errors import UserError
 from halo_fast.files import write_parquet
 from halo_fast.loss.objectives import PRESETS, build
 from halo_fast.pipeline import compare
 from halo_fast.pipeline.cli import main
-from halo_fast.pipeline.compare_tables import arm_slug, build_section, read_arm, render
+from halo_fast.pipeline.compare_arms import ARMS, BEST, Arm, arm_training, told_choice
+from halo_fast.pipeline.compare_tables import (
+    Tuned,
+    arm_slug,
+    build_section,
+    read_measured,
+    render,
+    tuning_score,
+)
 
 RNG = np.random.default_rng(0)
 NAMES = ("severity", "defective", "fidelity", "digit", "motion_amount")
@@ -68,38 +79,82 @@ def test_page_has_a_row_for_every_arm_and_columns_for_what_was_measured():
     assert "| arm | mitigated | by seed | defective patches |" in page and "Motion ratio" not in page
 
 
+def test_page_judges_motion_by_a_flawless_removal_of_the_same_share_and_lists_what_was_tuned():
+    section = build_section("model", arms(), 0.0, "base", "none", 20, lambda mitigated: 1 + mitigated / 2)
+    tuned = [Tuned("half", {"learning_rate": 0.5, "lr_scheduler": "cosine"}, [0.25, 1.5, 1.0])]
+    page = render([], [section], ["A note."], tuned)
+    assert "| motion ratio | of a flawless removal | defective patches |" in page
+    assert "| half | 50 [50, 50] | 50, 50, 50 | 25 [25, 25] | 25 | 1.00 | 1.25 | 25 |" in page
+    assert "| half | learning_rate x 0.5, lr_scheduler cosine | 150 | 150, 100, 25 |" in page
+
+
 def test_arms_are_read_with_all_their_seeds(tmp_path):
-    for seed in (0, 1):
-        write_parquet(tmp_path / f"{arm_slug('HALO + x')}_{seed}.parquet", pyarrow.table({"severity": [seed, 0.5]}))
-    assert read_arm(tmp_path, "HALO + x")["severity"].tolist() == [[0, 0.5], [1, 0.5]]
+    files = [tmp_path / f"{arm_slug('HALO + x')}_{seed}.parquet" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        write_parquet(file, pyarrow.table({"severity": [seed, 0.5]}))
+    assert read_measured(files)["severity"].tolist() == [[0, 0.5], [1, 0.5]]
 
 
-def test_arms_are_presets_and_their_parts_with_the_weights_of_the_recipe():
-    config = demo_config()
-    objectives = {
-        arm: build(compare._objective(config, changes)) for arm, changes in compare.ARMS.items() if changes is not None
-    }
-    shared = {"video_beta": 100.0, "patch_beta": 10.0, "patch_gamma": 0.0, "patch_delta": 0.4}
-    for objective in objectives.values():
-        assert {name: getattr(objective, name) for name in shared} == shared
-    weights = {
-        arm: (one.video_weight, one.patch_weight, one.sft_weight, one.patch_sft_weight)
-        for arm, one in objectives.items()
-    }
-    assert weights == {
+def test_a_setting_is_scored_by_what_it_mitigates_and_keeps():
+    base, found = {"severity": np.full((1, 4), 0.5)}, {"severity": np.full((1, 4), 0.2)}
+    assert tuning_score(found, base, clean=0.1) == pytest.approx(0.75)
+    found["fidelity"] = np.array([[1.0, 1.0, 1.0, 0.0]])
+    assert tuning_score(found, base, clean=0.1) == pytest.approx(1.5)
+
+
+def objective_of(name, choice=None):
+    return build(arm_training(ARMS[name], demo_config().train, choice or {}, 0).objective)
+
+
+def test_arms_are_presets_and_their_parts_with_the_numbers_of_the_recipe():
+    for name in ARMS:
+        objective = objective_of(name)
+        assert (objective.video_beta, objective.patch_gamma, objective.patch_delta) == (100.0, 0.0, 0.4)
+        # one logit over the video has the video's beta
+        assert objective.patch_beta == (100.0 if name in ("DenseDPO", "Local-DPO") else 10.0)
+    weights = ("video_weight", "patch_weight", "sft_weight", "patch_sft_weight")
+    assert {name: tuple(getattr(objective_of(name), weight) for weight in weights) for name in ARMS} == {
         "SFT, winning clips": (0.0, 0.0, 1.0, 0.0),
         "SFT, winning patches": (0.0, 0.0, 0.0, 1.0),
         "video DPO": (1.0, 0.0, 0.0, 0.0),
+        "DenseDPO": (0.0, 1.0, 0.0, 0.0),
+        "Local-DPO": (1.0, 1.0, 0.1, 0.1),
         "patch DPO": (0.0, 1.0, 0.0, 0.0),
         "HALO": (0.05, 1.0, 0.0, 0.0),
         "HALO + patch SFT": (0.05, 1.0, 0.0, 0.5),
+        "HALO, bounded": (0.05, 1.0, 0.0, 1.0),
+        "HALO, bounded, two rounds": (0.05, 1.0, 0.0, 1.0),
     }
-    # the two that bear a preset's name differ from one another as the presets do
+    assert {(objective_of(name).video_cap, objective_of(name).patch_cap) for name in ARMS if BEST in name} == {
+        (1.5, 1.5)
+    }
+    # those that bear a preset's name differ from one another as the presets do
     assert PRESETS["halo"].patch_sft_weight == 0.0 and PRESETS["halo_sft"].patch_sft_weight == 0.5
-    assert objectives["HALO + patch SFT"] == build(config.train.objective)
+    assert objective_of("HALO + patch SFT") == build(demo_config().train.objective)
 
 
-@pytest.mark.parametrize("name", ["num_seeds", "num_prompts", "max_train_steps", "bootstrap"])
+def test_all_arms_choose_among_equally_many_different_settings():
+    recipe = demo_config().train
+    for name, arm in ARMS.items():
+        if arm.chosen_as:
+            assert not arm.choices and ARMS[arm.chosen_as].choices
+            continue
+        found = [arm_training(arm, recipe, choice, 3) for choice in arm.choices]
+        assert len(found) == 8 and all(one.seed == 3 for one in found)
+        # an own setting each, and more of it than numbers that the arm's loss leaves out
+        assert len({(one.learning_rate, one.lr_scheduler, build(one.objective)) for one in found}) == 8, name
+
+
+def test_a_number_multiplies_what_the_arm_has_and_a_word_replaces_it():
+    choice = {"learning_rate": 0.5, "patch_beta": 3, "video_cap": 2, "lr_scheduler": "cosine"}
+    training = arm_training(ARMS[BEST], demo_config().train, choice, 1)
+    objective = build(training.objective)
+    assert (training.learning_rate, training.lr_scheduler, training.seed) == (1e-3, "cosine", 1)
+    assert (objective.patch_beta, objective.video_cap, objective.patch_cap) == (30.0, 3.0, 1.5)
+    assert told_choice(choice) == "learning_rate x 0.5, patch_beta x 3, video_cap x 2, lr_scheduler cosine"
+
+
+@pytest.mark.parametrize("name", ["num_seeds", "num_prompts", "max_train_steps", "bootstrap", "num_workers"])
 def test_numbers_out_of_bounds_are_refused_before_any_work(name, tmp_path, capsys):
     assert main(["compare", "--output_dir", str(tmp_path / "runs"), f"--{name}", "0"]) == 2
     line = capsys.readouterr().err
@@ -122,3 +177,80 @@ def test_a_registered_model_says_what_the_page_needs(name):
     readings = [float(value) for value in re.findall(rf"\| {base} \| \d+ \| (0\.\d+) \|", page)]
     assert len(readings) == 5 and readings == sorted(readings, reverse=True)
     assert comparison.note().startswith("The base on 256 held-out prompts: defect_rate 0.")
+
+
+@pytest.mark.parametrize("comparison", [registry.resolve("comparison", name) for name in ("graded", "patchy")])
+def test_motion_of_a_flawless_removal_lies_between_what_was_measured(comparison):
+    rows = calibration()[comparison.base]["removed"]
+    worst, clean = rows[0]["severity"], rows[-1]["severity"]
+    for row in rows:
+        gone = 1 - (row["severity"] - clean) / (worst - clean)
+        assert comparison.flawless_motion(gone) == pytest.approx(row["motion_ratio"])
+    half = 1 - ((rows[1]["severity"] + rows[2]["severity"]) / 2 - clean) / (worst - clean)
+    middle = (rows[1]["motion_ratio"] + rows[2]["motion_ratio"]) / 2
+    assert comparison.flawless_motion(half) == pytest.approx(middle)
+
+
+class Small:
+    """The demo with six prompts and hardly any training."""
+
+    recipe, measures = "demo", ""
+    changes: ClassVar = {
+        "generate.num_prompts": 6, "reward.video_steps": 1, "reward.patch_steps": 2, "reward.num_examples": 16,
+        "pairs.patch_delta": 0.0, "train.objective.patch_delta": 0.0, "train.train_batch_size": 2,
+        "train.reference_draws": 1,
+    }  # fmt: skip
+
+    def preface(self):
+        return ["Before."]
+
+    def note(self):
+        return "A note."
+
+    def flawless_motion(self, mitigated):
+        return None
+
+
+SMALL = Small()
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_continues_and_workers_change_nothing(tmp_path, monkeypatch, request):
+    rates = [{"learning_rate": factor} for factor in (1, 2)]
+    few = {
+        "video DPO": Arm({"video_weight": 1.0, "patch_weight": 0.0}, rates),
+        BEST: Arm({"preset": "halo_bounded"}, rates),
+        f"{BEST}, two rounds": Arm({"preset": "halo_bounded"}, rounds=2, chosen_as=BEST),
+    }
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # as workers have it: a sum's last digit may depend on their number
+    monkeypatch.setattr(compare, "ARMS", few)
+    monkeypatch.setattr(compare, "_TUNING_PROMPTS", 4)
+    counts = {"num_seeds": 2, "num_prompts": 4, "max_train_steps": 2, "bootstrap": 20}
+    given = {"regimes": ("test_compare:SMALL",), **counts}
+
+    compare.compare(str(tmp_path / "one"), **given)
+    (folder,) = (tmp_path / "one").glob("*/arms")
+    tables = {file.name: file.read_bytes() for file in folder.glob("*.parquet")}
+    assert len(tables) == 1 + 2 * len(few)
+
+    def killed(label):
+        raise KeyboardInterrupt
+
+    # half of the trainings, then the rest in processes of their own
+    measured = compare._sample_and_measure
+    counts = iter(range(4))
+    monkeypatch.setattr(
+        compare,
+        "_sample_and_measure",
+        lambda *given: measured(*given) if next(counts, None) is not None else killed(""),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(str(tmp_path / "two"), **given)
+    monkeypatch.setattr(compare, "_sample_and_measure", measured)
+    compare.compare(str(tmp_path / "two"), **given, num_workers=2)
+    (folder,) = (tmp_path / "two").glob("*/arms")
+    assert {file.name: file.read_bytes() for file in folder.glob("*.parquet")} == tables
+    pages = [(tmp_path / name / "results.md").read_text().replace(f"/{name} ", "/ ") for name in ("one", "two")]
+    assert pages[0] == pages[1] and f"| {BEST}, two rounds | " in pages[0] and "## What each arm chose" in pages[0]
