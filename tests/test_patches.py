@@ -65,9 +65,9 @@ def test_the_first_latent_frame_is_one_frame_and_the_others_four():
 def test_pooling_a_heatmap_is_the_mean_over_the_pixel_box(grid):
     generator = torch.Generator().manual_seed(0)
     heatmap = torch.rand(2, grid.num_frames, grid.height, grid.width, generator=generator, dtype=torch.float64)
-    pooled = grid.pool(heatmap)
-    for index in np.ndindex(*grid.grid):
-        torch.testing.assert_close(pooled[:, *index], heatmap[:, *grid.pixel_box(index)].mean((1, 2, 3)))
+    for pooled in (grid.pool(heatmap), grid.pool_complete(heatmap)):
+        for index in np.ndindex(*grid.grid):
+            torch.testing.assert_close(pooled[:, *index], heatmap[:, *grid.pixel_box(index)].mean((1, 2, 3)))
 
 
 @every
@@ -91,6 +91,7 @@ def test_a_heatmap_of_another_resolution_counts_by_overlapping_area(name):
     for index in np.ndindex(*grid.grid):
         box = tuple(slice(s.start * n, s.stop * n) for s, n in zip(grid.pixel_box(index), cells, strict=True))
         torch.testing.assert_close(grid.pool(heatmap)[index], fine[box].mean())
+        torch.testing.assert_close(grid.pool_complete(heatmap)[index], fine[box].mean())
 
 
 def test_unlabelled_pixels_are_left_out():
@@ -108,6 +109,7 @@ def test_heatmaps_of_low_precision_are_pooled_in_float32(dtype):
     heatmap = torch.rand(49, 240, 360, generator=torch.Generator().manual_seed(0)).to(dtype)
     pooled = grid.pool(heatmap)
     assert pooled.dtype == dtype
+    assert torch.equal(grid.pool_complete(heatmap), pooled)
     # one rounding of the result, not of the borders and sums on the way there
     assert torch.equal(pooled, grid.pool(heatmap.float()).to(dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -173,6 +175,8 @@ def test_wrong_maps_and_places_say_so():
         grid.pool(torch.zeros(9, 32, 32, dtype=torch.long))
     with pytest.raises(ValueError, match="heatmap must be float.*no empty side"):
         grid.pool(torch.zeros(0, 32, 32))
+    with pytest.raises(ValueError, match=r"^maps must be float \[..., T, Y, X\] with no empty side; got torch.int64"):
+        grid.pool_complete(torch.zeros(9, 32, 32, dtype=torch.long))
     with pytest.raises(ValueError, match="labels must be float"):
         guard_band(torch.zeros(1, 1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="values must end"):

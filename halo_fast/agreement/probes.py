@@ -4,7 +4,6 @@ Each probe changes clips in one known way and measures how the scores change. It
 and passes a threshold or not. Thresholds are fixed here, not fitted to a model.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,19 +14,15 @@ from torch import Tensor
 
 from halo_fast.agreement.figures import Figure, mean_over
 from halo_fast.rewards import RewardModel, Rewards
+from halo_fast.rewards.clips import names_direction
 
 __all__ = [
-    *("Probe", "brightness", "frame_order", "names_direction", "planted_damage", "probe_all", "prompt_swap"),
+    *("Probe", "brightness", "frame_order", "planted_damage", "probe_all", "prompt_swap"),
     "static_copy",
 ]
 
 _BRIGHTER = 12  # of 255 levels
 _Change = Callable[[Tensor, int], Tensor]  # of some clips, the number of the first among all of them
-# of a motion: "on the left", "left of", "the right hand" and "close-up" name none
-_DIRECTIONS = re.compile(
-    r"(?:(?<!\bthe )(?<!\bclose[ -])\b|\b(?:to|towards?) the )(left|right|up|down)(?:wards?)?\b"
-    r"(?! (?:of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw)s?\b)"
-)
 
 
 @dataclass(frozen=True)
@@ -166,12 +161,6 @@ def frame_order(
     fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
     meaning = "clips that fall on dynamic_degree backwards, of those whose prompt names a direction"
     return Probe("frame order", _share(fall > 0, fall, prompts), 0.8, True, meaning)
-
-
-def names_direction(prompt: str) -> bool:
-    """Whether a prompt names a direction of motion, and not its opposite, so that its clip backwards shows another."""
-    found = set(_DIRECTIONS.findall(prompt.lower()))
-    return bool(found) and not ({"left", "right"} <= found or {"up", "down"} <= found)
 
 
 def brightness(

@@ -146,7 +146,8 @@ class CachedPairs(Sequence[Pair]):
         seeds: of clips, by clip_id, whose noise is known.
     """
 
-    def __init__(self, pairs: Path, cache: Path, seeds: Mapping[str, int] | None = None) -> None:
+    def __init__(self, pairs: Path | str, cache: Path | str, seeds: Mapping[str, int] | None = None) -> None:
+        pairs, cache = Path(pairs), Path(cache)
         rows = read_rows(pairs, PairRow)
         self._seeds = seeds or {}
         self._rows = [row for row in rows for _ in range(_copies(row))]

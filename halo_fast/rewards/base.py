@@ -33,7 +33,8 @@ class RewardConfig:
         video_weight: weight of the video loss in the patch phase, which keeps the video scores from being forgotten.
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
-        motion_weight: weight of the preference for a clip over a frozen copy of it, in dynamic_degree.
+        motion_weight: weight of two preferences in dynamic_degree: for a clip over a frozen copy of it, and for its
+            prompt over that of the opposite motion.
         mirror: "horizontal" mirrors clips with their labels and exchanges left and right in their prompts. "both" also
             turns them upside down, which is false where things fall or stand on ground. "none" leaves them alone.
         loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).
@@ -191,7 +192,8 @@ class Backbone(Protocol):
         Args:
             videos: uint8 [N, F, H, W, 3].
             frozen: their frozen features, float32.
-            word_evidence: rows of what `fit_closed_form` returned; None computes them from the fit.
+            word_evidence: rows of what `fit_closed_form` returned; None, or NaN in a mirrored clip's row, computes them
+                from the fit.
         """
 
     def logits(self, features: Any, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:

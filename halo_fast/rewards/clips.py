@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "split_heldout"]
+__all__ = [
+    *("MIRRORS", "PROMPT_DIMENSION", "LabelledClips", "Mirror", "heldout_prompts", "mirror_clips", "names_direction"),
+    *("split_heldout", "turned_prompt"),
+]
 
 PROMPT_DIMENSION = "text_alignment"
 """The video dimension that says how well a clip shows its prompt."""
@@ -104,6 +107,31 @@ MIRRORS = {
     "horizontal": Mirror(-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
     "vertical": Mirror(-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
 }
+
+
+# of a motion: "on the left", "left of", "the right hand" and "close-up" name none
+_DIRECTIONS = re.compile(
+    r"(?:(?<!\bthe )(?<!\bclose[ -])\b|\b(?:to|towards?) the )(left|right|up|down)(?:wards?)?\b"
+    r"(?! (?:of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw)s?\b)",
+    re.IGNORECASE,
+)
+
+
+def names_direction(prompt: str) -> bool:
+    """Whether a prompt names a direction of motion, and not its opposite, so that its clip backwards shows another."""
+    found = {word.lower() for word in _DIRECTIONS.findall(prompt)}
+    return bool(found) and not ({"left", "right"} <= found or {"up", "down"} <= found)
+
+
+def turned_prompt(prompt: str) -> str:
+    """The prompt of the opposite motion: "it drifts right, on the left" for "it drifts left, on the left"."""
+    opposite = {word: other for mirror in MIRRORS.values() for word, other in mirror.words.items()}
+
+    def turned(match: re.Match[str]) -> str:
+        start, end = match.span(1)
+        return match[0][: start - match.start()] + opposite[match[1].lower()] + match[0][end - match.start() :]
+
+    return _DIRECTIONS.sub(turned, prompt)
 
 
 def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:

@@ -114,18 +114,20 @@ class LatentReward(nn.Module):
             )
         return 1 + 4 * self.logits(reading, t.to(reading)).sigmoid()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json."""
+        folder = Path(folder)
         write_safetensors(folder / "model.safetensors", self.state_dict())
         write_json(folder / "config.json", asdict(self.config))
 
     @classmethod
-    def load(cls, folder: Path) -> LatentReward:
+    def load(cls, folder: Path | str) -> LatentReward:
         """Read what `save` wrote; on the CPU, in eval mode, without gradients.
 
         Raises:
             UserError: files that are missing or are no latent reward's.
         """
+        folder = Path(folder)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -161,7 +163,7 @@ def train_latent_reward(
     learning_rate: float = 2e-3,
     times: tuple[float, float] | None = None,
     seed: int = 0,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
 ) -> tuple[LatentReward, list[dict[str, float]]]:
     """Train a latent reward on clean latents with patch scores: labels, or what a reward model says of the clips.
 
@@ -192,6 +194,7 @@ def train_latent_reward(
             clips of which it makes NaN or infinity.
         ValueError: clips, conditions, scores or numbers that do not fit.
     """
+    folder = None if folder is None else Path(folder)
     _check(latents, conditions, patch_scores, dimensions, times)
     for name, value in {
         "draws": draws, "steps": steps, "batch_size": batch_size, "clips_per_pass": clips_per_pass
@@ -318,7 +321,7 @@ def _read(
     outputs: dict[int, list[Tensor]] = {number: [] for number in blocks}
 
     def keep(number: int, block: nn.Module, tokens: Tensor) -> None:
-        outputs[number].append(patches.pool(tokens.float()))
+        outputs[number].append(patches.pool_complete(tokens.float()))
 
     with _watched(family, (frames, height, width), keep, blocks):
         predicted = _predict(family, noisy, t, conditions)

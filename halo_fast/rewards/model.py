@@ -106,12 +106,13 @@ class RewardModel(nn.Module):
             {name: rewards.patches[:, index].flatten(1) for index, name in enumerate(self.config.patch_dimensions)},
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json; of a vision-language model also its own config and tokenizer.
 
         Of a quantised one these are all of the frozen network, as it is stored in memory; model.safetensors then holds
         what was trained.
         """
+        folder = Path(folder)
         config = self.config
         if hasattr(self.backbone, "save_pretrained"):
             self.backbone.save_pretrained(folder / _BACKBONE_FILES)
@@ -120,7 +121,7 @@ class RewardModel(nn.Module):
         write_json(folder / "config.json", asdict(config))
 
     @classmethod
-    def load(cls, folder: Path, device: str | None = None) -> RewardModel:
+    def load(cls, folder: Path | str, device: str | None = None) -> RewardModel:
         """Read what `save` wrote; in eval mode, without gradients.
 
         Args:
@@ -134,6 +135,7 @@ class RewardModel(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        folder = Path(folder)
         path = folder / "config.json"
         try:
             model = cls(_read_config(path), weights=False)

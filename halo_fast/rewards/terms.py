@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halo_fast.rewards.base import RewardConfig
-from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips
+from halo_fast.rewards.clips import PROMPT_DIMENSION, LabelledClips, names_direction, turned_prompt
 from halo_fast.rewards.losses import preference_loss, score_loss
 from halo_fast.rewards.model import RewardModel
 from halo_fast.rewards.shares import Share
 
-__all__ = ["Batch", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss"]
+__all__ = ["Batch", "frozen_copy_loss", "loss_scales", "loss_terms", "swap_loss", "turn_loss"]
 
 _LEAST_SCALE = 1e-3  # labels that hardly differ are not blown up
 _MOTION_DIMENSION = "dynamic_degree"
@@ -31,7 +32,7 @@ class Batch:
         labels: all N clips of the step, with or without frames.
         share: which of them `clips` are.
         frozen: frozen features of `clips`, float32 [n, c, f', y, x], or None.
-        word_evidence: [n, k], or None.
+        word_evidence: [n, k], NaN of mirrored clips; or None.
     """
 
     clips: LabelledClips
@@ -62,7 +63,7 @@ def loss_terms(
     patch_phase: bool,
     config: RewardConfig,
 ) -> dict[str, Tensor]:
-    """The loss terms of a whole batch, 0-d each: video, swap, motion and, in the patch phase, patch.
+    """The loss terms of a whole batch, 0-d each: video, swap, motion, turn and, in the patch phase, patch.
 
     Args:
         model: in training mode.
@@ -88,6 +89,13 @@ def loss_terms(
     if _MOTION_DIMENSION in dimensions and config.motion_weight:
         column = dimensions.index(_MOTION_DIMENSION)
         losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(labels)), column], column)
+        named = [names_direction(prompt) for prompt in labels.prompts]
+        if any(named) and backbone.negatives > 1:  # else another prompt costs a pass
+            prompts = [*labels.prompts, *map(turned_prompt, labels.prompts)]
+            both = torch.arange(len(prompts)).view(2, -1).T
+            with share.dropout():
+                logits = backbone.video_logits_for(features, prompts, both[share.rows].to(video.device))[..., column]
+            losses["turn"] = turn_loss(share.join(logits[:, 0] - logits[:, 1]), labels, named, column)
     if patch_phase:
         losses["patch"] = _label_loss(patches, labels.patch_scores, scales[1], config)
     return losses
@@ -121,6 +129,19 @@ def swap_loss(margin: Tensor, clips: LabelledClips, others: Tensor, column: int)
     return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
 
 
+def turn_loss(margin: Tensor, clips: LabelledClips, named: Sequence[bool], column: int) -> Tensor:
+    """Bradley-Terry: a clip shows its prompt's motion rather than the opposite one, weighted by how well it does.
+
+    Args:
+        margin: [N], logit of the own prompt less that of the prompt with the opposite directions.
+        clips: N clips.
+        named: of each, whether its prompt names a direction; others do not count.
+        column: of dynamic_degree among the video scores.
+    """
+    weight = ((clips.video_scores[:, column] - 1) / 4).nan_to_num(0) * torch.tensor(named, device=margin.device)
+    return (F.softplus(-margin) * weight).sum() / weight.sum().clamp(min=1)
+
+
 def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int) -> Tensor:
     """Bradley-Terry: a clip beats a copy frozen at one of its moments, weighted by how dynamic it was judged.
 
@@ -142,9 +163,8 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
     if batch.frozen is not None:
         by_frame = getattr(model.backbone, "features_by_frame", False)
         frozen = freeze(batch.frozen[:count], 2) if by_frame else model.backbone.frozen_features(stills)
-    evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
     with share.dropout():
-        features = model.backbone.encode(stills, frozen, evidence)
+        features = model.backbone.encode(stills, frozen)
         logits = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
     margin, moves = own - share.join(logits), share.join((stills != clips.videos).flatten(1).any(dim=1).float())
     weight = ((batch.labels.video_scores[: len(own), column] - 1) / 4).nan_to_num(0) * moves

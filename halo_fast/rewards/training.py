@@ -47,7 +47,7 @@ class TrainingInputs:
         clips: labelled clips.
         rows: int64 [N], which of them train; the others are never read.
         frozen: float16 [N, c, f', y, x], or None; see Backbone.frozen_features.
-        word_evidence: [N, k], or None; see Backbone.fit_closed_form.
+        word_evidence: [N, k], or None; see Backbone.fit_closed_form. Of mirrored clips it is NaN in a batch.
         mirrors: that keep the labels true.
     """
 
@@ -73,9 +73,9 @@ def train_reward_model(
     data: LabelledClips,
     config: RewardConfig,
     seed: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     frozen: Tensor | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     rows: Tensor | None = None,
     device: str | None = None,
 ) -> tuple[RewardModel, list[dict[str, Any]]]:
@@ -101,6 +101,7 @@ def train_reward_model(
         UserError: a setting out of bounds, processes that were given different labels.
         ValueError: no clips, a held-out share that leaves none to train on.
     """
+    checkpoint, folder = (None if place is None else Path(place) for place in (checkpoint, folder))
     validate(config, "reward")
     check_optimizer(config.optimizer, "reward.optimizer")
     _check_alike(model_config, data)
@@ -279,6 +280,7 @@ def _take_step(
         "video": video_weight,
         "swap": config.swap_weight * video_weight,
         "motion": config.motion_weight * video_weight,
+        "turn": config.motion_weight * video_weight,
         "patch": config.patch_weight,
     }
     loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
@@ -307,13 +309,16 @@ def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch
         inputs.clips.select(inputs.rows[chosen]),
         None if inputs.frozen is None else inputs.frozen[chosen].float(),
     )
+    evidence = None if inputs.word_evidence is None else inputs.word_evidence[chosen]
     for mirror in inputs.mirrors:
         which = torch.rand(len(drawn), generator=generator) < _MIRROR_SHARE
         labels, which = mirror_clips(labels, which, mirror), which[share.rows]
         clips = mirror_clips(clips, which, mirror)
         if frozen is not None:
             frozen = torch.where(which.view(-1, 1, 1, 1, 1), frozen.flip(mirror.axis), frozen)
-    evidence = None if inputs.word_evidence is None else inputs.word_evidence[chosen]
+        if evidence is not None:
+            # a mirrored clip shows other words of direction; the backbone reads them off the mirrored features
+            evidence[which] = torch.nan
     return Batch(clips, labels, share, frozen, evidence)
 
 

@@ -144,8 +144,8 @@ class LabelStore:
             every method.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._spare = path.with_name(path.name + "-reserve") if path.name != ":memory:" else None
         self._has_spare = False

@@ -58,8 +58,8 @@ def fit(
     pairs: Sequence[Pair],
     config: TrainConfig,
     *,
-    folder: Path | None = None,
-    references: Path | None = None,
+    folder: Path | str | None = None,
+    references: Path | str | None = None,
     heldout: Sequence[Pair] = (),
     generate: GenerateConfig | None = None,
     progress: Progress = progress,
@@ -89,6 +89,7 @@ def fit(
             model whose reference is not what it should be, a loss that is not finite or spikes, or checkpoints of other
             settings.
     """
+    folder, references = (None if place is None else Path(place) for place in (folder, references))
     family = family_of(pipeline, config.network)
     if generate is not None:
         family.set_conditions(generate.guidance_scale, generate.fps)

@@ -11,7 +11,7 @@ from moving_shapes import GRID, SHAPES, draw_clip, make_clips, write_candidates
 from torch import nn
 
 from halo_fast.agreement.baselines import frame_statistics, patch_statistics
-from halo_fast.agreement.probes import names_direction, probe_all
+from halo_fast.agreement.probes import probe_all
 from halo_fast.files import hash_file
 from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.cli import main
@@ -212,26 +212,3 @@ def test_agreement_refuses_scores_that_are_nan(tmp_path, capsys):
     pyarrow.parquet.write_table(table, tmp_path / "score" / "scores.parquet")
     assert main(["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]"]) == 2
     assert "expected numbers in visual_quality, got NaN" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("prompt", "motion"),
-    [
-        ("a green 7 drifts left over a dark field", True),
-        ("The lift goes UP.", True),
-        ("smoke moves leftwards", True),
-        ("a cup left of a plate", False),
-        ("a lamp on the right", False),
-        ("an upright piano", False),
-        ("a ball rolls to the left", True),
-        ("a boat drifts towards the right", True),
-        ("a man raises his right hand", False),
-        ("a close-up shot of a cat", False),
-        ("a close up shot of a cat", False),
-        ("a ball bounces up and down", False),
-        ("she looks left and goes up", True),
-        ("a dog runs left, then right", False),
-    ],
-)
-def test_a_direction_of_motion_is_no_place(prompt, motion):
-    assert names_direction(prompt) == motion

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from moving_shapes import COLOURS, GRID, damage, draw_clip
+from moving_shapes import COLOURS, DIRECTIONS, GRID, SHAPES, damage, draw_clip
 from sklearn.metrics import roc_auc_score
 
 from halo_fast.errors import UserError
@@ -224,6 +224,34 @@ def test_the_words_of_a_clip_are_predicted_by_the_fit_to_all_other_clips():
     for evidence in (left_out @ words.T, features.word_evidence @ words.T):
         named = np.arange(len(evidence))[:, None] % 4 == np.arange(4)
         assert np.mean([roc_auc_score(named[:, n], evidence[:, n]) for n in range(4)]) > 0.9
+
+
+def test_the_direction_of_a_motion_is_among_the_words_that_a_clip_shows():
+    """New clips show their own direction more than its opposite, and the other way round in a mirror and backwards."""
+    backbone = RewardModel(replace(CONFIG, pretrained=True)).backbone
+    rng = np.random.default_rng(0)
+    named = [list(DIRECTIONS)[n % 4] for n in range(56)]
+    shapes = [(list(COLOURS)[n // 4 % 4], list(SHAPES)[n // 16]) for n in range(56)]
+    clips = torch.from_numpy(
+        np.stack(
+            [draw_clip(rng, shape, colour, name, 1.0) for name, (colour, shape) in zip(named, shapes, strict=True)]
+        )
+    )
+    prompts = [f"a {colour} {shape} moves {name}" for name, (colour, shape) in zip(named, shapes, strict=True)]
+    train, new = slice(0, 40), slice(40, None)
+    left_out = backbone.fit_closed_form(backbone.frozen_features(clips[train]), prompts[train], torch.ones(40))
+    turned = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    contrast = torch.stack([read_text(name) - read_text(turned[name]) for name in named])
+
+    def shown(videos):
+        return (backbone.encode(videos, backbone.frozen_features(videos)).word_evidence * contrast[new]).sum(1)
+
+    assert ((left_out * contrast[train]).sum(1) > 0).float().mean() > 0.9
+    assert (shown(clips[new]) > 0).all() and (shown(clips[new].flip(1)) < 0).all()
+    level = torch.tensor([name in ("left", "right") for name in named[new]])
+    assert torch.equal(shown(clips[new].flip(3)) < 0, level)
+    still = clips[new, 4:5].expand_as(clips[new]).contiguous()
+    assert (shown(still) < shown(clips[new])).all()
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -89,7 +89,7 @@ class FrameStages(nn.Module):
         """Logits of the video scores [N, D] and of the patch scores [N, Q, f, h, w]."""
         patches = self.config.patches(grid, features.size)
         whole = self._whole(features)
-        local = self.local(self.drop(patches.pool(features.frozen).movedim(1, -1)))
+        local = self.local(self.drop(patches.pool_complete(features.frozen).movedim(1, -1)))
         hidden = F.gelu(local + whole[:, None, None, None])
         hidden = hidden + F.gelu(self.neighbours(hidden.movedim(-1, 1))).movedim(1, -1)
         return self.video_head(F.gelu(whole)), self.patch_head(self.drop(hidden)).movedim(-1, 1)

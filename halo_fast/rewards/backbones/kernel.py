@@ -144,7 +144,7 @@ class KernelRidge(nn.Module):
 
     def _pooled(self, features: FrameFeatures, grid: Sequence[int]) -> Tensor:
         """Features of every patch [N, f, h, w, 3136 + 12]."""
-        pool, means = self.config.patches(grid, features.size).pool, features.frozen[:, :_STAGES]
+        pool, means = self.config.patches(grid, features.size).pool_complete, features.frozen[:, :_STAGES]
         pooled = pool(features.frozen)
         looks, motion = pooled.split((3 * _STAGES, _MOTION), dim=1)
         spread = (pool(means.square()) - pooled[:, :_STAGES].square()).clamp(min=0).sqrt()

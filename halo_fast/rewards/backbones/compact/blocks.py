@@ -80,5 +80,5 @@ class Trunk(nn.Module):
 
 
 def shrink(x: Tensor, factor: int) -> Tensor:
-    """Mean over factor x factor positions of [..., H, W]; faster than area pooling, which takes it from there."""
-    return x.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).mean(dim=(-1, -3))
+    """Mean over factor x factor positions of [N, c, F, H, W]."""
+    return F.avg_pool2d(x.flatten(1, 2), factor).unflatten(1, x.shape[1:3])

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Motion", "motion_correlation"]
+__all__ = ["SHIFTS", "Motion", "motion_correlation"]
 
 _SIDE = 16  # positions a side at which motion is followed
 _REACH = 4  # largest shift that is searched: a quarter of the picture
 _CHANNELS = 6
-_SHIFTS = (2 * _REACH + 1) ** 2
+SHIFTS = (2 * _REACH + 1) ** 2
+"""Shifts that are searched at each of two lags."""
 
 
 class Motion(nn.Module):
@@ -25,7 +26,7 @@ class Motion(nn.Module):
     def __init__(self, inner: int, hidden: int) -> None:
         super().__init__()
         self.project = nn.Conv3d(inner, _CHANNELS, 1)
-        self.mlp = nn.Sequential(nn.Linear(2 * _SHIFTS, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(nn.Linear(2 * SHIFTS, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, fine: Tensor) -> Tensor:
         """[N, inner, F, y, x] -> [N, hidden]."""
@@ -52,7 +53,7 @@ def motion_correlation(features: Tensor) -> Tensor:
     spectrum, shifts = torch.fft.rfft2(x, s=padded), []
     for lag in (max(1, frames // 4), max(1, frames // 2)):
         if frames == 1:
-            shifts.append(x.new_zeros(len(x), _SHIFTS))
+            shifts.append(x.new_zeros(len(x), SHIFTS))
             continue
         product = (spectrum[:, :, :-lag].conj() * spectrum[:, :, lag:]).mean(dim=2).sum(dim=1)
         shift = torch.fft.irfft2(product, s=padded).roll((_REACH, _REACH), (-2, -1))

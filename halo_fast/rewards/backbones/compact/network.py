@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from halo_fast.rewards.backbones.compact.blocks import Equalized, Residual, Trunk, shrink
 from halo_fast.rewards.backbones.compact.motion import Motion
 from halo_fast.rewards.backbones.compact.palette import COLOURS, palette_distance
-from halo_fast.rewards.backbones.compact.word_probe import SIDE, WordProbe, fit_word_probe, summary
+from halo_fast.rewards.backbones.compact.word_probe import WordProbe, fit_word_probe, summary, summary_size
 from halo_fast.rewards.base import RewardModelConfig
 from halo_fast.rewards.pretrained import STAGE_CHANNELS, TEXT_WIDTH, frame_stages, read_text, words_of
 
@@ -146,7 +146,7 @@ class Compact(nn.Module):
 
     def _add_pretrained(self, hidden: int, coarse: int, video: int) -> None:
         """The layers that read the pretrained networks."""
-        size = _FROZEN * SIDE**2
+        size = summary_size(_FROZEN)
         self.sentence = Equalized(TEXT_WIDTH, hidden)
         self.norm_frozen, self.from_frozen = nn.LayerNorm(_FROZEN), nn.Linear(_FROZEN, coarse)
         self.word_weights = nn.Linear(hidden, _READINGS)
@@ -193,15 +193,19 @@ class Compact(nn.Module):
         return left_out
 
     def encode(self, videos: Tensor, frozen: Tensor | None, word_evidence: Tensor | None = None) -> CompactFeatures:
-        """Features of uint8 videos [N, F, H, W, 3]; `word_evidence` [N, 384] stands in for the word probe's."""
+        """Features of uint8 videos [N, F, H, W, 3].
+
+        `word_evidence` [N, 384] stands in for the word probe's, except where it is NaN.
+        """
         pixels = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         maps = self.trunk(pixels)
         # the mean over time hides motion, the mean temporal difference shows it
         changes = [x.diff(dim=2).abs().sum(dim=(2, 3, 4)) / x[0, 0].numel() for x in maps]
         averages = [*(x.mean(dim=(2, 3, 4)) for x in maps), maps[2].amax(dim=(2, 3, 4)), *changes]
-        if frozen is not None and word_evidence is None:
+        if frozen is not None:
             probe = WordProbe(self.probe_mean, self.probe_scale, self.probe_weight)
-            word_evidence = (summary(frozen) - probe.mean) * probe.scale @ probe.weight
+            shown = (summary(frozen) - probe.mean) * probe.scale @ probe.weight
+            word_evidence = shown if word_evidence is None else torch.where(word_evidence.isnan(), shown, word_evidence)
         size = (videos.shape[1], videos.shape[2], videos.shape[3])
         whole = self.whole(torch.cat(averages, dim=1))
         return CompactFeatures(maps, pixels, whole, self.motion(maps[0]), frozen, word_evidence, size)
@@ -268,9 +272,11 @@ class Compact(nn.Module):
         patches = self.config.patches(grid, features.size)
         power = torch.cat((shrink(distance.square(), 2), shrink(middle.square(), 2)), dim=1)
         means = torch.cat((shrink(fine, 4), shrink(middle, 2), coarse), dim=1)
-        pooled = torch.cat((patches.pool(means), (patches.pool(power) + 1e-4).sqrt()), dim=1).movedim(1, -1)
+        pooled = torch.cat((patches.pool_complete(means), (patches.pool_complete(power) + 1e-4).sqrt()), dim=1).movedim(
+            1, -1
+        )
         if features.frozen is not None:
-            frozen = self.from_frozen(self.norm_frozen(patches.pool(features.frozen).movedim(1, -1)))
+            frozen = self.from_frozen(self.norm_frozen(patches.pool_complete(features.frozen).movedim(1, -1)))
             pooled = torch.cat((pooled, frozen), dim=-1)
         local = self.local(self.drop_patch(pooled))
         local = self.neighbours(local.movedim(-1, 1)).movedim(1, -1)

@@ -1,4 +1,4 @@
-"""Which words a clip shows: a ridge regression from frame features onto the words of the prompts, in closed form."""
+"""Which words a clip shows: a ridge regression from frame features and motion onto the words of the prompts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halo_fast.rewards.backbones.compact.motion import SHIFTS, motion_correlation
 from halo_fast.rewards.pretrained import TEXT_WIDTH, read_text, words_of
 
-__all__ = ["SIDE", "WordProbe", "fit_word_probe", "summary"]
+__all__ = ["WordProbe", "fit_word_probe", "summary", "summary_size"]
 
-SIDE = 6
-"""Positions a side of the summary of a clip's frame features."""
-
+_SIDE = 6  # positions a side of the summary of a clip's frame features
+_MOVING = 40  # channels whose motion is followed: the frame network's finest that are kept
 _RIDGE = 0.3
 _WORD_RIDGE = 0.01  # of the map from words to their embeddings
 
@@ -27,7 +27,7 @@ class WordProbe(NamedTuple):
     shows that word.
 
     Args:
-        mean: [K], K = c * 36.
+        mean: [K], K = c * 36 + 162.
         scale: [K].
         weight: [K, 384].
     """
@@ -37,11 +37,21 @@ class WordProbe(NamedTuple):
     weight: Tensor
 
 
+def summary_size(channels: int) -> int:
+    """Length of the summary of features with so many channels."""
+    return channels * _SIDE**2 + 2 * SHIFTS
+
+
 def summary(frozen: Tensor) -> Tensor:
-    """Frame features [N, c, f', y, x], averaged over time and, by area, to 6 x 6: [N, c * 36]."""
+    """What the probe reads of frame features [N, c, f', y, x]: [N, c * 36 + 162].
+
+    Their average over time and, by area, over 6 x 6 parts says what is there; the motion correlation of the finest says
+    where it goes. Both parts have the same weight.
+    """
     still = frozen.mean(dim=2)
     still = F.layer_norm(still.movedim(1, -1), (still.shape[1],)).movedim(-1, 1)
-    return F.adaptive_avg_pool2d(still, SIDE).flatten(1)
+    still = F.adaptive_avg_pool2d(still, _SIDE).flatten(1)
+    return torch.cat((still, motion_correlation(frozen[:, :_MOVING])), dim=1)
 
 
 def fit_word_probe(summaries: Tensor, prompts: Sequence[str], weight: Tensor) -> tuple[WordProbe, Tensor]:
@@ -60,7 +70,9 @@ def fit_word_probe(summaries: Tensor, prompts: Sequence[str], weight: Tensor) ->
         better evidence than a new clip will give.
     """
     mean = summaries.mean(dim=0)
-    scale = 1 / (summaries.std(dim=0, correction=0) + 0.05) / summaries.shape[1] ** 0.5
+    sizes = torch.full_like(mean, len(mean) - 2 * SHIFTS)
+    sizes[-2 * SHIFTS :] = 2 * SHIFTS
+    scale = 1 / (summaries.std(dim=0, correction=0) + 0.05) / sizes.sqrt()
     rows = (summaries - mean) * scale
     words = [set(words_of(prompt) or [""]) for prompt in prompts]
     known = sorted(set().union(*words))

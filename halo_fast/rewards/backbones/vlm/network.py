@@ -167,7 +167,9 @@ class VisionLanguage(nn.Module):
     def _patch_blocks(self, features: Frames, grid: Sequence[int]) -> list[Tensor]:
         """The tokens of each patch's block, [N, L, hidden]: its place, its content, the queries of its scores."""
         patches = self.config.patches(grid, features.size)
-        content = self.place(patches.pool(features.maps.float()).flatten(2).transpose(1, 2).to(self.place.weight.dtype))
+        content = self.place(
+            patches.pool_complete(features.maps.float()).flatten(2).transpose(1, 2).to(self.place.weight.dtype)
+        )
         video, blocks = len(self.config.video_dimensions), []
         for index in range(content.shape[1]):
             f, rest = divmod(index, grid[1] * grid[2])

@@ -1,0 +1,61 @@
+"""Directions of motion in prompts, and the preference for a prompt's own motion over the opposite one."""
+
+import math
+
+import pytest
+import torch
+
+from halo_fast.rewards import LabelledClips
+from halo_fast.rewards.clips import names_direction, turned_prompt
+from halo_fast.rewards.terms import turn_loss
+
+
+@pytest.mark.parametrize(
+    ("prompt", "motion"),
+    [
+        ("a green 7 drifts left over a dark field", True),
+        ("The lift goes UP.", True),
+        ("smoke moves leftwards", True),
+        ("a cup left of a plate", False),
+        ("a lamp on the right", False),
+        ("an upright piano", False),
+        ("a ball rolls to the left", True),
+        ("a boat drifts towards the right", True),
+        ("a man raises his right hand", False),
+        ("a close-up shot of a cat", False),
+        ("a close up shot of a cat", False),
+        ("a ball bounces up and down", False),
+        ("she looks left and goes up", True),
+        ("a dog runs left, then right", False),
+    ],
+)
+def test_a_direction_of_motion_is_no_place(prompt, motion):
+    assert names_direction(prompt) == motion
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turned"),
+    [
+        ("a green 7 drifts left over a dark field", "a green 7 drifts right over a dark field"),
+        ("The lift goes UP.", "The lift goes down."),
+        ("smoke moves leftwards, then upward", "smoke moves rightwards, then downward"),
+        ("on the left a boat drifts to the left", "on the left a boat drifts to the right"),
+        ("a close-up of his right hand", "a close-up of his right hand"),
+        ("a cat sleeps", "a cat sleeps"),
+    ],
+)
+def test_a_turned_prompt_names_the_opposite_motion_and_the_same_places(prompt, turned):
+    assert turned_prompt(prompt) == turned
+
+
+def test_own_motion_is_preferred_by_the_logistic_loss_weighted_by_how_well_it_is_shown():
+    """Clips with score 5 and 3 count 1 and 1/2; those without a score or a direction, or with score 1, do not."""
+    margin = torch.tensor([2.0, -1.0, 7.0, 7.0, 7.0])
+    scores = torch.tensor([5.0, 3.0, 1.0, math.nan, 5.0])[:, None]
+    clips = LabelledClips(
+        torch.zeros(5, 2, 4, 4, 3, dtype=torch.uint8), ["a prompt"] * 5, scores, torch.full((5, 1, 1, 1, 1), 5.0),
+        ("dynamic_degree",),
+    )  # fmt: skip
+    loss = turn_loss(margin, clips, [True, True, True, True, False], 0)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.e) / 2) / 1.5, rel=1e-6)
+    assert turn_loss(margin, clips, [False] * 5, 0) == 0
