@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.agreement.meters import Meter, read_meter
 from halo_fast.data import CachedPairs
 from halo_fast.data.prompts import prompt_source, read_prompts
+from halo_fast.errors import UserError
 from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips
@@ -106,7 +108,7 @@ def compare(
         num_workers: trainings at a time, each in a process with its share of the cores.
 
     Raises:
-        UserError: an argument out of its bounds, or an unknown comparison.
+        UserError: an argument out of its bounds, an unknown comparison, or a process that was killed.
     """
     validate_arguments(compare, locals())
     names = regimes or tuple(registry.known("comparison"))
@@ -271,6 +273,11 @@ def _run_jobs(jobs: Sequence[_Job], config: Config, run: Run, num_workers: int, 
         try:
             for done in progress(as_completed(waiting), len(waiting), label):
                 done.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"num_workers: one of {num_workers} processes was killed, as happens where memory is short; what is "
+                "finished is kept: call again with fewer"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

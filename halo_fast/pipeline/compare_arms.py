@@ -87,6 +87,8 @@ def arm_training(arm: Arm, recipe: TrainConfig, choice: Choice, seed: int) -> Tr
     in_training = {field.name for field in fields(TrainConfig)}
     for name, value in choice.items():
         where, old = (training, getattr(recipe, name)) if name in in_training else (spec, getattr(objective, name))
+        if name == "patch_beta" and old is None:
+            old = objective.video_beta  # which stands in for it
         where[name] = value if isinstance(value, str) else value * old
     return replace(recipe, objective=spec, seed=seed, **training)
 

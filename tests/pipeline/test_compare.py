@@ -1,6 +1,9 @@
 """The comparison of methods: its arms, its figures, and what a registered model says of itself."""
 
+import os
 import re
+import signal
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +28,7 @@ from halo_fast.pipeline.compare_tables import (
     render,
     tuning_score,
 )
+from halo_fast.pipeline.run import Run
 
 RNG = np.random.default_rng(0)
 NAMES = ("severity", "defective", "fidelity", "digit", "motion_amount")
@@ -177,6 +181,30 @@ def test_a_registered_model_says_what_the_page_needs(name):
     readings = [float(value) for value in re.findall(rf"\| {base} \| \d+ \| (0\.\d+) \|", page)]
     assert len(readings) == 5 and readings == sorted(readings, reverse=True)
     assert comparison.note().startswith("The base on 256 held-out prompts: defect_rate 0.")
+
+
+def test_a_patch_beta_that_is_the_videos_is_multiplied_too():
+    recipe = replace(demo_config().train, objective={"preset": "halo", "video_beta": 40.0})
+    spec = arm_training(ARMS["HALO + patch SFT"], recipe, {"patch_beta": 3}, 0).objective
+    assert build(spec).patch_beta == 120.0 and build(spec).video_beta == 40.0
+
+
+class Deadly(str):
+    """A prompt that kills the process which takes it over."""
+
+    def __reduce__(self):
+        return die, ()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path):
+    jobs = [compare._Job(tmp_path / f"{number}.parquet", None, 1, [Deadly("a prompt")]) for number in range(3)]
+    with pytest.raises(UserError, match="^num_workers: one of 2 processes was killed, .* call again with fewer$"):
+        compare._run_jobs(jobs, demo_config(), Run(demo_config(output_dir=str(tmp_path))), 2, "compare")
+    assert not list(tmp_path.glob("*.parquet"))
 
 
 @pytest.mark.parametrize("comparison", [registry.resolve("comparison", name) for name in ("graded", "patchy")])
