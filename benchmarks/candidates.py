@@ -244,7 +244,7 @@ def _real_clips(folder: Path, seed: int, count: int = 48) -> Path:
     return place
 
 
-def _passes_to(goal: float, curve: Mapping[str, Any]) -> float | None:
+def passes_to(goal: float, curve: Mapping[str, Any]) -> float | None:
     """Passes at which a goal is reached, on the straight line between two readings; None if it is not."""
     before = (curve["generation"], 0.0)
     for point in zip(curve["passes"], curve["mitigated"], strict=True):
@@ -273,7 +273,7 @@ def _table(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
     for name, found in curves.items():
         cells = [name, f"{statistics.mean(curve['generation'] for curve in found):,.0f}"]
         for goal in GOALS:
-            reached, first = ([_passes_to(goal, curve) for curve in one] for one in (found, curves[names[0]]))
+            reached, first = ([passes_to(goal, curve) for curve in one] for one in (found, curves[names[0]]))
             ratios = [a / b for a, b in zip(reached, first, strict=True) if a and b]
             cells.append(", ".join("not reached" if one is None else f"{one:,.0f}" for one in reached))
             cells.append(f"{statistics.mean(ratios):.2f}" if len(ratios) == len(found) else "")

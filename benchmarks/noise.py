@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.candidates import BACKWARD
+from benchmarks.candidates import BACKWARD, passes_to
 from benchmarks.trade import Setting, read_training
 from halo_fast.data import Pair
 from halo_fast.data.pairs import heldout_mask
@@ -131,13 +131,17 @@ _HEAD = [
     "| noise | passes before training | steps to 80%, by seed | passes to 80%, by seed | mitigated at most, by seed |",
     "|---|---|---|---|---|",
 ]
+_AXES = ("passes", "step"), ("mitigated", "mitigated")
 Read = tuple[Sequence[Mapping[str, float]], tuple[float, int]]
 """Readings of a training, forward passes of a step, and those before the first."""
 
 
 def _line(name: str, rows: Sequence[Read]) -> str:
     """A row of the table from the trainings of all seeds."""
-    steps = [steps_to(GOAL, readings) for readings, _ in rows]
+    steps = [
+        passes_to(GOAL, {"generation": 0} | {of: [one[key] for one in readings] for of, key in _AXES})
+        for readings, _ in rows
+    ]
     passes = [
         None if step is None else before + step * each for step, (_, (each, before)) in zip(steps, rows, strict=True)
     ]
@@ -145,22 +149,6 @@ def _line(name: str, rows: Sequence[Read]) -> str:
     most = [f"{100 * max(reading['mitigated'] for reading in readings):.0f}" for readings, _ in rows]
     cells = [name, " to ".join(dict.fromkeys((before[0], before[-1]))), *map(_listed, (steps, passes)), ", ".join(most)]
     return f"| {' | '.join(cells)} |"
-
-
-def steps_to(goal: float, readings: Sequence[Mapping[str, float]]) -> float | None:
-    """The step at which this share is mitigated, on straight lines between readings; None if it never is.
-
-    Args:
-        goal: share of the base's severity.
-        readings: `step` and `mitigated` of each, in order; nothing is mitigated at step 0.
-    """
-    last = (0.0, 0.0)
-    for reading in readings:
-        step, mitigated = reading["step"], reading["mitigated"]
-        if mitigated >= goal:
-            return last[0] + (step - last[0]) * (goal - last[1]) / (mitigated - last[1])
-        last = (step, mitigated)
-    return None
 
 
 def _listed(figures: Sequence[float | None]) -> str:

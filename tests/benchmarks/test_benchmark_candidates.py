@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_clips, tiny_wan
 
-from benchmarks.candidates import Counter, _passes_to
+from benchmarks.candidates import Counter, passes_to
 from halo_fast.families import family_of
 from halo_fast.families.sampling import sample_clips, sample_variations
 
@@ -15,7 +15,7 @@ from halo_fast.families.sampling import sample_clips, sample_variations
 )
 def test_the_goal_is_found_on_the_line_between_two_readings(mitigated, expected):
     curve = {"generation": 100, "passes": [200, 300, 400], "mitigated": mitigated}
-    assert _passes_to(0.8, curve) == (expected if expected is None else pytest.approx(expected))
+    assert passes_to(0.8, curve) == (expected if expected is None else pytest.approx(expected))
 
 
 def test_a_clip_of_part_of_the_steps_costs_that_part():
