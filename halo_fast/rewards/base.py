@@ -155,6 +155,9 @@ class Backbone(Protocol):
     A backbone whose frozen features are each of one frame may say so by `features_by_frame = True`. Those of a frozen
     copy of a clip are then the clip's own at that moment; otherwise they are computed anew in each step.
 
+    A backbone whose word evidence knows directions may have `exchange_words(evidence, words)`: the evidence [N, k] of
+    clips that show each of the words where they showed the word that it becomes, as in a mirror.
+
     A backbone with `save_pretrained(folder)` keeps files of its own beside the weights; RewardModel.load then gives
     that folder as `config.backbone`.
     """
@@ -192,8 +195,7 @@ class Backbone(Protocol):
         Args:
             videos: uint8 [N, F, H, W, 3].
             frozen: their frozen features, float32.
-            word_evidence: rows of what `fit_closed_form` returned; None, or NaN in a mirrored clip's row, computes them
-                from the fit.
+            word_evidence: rows of what `fit_closed_form` returned; None computes them from the fit.
         """
 
     def logits(self, features: Any, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -103,16 +103,27 @@ class Mirror(NamedTuple):
     words: Mapping[str, str]
 
 
+def _exchanged(one: str, other: str) -> dict[str, str]:
+    """Both words with every ending that the words of direction have."""
+    pairs = [(one + ending, other + ending) for ending in ("", "ward", "wards")]
+    return dict(pairs) | {b: a for a, b in pairs}
+
+
 MIRRORS = {
-    "horizontal": Mirror(-1, {"left": "right", "right": "left", "leftwards": "rightwards", "rightwards": "leftwards"}),
-    "vertical": Mirror(-2, {"up": "down", "down": "up", "upwards": "downwards", "downwards": "upwards"}),
+    "horizontal": Mirror(-1, _exchanged("left", "right")),
+    "vertical": Mirror(-2, _exchanged("up", "down")),
 }
 
 
-# of a motion: "on the left", "left of", "the right hand" and "close-up" name none
+# of a motion; "his right hand", "top left", "left the room", "right away" and "close-up" name none
+_BEFORE = "".join(
+    rf"(?<!\b{word}[ -])"
+    for word in ("the", "top", "bottom", "upper", "lower", "his", "her", "its", "their", "my", "your", "all", "close")
+)
+_PARTS = "of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw|corner|half|edge"
 _DIRECTIONS = re.compile(
-    r"(?:(?<!\bthe )(?<!\bclose[ -])\b|\b(?:to|towards?) the )(left|right|up|down)(?:wards?)?\b"
-    r"(?! (?:of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw)s?\b)",
+    rf"(?:{_BEFORE}\b|\b(?:to|towards?) the )(left(?! (?:the|an?)\b)|right(?! (?:now|away)\b)|up|down)(?:wards?)?\b"
+    rf"(?!-| (?:{_PARTS})s?\b)",
     re.IGNORECASE,
 )
 
@@ -128,8 +139,8 @@ def turned_prompt(prompt: str) -> str:
     opposite = {word: other for mirror in MIRRORS.values() for word, other in mirror.words.items()}
 
     def turned(match: re.Match[str]) -> str:
-        start, end = match.span(1)
-        return match[0][: start - match.start()] + opposite[match[1].lower()] + match[0][end - match.start() :]
+        start, end = (place - match.start() for place in match.span(1))
+        return match[0][:start] + opposite[match[1].lower()] + match[0][end:]
 
     return _DIRECTIONS.sub(turned, prompt)
 

@@ -36,13 +36,14 @@ def add_examples(data: LabelledClips, name: str, count: int, seed: int, folder: 
         folder: on whose disk the frames of all clips lie; None keeps them in memory.
 
     Raises:
-        UserError: no such examples, or scores that are none.
+        UserError: no such examples, or scores that do not fit.
         ValueError: clips or patches of another shape than the data's.
     """
     found = create("reward examples", name, "reward.examples", count, seed)
     if not isinstance(found, tuple | list) or len(found) not in (3, 4) or not torch.is_tensor(found[0]):
         raise UserError(
-            f"reward.examples: expected {name!r} to give videos, prompts and quality, got {type(found).__name__}"
+            f"reward.examples: expected {name!r} to give videos, prompts and quality, and video scores if it knows "
+            f"them; got {type(found).__name__}" + (f" of {len(found)}" if isinstance(found, tuple | list) else "")
         )
     videos, prompts, quality, *scores = found
     _check(data, videos, quality[:, None], name)
@@ -64,12 +65,15 @@ def add_examples(data: LabelledClips, name: str, count: int, seed: int, folder: 
 
 def _video_scores(scores: Mapping[str, Tensor], dimensions: Sequence[str], count: int) -> Tensor:
     """Scores [N, D] of all dimensions; NaN where none is given."""
-    unknown = torch.full((count,), math.nan)
-    return torch.stack([scores.get(dimension, unknown).float() for dimension in dimensions], dim=1)
+    found = torch.full((count, len(dimensions)), math.nan)
+    for column, dimension in enumerate(dimensions):
+        if dimension in scores:
+            found[:, column] = scores[dimension]
+    return found
 
 
 def _checked(scores: Any, dimensions: Sequence[str], count: int, name: str) -> Mapping[str, Tensor]:
-    """The video scores that examples give, if they are some."""
+    """The video scores that examples give, checked."""
     expected = f"reward.examples: expected the video scores of {name!r} to be"
     if not isinstance(scores, Mapping) or not all(map(torch.is_tensor, scores.values())):
         raise UserError(f"{expected} a tensor for each dimension, got {type(scores).__name__}")

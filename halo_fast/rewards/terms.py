@@ -32,7 +32,7 @@ class Batch:
         labels: all N clips of the step, with or without frames.
         share: which of them `clips` are.
         frozen: frozen features of `clips`, float32 [n, c, f', y, x], or None.
-        word_evidence: [n, k], NaN of mirrored clips; or None.
+        word_evidence: [n, k], or None.
     """
 
     clips: LabelledClips
@@ -163,8 +163,10 @@ def frozen_copy_loss(model: RewardModel, batch: Batch, own: Tensor, column: int)
     if batch.frozen is not None:
         by_frame = getattr(model.backbone, "features_by_frame", False)
         frozen = freeze(batch.frozen[:count], 2) if by_frame else model.backbone.frozen_features(stills)
+    # the clip's own: a fit read anew would know this clip, and tell copies by that
+    evidence = None if batch.word_evidence is None else batch.word_evidence[:count]
     with share.dropout():
-        features = model.backbone.encode(stills, frozen)
+        features = model.backbone.encode(stills, frozen, evidence)
         logits = model.backbone.logits(features, clips.prompts, clips.patch_scores.shape[2:])[0][:, column]
     margin, moves = own - share.join(logits), share.join((stills != clips.videos).flatten(1).any(dim=1).float())
     weight = ((batch.labels.video_scores[: len(own), column] - 1) / 4).nan_to_num(0) * moves

@@ -7,7 +7,7 @@ calibration are the first one's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ class TrainingInputs:
         clips: labelled clips.
         rows: int64 [N], which of them train; the others are never read.
         frozen: float16 [N, c, f', y, x], or None; see Backbone.frozen_features.
-        word_evidence: [N, k], or None; see Backbone.fit_closed_form. Of mirrored clips it is NaN in a batch.
+        word_evidence: [N, k], or None; see Backbone.fit_closed_form.
         mirrors: that keep the labels true.
+        exchange_words: the backbone's, which gives the word evidence of mirrored clips; None leaves it as it is.
     """
 
     clips: LabelledClips
@@ -56,6 +57,7 @@ class TrainingInputs:
     frozen: Tensor | None = None
     word_evidence: Tensor | None = None
     mirrors: Sequence[Mirror] = ()
+    exchange_words: Callable[[Tensor, Mapping[str, str]], Tensor] | None = None
 
 
 @dataclass
@@ -195,7 +197,8 @@ def _prepare_inputs(
         if clips.videos.shape[mirror.axis - 1] // model.config.spatial_factor % clips.patch_scores.shape[mirror.axis]
         == 0
     ]
-    return TrainingInputs(clips, rows, frozen, word_evidence, mirrors)
+    exchange = getattr(model.backbone, "exchange_words", None)
+    return TrainingInputs(clips, rows, frozen, word_evidence, mirrors, exchange)
 
 
 def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Path | None = None) -> Tensor | None:
@@ -316,9 +319,8 @@ def draw_batch(inputs: TrainingInputs, size: int, seed: int, step: int) -> Batch
         clips = mirror_clips(clips, which, mirror)
         if frozen is not None:
             frozen = torch.where(which.view(-1, 1, 1, 1, 1), frozen.flip(mirror.axis), frozen)
-        if evidence is not None:
-            # a mirrored clip shows other words of direction; the backbone reads them off the mirrored features
-            evidence[which] = torch.nan
+        if evidence is not None and inputs.exchange_words is not None:
+            evidence = torch.where(which[:, None], inputs.exchange_words(evidence, mirror.words), evidence)
     return Batch(clips, labels, share, frozen, evidence)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halo_fast.rewards import LabelledClips
-from halo_fast.rewards.clips import names_direction, turned_prompt
+from halo_fast.rewards.clips import MIRRORS, mirror_clips, names_direction, turned_prompt
 from halo_fast.rewards.terms import turn_loss
 
 
@@ -27,6 +27,15 @@ from halo_fast.rewards.terms import turn_loss
         ("a ball bounces up and down", False),
         ("she looks left and goes up", True),
         ("a dog runs left, then right", False),
+        ("he left the room", False),
+        ("all right, she waves", False),
+        ("it starts right away", False),
+        ("a sun in the top left corner", False),
+        ("a bird on his left", False),
+        ("a left-handed guitarist", False),
+        ("an up-to-date kitchen", False),
+        ("she walks up the stairs", True),
+        ("leaves drift downward", True),
     ],
 )
 def test_a_direction_of_motion_is_no_place(prompt, motion):
@@ -42,10 +51,24 @@ def test_a_direction_of_motion_is_no_place(prompt, motion):
         ("on the left a boat drifts to the left", "on the left a boat drifts to the right"),
         ("a close-up of his right hand", "a close-up of his right hand"),
         ("a cat sleeps", "a cat sleeps"),
+        ("she walks up the stairs", "she walks down the stairs"),
     ],
 )
 def test_a_turned_prompt_names_the_opposite_motion_and_the_same_places(prompt, turned):
     assert turned_prompt(prompt) == turned
+
+
+@pytest.mark.parametrize("ending", ["", "ward", "wards"])
+def test_a_mirror_exchanges_every_word_that_names_a_direction(ending):
+    """Or the mirrored clip's prompt would name the direction that it no longer shows."""
+    clips = LabelledClips(
+        torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8), [f"it goes Left{ending} and then up{ending}"],
+        torch.ones(1, 1), torch.full((1, 1, 1, 1, 1), 5.0), ("dynamic_degree",),
+    )  # fmt: skip
+    assert names_direction(clips.prompts[0])
+    for mirror in MIRRORS.values():
+        clips = mirror_clips(clips, torch.tensor([True]), mirror)
+    assert clips.prompts == [f"it goes right{ending} and then down{ending}"]
 
 
 def test_own_motion_is_preferred_by_the_logistic_loss_weighted_by_how_well_it_is_shown():

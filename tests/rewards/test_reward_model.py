@@ -253,6 +253,14 @@ def test_the_direction_of_a_motion_is_among_the_words_that_a_clip_shows():
     still = clips[new, 4:5].expand_as(clips[new]).contiguous()
     assert (shown(still) < shown(clips[new])).all()
 
+    # what a mirrored clip shows follows from what it showed: words of its axis change places, others stay
+    exchanged = backbone.exchange_words(left_out, MIRRORS["horizontal"].words)
+    words = {name: read_text(name) for name in ("left", "right", "red", "up")}
+    for name, other in (("left", "right"), ("right", "left")):
+        torch.testing.assert_close(exchanged @ words[name], left_out @ words[other], rtol=1e-3, atol=1e-2)
+    for name in ("red", "up"):
+        assert np.corrcoef(exchanged @ words[name], left_out @ words[name])[0, 1] > 0.9
+
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_kept_features_are_those_of_the_backbone_and_lie_as_it_laid_them(tmp_path, on_disk):

@@ -81,4 +81,6 @@ class Trunk(nn.Module):
 
 def shrink(x: Tensor, factor: int) -> Tensor:
     """Mean over factor x factor positions of [N, c, F, H, W]."""
+    if x.shape[-1] % factor or x.shape[-2] % factor:
+        raise ValueError(f"x: expected sides that are multiples of {factor}, got {list(x.shape[-2:])}")
     return F.avg_pool2d(x.flatten(1, 2), factor).unflatten(1, x.shape[1:3])

@@ -7,7 +7,7 @@ a clip shows is predicted from the frame features by a ridge regression, in clos
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -192,20 +192,26 @@ class Compact(nn.Module):
             buffer.copy_(value)
         return left_out
 
-    def encode(self, videos: Tensor, frozen: Tensor | None, word_evidence: Tensor | None = None) -> CompactFeatures:
-        """Features of uint8 videos [N, F, H, W, 3].
+    def exchange_words(self, evidence: Tensor, words: Mapping[str, str]) -> Tensor:
+        """The word evidence [N, 384] of mirrored clips, which show each of the words where they showed its opposite.
 
-        `word_evidence` [N, 384] stands in for the word probe's, except where it is NaN.
+        Evidence of a word is a product with its embedding, so this is the smallest change that exchanges the products.
         """
+        embedded = torch.stack([read_text(word) for word in words]).to(evidence)
+        others = torch.stack([read_text(word) for word in words.values()]).to(evidence)
+        change = evidence @ (others - embedded).T
+        return evidence + change @ torch.linalg.pinv(embedded).T
+
+    def encode(self, videos: Tensor, frozen: Tensor | None, word_evidence: Tensor | None = None) -> CompactFeatures:
+        """Features of uint8 videos [N, F, H, W, 3]; `word_evidence` [N, 384] stands in for the word probe's."""
         pixels = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         maps = self.trunk(pixels)
         # the mean over time hides motion, the mean temporal difference shows it
         changes = [x.diff(dim=2).abs().sum(dim=(2, 3, 4)) / x[0, 0].numel() for x in maps]
         averages = [*(x.mean(dim=(2, 3, 4)) for x in maps), maps[2].amax(dim=(2, 3, 4)), *changes]
-        if frozen is not None:
+        if frozen is not None and word_evidence is None:
             probe = WordProbe(self.probe_mean, self.probe_scale, self.probe_weight)
-            shown = (summary(frozen) - probe.mean) * probe.scale @ probe.weight
-            word_evidence = shown if word_evidence is None else torch.where(word_evidence.isnan(), shown, word_evidence)
+            word_evidence = (summary(frozen) - probe.mean) * probe.scale @ probe.weight
         size = (videos.shape[1], videos.shape[2], videos.shape[3])
         whole = self.whole(torch.cat(averages, dim=1))
         return CompactFeatures(maps, pixels, whole, self.motion(maps[0]), frozen, word_evidence, size)
