@@ -1,12 +1,16 @@
 """Does the idea hold? Ways to align a model, on equal pairs, with equal steps and equal tuning, by several seeds.
 
-Every arm is the same trainer with another objective. Pairs and rewards come out of the run itself: candidates of the
-base, labels of the teacher, scores of the trained reward model. Each arm chooses among as many settings as the others,
-on training prompts of the first model; all models are then aligned with what was chosen.
+Every arm is the same trainer with another objective, and one of them goes on for a second round. Pairs and rewards come
+out of the run itself: candidates of the base, labels of the teacher, scores of the trained reward model. Each arm
+chooses among as many settings as the others, on training prompts of the first model; all models are then aligned with
+what was chosen.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,10 +56,13 @@ from halo_fast.train.config import TrainConfig, deciding_settings
 
 __all__ = ["Comparison", "compare"]
 
+logger = logging.getLogger(__name__)
+
 _PREPARATION = ("generate", "annotate", "reward", "score", "pairs", "cache")
 _ROUND = ("generate", "reward", "score", "pairs", "cache", "train")
+_ROUNDS = "rounds"  # folder of the run directories of arms of several rounds
 _TUNING_PROMPTS = 64  # the last of the training prompts, of which candidates took the first
-_CANDIDATE = -1  # no candidate of a training prompt has this number, so evaluation noise was never trained on
+_EVALUATED, _TUNED = -1, -2  # no candidate of a training prompt has these numbers, so their noise was never trained on
 
 
 class Comparison(Protocol):
@@ -105,7 +112,8 @@ def compare(
         max_train_steps: optimiser steps of every arm; null for the recipe's.
         bootstrap: resamples of seeds and prompts behind each interval.
         table: Markdown file that the results go to; without it output_dir/results.md.
-        num_workers: trainings at a time, each in a process with its share of the cores.
+        num_workers: trainings at a time, each in a process with its share of the cores. A script that calls this needs
+            `if __name__ == "__main__":`.
 
     Raises:
         UserError: an argument out of its bounds, an unknown comparison, or a process that was killed.
@@ -168,7 +176,8 @@ def _introduction(
         f"one was chosen whose share mitigated and fidelity add up to most on {_TUNING_PROMPTS} training prompts, and "
         "it holds in all tables. A step costs every arm the same: winners and losers, forward and backward. Before "
         "training, the reference passes over the pairs once for each draw. Rewards are the trained reward model's, "
-        "not the meter's. In a second round the aligned model makes new candidates, and the reward model stays.",
+        "not the meter's. A second round takes as many steps again, on new candidates of the aligned model; the reward "
+        "model stays.",
         "",
         "*Mitigated* is the share of the base's mean severity that is gone, less the meter's reading on clean clips. "
         f"{measures}All figures but the motion ratio are percentages.",
@@ -186,6 +195,8 @@ class _Job:
     training: TrainConfig | None
     rounds: int
     prompts: Sequence[str]
+    candidate: int
+    tentative: bool = False  # a training that fails is a setting that nobody chooses
 
 
 def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
@@ -195,19 +206,22 @@ def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
     settings = _settings(config) | {"choices": {name: list(arm.choices) for name, arm in arms.items()}}
     with run.stage("tuning", settings, _inputs(config, run) | {"tuning_prompts": "\n".join(prompts)}) as stage:
         if not stage.done:
-            jobs = {(BASE, 0): _Job(stage.folder / f"{BASE}.parquet", None, 1, prompts)}
+            jobs = {(BASE, 0): _Job(stage.folder / f"{BASE}.parquet", None, 1, prompts, _TUNED)}
             for name, arm in arms.items():
                 for number, choice in enumerate(arm.choices):
                     training = arm_training(arm, config.train, choice, config.seed)
                     file = stage.folder / f"{arm_slug(name)}_{number}.parquet"
-                    jobs[name, number] = _Job(file, training, 1, prompts)
+                    jobs[name, number] = _Job(file, training, 1, prompts, _TUNED, tentative=True)
             _run_jobs(list(jobs.values()), config, run, num_workers, "compare: settings")
             clean = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent).clean
             read = {key: read_measured([job.file]) for key, job in jobs.items()}
             tuned = []
             for name, arm in arms.items():
                 scores = [tuning_score(read[name, number], read[BASE, 0], clean) for number in range(len(arm.choices))]
-                best = max(range(len(scores)), key=scores.__getitem__)
+                trained = [number for number, score in enumerate(scores) if score is not None]
+                if not trained:
+                    raise UserError(f"compare: no setting of {name} could be trained on {run.path}; see the warnings")
+                best = max(trained, key=lambda number: scores[number] or 0.0)
                 tuned.append(Tuned(name, dict(arm.choices[best]), scores))
             write_json(stage.folder / "chosen.json", {"arms": [asdict(one) for one in tuned]})
             stage.finish({"trainings": len(jobs) - 1})
@@ -231,15 +245,18 @@ def _measure_arms(config: Config, run: Run, num_seeds: int, tuned: Sequence[Tune
         "arms": {name: deciding_settings(trainings[name, 0], started=False) for name in ARMS},
         "rounds": {name: arm.rounds for name, arm in ARMS.items()},
         "num_seeds": num_seeds,
+        "num_prompts": len(prompts),
     }
     inputs = _inputs(config, run) | {"evaluation_prompts": prompt_source(config.evaluation_prompts)}
     with run.stage("arms", settings, inputs) as stage:
         if stage.done:
             return
-        jobs = [_Job(stage.folder / f"{BASE}_0.parquet", None, 1, prompts)]
+        if not any(stage.folder.glob("*.parquet")):
+            shutil.rmtree(run.path / _ROUNDS, ignore_errors=True)  # of other candidates
+        jobs = [_Job(stage.folder / f"{BASE}_0.parquet", None, 1, prompts, _EVALUATED)]
         for (name, seed), training in trainings.items():
             file = stage.folder / f"{arm_slug(name)}_{seed}.parquet"
-            jobs.append(_Job(file, training, ARMS[name].rounds, prompts))
+            jobs.append(_Job(file, training, ARMS[name].rounds, prompts, _EVALUATED))
         _run_jobs(jobs, config, run, num_workers, f"compare {config.pretrained_model_name_or_path}")
         meter = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent)
         write_json(stage.folder / "clean.json", {"severity": meter.clean})
@@ -249,6 +266,7 @@ def _measure_arms(config: Config, run: Run, num_seeds: int, tuned: Sequence[Tune
 def _settings(config: Config) -> dict[str, Any]:
     """What every training and every measurement depends on."""
     settings = {section: asdict(getattr(config, section)) for section in ("evaluate", "generate")}
+    del settings["evaluate"]["num_prompts"]  # each stage has its own
     return settings | {"train": deciding_settings(config.train, started=False), "seed": config.seed}
 
 
@@ -269,14 +287,14 @@ def _run_jobs(jobs: Sequence[_Job], config: Config, run: Run, num_workers: int, 
         return
     threads = max(1, torch.get_num_threads() // num_workers)
     with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        waiting = [pool.submit(_run_job, job, config, run) for job in todo]
         try:
+            waiting = [pool.submit(_run_job, job, config, run) for job in todo]
             for done in progress(as_completed(waiting), len(waiting), label):
                 done.result()
         except BrokenProcessPool:
             raise UserError(
-                f"num_workers: one of {num_workers} processes was killed, as happens where memory is short; what is "
-                "finished is kept: call again with fewer"
+                f"num_workers: one of {num_workers} processes was killed, which happens where memory is short, or in a "
+                'script without `if __name__ == "__main__":`; what is finished is kept: call again, with fewer'
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -294,7 +312,12 @@ def _run_job(job: _Job, config: Config, run: Run) -> None:
             family.load_lora(fit(family, pairs, job.training, references=run.path / "reference_errors").lora)
         elif job.training is not None:
             load_all_trained(family, _train_rounds(job, job.training, config, run))
-        columns = _sample_and_measure(config, job.prompts, family, meter)
+        columns = _sample_and_measure(config, job, family, meter)
+    except UserError as error:
+        if not job.tentative:
+            raise
+        logger.warning("compare: %s cannot be trained: %s", job.file.stem, error)
+        columns = {"severity": [math.nan] * len(job.prompts)}
     finally:
         if job.training is not None:
             family.pipeline.unload_lora_weights()
@@ -312,11 +335,11 @@ def _train_rounds(job: _Job, training: TrainConfig, config: Config, run: Run) ->
 
     The reward model stays. The rounds are in a run directory of their own, which is left out of the results.
     """
-    place = run.path / "rounds" / job.file.stem
+    place = run.path / _ROUNDS / job.file.stem
     if not (place / "generate").exists():
         copied = place.with_name(f"{place.name}.part")
         shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(run.path / "generate", copied / "generate")
+        shutil.copytree(run.path / "generate", copied / "generate", copy_function=_linked)
         copied.rename(place)
     own = replace(
         config, output_dir=str(place), rounds=job.rounds, reward_model=str(run.path / "reward"),
@@ -328,13 +351,21 @@ def _train_rounds(job: _Job, training: TrainConfig, config: Config, run: Run) ->
     return list(trained_results(own, Run(own, number=job.rounds)).values())
 
 
-def _sample_and_measure(config: Config, prompts: Sequence[str], family: Family, meter: Meter) -> dict[str, list[float]]:
+def _linked(source: str, target: str) -> None:
+    """The same file in another place, without its bytes where the disk can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _sample_and_measure(config: Config, job: _Job, family: Family, meter: Meter) -> dict[str, list[float]]:
     """What the meter reads of one clip for each prompt, in [0, 1] but for motion_amount."""
     rows: dict[str, list[torch.Tensor]] = {}
     size = config.generate.batch_size
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        seeds = [clip_seed(config.seed, start + index, _CANDIDATE) for index in range(len(batch))]
+    for start in range(0, len(job.prompts), size):
+        batch = job.prompts[start : start + size]
+        seeds = [clip_seed(config.seed, start + index, job.candidate) for index in range(len(batch))]
         _, videos = sample_clips(family, batch, seeds, config.generate)
         found = read_meter(meter, videos, batch, config.grid)
         severity = found["severity"].flatten(1)

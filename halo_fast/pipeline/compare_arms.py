@@ -22,7 +22,8 @@ class Arm:
     """A way to align.
 
     Args:
-        objective: what it changes in the recipe's objective.
+        objective: a preset and what differs from it. Betas, gammas, deltas and the weights of video and patches are the
+            recipe's where nothing is said here.
         choices: the settings that are tried of it, by the names of fields of the objective or of training.
         rounds: how often it makes candidates and trains.
         chosen_as: the arm whose chosen setting it takes; its own if empty.
@@ -47,11 +48,12 @@ _SUPERVISED = _grid({_RATE: (0.5, 1, 2, 4), ("lr_scheduler",): ("constant", "cos
 _PREFERRED = _grid({_RATE: (0.5, 1), _BETAS: (0.3, 1, 3, 10)})
 _BOTH = _grid({_RATE: (0.5, 1), ("patch_beta",): (1, 3), ("patch_sft_weight",): (1, 2)})
 _WEIGHTS = ("video_weight", "patch_weight", "sft_weight", "patch_sft_weight")
+_OF_THE_RECIPE = ("video_beta", "patch_beta", "video_gamma", "patch_gamma", "video_delta", "patch_delta")
 
 
-def _only(weight: str) -> dict[str, float]:
+def _only(weight: str) -> dict[str, Any]:
     """The objective with this weight alone."""
-    return {name: float(name == weight) for name in _WEIGHTS}
+    return {"preset": "halo"} | {name: float(name == weight) for name in _WEIGHTS}
 
 
 BASE, BEST = "base", "HALO, bounded"
@@ -78,10 +80,14 @@ def arm_training(arm: Arm, recipe: TrainConfig, choice: Choice, seed: int) -> Tr
         choice: one of the arm's; empty for the arm as it is.
         seed: of the training.
     """
-    given = recipe.objective if isinstance(recipe.objective, dict) else {"preset": recipe.objective}
-    spec = {**given, **arm.objective}
+    own = build(recipe.objective)
+    kept = {name: getattr(own, name) for name in _OF_THE_RECIPE if hasattr(own, name)}
+    kept |= {
+        name: getattr(own, name) for name in _WEIGHTS[:2] if getattr(own, name, 0)
+    }  # a weight of 0 is another arm's
+    spec = kept | dict(arm.objective)
     if isinstance(build(spec), PooledDPO):
-        spec["patch_beta"] = spec["video_beta"]  # its logit of patches is a mean over the video, as the video's is
+        spec["patch_beta"] = build(spec).video_beta  # its logit of patches is a mean over the video, as the video's is
     objective = build(spec)
     training: dict[str, Any] = {}
     in_training = {field.name for field in fields(TrainConfig)}

@@ -61,11 +61,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What an arm chose: the setting, and the scores of all that it could choose from."""
+    """What an arm chose: the setting, and the scores of all that it could choose from; None could not be trained."""
 
     arm: str
     choice: dict[str, float | str]
-    scores: list[float]
+    scores: list[float | None]
 
 
 def arm_slug(arm: str) -> str:
@@ -79,14 +79,19 @@ def read_measured(files: Sequence[Path]) -> Measured:
     return {name: np.stack([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
 
 
-def tuning_score(measured: Measured, base: Measured, clean: float) -> float:
+def tuning_score(measured: Measured, base: Measured, clean: float) -> float | None:
     """What a setting is chosen by: the share mitigated and, if it was measured, the share of clips that are faithful.
 
     Args:
         measured: of the setting.
         base: of the model itself, on the same prompts.
         clean: mean severity that the meter reads on clean clips.
+
+    Returns:
+        the sum; None of a setting that could not be trained.
     """
+    if np.isnan(measured["severity"]).any():
+        return None
     mitigated = severity_mitigated(float(base["severity"].mean()), float(measured["severity"].mean()), clean)
     return mitigated + (float(measured["fidelity"].mean()) if "fidelity" in measured else 0.0)
 
@@ -204,8 +209,9 @@ def _tuning_table(tuned: Sequence[Tuned]) -> list[str]:
     """A row for each arm: its setting, and how all that it could choose from scored, in points."""
     lines = [_line(["arm", "chosen", "score", "scores of all settings"]), "|---|---|---|---|"]
     for one in tuned:
-        scores = sorted(one.scores, reverse=True)
-        lines.append(_line([one.arm, told_choice(one.choice), _percent(scores[0]), ", ".join(map(_percent, scores))]))
+        scores = sorted((score for score in one.scores if score is not None), reverse=True)
+        told = [*map(_percent, scores), *["failed"] * one.scores.count(None)]
+        lines.append(_line([one.arm, told_choice(one.choice), told[0], ", ".join(told)]))
     return lines
 
 

@@ -85,11 +85,11 @@ def test_page_has_a_row_for_every_arm_and_columns_for_what_was_measured():
 
 def test_page_judges_motion_by_a_flawless_removal_of_the_same_share_and_lists_what_was_tuned():
     section = build_section("model", arms(), 0.0, "base", "none", 20, lambda mitigated: 1 + mitigated / 2)
-    tuned = [Tuned("half", {"learning_rate": 0.5, "lr_scheduler": "cosine"}, [0.25, 1.5, 1.0])]
+    tuned = [Tuned("half", {"learning_rate": 0.5, "lr_scheduler": "cosine"}, [0.25, 1.5, None, 1.0])]
     page = render([], [section], ["A note."], tuned)
     assert "| motion ratio | of a flawless removal | defective patches |" in page
     assert "| half | 50 [50, 50] | 50, 50, 50 | 25 [25, 25] | 25 | 1.00 | 1.25 | 25 |" in page
-    assert "| half | learning_rate x 0.5, lr_scheduler cosine | 150 | 150, 100, 25 |" in page
+    assert "| half | learning_rate x 0.5, lr_scheduler cosine | 150 | 150, 100, 25, failed |" in page
 
 
 def test_arms_are_read_with_all_their_seeds(tmp_path):
@@ -104,6 +104,7 @@ def test_a_setting_is_scored_by_what_it_mitigates_and_keeps():
     assert tuning_score(found, base, clean=0.1) == pytest.approx(0.75)
     found["fidelity"] = np.array([[1.0, 1.0, 1.0, 0.0]])
     assert tuning_score(found, base, clean=0.1) == pytest.approx(1.5)
+    assert tuning_score({"severity": np.full((1, 4), np.nan)}, base, clean=0.1) is None
 
 
 def objective_of(name, choice=None):
@@ -183,6 +184,51 @@ def test_a_registered_model_says_what_the_page_needs(name):
     assert comparison.note().startswith("The base on 256 held-out prompts: defect_rate 0.")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "halo_sft",
+        "diffusion_dpo",
+        "mapo",
+        {"preset": "halo_bounded", "patch_beta": 30.0},
+        {"preset": "local_dpo", "video_weight": 0.0},
+        {"preset": "halo_sft", "patch_sft_weight": 1.0, "link": "hinge"},
+    ],
+)
+def test_arms_are_what_they_are_called_whatever_the_recipe_is(given):
+    """Betas come from the recipe; kinds of loss, weights of supervision, links and caps do not."""
+    recipe, own = replace(demo_config().train, objective=given), build(given)
+    for name, arm in ARMS.items():
+        objective, demo = build(arm_training(arm, recipe, {}, 0).objective), objective_of(name)
+        assert type(objective) is type(demo)
+        for part in ("sft_weight", "patch_sft_weight", "link", "video_cap", "patch_cap"):
+            assert getattr(objective, part) == getattr(demo, part), (name, part)
+        assert (objective.video_weight > 0, objective.patch_weight > 0) == (
+            demo.video_weight > 0,
+            demo.patch_weight > 0,
+        )
+        assert objective.video_beta == getattr(own, "video_beta", objective.video_beta)
+        for choice in arm.choices:
+            build(arm_training(arm, recipe, choice, 0).objective)
+
+
+def test_a_setting_that_cannot_be_trained_is_chosen_by_nobody(tmp_path, monkeypatch, caplog):
+    def diverges(*given, **named):
+        raise UserError("loss: spiked at step 3")
+
+    monkeypatch.setattr(compare, "fit", diverges)
+    monkeypatch.setattr(compare, "CachedPairs", lambda *given: None)
+    monkeypatch.setattr(Run, "require", lambda run, path: tmp_path / path)
+    config = demo_config(output_dir=str(tmp_path))
+    prompts = ["a green 7 drifts left over a dark field"] * 2
+    job = compare._Job(tmp_path / "arm_0.parquet", config.train, 1, prompts, -2, tentative=True)
+    compare._run_job(job, config, Run(config))
+    assert "arm_0 cannot be trained: loss: spiked at step 3" in caplog.text
+    assert tuning_score(read_measured([job.file]), {"severity": np.full((1, 2), 0.5)}, 0.0) is None
+    with pytest.raises(UserError, match="spiked"):
+        compare._run_job(replace(job, tentative=False, file=tmp_path / "other.parquet"), config, Run(config))
+
+
 def test_a_patch_beta_that_is_the_videos_is_multiplied_too():
     recipe = replace(demo_config().train, objective={"preset": "halo", "video_beta": 40.0})
     spec = arm_training(ARMS["HALO + patch SFT"], recipe, {"patch_beta": 3}, 0).objective
@@ -201,8 +247,8 @@ def die():
 
 
 def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path):
-    jobs = [compare._Job(tmp_path / f"{number}.parquet", None, 1, [Deadly("a prompt")]) for number in range(3)]
-    with pytest.raises(UserError, match="^num_workers: one of 2 processes was killed, .* call again with fewer$"):
+    jobs = [compare._Job(tmp_path / f"{number}.parquet", None, 1, [Deadly("a prompt")], -1) for number in range(3)]
+    with pytest.raises(UserError, match="^num_workers: one of 2 processes was killed, .*: call again, with fewer$"):
         compare._run_jobs(jobs, demo_config(), Run(demo_config(output_dir=str(tmp_path))), 2, "compare")
     assert not list(tmp_path.glob("*.parquet"))
 
