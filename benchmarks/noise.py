@@ -145,7 +145,7 @@ def _line(name: str, rows: Sequence[Read]) -> str:
     passes = [
         None if step is None else before + step * each for step, (_, (each, before)) in zip(steps, rows, strict=True)
     ]
-    before = sorted({f"{before:,}" for _, (_, before) in rows})
+    before = [f"{count:,}" for count in sorted({before for _, (_, before) in rows})]
     most = [f"{100 * max(reading['mitigated'] for reading in readings):.0f}" for readings, _ in rows]
     cells = [name, " to ".join(dict.fromkeys((before[0], before[-1]))), *map(_listed, (steps, passes)), ", ".join(most)]
     return f"| {' | '.join(cells)} |"

@@ -141,7 +141,7 @@ class PatchGrid:
         """`pool` of maps without a NaN, such as features: the same means for less than half of the work.
 
         Args:
-            maps: [..., T, Y, X], float. A NaN spreads to patches that it is not in.
+            maps: [..., T, Y, X], float. A NaN or an infinity spreads to patches that it is not in.
 
         Returns:
             [..., f, h, w], as `pool`.
