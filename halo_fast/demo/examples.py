@@ -18,7 +18,7 @@ _FIRST_SEED = 31  # apart from the seeds of other clips of this world
 
 
 @torch.no_grad()
-def examples(count: int, seed: int) -> tuple[Tensor, list[str], Tensor, dict[str, Tensor]]:
+def examples(count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
     """Clips of the train split, most of them damaged in most patches at graded strength, through the autoencoder.
 
     Args:
@@ -26,8 +26,7 @@ def examples(count: int, seed: int) -> tuple[Tensor, list[str], Tensor, dict[str
         seed: of every random choice.
 
     Returns:
-        uint8 [N, 9, 32, 32, 3], prompts, quality [N, 3, 4, 4] in the demo teacher's terms: 5 - 4 severity, and the best
-        scores of text_alignment and dynamic_degree: damage or not, they show what their prompts say.
+        uint8 [N, 9, 32, 32, 3], prompts, and quality [N, 3, 4, 4] in the demo teacher's terms: 5 - 4 severity.
     """
     generator = torch.Generator().manual_seed(_FIRST_SEED + seed)
     clips = world.draw("train", count, generator)
@@ -36,5 +35,4 @@ def examples(count: int, seed: int) -> tuple[Tensor, list[str], Tensor, dict[str
     video = torch.where(sound[..., None], clips.video, planted.video)
     vae = load_pipeline("graded").vae
     video = torch.cat([world.to_uint8(round_trip(vae, part).clamp(0, 1)) for part in video.split(64)])
-    shown = dict.fromkeys(("text_alignment", "dynamic_degree"), torch.full((count,), 5.0))
-    return video, clips.prompts, 5 - 4 * planted.severity.masked_fill(sound, 0), shown
+    return video, clips.prompts, 5 - 4 * planted.severity.masked_fill(sound, 0)
