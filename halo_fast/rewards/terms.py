@@ -90,7 +90,8 @@ def loss_terms(
         column = dimensions.index(_MOTION_DIMENSION)
         losses["motion"] = frozen_copy_loss(model, batch, video[: math.ceil(_COPY_SHARE * len(labels)), column], column)
         named = [names_direction(prompt) for prompt in labels.prompts]
-        if any(named) and backbone.negatives > 1:  # else another prompt costs a pass
+        # without evidence of words this was not learned, and cost dynamic_degree its ranks
+        if any(named) and batch.word_evidence is not None:
             prompts = [*labels.prompts, *map(turned_prompt, labels.prompts)]
             both = torch.arange(len(prompts)).view(2, -1).T
             with share.dropout():
