@@ -34,7 +34,7 @@ class RewardConfig:
         patch_weight: weight of the patch loss in the patch phase.
         swap_weight: weight of the preference for a clip's own prompt over another clip's, in text_alignment.
         motion_weight: weight of two preferences in dynamic_degree: for a clip over a frozen copy of it, and for its
-            prompt over that of the opposite motion.
+            prompt over that of the opposite motion, which needs word evidence.
         mirror: "horizontal" mirrors clips with their labels and exchanges left and right in their prompts. "both" also
             turns them upside down, which is false where things fall or stand on ground. "none" leaves them alone.
         loss: "regression", "bradley_terry", "bradley_terry_ties" or "combined" (regression and Bradley-Terry).
