@@ -16,10 +16,7 @@ from halo_fast.agreement.figures import Figure, mean_over
 from halo_fast.rewards import RewardModel, Rewards
 from halo_fast.rewards.clips import names_direction
 
-__all__ = [
-    *("Probe", "brightness", "frame_order", "planted_damage", "probe_all", "prompt_swap"),
-    "static_copy",
-]
+__all__ = ["Probe", "brightness", "frame_order", "planted_damage", "probe_all", "prompt_swap", "static_copy"]
 
 _BRIGHTER = 12  # of 255 levels
 _Change = Callable[[Tensor, int], Tensor]  # of some clips, the number of the first among all of them

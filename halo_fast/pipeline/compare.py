@@ -302,6 +302,7 @@ def _run_jobs(jobs: Sequence[_Job], config: Config, run: Run, num_workers: int, 
 
 
 def _run_job(job: _Job, config: Config, run: Run) -> None:
+    """Train, sample and measure, and write the job's file: a row a prompt; severity is NaN where training failed."""
     import pyarrow
 
     family = _loaded(config.pretrained_model_name_or_path)

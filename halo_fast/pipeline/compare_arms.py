@@ -82,9 +82,8 @@ def arm_training(arm: Arm, recipe: TrainConfig, choice: Choice, seed: int) -> Tr
     """
     own = build(recipe.objective)
     kept = {name: getattr(own, name) for name in _OF_THE_RECIPE if hasattr(own, name)}
-    kept |= {
-        name: getattr(own, name) for name in _WEIGHTS[:2] if getattr(own, name, 0)
-    }  # a weight of 0 is another arm's
+    # a weight of 0 makes the recipe an arm of its own, and is not passed on to others
+    kept |= {name: getattr(own, name) for name in _WEIGHTS[:2] if getattr(own, name, 0)}
     spec = kept | dict(arm.objective)
     if isinstance(build(spec), PooledDPO):
         spec["patch_beta"] = build(spec).video_beta  # its logit of patches is a mean over the video, as the video's is

@@ -278,9 +278,8 @@ class Compact(nn.Module):
         patches = self.config.patches(grid, features.size)
         power = torch.cat((shrink(distance.square(), 2), shrink(middle.square(), 2)), dim=1)
         means = torch.cat((shrink(fine, 4), shrink(middle, 2), coarse), dim=1)
-        pooled = torch.cat((patches.pool_complete(means), (patches.pool_complete(power) + 1e-4).sqrt()), dim=1).movedim(
-            1, -1
-        )
+        means, roots = patches.pool_complete(means), (patches.pool_complete(power) + 1e-4).sqrt()
+        pooled = torch.cat((means, roots), dim=1).movedim(1, -1)
         if features.frozen is not None:
             frozen = self.from_frozen(self.norm_frozen(patches.pool_complete(features.frozen).movedim(1, -1)))
             pooled = torch.cat((pooled, frozen), dim=-1)
