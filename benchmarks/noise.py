@@ -9,7 +9,6 @@ counting 1.25, and what is gone at most. Between two readings both are interpola
 --only takes some of the ways, and --base the demo's other model.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,11 @@ from unittest.mock import patch
 from torch import Tensor
 
 from benchmarks.candidates import BACKWARD, passes_to
-from benchmarks.trade import Setting, read_training
+from benchmarks.trade import Setting, demo_config, parse_arguments, read_training
 from halo_fast.data import Pair
 from halo_fast.data.pairs import heldout_mask
-from halo_fast.demo import BASES
 from halo_fast.families.sampling import clip_noise
 from halo_fast.files import read_table
-from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.config import Config
 from halo_fast.train import draws
 
@@ -67,27 +64,8 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run of the demo with this base")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--base", choices=BASES, default=BASES[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts that are measured")
-    parser.add_argument("--steps", type=int, default=120, help="of each training")
-    parser.add_argument("--every", type=int, default=40, help="steps between two readings")
-    parser.add_argument("--only", nargs="*", choices=list(WAYS), default=list(WAYS), help="some of the ways")
-    arguments = parser.parse_args()
-    base = load_config(
-        "demo",
-        {
-            "pretrained_model_name_or_path": f"demo:{arguments.base}",
-            "reward_model": str(arguments.run / "reward"),
-            "train.max_train_steps": arguments.steps,
-            "train.checkpointing_steps": arguments.every,
-            "train.diagnostics_steps": 0,
-            "evaluate.num_prompts": arguments.num_prompts,
-        },
-    )
+    arguments = parse_arguments(__doc__, WAYS)
+    base = demo_config(arguments, diagnostics_steps=0)
     lines = list(_HEAD)
     for name in arguments.only:
         rows = []

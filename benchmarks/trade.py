@@ -7,13 +7,13 @@ setting. Every training is read at several steps on held-out prompts, with the s
 much of the base's severity is gone, how much further off the policy's prediction is than the base's on winning patches
 of held-out pairs, and what clips still show of their prompts. A setting of two rounds makes new candidates with the
 aligned model and trains on; the reward model stays. It prints a Markdown table, with the readings of each training in
-order. A killed benchmark continues; --only takes some of the settings.
+order. A killed benchmark continues; --only takes some of the settings, and --base the demo's other model.
 """
 
 import argparse
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ from halo_fast.agreement.meters import read_meter
 from halo_fast.data import CachedPairs
 from halo_fast.data.pairs import heldout_mask
 from halo_fast.data.prompts import read_prompts
+from halo_fast.demo import BASES
 from halo_fast.export.lora import export_lora
 from halo_fast.families import load
 from halo_fast.families.sampling import clip_seed, sample_clips
@@ -76,24 +77,8 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run of the demo")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts that are measured")
-    parser.add_argument("--steps", type=int, default=120, help="of each training")
-    parser.add_argument("--every", type=int, default=40, help="steps between two readings")
-    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="some of the settings")
-    arguments = parser.parse_args()
-    base = load_config(
-        "demo",
-        {
-            "reward_model": str(arguments.run / "reward"),
-            "train.max_train_steps": arguments.steps,
-            "train.checkpointing_steps": arguments.every,
-            "train.diagnostics_steps": arguments.every,
-            "evaluate.num_prompts": arguments.num_prompts,
-        },
-    )
+    arguments = parse_arguments(__doc__, SETTINGS)
+    base = demo_config(arguments, diagnostics_steps=arguments.every)
     rows = {}
     for name in arguments.only:
         for seed in arguments.seeds:
@@ -101,6 +86,35 @@ def main() -> None:
             print(_line([rows[name, seed]], f"{name}, seed {seed}"), flush=True)
     print(
         "\n".join([*_HEAD, *(_line([rows[name, seed] for seed in arguments.seeds], name) for name in arguments.only)])
+    )
+
+
+def parse_arguments(description: str | None, names: Collection[str]) -> argparse.Namespace:
+    """Command line of a benchmark that trains the demo in several ways."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("run", type=Path, help="a run of the demo with this base, whose reward model is trained")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts that are measured")
+    parser.add_argument("--steps", type=int, default=120, help="of each training")
+    parser.add_argument("--every", type=int, default=40, help="steps between two readings")
+    parser.add_argument("--only", nargs="*", choices=list(names), default=list(names), help="some of the rows")
+    return parser.parse_args()
+
+
+def demo_config(arguments: argparse.Namespace, diagnostics_steps: int) -> Config:
+    """The demo's recipe with what the command line says, and the reward model of the run."""
+    return load_config(
+        "demo",
+        {
+            "pretrained_model_name_or_path": f"demo:{arguments.base}",
+            "reward_model": str(arguments.run / "reward"),
+            "train.max_train_steps": arguments.steps,
+            "train.checkpointing_steps": arguments.every,
+            "train.diagnostics_steps": diagnostics_steps,
+            "evaluate.num_prompts": arguments.num_prompts,
+        },
     )
 
 

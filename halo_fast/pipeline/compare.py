@@ -128,7 +128,7 @@ def compare(
         if max_train_steps is not None:
             changes["train.max_train_steps"] = max_train_steps
         config = load_config(comparison.recipe, {**comparison.changes, **changes})
-        run = Run(config)
+        run = Run(config, force=None)
         for stage in _PREPARATION:
             registry.load(STAGES[stage].target)(config, run)
         tuned = tuned or _choose_settings(config, run, num_workers)
@@ -348,8 +348,9 @@ def _train_rounds(job: _Job, training: TrainConfig, config: Config, run: Run) ->
     )  # fmt: skip
     for number in range(1, job.rounds + 1):
         for stage in _ROUND:
-            registry.load(STAGES[stage].target)(Run(own, number=number).config, Run(own, number=number))
-    return list(trained_results(own, Run(own, number=job.rounds)).values())
+            run = Run(own, None, number)
+            registry.load(STAGES[stage].target)(run.config, run)
+    return list(trained_results(own, run).values())
 
 
 def _linked(source: str, target: str) -> None:

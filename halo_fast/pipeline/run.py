@@ -34,7 +34,7 @@ class Run:
 
     Args:
         config: settings of the run; `config.output_dir` is the directory, made when a stage starts.
-        force: whether every stage is made again.
+        force: whether every stage is made again; None for a command that has no such option.
         number: of the round. The stages of the first are in the directory itself, those of round 2 in its folder
             round_2.
 
@@ -46,7 +46,7 @@ class Run:
         planned: the stages that follow one another, in order, so that each can say where it stands; none by itself.
     """
 
-    def __init__(self, config: Config, force: bool = False, number: int = 1) -> None:
+    def __init__(self, config: Config, force: bool | None = False, number: int = 1) -> None:
         self.config = round_config(config, number)
         self.force = force
         self.root = Path(config.output_dir)
@@ -337,7 +337,8 @@ class Stage:
         Raises:
             UserError: the settings, or inputs from outside the run directory, differ.
         """
-        cure = "pass --force to redo the stage, or choose another output_dir"
+        offered = "" if self.run.force is None else "pass --force to redo the stage, or "
+        cure = f"{offered}choose another output_dir"
         before, now = _flatten(earlier["settings"]), _flatten(self._key["settings"])
         for name in [*now, *before]:
             old, new = before.get(name, "unset"), now.get(name, "unset")

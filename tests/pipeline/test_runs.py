@@ -178,6 +178,14 @@ def test_other_settings_are_refused_by_name(config, finished):
     assert {path: hash_file(path) for path in stage.folder.iterdir()} == files
 
 
+def test_what_a_command_does_not_offer_is_no_cure(config):
+    work(config, inputs={"prompts": "x"})
+    given = ({"size": 1}, "x", "with size = 2, now it is 1"), ({"size": 2}, "y", "from other prompts")
+    for settings, prompts, differs in given:
+        with pytest.raises(UserError, match=f"was made {differs}; choose another output_dir$"):
+            work(config, settings, {"prompts": prompts}, force=None)
+
+
 def test_dict_and_dataclass_and_tuple_and_list_are_the_same_settings(config):
     assert work(config, Config())
     assert not work(config, dataclasses.asdict(Config()))
