@@ -76,7 +76,6 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
     arguments = parse_arguments(__doc__, SETTINGS)
     base = demo_config(arguments, diagnostics_steps=arguments.every)
     rows = {}

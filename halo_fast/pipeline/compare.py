@@ -99,10 +99,11 @@ def compare(
     bootstrap: Annotated[int, Ge(1)] = 2000,
     table: str | None = None,
     num_workers: Annotated[int, Ge(1)] = 1,
+    tuning: str | None = None,
 ) -> None:
     """Align models by every arm and write the table of results; a killed comparison continues.
 
-    Settings of all arms are chosen with the first model.
+    Settings of all arms are chosen with the first model, unless `tuning` has them.
 
     Args:
         output_dir: one run directory for each model goes here.
@@ -114,15 +115,17 @@ def compare(
         table: Markdown file that the results go to; without it output_dir/results.md.
         num_workers: trainings at a time, each in a process with its share of the cores. A script that calls this needs
             `if __name__ == "__main__":`.
+        tuning: tuning/chosen.json of an earlier comparison, whose settings are taken; null to choose anew.
 
     Raises:
-        UserError: an argument out of its bounds, an unknown comparison, or a process that was killed.
+        UserError: an argument out of its bounds, an unknown comparison, a file that lacks the setting of an arm, or a
+            process that was killed.
     """
     validate_arguments(compare, locals())
+    tuned: list[Tuned] = _read_tuned(Path(tuning)) if tuning else []
     names = regimes or tuple(registry.known("comparison"))
     comparisons: list[Comparison] = [_comparison(name) for name in names]
     sections: list[Section] = []
-    tuned: list[Tuned] = []
     for name, comparison in zip(names, comparisons, strict=True):
         changes = {"output_dir": f"{output_dir}/{name}", "evaluate.num_prompts": num_prompts}
         if max_train_steps is not None:
@@ -137,7 +140,7 @@ def compare(
         arms = {arm: read_measured(found) for arm, found in files.items()}
         clean = float((read_json(run.path / "arms" / "clean.json") or {})["severity"])
         sections.append(build_section(name, arms, clean, BASE, BEST, bootstrap, comparison.flawless_motion))
-    introduction = _introduction(comparisons, config, names, num_seeds, output_dir)
+    introduction = _introduction(comparisons, config, names, num_seeds, output_dir, tuning)
     text = render(introduction, sections, [comparison.note() for comparison in comparisons], tuned)
     page = Path(table or f"{output_dir}/results.md")
     # what follows a mark is another command's
@@ -156,23 +159,31 @@ def _comparison(name: str) -> Comparison:
 
 
 def _introduction(
-    comparisons: Sequence[Comparison], config: Config, names: Sequence[str], num_seeds: int, output_dir: str
+    comparisons: Sequence[Comparison],
+    config: Config,
+    names: Sequence[str],
+    num_seeds: int,
+    output_dir: str,
+    tuning: str | None = None,
 ) -> list[str]:
     """How the page was made and what its figures mean, as lines of Markdown; `config` is any of the runs'."""
     training, num_prompts = config.train, config.evaluate.num_prompts
     trained = "" if config.generate.num_prompts is None else f", from {config.generate.num_prompts} prompts"
     measures = "".join(f"{text} " for text in dict.fromkeys(one.measures for one in comparisons) if text)
+    option, origin = (
+        (f"--tuning {tuning} ", "by an earlier comparison") if tuning else ("", f"on the pairs of {names[0]}")
+    )
     lines = [
         "# Does the idea hold?",
         "",
         f"Made by `halo compare --output_dir {output_dir} --regimes '[{', '.join(names)}]' --num_seeds {num_seeds} "
-        f"--num_prompts {num_prompts} --max_train_steps {training.max_train_steps} --table docs/results.md`: "
+        f"--num_prompts {num_prompts} --max_train_steps {training.max_train_steps} {option}--table docs/results.md`: "
         f"{training.max_train_steps} steps of {training.train_batch_size} pairs for every arm{trained}, {num_seeds} "
         f"seeds, {num_prompts} held-out prompts with the same noise for all. The reference's errors are cached for "
         f"{training.reference_draws} draws of noise and time a pair. Intervals are 95%, bootstrapped over seeds and "
         f"prompts; with only {num_seeds} seeds to draw from they are narrower than they should be.",
         "",
-        f"Every arm was tuned alike: {_counted(ARMS)} settings each, trained once on the pairs of {names[0]}. That "
+        f"Every arm was tuned alike: {_counted(ARMS)} settings each, trained once {origin}. That "
         f"one was chosen whose share mitigated and fidelity add up to most on {_TUNING_PROMPTS} training prompts, and "
         "it holds in all tables. A step costs every arm the same: winners and losers, forward and backward. Before "
         "training, the reference passes over the pairs once for each draw. Rewards are the trained reward model's, "
@@ -225,7 +236,27 @@ def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
                 tuned.append(Tuned(name, dict(arm.choices[best]), scores))
             write_json(stage.folder / "chosen.json", {"arms": [asdict(one) for one in tuned]})
             stage.finish({"trainings": len(jobs) - 1})
-    return [Tuned(**one) for one in (read_json(run.path / "tuning" / "chosen.json") or {})["arms"]]
+    return _read_tuned(run.path / "tuning" / "chosen.json")
+
+
+def _read_tuned(file: Path) -> list[Tuned]:
+    """What each arm chose.
+
+    Raises:
+        UserError: the file does not have a setting of each arm that chooses.
+    """
+    try:
+        tuned = [Tuned(**one) for one in (read_json(file) or {})["arms"]]
+    except (KeyError, TypeError):
+        raise UserError(f"tuning: expected the chosen.json of a comparison, got {file}, which is none") from None
+    chosen = {one.arm: one.choice for one in tuned}
+    for name, arm in ARMS.items():
+        if arm.choices and chosen.get(name) not in arm.choices:
+            raise UserError(
+                f"tuning: expected one of the settings of {name} in {file}, got {chosen.get(name, 'none')}; leave "
+                "tuning out, and settings are chosen anew"
+            )
+    return tuned
 
 
 def _counted(arms: Mapping[str, Arm]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from typing import ClassVar
@@ -15,7 +16,7 @@ from recipe import demo_config
 from halo_fast import registry
 from halo_fast.demo.notes import calibration
 from halo_fast.errors import UserError
-from halo_fast.files import write_parquet
+from halo_fast.files import write_json, write_parquet
 from halo_fast.loss.objectives import PRESETS, build
 from halo_fast.pipeline import compare
 from halo_fast.pipeline.cli import main
@@ -169,6 +170,28 @@ def test_numbers_out_of_bounds_are_refused_before_any_work(name, tmp_path, capsy
     assert not (tmp_path / "runs").exists()
 
 
+def test_settings_of_an_earlier_comparison_are_taken(tmp_path, capsys):
+    chosen = {name: dict(arm.choices[3]) for name, arm in ARMS.items() if arm.choices}
+    file = tmp_path / "chosen.json"
+    rows = [{"arm": name, "choice": choice, "scores": [1.0] * 7 + [None]} for name, choice in chosen.items()]
+    write_json(file, {"arms": rows})
+    assert {one.arm: one.choice for one in compare._read_tuned(file)} == chosen
+    comparison = registry.resolve("comparison", "patchy")
+    page = "\n".join(compare._introduction([comparison], demo_config(), ["patchy"], 3, "runs/compare", "chosen.json"))
+    assert " --tuning chosen.json " in page and "trained once by an earlier comparison." in page
+
+    absent, other, damaged = (tmp_path / f"{name}.json" for name in ("absent", "other", "damaged"))
+    write_json(other, {"arms": [*rows[:1], rows[1] | {"choice": {"learning_rate": 9}}, *rows[2:]]})
+    damaged.write_text('{"arms": [{"arm": "HALO"}]}')
+    told = {absent: "which is none", other: f"settings of {rows[1]['arm']} in", damaged: "which is none"}
+    for wrong, words in told.items():
+        assert main(["compare", "--output_dir", str(tmp_path / "runs"), "--tuning", str(wrong)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("halo: error: tuning: expected ") and words in line and str(wrong) in line
+        assert line.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", registry.known("comparison"))
 def test_a_registered_model_says_what_the_page_needs(name):
     comparison: compare.Comparison = registry.resolve("comparison", name)
@@ -319,6 +342,9 @@ def test_a_killed_comparison_continues_and_workers_change_nothing(tmp_path, monk
         "_sample_and_measure",
         lambda *given: measured(*given) if next(counts, None) is not None else killed(""),
     )
+    made = tmp_path / "one" / folder.parent.name
+    ours = shutil.ignore_patterns("tuning", "arms", "rounds", "reference_errors")
+    shutil.copytree(made, tmp_path / "two" / made.name, ignore=ours)  # the same pairs
     with pytest.raises(KeyboardInterrupt):
         compare.compare(str(tmp_path / "two"), **given)
     monkeypatch.setattr(compare, "_sample_and_measure", measured)
