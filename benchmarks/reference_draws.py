@@ -54,7 +54,7 @@ def main() -> None:
             try:
                 severity, correct = _measure(config, family, meters, prompts)
             finally:
-                family.pipeline.unload_lora_weights()
+                family.unload_lora()
             mitigated.append(severity_mitigated(base, severity, clean))
             fidelity.append(correct)
             print(draws, seed, mitigated[-1], fidelity[-1], seconds[-1], file=sys.stderr, flush=True)

@@ -144,7 +144,7 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
     for number in range(1, setting.rounds + 1):
         run = Run(config, number=number)
         run_stages(run, (*_PAIRS, "train"))
-        gauge.family.pipeline.unload_lora_weights()
+        gauge.family.unload_lora()
         for checkpoint in sorted((run.path / "train" / "checkpoints").glob("*.safetensors")):
             tensors, state = read_checkpoint(checkpoint)
             weights = {
@@ -181,7 +181,7 @@ class _Gauge:
             rows = {row["label"]: row for row in summarize(figures, 0, "heldout") if row["group"] == "all"}
             found, patch = self._clips(), rows["patch"]
         finally:
-            self.family.pipeline.unload_lora_weights()
+            self.family.unload_lora()
         return {
             "mitigated": severity_mitigated(self.base["severity"], found["severity"], self.meter.clean),
             "rise": float(patch["winner_policy"]) / float(patch["winner_reference"]) - 1,

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["UserError", "check_finite", "first_line"]
+__all__ = ["Diverged", "UserError", "check_finite", "first_line"]
 
 
 class UserError(Exception):
     """A mistake of the user in one line: the argument or file, what was expected, what came and what to do."""
+
+
+class Diverged(UserError):
+    """Values that are not finite, or a loss that spikes: the settings are to blame, or the data."""
 
 
 def first_line(error: BaseException) -> str:
@@ -30,11 +34,11 @@ def check_finite(values: Tensor, names: Sequence[str], what: str, cure: str) -> 
         cure: what to do, for the message.
 
     Raises:
-        UserError: naming the first such row, and how many there are.
+        Diverged: naming the first such row, and how many there are.
     """
     finite = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
     if bool(finite.all()):
         return
     broken = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
     more = f", and those of {len(broken) - 1} more of {len(names)}" if len(broken) > 1 else ""
-    raise UserError(f"{broken[0]}: {what} are not finite{more}; {cure}")
+    raise Diverged(f"{broken[0]}: {what} are not finite{more}; {cure}")

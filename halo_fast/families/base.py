@@ -222,6 +222,10 @@ class Family(Denoiser):
         """Load a trained LoRA into the network, as diffusers does."""
         self.pipeline.load_lora_weights(dict(lora))
 
+    def unload_lora(self) -> None:
+        """Take away what `load_lora` has loaded."""
+        self.pipeline.unload_lora_weights()
+
 
 def repeated_blocks(model: Any) -> list[nn.Module]:
     """The blocks that make up most of a diffusers model: what is compiled and sharded, each for itself."""

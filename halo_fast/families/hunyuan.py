@@ -231,6 +231,9 @@ class HunyuanVideo15(PipelineFamily):
         # the pipeline has no load_lora_weights in diffusers
         self.transformer.load_lora_adapter(dict(lora), prefix=self.lora_prefix)
 
+    def unload_lora(self) -> None:
+        self.transformer.unload_lora()
+
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype, pipeline = self.transformer.dtype, self.pipeline
         given = {name: value.to(noisy.device, dtype) for name, value in conditions.items()}

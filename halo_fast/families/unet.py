@@ -53,6 +53,13 @@ class TextToVideoSD(VariancePreserving):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(layers)), self.transformer)
         set_peft_model_state_dict(self.transformer, weights)
 
+    def unload_lora(self) -> None:
+        if hasattr(self.transformer, "unload_lora"):
+            return super().unload_lora()
+        from diffusers.utils import recurse_remove_peft_layers
+
+        recurse_remove_peft_layers(self.transformer)
+
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype = self.transformer.dtype
         return model(

@@ -8,6 +8,7 @@ what was chosen.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -27,12 +28,13 @@ from annotated_types import Ge
 from halo_fast import registry
 from halo_fast.agreement.arms import DEFECTIVE
 from halo_fast.agreement.meters import Meter, read_meter
-from halo_fast.data import CachedPairs
 from halo_fast.data.prompts import prompt_source, read_prompts
-from halo_fast.errors import UserError
+from halo_fast.errors import Diverged, UserError, first_line
 from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
+from halo_fast.families.quantization import Quantization
 from halo_fast.families.sampling import clip_seed, sample_clips
+from halo_fast.families.weights import Precision
 from halo_fast.files import progress, read_json, replacing, write_json, write_parquet
 from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.compare_arms import ARMS, BASE, BEST, Arm, Choice, arm_training
@@ -49,7 +51,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
 from halo_fast.pipeline.stages.evaluate import evaluation_meter, evaluation_prompts
-from halo_fast.pipeline.stages.train import trained_results
+from halo_fast.pipeline.stages.train import trained_results, training_pairs
 from halo_fast.settings import validate_arguments
 from halo_fast.train import fit
 from halo_fast.train.config import TrainConfig, deciding_settings
@@ -118,19 +120,26 @@ def compare(
         tuning: tuning/chosen.json of an earlier comparison, whose settings are taken; null to choose anew.
 
     Raises:
-        UserError: an argument out of its bounds, an unknown comparison, a file that lacks the setting of an arm, or a
-            process that was killed.
+        UserError: an argument out of its bounds, an unknown comparison, a recipe that trains no LoRA, a file that lacks
+            the setting of an arm, a base that the meter finds clean, or a process that was killed.
     """
     validate_arguments(compare, locals())
     tuned: list[Tuned] = _read_tuned(Path(tuning)) if tuning else []
     names = regimes or tuple(registry.known("comparison"))
     comparisons: list[Comparison] = [_comparison(name) for name in names]
+    changes: dict[str, Any] = {"evaluate.num_prompts": num_prompts}
+    if max_train_steps is not None:
+        changes["train.max_train_steps"] = max_train_steps
+    configs = [
+        load_config(one.recipe, {**one.changes, **changes, "output_dir": f"{output_dir}/{name}"})
+        for name, one in zip(names, comparisons, strict=True)
+    ]
+    for name, config in zip(names, configs, strict=True):
+        if not config.train.rank:
+            raise UserError(f"{name}: expected a recipe that trains a LoRA, got train.rank 0; set a rank")
+        evaluation_prompts(config)  # too few of them are found before any work
     sections: list[Section] = []
-    for name, comparison in zip(names, comparisons, strict=True):
-        changes = {"output_dir": f"{output_dir}/{name}", "evaluate.num_prompts": num_prompts}
-        if max_train_steps is not None:
-            changes["train.max_train_steps"] = max_train_steps
-        config = load_config(comparison.recipe, {**comparison.changes, **changes})
+    for name, comparison, config in zip(names, comparisons, configs, strict=True):
         run = Run(config, force=None)
         for stage in _PREPARATION:
             registry.load(STAGES[stage].target)(config, run)
@@ -140,7 +149,7 @@ def compare(
         arms = {arm: read_measured(found) for arm, found in files.items()}
         clean = float((read_json(run.path / "arms" / "clean.json") or {})["severity"])
         sections.append(build_section(name, arms, clean, BASE, BEST, bootstrap, comparison.flawless_motion))
-    introduction = _introduction(comparisons, config, names, num_seeds, output_dir, tuning)
+    introduction = _introduction(comparisons, configs[0], names, num_seeds, output_dir, tuning)
     text = render(introduction, sections, [comparison.note() for comparison in comparisons], tuned)
     page = Path(table or f"{output_dir}/results.md")
     # what follows a mark is another command's
@@ -166,13 +175,13 @@ def _introduction(
     output_dir: str,
     tuning: str | None = None,
 ) -> list[str]:
-    """How the page was made and what its figures mean, as lines of Markdown; `config` is any of the runs'."""
+    """How the page was made and what its figures mean, as lines of Markdown; `config` is the first model's."""
     training, num_prompts = config.train, config.evaluate.num_prompts
     trained = "" if config.generate.num_prompts is None else f", from {config.generate.num_prompts} prompts"
     measures = "".join(f"{text} " for text in dict.fromkeys(one.measures for one in comparisons) if text)
-    option, origin = (
-        (f"--tuning {tuning} ", "by an earlier comparison") if tuning else ("", f"on the pairs of {names[0]}")
-    )
+    option, origin, count = f"--tuning {tuning} ", "by an earlier comparison", ""
+    if not tuning:
+        option, origin, count = "", f"on the pairs of {names[0]}", f"{len(_tuning_prompts(config))} "
     lines = [
         "# Does the idea hold?",
         "",
@@ -183,12 +192,12 @@ def _introduction(
         f"{training.reference_draws} draws of noise and time a pair. Intervals are 95%, bootstrapped over seeds and "
         f"prompts; with only {num_seeds} seeds to draw from they are narrower than they should be.",
         "",
-        f"Every arm was tuned alike: {_counted(ARMS)} settings each, trained once {origin}. That "
-        f"one was chosen whose share mitigated and fidelity add up to most on {_TUNING_PROMPTS} training prompts, and "
-        "it holds in all tables. A step costs every arm the same: winners and losers, forward and backward. Before "
-        "training, the reference passes over the pairs once for each draw. Rewards are the trained reward model's, "
-        "not the meter's. A second round takes as many steps again, on new candidates of the aligned model; the reward "
-        "model stays.",
+        f"Every arm was tuned alike: {_counted(ARMS)} settings each, trained once {origin}. That one was chosen whose "
+        f"share mitigated and fidelity add up to most on {count}training prompts, and it holds in all tables; two "
+        "rounds take what one round chose. A step costs every arm the same: winners and losers, forward and backward. "
+        "Before training, the reference passes over the pairs once for each draw. Rewards are the trained reward "
+        "model's, not the meter's. A second round takes as many steps again, on new candidates of the aligned model; "
+        "the reward model stays.",
         "",
         "*Mitigated* is the share of the base's mean severity that is gone, less the meter's reading on clean clips. "
         f"{measures}All figures but the motion ratio are percentages.",
@@ -207,24 +216,24 @@ class _Job:
     rounds: int
     prompts: Sequence[str]
     candidate: int
-    tentative: bool = False  # a training that fails is a setting that nobody chooses
 
 
 def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
     """What each arm chose, by its clips of training prompts; written to tuning/chosen.json."""
     arms = {name: arm for name, arm in ARMS.items() if arm.choices}
-    prompts = read_prompts(config.prompts, None, config.seed)[-_TUNING_PROMPTS:]
+    prompts = _tuning_prompts(config)
     settings = _settings(config) | {"choices": {name: list(arm.choices) for name, arm in arms.items()}}
     with run.stage("tuning", settings, _inputs(config, run) | {"tuning_prompts": "\n".join(prompts)}) as stage:
         if not stage.done:
-            jobs = {(BASE, 0): _Job(stage.folder / f"{BASE}.parquet", None, 1, prompts, _TUNED)}
+            base = _Job(stage.folder / f"{BASE}.parquet", None, 1, prompts, _TUNED)
+            clean = _measure_base(base, config, run)
+            jobs = {(BASE, 0): base}
             for name, arm in arms.items():
                 for number, choice in enumerate(arm.choices):
                     training = arm_training(arm, config.train, choice, config.seed)
                     file = stage.folder / f"{arm_slug(name)}_{number}.parquet"
-                    jobs[name, number] = _Job(file, training, 1, prompts, _TUNED, tentative=True)
+                    jobs[name, number] = _Job(file, training, 1, prompts, _TUNED)
             _run_jobs(list(jobs.values()), config, run, num_workers, "compare: settings")
-            clean = evaluation_meter(config, prompts, run.require("reward/model.safetensors").parent).clean
             read = {key: read_measured([job.file]) for key, job in jobs.items()}
             tuned = []
             for name, arm in arms.items():
@@ -239,6 +248,28 @@ def _choose_settings(config: Config, run: Run, num_workers: int) -> list[Tuned]:
     return _read_tuned(run.path / "tuning" / "chosen.json")
 
 
+def _measure_base(job: _Job, config: Config, run: Run) -> float:
+    """Measure the base, and say what mean severity the meter reads on clean clips.
+
+    Raises:
+        UserError: the base's clips have no more.
+    """
+    _run_jobs([job], config, run, 1, "compare: base")
+    clean = evaluation_meter(config, job.prompts, run.require("reward/model.safetensors").parent).clean
+    severity = float(read_measured([job.file])["severity"].mean())
+    if severity <= clean:
+        raise UserError(
+            f"compare: expected a base with defects, got {run.path}, whose clips have a mean severity of "
+            f"{severity:.3g} where clean ones have {clean:.3g}; compare on another model, or with another meter"
+        )
+    return clean
+
+
+def _tuning_prompts(config: Config) -> list[str]:
+    """The last of the training prompts."""
+    return read_prompts(config.prompts, None, config.seed)[-_TUNING_PROMPTS:]
+
+
 def _read_tuned(file: Path) -> list[Tuned]:
     """What each arm chose.
 
@@ -246,15 +277,19 @@ def _read_tuned(file: Path) -> list[Tuned]:
         UserError: the file does not have a setting of each arm that chooses.
     """
     try:
-        tuned = [Tuned(**one) for one in (read_json(file) or {})["arms"]]
-    except (KeyError, TypeError):
-        raise UserError(f"tuning: expected the chosen.json of a comparison, got {file}, which is none") from None
-    chosen = {one.arm: one.choice for one in tuned}
+        tuned = [Tuned(**one) for one in json.loads(file.read_bytes())["arms"]]
+        found = {one.arm: (one.choice, len(one.scores)) for one in tuned}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"tuning: expected the chosen.json of a comparison, got {file}, which is none ({first_line(error)}); leave "
+            "it out, and settings are chosen anew"
+        ) from None
     for name, arm in ARMS.items():
-        if arm.choices and chosen.get(name) not in arm.choices:
+        choice, count = found.get(name, ("none", len(arm.choices)))
+        if arm.choices and (choice not in arm.choices or count != len(arm.choices)):
             raise UserError(
-                f"tuning: expected one of the settings of {name} in {file}, got {chosen.get(name, 'none')}; leave "
-                "tuning out, and settings are chosen anew"
+                f"tuning: expected one of the {len(arm.choices)} settings of {name} in {file}, got {choice} of "
+                f"{count}; leave it out, and settings are chosen anew"
             )
     return tuned
 
@@ -333,33 +368,33 @@ def _run_jobs(jobs: Sequence[_Job], config: Config, run: Run, num_workers: int, 
 
 
 def _run_job(job: _Job, config: Config, run: Run) -> None:
-    """Train, sample and measure, and write the job's file: a row a prompt; severity is NaN where training failed."""
+    """Train, sample and measure, and write the job's file: a row a prompt; severity is NaN where training diverged."""
     import pyarrow
 
-    family = _loaded(config.pretrained_model_name_or_path)
+    family = _loaded(config.pretrained_model_name_or_path, config.train.network, config.precision, config.quantization)
     meter = evaluation_meter(config, job.prompts, run.require("reward/model.safetensors").parent)
     try:
         if job.training is not None and job.rounds == 1:
-            pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"))
+            pairs = training_pairs(replace(config, train=job.training), run, family)
             family.load_lora(fit(family, pairs, job.training, references=run.path / "reference_errors").lora)
         elif job.training is not None:
             load_all_trained(family, _train_rounds(job, job.training, config, run))
         columns = _sample_and_measure(config, job, family, meter)
-    except UserError as error:
-        if not job.tentative:
+    except Diverged as error:
+        if job.training is None:
             raise
         logger.warning("compare: %s cannot be trained: %s", job.file.stem, error)
         columns = {"severity": [math.nan] * len(job.prompts)}
     finally:
         if job.training is not None:
-            family.pipeline.unload_lora_weights()
+            family.unload_lora()
     write_parquet(job.file, pyarrow.table(columns))
 
 
 @cache
-def _loaded(name: str) -> Family:
+def _loaded(name: str, network: str | None, precision: Precision, quantization: Quantization | None) -> Family:
     """The model, once for each process."""
-    return load(name, device="cpu")
+    return load(name, "cpu", network, precision, quantization=quantization)
 
 
 def _train_rounds(job: _Job, training: TrainConfig, config: Config, run: Run) -> list[Path]:

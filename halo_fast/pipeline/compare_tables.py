@@ -74,9 +74,14 @@ def arm_slug(arm: str) -> str:
 
 
 def read_measured(files: Sequence[Path]) -> Measured:
-    """Everything measured of an arm, from a file a seed."""
+    """Everything measured of an arm, from a file a seed; NaN where a training failed, whose file has severity alone."""
     tables = [read_table(file) for file in files]
-    return {name: np.stack([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
+    names = max((table.column_names for table in tables), key=len)
+    missing = np.full(tables[0].num_rows, np.nan)
+    return {
+        name: np.stack([table[name].to_numpy() if name in table.column_names else missing for table in tables])
+        for name in names
+    }
 
 
 def tuning_score(measured: Measured, base: Measured, clean: float) -> float | None:
@@ -109,13 +114,17 @@ def build_section(
 
     Args:
         name: of the model.
-        arms: what was measured.
+        arms: what was measured; NaN of a training that failed, and so of its arm.
         clean: mean severity that the meter reads on clean clips.
         base: the arm that is the model itself.
         best: the arm that the others are compared with.
         bootstrap: resamples.
         flawless: the motion ratio of a flawless removal of a share of the severity, if that is known.
     """
+    arms = {
+        arm: {name: found.get(name, np.full_like(found["severity"], np.nan)) for name in arms[base]}
+        for arm, found in arms.items()
+    }
     statistics = _statistics(arms, clean, base)
     draws = _bootstrap(arms, statistics, base, bootstrap)
     count = arms[base]["severity"].shape[1]
@@ -228,8 +237,8 @@ def _arm_table(section: Section) -> list[str]:
         cells += [_with_interval(row.statistics["fidelity"])] if "fidelity" in means else []
         cells += [_percent(row.means[name]) for name in verdicts]
         ratio = _motion_ratio(section, row.arm)
-        cells += [] if ratio is None else [f"{ratio:.2f}"]
-        cells += [f"{section.flawless[row.arm]:.2f}"] if flawless else []
+        cells += [] if ratio is None else [_told(ratio, f"{ratio:.2f}")]
+        cells += [_told(ratio, f"{section.flawless[row.arm]:.2f}")] if flawless and ratio is not None else []
         lines.append(_line([*cells, _percent(row.means["defective"])]))
     return lines
 
@@ -251,16 +260,20 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _told(value: float, text: str) -> str:
+    return "failed" if np.isnan(value) else text
+
+
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
+    return _told(value, f"{100 * value:.0f}")
 
 
 def _with_interval(figure: Interval) -> str:
     value, low, high = map(_percent, figure)
-    return f"{value} [{low}, {high}]"
+    return _told(sum(figure), f"{value} [{low}, {high}]")
 
 
 def _verdict(figure: Interval) -> str:
     _, low, high = figure
     word = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
-    return f"{_with_interval(figure)}, {word}"
+    return _told(sum(figure), f"{_with_interval(figure)}, {word}")

@@ -363,6 +363,8 @@ def test_stages_training_and_export(case, tmp_path):
         loaded = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
         by_hand = merged(case.tiny, result.lora)
         expected = by_hand.predict(by_hand.transformer, case.noise, t, case.conditions)
+        fresh.unload_lora()
+        assert torch.equal(fresh.predict(fresh.transformer, case.noise, t, case.conditions), base)
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
     assert (loaded - base).abs().max() > 1e-4
 

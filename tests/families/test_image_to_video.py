@@ -258,6 +258,8 @@ def test_stages_training_and_export(case, tmp_path):
         fresh.load_lora(result.lora)
         loaded = fresh.predict(fresh.transformer, case.noise, t, case.conditions)
         expected = by_hand.predict(by_hand.transformer, case.noise, t, case.conditions)
+        fresh.unload_lora()
+        assert torch.equal(fresh.predict(fresh.transformer, case.noise, t, case.conditions), base)
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
     assert (loaded - base).abs().max() > 1e-4
     # another picture is another input

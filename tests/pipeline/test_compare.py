@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from recipe import demo_config
 
 from halo_fast import registry
 from halo_fast.demo.notes import calibration
-from halo_fast.errors import UserError
+from halo_fast.errors import Diverged, UserError
 from halo_fast.files import write_json, write_parquet
 from halo_fast.loss.objectives import PRESETS, build
 from halo_fast.pipeline import compare
@@ -180,10 +181,15 @@ def test_settings_of_an_earlier_comparison_are_taken(tmp_path, capsys):
     page = "\n".join(compare._introduction([comparison], demo_config(), ["patchy"], 3, "runs/compare", "chosen.json"))
     assert " --tuning chosen.json " in page and "trained once by an earlier comparison." in page
 
-    absent, other, damaged = (tmp_path / f"{name}.json" for name in ("absent", "other", "damaged"))
+    absent, other, damaged, text = (tmp_path / f"{name}.json" for name in ("absent", "other", "damaged", "text"))
+    few, folder = tmp_path / "few.json", tmp_path
     write_json(other, {"arms": [*rows[:1], rows[1] | {"choice": {"learning_rate": 9}}, *rows[2:]]})
+    write_json(few, {"arms": [rows[0] | {"scores": []}, *rows[1:]]})
     damaged.write_text('{"arms": [{"arm": "HALO"}]}')
-    told = {absent: "which is none", other: f"settings of {rows[1]['arm']} in", damaged: "which is none"}
+    text.write_text("# Does the idea hold?")
+    none = "which is none"
+    told = {absent: none, damaged: none, text: none, folder: none}
+    told |= {other: f"settings of {rows[1]['arm']} in", few: f"settings of {rows[0]['arm']} in"}
     for wrong, words in told.items():
         assert main(["compare", "--output_dir", str(tmp_path / "runs"), "--tuning", str(wrong)]) == 2
         line = capsys.readouterr().err
@@ -236,20 +242,65 @@ def test_arms_are_what_they_are_called_whatever_the_recipe_is(given):
 
 
 def test_a_setting_that_cannot_be_trained_is_chosen_by_nobody(tmp_path, monkeypatch, caplog):
-    def diverges(*given, **named):
-        raise UserError("loss: spiked at step 3")
+    error = Diverged("loss: spiked at step 3")
 
-    monkeypatch.setattr(compare, "fit", diverges)
-    monkeypatch.setattr(compare, "CachedPairs", lambda *given: None)
+    def fails(*given, **named):
+        raise error
+
+    monkeypatch.setattr(compare, "fit", fails)
+    monkeypatch.setattr(compare, "training_pairs", lambda *given: None)
     monkeypatch.setattr(Run, "require", lambda run, path: tmp_path / path)
     config = demo_config(output_dir=str(tmp_path))
     prompts = ["a green 7 drifts left over a dark field"] * 2
-    job = compare._Job(tmp_path / "arm_0.parquet", config.train, 1, prompts, -2, tentative=True)
+    job = compare._Job(tmp_path / "arm_0.parquet", config.train, 1, prompts, -2)
     compare._run_job(job, config, Run(config))
     assert "arm_0 cannot be trained: loss: spiked at step 3" in caplog.text
     assert tuning_score(read_measured([job.file]), {"severity": np.full((1, 2), 0.5)}, 0.0) is None
-    with pytest.raises(UserError, match="spiked"):
-        compare._run_job(replace(job, tentative=False, file=tmp_path / "other.parquet"), config, Run(config))
+    # what is no fault of the setting ends the comparison, and leaves nothing that stands for a result
+    error = UserError("train: the process that reads pairs ahead has died")
+    with pytest.raises(UserError, match="has died"):
+        compare._run_job(replace(job, file=tmp_path / "other.parquet"), config, Run(config))
+    assert not (tmp_path / "other.parquet").exists()
+
+
+def test_a_training_that_failed_is_told_and_leaves_the_others_figures_alone(tmp_path):
+    measured = arms()
+    whole = build_section("model", measured, 0.0, "base", "none", 20)
+    for arm, failed in (("some", slice(1, 2)), ("all", slice(0, 3))):
+        files = [tmp_path / f"{arm}_{seed}.parquet" for seed in range(3)]
+        for seed, file in enumerate(files):
+            columns = {name: values[seed] for name, values in measured["half"].items()}
+            if seed in range(3)[failed]:
+                columns = {"severity": np.full(40, np.nan)}
+            write_parquet(file, pyarrow.table(columns))
+        measured[arm] = read_measured(files)
+    section = build_section("model", measured, 0.0, "base", "none", 20, lambda mitigated: 1 + mitigated)
+    page = render([], [section], ["A note."])
+    assert "| some | failed | 50, failed, 50 | failed | failed | failed | failed | failed |" in page
+    assert "| all | failed | failed, failed, failed | failed | failed | failed | failed | failed |" in page
+    assert "| some | failed | failed |" in page and "| half | 50 [50, 50], ahead | 0 [0, 0], not told apart |" in page
+    for row, alone in zip(section.rows, whole.rows, strict=False):
+        assert row.by_seed == alone.by_seed
+
+
+def test_a_base_without_defects_and_a_recipe_without_lora_are_refused_before_training(tmp_path, monkeypatch, capsys):
+    config = demo_config(output_dir=str(tmp_path))
+    job = compare._Job(tmp_path / "base.parquet", None, 1, ["a"] * 2, -2)
+    write_parquet(job.file, pyarrow.table({"severity": [0.1, 0.2]}))
+    monkeypatch.setattr(Run, "require", lambda run, path: tmp_path / path)
+    for clean in (0.1, 0.2):
+        monkeypatch.setattr(compare, "evaluation_meter", lambda *given, clean=clean: SimpleNamespace(clean=clean))
+        if clean == 0.1:
+            assert compare._measure_base(job, config, Run(config)) == clean
+            continue
+        with pytest.raises(UserError, match=r"mean severity of 0\.15 where clean ones have 0\.2; compare on another"):
+            compare._measure_base(job, config, Run(config))
+    arguments = ["compare", "--output_dir", str(tmp_path / "runs")]
+    assert main([*arguments, "--num_prompts", "5000"]) == 2
+    assert "distinct prompts, got 5000" in capsys.readouterr().err
+    assert main([*arguments, "--regimes", "[test_compare:WHOLE]"]) == 2
+    assert "test_compare:WHOLE: expected a recipe that trains a LoRA, got train.rank 0" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_patch_beta_that_is_the_videos_is_multiplied_too():
@@ -309,6 +360,8 @@ class Small:
 
 
 SMALL = Small()
+WHOLE = Small()
+WHOLE.changes = {"train.rank": 0}
 
 
 @pytest.mark.slow

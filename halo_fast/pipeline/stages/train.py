@@ -22,7 +22,7 @@ from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
-__all__ = ["dry_run", "train", "trained_results", "training_folder", "trainings"]
+__all__ = ["dry_run", "train", "trained_results", "training_folder", "training_pairs", "trainings"]
 
 
 def train(config: Config, run: Run) -> None:
@@ -149,6 +149,23 @@ def _seconds_of_step(job: Job, number: int) -> float:
     return time.perf_counter() - started
 
 
+def training_pairs(config: Config, run: Run, family: Family) -> CachedPairs:
+    """All pairs of a run, with the noise of their clips where `train.noise` asks for it; sets the family's conditions.
+
+    Args:
+        config: settings of the run.
+        run: whose stages pairs and cache are finished.
+        family: the model that trains on them.
+    """
+    family.set_conditions(config.generate.guidance_scale, config.generate.fps)
+    own = config.train.noise == "own"
+    seeds, others = noise_seeds(run_clips(run).rows, family) if own else ({}, "")
+    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"), seeds)
+    if own:
+        tell_noise([a in seeds and b in seeds for a, b in pairs.clips], others)
+    return pairs
+
+
 def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pair]]:
     """The model, pairs to train on, and pairs kept out for diagnostics; all pairs of a prompt are on one side."""
     settings = config.train
@@ -158,11 +175,7 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
         config.pretrained_model_name_or_path, "cpu", settings.network, config.precision if settings.rank else "fp32",
         None if sampling else [settings.network or "transformer", "unet"], config.quantization,
     )  # fmt: skip
-    family.set_conditions(config.generate.guidance_scale, config.generate.fps)
-    seeds, others = noise_seeds(run_clips(run).rows, family) if settings.noise == "own" else ({}, "")
-    pairs = CachedPairs(run.require("pairs/pairs.parquet"), run.require("cache"), seeds)
-    if settings.noise == "own":
-        tell_noise([a in seeds and b in seeds for a, b in pairs.clips], others)
+    pairs = training_pairs(config, run, family)
     heldout = heldout_mask(pairs.prompts, settings.heldout_share)
     if all(heldout):
         raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
