@@ -95,7 +95,8 @@ def arm_training(arm: Arm, recipe: TrainConfig, choice: Choice, seed: int) -> Tr
         if name == "patch_beta" and old is None:
             old = objective.video_beta  # which stands in for it
         where[name] = value if isinstance(value, str) else value * old
-    return replace(recipe, objective=spec, seed=seed, **training)
+    # what becomes of a training is measured, so none is stopped on suspicion
+    return replace(recipe, objective=spec, seed=seed, loss_spike_factor=None, **training)
 
 
 def told_choice(choice: Choice) -> str:
