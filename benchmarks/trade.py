@@ -126,10 +126,23 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
         seed: of candidates and training.
         base: the recipe, with a trained reward model.
         folder: of the benchmark.
+
+    Raises:
+        SystemExit: those of an earlier call were made with other settings.
     """
     place = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+    made = {
+        "base": base.pretrained_model_name_or_path, "reward_model": base.reward_model,
+        "num_prompts": base.evaluate.num_prompts, "steps": base.train.max_train_steps,
+        "every": base.train.checkpointing_steps,
+    }  # fmt: skip
     known = read_json(place / "readings.json")
     if known:
+        others = [name for name, value in made.items() if known["made"][name] != value]
+        if others:
+            raise SystemExit(
+                f"{place}: was read with another {others[0]}, {known['made'][others[0]]}; choose another folder"
+            )
         return list(known["readings"])
     prepared = folder / f"prepared_{seed}"
     run_stages(Run(replace(base, output_dir=str(prepared), seed=seed)), _PAIRS)
@@ -151,7 +164,7 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
                 key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")
             }
             readings.append({"round": number, "step": state["step"], **gauge.read(weights)})
-    write_json(place / "readings.json", {"readings": readings})
+    write_json(place / "readings.json", {"made": made, "readings": readings})
     return readings
 
 

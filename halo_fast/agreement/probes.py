@@ -146,7 +146,7 @@ def planted_damage(
 def frame_order(
     model: RewardModel, videos: Tensor, prompts: Sequence[str], grid: tuple[int, int, int], size: int
 ) -> Probe:
-    """Backwards, a clip whose prompt names a direction falls on dynamic_degree: in at least 0.8 of them."""
+    """Backwards, a clip that moves and whose prompt names a direction falls on dynamic_degree: in at least 0.8."""
 
     def turn(part: Tensor, start: int) -> Tensor:
         return part.flip(1).contiguous()
@@ -155,7 +155,8 @@ def frame_order(
         _video(model, videos, prompts, grid, size, "dynamic_degree", change) for change in (_as_is, turn)
     )
     fall = forwards - backwards
-    fall[[not names_direction(prompt) for prompt in prompts]] = torch.nan
+    same = [bool((video == video.flip(0)).all()) for video in videos]
+    fall[[still or not names_direction(prompt) for still, prompt in zip(same, prompts, strict=True)]] = torch.nan
     meaning = "clips that fall on dynamic_degree backwards, of those whose prompt names a direction"
     return Probe("frame order", _share(fall > 0, fall, prompts), 0.8, True, meaning)
 
@@ -169,7 +170,9 @@ def brightness(
         return (part.int() + _BRIGHTER).clamp(max=255).to(torch.uint8)
 
     before, after = (_rewards(model, videos, prompts, grid, size, change) for change in (_as_is, brighten))
-    changes = [(before.video - after.video).abs().mean(dim=1)]
+    changes = []
+    if model.config.video_dimensions:
+        changes.append((before.video - after.video).abs().mean(dim=1))
     if model.config.patch_dimensions:
         changes.append((before.patches - after.patches).abs().flatten(1).mean(dim=1))
     moved = torch.stack(changes).mean(dim=0)

@@ -115,15 +115,21 @@ MIRRORS = {
 }
 
 
-# of a motion; "his right hand", "top left", "left the room", "right away" and "close-up" name none
+# of a motion; "his right hand", "top left", "left the room", "right next to", "close-up", "upside down" name none
 _BEFORE = "".join(
     rf"(?<!\b{word}[ -])"
-    for word in ("the", "top", "bottom", "upper", "lower", "his", "her", "its", "their", "my", "your", "all", "close")
+    for word in (
+        "the", "top", "bottom", "upper", "lower", "his", "her", "its", "their", "my", "your", "all", "close", "upside",
+        "thumbs", "made", "lined", "dressed", "grown",
+    )
+)  # fmt: skip
+_PARTS = "of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw|corner|half|edge|jacket|coat|feather|pillow"
+_LEFT = r"left(?! (?:the|an?|behind|alone|open|empty)\b)"
+_RIGHT = (
+    r"right(?! (?:now|away|next|behind|beside|before|after|at|here|there|in (?:the )?(?:front|middle|cent(?:er|re)))\b)"
 )
-_PARTS = "of|side|hand|arm|leg|foot|eye|ear|shoulder|wing|paw|corner|half|edge"
 _DIRECTIONS = re.compile(
-    rf"(?:{_BEFORE}\b|\b(?:to|towards?) the )(left(?! (?:the|an?)\b)|right(?! (?:now|away)\b)|up|down)(?:wards?)?\b"
-    rf"(?!-| (?:{_PARTS})s?\b)",
+    rf"(?:{_BEFORE}\b|\b(?:to|towards?) the )({_LEFT}|{_RIGHT}|up|down)(?:wards?)?\b(?!-| (?:{_PARTS})s?\b)",
     re.IGNORECASE,
 )
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halo_fast.errors import UserError, check_finite
+from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.base import repeated_blocks
 from halo_fast.families.pipeline import PipelineFamily
 from halo_fast.files import laid_out_like, progress, write_json, write_safetensors
 from halo_fast.patches import PatchGrid
 from halo_fast.rewards.losses import score_loss
+from halo_fast.rewards.model import check_weights
 
 __all__ = ["LatentReward", "LatentRewardConfig", "train_latent_reward"]
 
@@ -140,12 +141,12 @@ class LatentReward(nn.Module):
             model = cls(LatentRewardConfig(**lists))
             path = folder / "model.safetensors"
             tensors = load_file(path)
-            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-            if broken:
-                raise ValueError(f"{broken[0]} is not finite")
+            check_weights(tensors, model.state_dict())
             model.load_state_dict(tensors)
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path}: expected a latent reward's ({error}); see train_latent_reward") from error
+            raise UserError(
+                f"{path}: expected a latent reward's ({first_line(error)}); see train_latent_reward"
+            ) from error
         return model.eval().requires_grad_(False)
 
 

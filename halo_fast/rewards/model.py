@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from halo_fast import processes
-from halo_fast.errors import UserError, check_finite
+from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.quantization import check_quantization
 from halo_fast.files import write_json, write_safetensors
 from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardConfig, RewardModelConfig, Rewards
 
-__all__ = ["RewardModel", "check_backbone", "chosen_precision", "copy_start", "model_folder", "start_folder"]
+__all__ = [
+    "RewardModel",
+    "check_backbone",
+    "check_weights",
+    "chosen_precision",
+    "copy_start",
+    "model_folder",
+    "start_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +152,22 @@ class RewardModel(nn.Module):
             expected = _without_aliases(model.state_dict())
             if set(tensors) != set(expected):
                 raise ValueError(f"other weights than its config names: {sorted(set(tensors) ^ set(expected))[0]}")
-            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-            if broken:
-                raise ValueError(f"{broken[0]} is not finite")
+            check_weights(tensors, expected)
             model.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path}: expected a reward model's ({error}); run `halo reward` to train one") from error
+            raise UserError(
+                f"{path}: expected a reward model's ({first_line(error)}); train it again, with `halo reward --force`"
+            ) from error
         return model.eval().requires_grad_(False).to(device or processes.device())
+
+
+def check_weights(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor that was read is not finite, or of another size than a model of today has."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, which this version has as {list(expected[name].shape)}")
 
 
 def model_folder(name: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 from halo_fast.families.base import repeated_blocks
 from halo_fast.families.quantization import is_quantized
 from halo_fast.train.config import TrainConfig
@@ -123,7 +123,7 @@ def own_accelerator(config: TrainConfig, folder: Path | None) -> Iterator[Any]:
             )
         except ValueError as error:
             raise UserError(
-                f"train.mixed_precision: {config.mixed_precision} is not available here ({error}); set no"
+                f"train.mixed_precision: {config.mixed_precision} is not available here ({first_line(error)}); set no"
             ) from error
         yield accelerator
     finally:

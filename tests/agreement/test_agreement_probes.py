@@ -100,6 +100,26 @@ def test_probes_of_what_a_model_does_not_score_are_not_measured():
     assert plain["figure"]["value"] is None and plain["passed"] is None
 
 
+def test_a_model_of_patches_alone_is_probed_for_brightness():
+    class Patches(Perfect):
+        config = RewardModelConfig(())
+
+        def forward(self, videos, prompts, grid):
+            rewards = super().forward(videos, prompts, grid)
+            return Rewards(rewards.video[:, :0], rewards.patches)
+
+    for faults, passed in (((), True), (("likes light",), False)):
+        found = {probe.name: probe for probe in probe_all(Patches(*faults), SOUND, PROMPTS, GRID)}
+        assert found["brightness"].passed is passed
+
+
+def test_clips_that_do_not_move_have_no_order():
+    still = SOUND.clone()
+    still[1] = SOUND[1, 4]  # what a generator made of a prompt that names a direction
+    found = {probe.name: probe for probe in probe_all(Perfect(), still, PROMPTS, GRID)}
+    assert found["frame order"].passed and found["frame order"].figure.value == 1
+
+
 @pytest.mark.parametrize("part", ["video", "patches"])
 def test_a_model_that_gives_no_numbers_is_not_probed(part):
     class Broken(Perfect):

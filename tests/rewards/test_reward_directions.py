@@ -36,6 +36,16 @@ from halo_fast.rewards.terms import turn_loss
         ("an up-to-date kitchen", False),
         ("she walks up the stairs", True),
         ("leaves drift downward", True),
+        ("a dog sits right next to a tree", False),
+        ("a man stands right in front of the camera", False),
+        ("the right half of a cake, right at the edge", False),
+        ("toys left behind in a garden", False),
+        ("an upside down car", False),
+        ("a woman in a down jacket gives a thumbs up", False),
+        ("children lined up, dressed up, made up", False),
+        ("a 3 drifts right over a dark field", True),
+        ("a car drives right in heavy rain", True),
+        ("a boat drifts left beside a pier", True),
     ],
 )
 def test_a_direction_of_motion_is_no_place(prompt, motion):
@@ -52,6 +62,7 @@ def test_a_direction_of_motion_is_no_place(prompt, motion):
         ("a close-up of his right hand", "a close-up of his right hand"),
         ("a cat sleeps", "a cat sleeps"),
         ("she walks up the stairs", "she walks down the stairs"),
+        ("right next to a tree a dog runs right", "right next to a tree a dog runs left"),
     ],
 )
 def test_a_turned_prompt_names_the_opposite_motion_and_the_same_places(prompt, turned):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import huggingface_hub
@@ -35,6 +36,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: .*stem\.bias is not finite"):
         RewardModel.load(tmp_path)
+
+
+def test_weights_of_another_version_are_refused_in_one_line(tmp_path):
+    RewardModel(CONFIG).save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("backbone.trunk.stem.bias", "backbone.trunk.stem.weight"):
+        weights[name] = weights[name][1:].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        RewardModel.load(tmp_path)
+    message = str(error.value)
+    assert re.search(r"stem\.(bias|weight) is \[\d+.*\], which this version has as \[\d+", message)
+    assert "`halo reward --force`" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("pair", [[0.0, 1.0], [-1.0, 0.0], [1.0, math.nan], [1.0], None])
