@@ -230,11 +230,13 @@ def _doctor(name: str, verb: Verb, arguments: list[str]) -> None:
         from halo_fast.pipeline.arguments import build_parser, parse
 
         parser = build_parser(f"halo {name}", verb.help)
-        parser.add_argument("--write", required=True, help="Write a config that fits this machine to a new YAML file.")
+        parser.add_argument("--write", default="", help="Write a config that fits this machine to a new YAML file.")
         parser.add_argument(
-            "--device", default="", help='A card such as rtx4090, or "24 GiB", in place of this machine.'
+            "--device", default="", help='With --write: a card such as rtx4090, or "24 GiB", in place of this machine.'
         )
         settings = parse(parser, arguments)
+        if not settings.write:
+            raise UserError(f"halo {name}: expected --write FILE beside --device, got none; name a new YAML file")
         print(registry.load("halo_fast.pipeline.plan:write_recipe")(settings.write, settings.device))
         return
     for package, found in versions().items():

@@ -48,7 +48,7 @@ evaluation_prompts: heldout.txt   # none of them among the prompts
 precision: bf16
 grid: [{grid}, 4, 6]
 
-generate: {{num_frames: {frames}, height: 480, width: 832, fps: 16}}
+generate: {{num_frames: {frames}, height: 480, width: 832, fps: 16, num_videos_per_prompt: 4}}
 
 annotate:
   teacher: openai
