@@ -341,14 +341,14 @@ def cards_text() -> str:
     """What a new user sees: halo doctor --write for three cards, and halo plan of the file for the first."""
     from halo_fast.pipeline import cli, plan
 
-    parts, known, predict = [], {}, plan.predict
+    parts, found, predict = [], {}, plan.predict
 
-    def predicted_once(config: Any, choices: Any = None) -> Any:
+    def predicted_once(config: Any, choices: Any = None, begun: Any = None) -> Any:
         """What is predicted depends on these alone; the plan of a file asks again what its writer asked."""
-        key = config.pretrained_model_name_or_path, config.generate.num_frames, choices
-        if key not in known:
-            known[key] = predict(config, choices)
-        return known[key]
+        key = config.pretrained_model_name_or_path, str(config.generate), choices
+        if key not in found:
+            found[key] = predict(config, choices, begun)
+        return found[key]
 
     plan.predict = predicted_once
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

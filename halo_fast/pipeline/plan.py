@@ -448,6 +448,6 @@ def _network_bytes(model: str) -> int:
 
 def _trained(rung: tuple[str, int], sampled: Prediction, card: Device) -> tuple[str, int, Prediction, Option] | None:
     """A rung of the ladder, its sampling known, with the settings that train it on a card; None if none do."""
-    found = predict(_rung_config(*rung), known=sampled)
+    found = predict(_rung_config(*rung), None, sampled)
     best = cheapest(found.options, card)
     return None if best is None else (*rung, found, best)
