@@ -46,8 +46,9 @@ def _grid(values: Mapping[tuple[str, ...], Sequence[float | str]]) -> list[Choic
 _RATE, _BETAS = ("learning_rate",), ("video_beta", "patch_beta")
 _SUPERVISED = _grid({_RATE: (0.5, 1, 2, 4), ("lr_scheduler",): ("constant", "cosine")})
 _PREFERRED = _grid({_RATE: (0.5, 1), _BETAS: (0.3, 1, 3, 10)})
-# preferences of patches that agree add up in a logit over the video, so the same beta is a far stronger one
-_POOLED = _grid({_RATE: (0.5, 1), _BETAS: (0.03, 0.1, 0.3, 1)})
+# where the best stood at an edge of these, the edge was moved
+_DENSE = _grid({_RATE: (0.25, 0.5), _BETAS: (0.3, 1, 3, 10)})
+_LOCAL = _grid({_RATE: (0.25, 0.5), _BETAS: (0.03, 0.1, 0.3, 1)})
 _BOTH = _grid({_RATE: (0.5, 1), ("patch_beta",): (1, 3), ("patch_sft_weight",): (1, 2)})
 _WEIGHTS = ("video_weight", "patch_weight", "sft_weight", "patch_sft_weight")
 _OF_THE_RECIPE = ("video_beta", "patch_beta", "video_gamma", "patch_gamma", "video_delta", "patch_delta")
@@ -63,8 +64,8 @@ ARMS: dict[str, Arm] = {
     "SFT, winning clips": Arm(_only("sft_weight"), _SUPERVISED),
     "SFT, winning patches": Arm(_only("patch_sft_weight"), _SUPERVISED),
     "video DPO": Arm(_only("video_weight"), _PREFERRED),
-    "DenseDPO": Arm({"preset": "dense_dpo", "video_weight": 0.0}, _POOLED),
-    "Local-DPO": Arm({"preset": "local_dpo", "video_weight": 1.0}, _POOLED),
+    "DenseDPO": Arm({"preset": "dense_dpo", "video_weight": 0.0}, _DENSE),
+    "Local-DPO": Arm({"preset": "local_dpo", "video_weight": 1.0}, _LOCAL),
     "patch DPO": Arm(_only("patch_weight"), _PREFERRED),
     "HALO": Arm({"preset": "halo"}, _PREFERRED),
     "HALO + patch SFT": Arm({"preset": "halo_sft"}, _BOTH),
