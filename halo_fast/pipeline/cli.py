@@ -78,7 +78,15 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+# they warn while they are imported of what this machine or another version lacks, whether it is used or not
+_WARNING_AT_IMPORT = (
+    "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao.torchao_quantizer"
+)  # fmt: skip
+
+
 def _log_to_stderr() -> None:
+    for name in _WARNING_AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("halo_fast")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr())

@@ -373,6 +373,17 @@ def test_help_of_a_verb_lists_settings(capsys):
     assert not any(word in text for word in ("Annotated[", "Literal[", "Optional["))
 
 
+def test_a_command_says_what_it_does_and_nothing_else(tmp_path):
+    """What packages warn of while they are imported is not the user's to read, and hides what is."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("halo"), "generate", "demo", f"--output_dir={tmp_path}",
+         "--generate.num_prompts=1", "--generate.num_videos_per_prompt=2", "--generate.num_inference_steps=1"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if not line.startswith("generate: ")] == []
+
+
 def test_doctor_names_versions_and_backends(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
