@@ -367,14 +367,22 @@ def test_numbers_of_the_readme_are_those_of_code_and_results():
     scripts = [file for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".sh")]
     assert len(scripts) == 12 and "Twelve\n[examples]" in readme
     flat = " ".join(readme.split())
-    for arm, words in (
-        ("HALO + patch SFT", "winning patches and takes {} and {}% of the defects' severity away"),
-        ("HALO", "the default of the call above, takes {} and {}% away"),
-        ("SFT, winning patches", "supervision on the winning patches alone {} and {}%"),
-        ("video DPO", "the video's preference alone {} and {}%"),
-    ):
-        shares = re.findall(rf"^\| {re.escape(arm)} \| (\d+) \[[^|]*\| [\d, ]+ \|", results, re.M)
-        assert words.format(*shares[:2]) in flat, arm
+    told = {
+        "HALO + patch SFT": ("takes {}% of the defects' severity away", "{}% after `halo_sft`"),
+        "HALO, bounded": ("caps the margins and takes {}%", "{}% after the default"),
+        "HALO, bounded, two rounds": ("or {}% in two rounds", ""),
+        "Local-DPO": ("Local-DPO takes {}%", "{}% after Local-DPO"),
+        "DenseDPO": ("DenseDPO {}%", ""),
+        "HALO": ("which has no supervised term, {}%", ""),
+        "SFT, winning patches": ("supervision on winning patches alone {}%", ""),
+        "video DPO": ("the video's preference alone {}%", ""),
+        "base": ("", "show their prompt: {}% of the base's"),
+    }
+    for arm, words in told.items():
+        shares = re.search(rf"^\| {re.escape(arm)} \| (\d+) [^|]*\|[^|]*\| (\d+) ", results, re.M)
+        assert shares, arm
+        for share, sentence in zip(shares.groups(), words, strict=True):
+            assert sentence.format(share) in flat, (arm, sentence)
 
 
 def test_counts(capsys):
