@@ -54,6 +54,7 @@ class Setting:
 
 _CAPPED, _DECAY = {"video_cap": 1.5, "patch_cap": 1.5}, {"lr_scheduler": "cosine"}
 _BOUNDED = _CAPPED | {"patch_sft_weight": 1.0}
+_VIDEO = _BOUNDED | {"video_weight": 1.0, "video_beta": 10.0}  # which have 0.05 and 100 in the recipe
 # the first is what the others are compared with
 SETTINGS = {
     "unbounded": Setting(),
@@ -67,6 +68,10 @@ SETTINGS = {
     "caps 1.5, supervised 2, cosine": Setting(_CAPPED | {"patch_sft_weight": 2.0}, _DECAY),
     "caps 1.5, patch beta 20, cosine": Setting(_CAPPED | {"patch_beta": 20.0}, _DECAY),
     "loser guard, cosine": Setting({"loser_guard": "patch"}, _DECAY),
+    "bounded, video weight 1, video beta 10": Setting(_VIDEO, _DECAY),
+    "bounded, video weight 1, video beta 10, video cap 0.5": Setting(_VIDEO | {"video_cap": 0.5}, _DECAY),
+    "bounded, video weight 1, video beta 10, winning videos 0.1": Setting(_VIDEO | {"sft_weight": 0.1}, _DECAY),
+    "bounded, video weight 1, video beta 10, supervised 2": Setting(_VIDEO | {"patch_sft_weight": 2.0}, _DECAY),
     "own noise, cosine": Setting({}, _DECAY | {"noise": "own"}),
     "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, _DECAY, rounds=2),
     "caps 1.5, supervised 1, cosine, two rounds, their start as reference": Setting(
