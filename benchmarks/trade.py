@@ -71,6 +71,7 @@ SETTINGS = {
     "bounded, video weight 1, video beta 10": Setting(_VIDEO, _DECAY),
     "bounded, video weight 1, video beta 10, video cap 0.5": Setting(_VIDEO | {"video_cap": 0.5}, _DECAY),
     "bounded, video weight 1, video beta 10, winning videos 0.1": Setting(_VIDEO | {"sft_weight": 0.1}, _DECAY),
+    "bounded, video weight 1, video beta 10, supervised 1.5": Setting(_VIDEO | {"patch_sft_weight": 1.5}, _DECAY),
     "bounded, video weight 1, video beta 10, supervised 2": Setting(_VIDEO | {"patch_sft_weight": 2.0}, _DECAY),
     "own noise, cosine": Setting({}, _DECAY | {"noise": "own"}),
     "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, _DECAY, rounds=2),
