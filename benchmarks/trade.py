@@ -144,10 +144,11 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
     }  # fmt: skip
     known = read_json(place / "readings.json")
     if known:
-        others = [name for name, value in made.items() if known["made"][name] != value]
+        before = known.get("made", {})  # which older readings do not say
+        others = [name for name, value in made.items() if before.get(name) != value]
         if others:
             raise SystemExit(
-                f"{place}: was read with another {others[0]}, {known['made'][others[0]]}; choose another folder"
+                f"{place}: was read with another {others[0]}, {before.get(others[0], 'unknown')}; choose another folder"
             )
         return list(known["readings"])
     prepared = folder / f"prepared_{seed}"

@@ -46,7 +46,7 @@ def _grid(values: Mapping[tuple[str, ...], Sequence[float | str]]) -> list[Choic
 _RATE, _BETAS = ("learning_rate",), ("video_beta", "patch_beta")
 _SUPERVISED = _grid({_RATE: (0.5, 1, 2, 4), ("lr_scheduler",): ("constant", "cosine")})
 _PREFERRED = _grid({_RATE: (0.5, 1), _BETAS: (0.3, 1, 3, 10)})
-# where the best stood at an edge of these, the edge was moved
+# the best of these two stood at an edge of the settings above, so theirs reach further down
 _DENSE = _grid({_RATE: (0.25, 0.5), _BETAS: (0.3, 1, 3, 10)})
 _LOCAL = _grid({_RATE: (0.25, 0.5), _BETAS: (0.03, 0.1, 0.3, 1)})
 _BOTH = _grid({_RATE: (0.5, 1), ("patch_beta",): (1, 3), ("patch_sft_weight",): (1, 2)})
