@@ -46,10 +46,12 @@ def _grid(values: Mapping[tuple[str, ...], Sequence[float | str]]) -> list[Choic
 _RATE, _BETAS = ("learning_rate",), ("video_beta", "patch_beta")
 _SUPERVISED = _grid({_RATE: (0.5, 1, 2, 4), ("lr_scheduler",): ("constant", "cosine")})
 _PREFERRED = _grid({_RATE: (0.5, 1), _BETAS: (0.3, 1, 3, 10)})
-# the best of these two stood at an edge of the settings above, so theirs reach further down
-_DENSE = _grid({_RATE: (0.25, 0.5), _BETAS: (0.3, 1, 3, 10)})
-_LOCAL = _grid({_RATE: (0.25, 0.5), _BETAS: (0.03, 0.1, 0.3, 1)})
-_BOTH = _grid({_RATE: (0.5, 1), ("patch_beta",): (1, 3), ("patch_sft_weight",): (1, 2)})
+# these stood at an edge of the settings above, so theirs reach further
+_VIDEO = _grid({_RATE: (1, 2), _BETAS: (30, 100, 300, 1000)})
+_DENSE = _grid({_RATE: (0.25, 0.5), _BETAS: (3, 10, 30, 100)})
+_LOCAL = _grid({_RATE: (0.25, 0.5), _BETAS: (0.3, 1, 3, 10)})
+_BOTH = _grid({_RATE: (1, 2), ("patch_beta",): (1, 3), ("patch_sft_weight",): (1, 2)})
+_BOUNDED = _grid({_RATE: (0.5, 1, 2, 4), ("video_weight",): (0.05, 1)})
 _WEIGHTS = ("video_weight", "patch_weight", "sft_weight", "patch_sft_weight")
 _OF_THE_RECIPE = ("video_beta", "patch_beta", "video_gamma", "patch_gamma", "video_delta", "patch_delta")
 
@@ -60,17 +62,18 @@ def _only(weight: str) -> dict[str, Any]:
 
 
 BASE, BEST = "base", "HALO, bounded"
+_DEFAULT = {"preset": "halo_bounded", "patch_sft_weight": 1.5}
 ARMS: dict[str, Arm] = {
     "SFT, winning clips": Arm(_only("sft_weight"), _SUPERVISED),
     "SFT, winning patches": Arm(_only("patch_sft_weight"), _SUPERVISED),
-    "video DPO": Arm(_only("video_weight"), _PREFERRED),
+    "video DPO": Arm(_only("video_weight"), _VIDEO),
     "DenseDPO": Arm({"preset": "dense_dpo", "video_weight": 0.0}, _DENSE),
     "Local-DPO": Arm({"preset": "local_dpo", "video_weight": 1.0}, _LOCAL),
     "patch DPO": Arm(_only("patch_weight"), _PREFERRED),
     "HALO": Arm({"preset": "halo"}, _PREFERRED),
     "HALO + patch SFT": Arm({"preset": "halo_sft"}, _BOTH),
-    BEST: Arm({"preset": "halo_bounded"}, _SUPERVISED),
-    f"{BEST}, two rounds": Arm({"preset": "halo_bounded"}, rounds=2, chosen_as=BEST),
+    BEST: Arm(_DEFAULT, _BOUNDED),
+    f"{BEST}, two rounds": Arm(_DEFAULT, rounds=2, chosen_as=BEST),
 }
 
 

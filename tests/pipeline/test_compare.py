@@ -116,9 +116,8 @@ def objective_of(name, choice=None):
 def test_arms_are_presets_and_their_parts_with_the_numbers_of_the_recipe():
     for name in ARMS:
         objective = objective_of(name)
-        assert (objective.video_beta, objective.patch_gamma, objective.patch_delta) == (100.0, 0.0, 0.4)
-        # one logit over the video has the video's beta
-        assert objective.patch_beta == (100.0 if name in ("DenseDPO", "Local-DPO") else 10.0)
+        assert (objective.video_beta, objective.patch_gamma, objective.patch_delta) == (10.0, 0.0, 0.4)
+        assert objective.patch_beta == 10.0
     weights = ("video_weight", "patch_weight", "sft_weight", "patch_sft_weight")
     assert {name: tuple(getattr(objective_of(name), weight) for weight in weights) for name in ARMS} == {
         "SFT, winning clips": (0.0, 0.0, 1.0, 0.0),
@@ -127,17 +126,18 @@ def test_arms_are_presets_and_their_parts_with_the_numbers_of_the_recipe():
         "DenseDPO": (0.0, 1.0, 0.0, 0.0),
         "Local-DPO": (1.0, 1.0, 0.1, 0.1),
         "patch DPO": (0.0, 1.0, 0.0, 0.0),
-        "HALO": (0.05, 1.0, 0.0, 0.0),
-        "HALO + patch SFT": (0.05, 1.0, 0.0, 0.5),
-        "HALO, bounded": (0.05, 1.0, 0.0, 1.0),
-        "HALO, bounded, two rounds": (0.05, 1.0, 0.0, 1.0),
+        "HALO": (1.0, 1.0, 0.0, 0.0),
+        "HALO + patch SFT": (1.0, 1.0, 0.0, 0.5),
+        "HALO, bounded": (1.0, 1.0, 0.0, 1.5),
+        "HALO, bounded, two rounds": (1.0, 1.0, 0.0, 1.5),
     }
     assert {(objective_of(name).video_cap, objective_of(name).patch_cap) for name in ARMS if BEST in name} == {
         (1.5, 1.5)
     }
     # those that bear a preset's name differ from one another as the presets do
     assert PRESETS["halo"].patch_sft_weight == 0.0 and PRESETS["halo_sft"].patch_sft_weight == 0.5
-    assert objective_of("HALO + patch SFT") == build(demo_config().train.objective)
+    # what the page recommends is what the demo does
+    assert objective_of(BEST) == build(demo_config().train.objective)
 
 
 def test_all_arms_choose_among_equally_many_different_settings():
@@ -307,6 +307,14 @@ def test_a_patch_beta_that_is_the_videos_is_multiplied_too():
     recipe = replace(demo_config().train, objective={"preset": "halo", "video_beta": 40.0})
     spec = arm_training(ARMS["HALO + patch SFT"], recipe, {"patch_beta": 3}, 0).objective
     assert build(spec).patch_beta == 120.0 and build(spec).video_beta == 40.0
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_one_logit_over_the_video_has_the_videos_beta(name):
+    recipe = replace(demo_config().train, objective={"preset": "halo", "video_beta": 40.0, "patch_beta": 7.0})
+    objective = build(arm_training(ARMS[name], recipe, {}, 0).objective)
+    assert objective.video_beta == 40.0
+    assert objective.patch_beta == (40.0 if name in ("DenseDPO", "Local-DPO") else 7.0)
 
 
 class Deadly(str):
