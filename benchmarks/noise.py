@@ -3,10 +3,10 @@
     python -m benchmarks.noise runs/demo runs/noise --seeds 0 1 2 3 4
 
 takes the reward model of a finished run of the demo, makes pairs as its recipe does, and trains on them with each way
-of drawing noise. Each training is read at several steps on held-out prompts, with the same noise for all. It prints a
-Markdown table: steps and forward passes of the transformer until 80% of the base's severity is gone, a backward pass
-counting 1.25, and what is gone at most. Between two readings both are interpolated. A killed benchmark continues;
---only takes some of the ways, and --base the demo's other model.
+of drawing noise, without the caps that would end a training before the goal. Each training is read at several steps on
+held-out prompts, with the same noise for all. It prints a Markdown table: steps and forward passes of the transformer
+until 80% of the base's severity is gone, a backward pass counting 1.25, and what is gone at most. Between two readings
+both are interpolated. A killed benchmark continues; --only takes some of the ways, and --base the demo's other model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.train import draws
 
 GOAL = 0.8  # of the base's severity
+_UNBOUNDED = {"preset": "halo_sft", "patch_sft_weight": 0.5}
 
 Keep = Callable[[Pair, int], bool]
 """Whether a clip of a pair, 0 or 1, has its own noise."""
@@ -71,7 +72,8 @@ def main() -> None:
         rows = []
         for seed in arguments.seeds:
             with patch.object(draws, "_own_noise", _drawing(WAYS[name].own or _every)):
-                readings = read_training(name, Setting(train=WAYS[name].train), seed, base, arguments.folder)
+                setting = Setting(_UNBOUNDED, {"lr_scheduler": "constant", **WAYS[name].train})
+                readings = read_training(name, setting, seed, base, arguments.folder)
             passes = _passes_of_a_step(base), _reference_passes(base, WAYS[name], arguments.folder, seed)
             rows.append((readings, passes))
             print(_line(f"{name}, seed {seed}", rows[-1:]), flush=True)
