@@ -41,6 +41,11 @@ from halo_fast.train import fit
 
 BACKWARD = 1.25  # of a forward pass, with a LoRA: docs/training.md, "What a step costs"
 GOALS = 0.75, 0.8  # of the base's severity; a training ends at the last
+# caps, which the demo's recipe has, would end a training before the goals
+UNBOUNDED: Mapping[str, Any] = {
+    "preset": "halo_sft", "patch_sft_weight": 0.5, "patch_delta": 0.4, "video_weight": 0.05, "video_beta": 100.0,
+    "patch_beta": 10.0, "patch_gamma": 0.0,
+}  # fmt: skip
 
 _SCORED = ("reward", "score", "pairs", "cache")
 
@@ -189,7 +194,10 @@ def _curve(
     known = read_json(place / "curve.json")
     if known:
         return known
-    changes = {"output_dir": str(place), "seed": seed, "reward_model": str(reward), "train.max_train_steps": max(steps)}
+    changes = {
+        "output_dir": str(place), "seed": seed, "reward_model": str(reward), "train.max_train_steps": max(steps),
+        "train.objective": UNBOUNDED, "train.lr_scheduler": "constant",
+    }  # fmt: skip
     if arm.real:
         changes["imports.sources"] = [str(_real_clips(folder, seed))]
     config = load_config("demo", {**changes, **arm.changes})

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.candidates import BACKWARD, passes_to
+from benchmarks.candidates import BACKWARD, UNBOUNDED, passes_to
 from benchmarks.trade import Setting, demo_config, parse_arguments, read_training
 from halo_fast.data import Pair
 from halo_fast.data.pairs import heldout_mask
@@ -27,7 +27,6 @@ from halo_fast.pipeline.config import Config
 from halo_fast.train import draws
 
 GOAL = 0.8  # of the base's severity
-_UNBOUNDED = {"preset": "halo_sft", "patch_sft_weight": 0.5}
 
 Keep = Callable[[Pair, int], bool]
 """Whether a clip of a pair, 0 or 1, has its own noise."""
@@ -72,7 +71,7 @@ def main() -> None:
         rows = []
         for seed in arguments.seeds:
             with patch.object(draws, "_own_noise", _drawing(WAYS[name].own or _every)):
-                setting = Setting(_UNBOUNDED, {"lr_scheduler": "constant", **WAYS[name].train})
+                setting = Setting(UNBOUNDED, {"lr_scheduler": "constant", **WAYS[name].train})
                 readings = read_training(name, setting, seed, base, arguments.folder)
             passes = _passes_of_a_step(base), _reference_passes(base, WAYS[name], arguments.folder, seed)
             rows.append((readings, passes))

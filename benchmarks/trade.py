@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.candidates import run_stages
+from benchmarks.candidates import UNBOUNDED, run_stages
 from halo_fast.agreement.arms import severity_mitigated
 from halo_fast.agreement.meters import read_meter
 from halo_fast.data import CachedPairs
@@ -54,31 +54,29 @@ class Setting:
     rounds: int = 1
 
 
-# as the demo was when most rows were measured: the video counts little, and nothing is bounded
-_FREE: Mapping[str, Any] = {"preset": "halo_sft", "patch_sft_weight": 0.5, "video_weight": 0.05, "video_beta": 100.0}
 _CONSTANT, _CAPS = {"lr_scheduler": "constant"}, {"video_cap": 1.5, "patch_cap": 1.5}
-_BOUNDED = {**_FREE, **_CAPS, "patch_sft_weight": 1.0}
+_BOUNDED = {**UNBOUNDED, **_CAPS, "patch_sft_weight": 1.0}
 _VIDEO = {**_BOUNDED, "video_weight": 1.0, "video_beta": 10.0}
 # the first is what the others are compared with
 SETTINGS = {
     "the recipe": Setting(),
     "the recipe, two rounds": Setting(rounds=2),
-    "unbounded": Setting(_FREE, _CONSTANT),
-    "cosine": Setting(_FREE),
-    "caps 1.5": Setting({**_FREE, **_CAPS}, _CONSTANT),
-    "caps 1.5, cosine": Setting({**_FREE, **_CAPS}),
-    "caps 0.75, cosine": Setting({**_FREE, "video_cap": 0.75, "patch_cap": 0.75}),
+    "unbounded": Setting(UNBOUNDED, _CONSTANT),
+    "cosine": Setting(UNBOUNDED),
+    "caps 1.5": Setting({**UNBOUNDED, **_CAPS}, _CONSTANT),
+    "caps 1.5, cosine": Setting({**UNBOUNDED, **_CAPS}),
+    "caps 0.75, cosine": Setting({**UNBOUNDED, "video_cap": 0.75, "patch_cap": 0.75}),
     "caps 2.5, supervised 1, cosine": Setting({**_BOUNDED, "video_cap": 2.5, "patch_cap": 2.5}),
-    "supervised 1, cosine": Setting({**_FREE, "patch_sft_weight": 1.0}),
+    "supervised 1, cosine": Setting({**UNBOUNDED, "patch_sft_weight": 1.0}),
     "caps 1.5, supervised 1, cosine": Setting(_BOUNDED),
     "caps 1.5, supervised 2, cosine": Setting({**_BOUNDED, "patch_sft_weight": 2.0}),
-    "caps 1.5, patch beta 20, cosine": Setting({**_FREE, **_CAPS, "patch_beta": 20.0}),
-    "loser guard, cosine": Setting({**_FREE, "loser_guard": "patch"}),
+    "caps 1.5, patch beta 20, cosine": Setting({**UNBOUNDED, **_CAPS, "patch_beta": 20.0}),
+    "loser guard, cosine": Setting({**UNBOUNDED, "loser_guard": "patch"}),
     "bounded, video weight 1, video beta 10": Setting(_VIDEO),
     "bounded, video weight 1, video beta 10, video cap 0.5": Setting({**_VIDEO, "video_cap": 0.5}),
     "bounded, video weight 1, video beta 10, winning videos 0.1": Setting({**_VIDEO, "sft_weight": 0.1}),
     "bounded, video weight 1, video beta 10, supervised 2": Setting({**_VIDEO, "patch_sft_weight": 2.0}),
-    "own noise, cosine": Setting(_FREE, {"noise": "own"}),
+    "own noise, cosine": Setting(UNBOUNDED, {"noise": "own"}),
     "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, rounds=2),
     "caps 1.5, supervised 1, cosine, two rounds, their start as reference": Setting(
         _BOUNDED, {"reference": "start"}, rounds=2
