@@ -41,7 +41,7 @@ from halo_fast.train import fit
 
 BACKWARD = 1.25  # of a forward pass, with a LoRA: docs/training.md, "What a step costs"
 GOALS = 0.75, 0.8  # of the base's severity; a training ends at the last
-# caps, which the demo's recipe has, would end a training before the goals
+# caps, which the demo's recipe has, would end a training before the last goal
 UNBOUNDED: Mapping[str, Any] = {
     "preset": "halo_sft", "patch_sft_weight": 0.5, "patch_delta": 0.4, "video_weight": 0.05, "video_beta": 100.0,
     "patch_beta": 10.0, "patch_gamma": 0.0,

@@ -3,11 +3,12 @@
     python -m benchmarks.trade runs/demo runs/trade --seeds 0
 
 takes the reward model of a finished run of the demo, makes pairs as its recipe does, and trains on them with each
-setting. Every training is read at several steps on held-out prompts, with the same noise for all. Each reading says how
-much of the base's severity is gone, how much further off the policy's prediction is than the base's on winning patches
-of held-out pairs, and what clips still show of their prompts. A setting of two rounds makes new candidates with the
-aligned model and trains on; the reward model stays. It prints a Markdown table, with the readings of each training in
-order. A killed benchmark continues; --only takes some of the settings, and --base the demo's other model.
+setting. Most settings start from `halo_sft`, which bounds nothing and was the demo's objective before. Every training
+is read at several steps on held-out prompts, with the same noise for all. Each reading says how much of the base's
+severity is gone, how much further off the policy's prediction is than the base's on winning patches of held-out pairs,
+and what clips still show of their prompts. A setting of two rounds makes new candidates with the aligned model and
+trains on; the reward model stays. It prints a Markdown table, with the readings of each training in order. A killed
+benchmark continues; --only takes some of the settings, and --base the demo's other model.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.evaluate import evaluation_meter
-from halo_fast.train.config import deciding_settings
+from halo_fast.train.config import TrainConfig, deciding_settings
 from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, summarize
 
 _PAIRS = ("reward", "generate", "score", "pairs", "cache")
@@ -47,39 +48,41 @@ _PAIRS = ("reward", "generate", "score", "pairs", "cache")
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs from the demo's recipe: fields of the objective, other settings of training, and the rounds."""
+    """What differs from the demo's recipe: the whole objective or none, other settings of training, and the rounds."""
 
     objective: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 1
 
 
-_CONSTANT, _CAPS = {"lr_scheduler": "constant"}, {"video_cap": 1.5, "patch_cap": 1.5}
+_CONSTANT, _COSINE = {"lr_scheduler": "constant"}, {"lr_scheduler": "cosine"}
+_CAPS = {"video_cap": 1.5, "patch_cap": 1.5}
 _BOUNDED = {**UNBOUNDED, **_CAPS, "patch_sft_weight": 1.0}
 _VIDEO = {**_BOUNDED, "video_weight": 1.0, "video_beta": 10.0}
-# the first is what the others are compared with
 SETTINGS = {
     "the recipe": Setting(),
     "the recipe, two rounds": Setting(rounds=2),
     "unbounded": Setting(UNBOUNDED, _CONSTANT),
-    "cosine": Setting(UNBOUNDED),
+    "cosine": Setting(UNBOUNDED, _COSINE),
     "caps 1.5": Setting({**UNBOUNDED, **_CAPS}, _CONSTANT),
-    "caps 1.5, cosine": Setting({**UNBOUNDED, **_CAPS}),
-    "caps 0.75, cosine": Setting({**UNBOUNDED, "video_cap": 0.75, "patch_cap": 0.75}),
-    "caps 2.5, supervised 1, cosine": Setting({**_BOUNDED, "video_cap": 2.5, "patch_cap": 2.5}),
-    "supervised 1, cosine": Setting({**UNBOUNDED, "patch_sft_weight": 1.0}),
-    "caps 1.5, supervised 1, cosine": Setting(_BOUNDED),
-    "caps 1.5, supervised 2, cosine": Setting({**_BOUNDED, "patch_sft_weight": 2.0}),
-    "caps 1.5, patch beta 20, cosine": Setting({**UNBOUNDED, **_CAPS, "patch_beta": 20.0}),
-    "loser guard, cosine": Setting({**UNBOUNDED, "loser_guard": "patch"}),
-    "bounded, video weight 1, video beta 10": Setting(_VIDEO),
-    "bounded, video weight 1, video beta 10, video cap 0.5": Setting({**_VIDEO, "video_cap": 0.5}),
-    "bounded, video weight 1, video beta 10, winning videos 0.1": Setting({**_VIDEO, "sft_weight": 0.1}),
-    "bounded, video weight 1, video beta 10, supervised 2": Setting({**_VIDEO, "patch_sft_weight": 2.0}),
-    "own noise, cosine": Setting(UNBOUNDED, {"noise": "own"}),
-    "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, rounds=2),
+    "caps 1.5, cosine": Setting({**UNBOUNDED, **_CAPS}, _COSINE),
+    "caps 0.75, cosine": Setting({**UNBOUNDED, "video_cap": 0.75, "patch_cap": 0.75}, _COSINE),
+    "supervised 1, cosine": Setting({**UNBOUNDED, "patch_sft_weight": 1.0}, _COSINE),
+    "caps 1.5, supervised 1, cosine": Setting(_BOUNDED, _COSINE),
+    "caps 1.5, supervised 2, cosine": Setting({**_BOUNDED, "patch_sft_weight": 2.0}, _COSINE),
+    "caps 1.5, patch beta 20, cosine": Setting({**UNBOUNDED, **_CAPS, "patch_beta": 20.0}, _COSINE),
+    "loser guard, cosine": Setting({**UNBOUNDED, "loser_guard": "patch"}, _COSINE),
+    "own noise, cosine": Setting(UNBOUNDED, {**_COSINE, "noise": "own"}),
+    "caps 1.5, supervised 1, cosine, two rounds, the base as reference": Setting(_BOUNDED, _COSINE, rounds=2),
     "caps 1.5, supervised 1, cosine, two rounds, their start as reference": Setting(
-        _BOUNDED, {"reference": "start"}, rounds=2
+        _BOUNDED, {**_COSINE, "reference": "start"}, rounds=2
+    ),
+    "bounded, video weight 1, video beta 10": Setting(_VIDEO, _COSINE),
+    "bounded, video weight 1, video beta 10, video cap 0.5": Setting({**_VIDEO, "video_cap": 0.5}, _COSINE),
+    "bounded, video weight 1, video beta 10, winning videos 0.1": Setting({**_VIDEO, "sft_weight": 0.1}, _COSINE),
+    "bounded, video weight 1, video beta 10, supervised 2": Setting({**_VIDEO, "patch_sft_weight": 2.0}, _COSINE),
+    "bounded, video weight 1, video beta 10, video cap 0.5, two rounds": Setting(
+        {**_VIDEO, "video_cap": 0.5}, _COSINE, rounds=2
     ),
 }
 
@@ -140,26 +143,21 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
         SystemExit: those of an earlier call were made with other settings.
     """
     place = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
-    train = replace(base.train, seed=seed, **setting.train)
-    spec = {**(train.objective if isinstance(train.objective, dict) else {}), **setting.objective}
-    train = replace(train, objective=spec)
-    made = {
-        "base": base.pretrained_model_name_or_path, "reward_model": base.reward_model, "rounds": setting.rounds,
-        "num_prompts": base.evaluate.num_prompts, "every": base.train.checkpointing_steps,
-        "train": json.loads(json.dumps(deciding_settings(train, started=setting.rounds > 1))),  # a file has no tuples
-    }  # fmt: skip
+    made = conditions(setting, seed, base)
     known = read_json(place / "readings.json")
     if known:
         before = known.get("made", {})  # which older readings do not say
         others = [name for name, value in made.items() if before.get(name) != value]
         if others:
-            raise SystemExit(f"{place}: was read with another {others[0]}; choose another folder")
+            raise SystemExit(f"{place}: was read with other settings ({', '.join(others)}); choose another folder")
         return list(known["readings"])
     prepared = folder / f"prepared_{seed}"
     run_stages(Run(replace(base, output_dir=str(prepared), seed=seed)), _PAIRS)
     if not place.exists():
         shutil.copytree(prepared, place)
-    config = replace(base, output_dir=str(place), seed=seed, rounds=setting.rounds, train=train)
+    config = replace(
+        base, output_dir=str(place), seed=seed, rounds=setting.rounds, train=training(setting, base.train, seed)
+    )
     gauge, readings = _Gauge(config, Run(config)), []
     for number in range(1, setting.rounds + 1):
         run = Run(config, number=number)
@@ -173,6 +171,22 @@ def read_training(name: str, setting: Setting, seed: int, base: Config, folder: 
             readings.append({"round": number, "step": state["step"], **gauge.read(weights)})
     write_json(place / "readings.json", {"made": made, "readings": readings})
     return readings
+
+
+def training(setting: Setting, recipe: TrainConfig, seed: int) -> TrainConfig:
+    """The recipe's training with what a setting says."""
+    return replace(recipe, seed=seed, objective=dict(setting.objective) or recipe.objective, **setting.train)
+
+
+def conditions(setting: Setting, seed: int, base: Config) -> dict[str, Any]:
+    """What readings depend on, as a file holds it."""
+    return {
+        "base": base.pretrained_model_name_or_path, "reward_model": base.reward_model, "rounds": setting.rounds,
+        "num_prompts": base.evaluate.num_prompts, "every": base.train.checkpointing_steps,
+        "train": json.loads(
+            json.dumps(deciding_settings(training(setting, base.train, seed), started=setting.rounds > 1))
+        ),
+    }  # fmt: skip
 
 
 class _Gauge:

@@ -122,8 +122,8 @@ def compare_rewards(
 
     Returns:
         reward_base and reward_aligned, the mean of every column; with a meter, patch_spearman and
-        patch_spearman_aligned: the rank correlation of patch quality and -severity. Aligned clips are nearly all sound,
-        so the latter is mostly noise. One that has no ranks, because the meter reads the same everywhere, is left out.
+        patch_spearman_aligned: the rank correlation of patch quality and -severity. The sounder the aligned clips,
+        the more of the latter is noise. One is left out that has no ranks, as the meter reads the same everywhere.
     """
     arms = {"base": base, "aligned": aligned}
     metrics: dict[str, Any] = {

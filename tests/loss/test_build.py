@@ -120,7 +120,7 @@ def test_names_stand_for_one_thing():
 
 
 @pytest.mark.parametrize("beta", [1e-3, 20.0, 1e6])
-def test_halo_bounded_caps_each_logit_and_adds_the_mean_error_of_the_winning_patches(beta):
+def test_halo_bounded_caps_each_logit_and_supervises_the_winning_patches(beta):
     policy, target, ref, patch_rewards, video_rewards = batch()
     error = torch.from_numpy(cases.loop_error(policy, target, GRID))
     gap = patch_rewards[:2] - patch_rewards[2:]
@@ -134,7 +134,7 @@ def test_halo_bounded_caps_each_logit_and_adds_the_mean_error_of_the_winning_pat
         for name in ("halo", "halo_bounded")
     )  # fmt: skip
     video, patch = softplus(-plain.video_logits.clamp(max=1.5)), softplus(-plain.patch_logits.clamp(max=1.5))
-    expected = video.mean() + (weight * patch).flatten(1).sum(1).mean() + winner.mean()
+    expected = video.mean() + (weight * patch).flatten(1).sum(1).mean() + 1.5 * winner.mean()
     torch.testing.assert_close(bounded.loss, expected)
 
 

@@ -153,12 +153,12 @@ def test_all_arms_choose_among_equally_many_different_settings():
 
 
 def test_a_number_multiplies_what_the_arm_has_and_a_word_replaces_it():
-    choice = {"learning_rate": 0.5, "patch_beta": 3, "video_cap": 2, "lr_scheduler": "cosine"}
+    choice = {"learning_rate": 0.5, "patch_beta": 3, "video_cap": 2, "lr_scheduler": "linear"}
     training = arm_training(ARMS[BEST], demo_config().train, choice, 1)
     objective = build(training.objective)
-    assert (training.learning_rate, training.lr_scheduler, training.seed) == (1e-3, "cosine", 1)
+    assert (training.learning_rate, training.lr_scheduler, training.seed) == (1e-3, "linear", 1)
     assert (objective.patch_beta, objective.video_cap, objective.patch_cap) == (30.0, 3.0, 1.5)
-    assert told_choice(choice) == "learning_rate x 0.5, patch_beta x 3, video_cap x 2, lr_scheduler cosine"
+    assert told_choice(choice) == "learning_rate x 0.5, patch_beta x 3, video_cap x 2, lr_scheduler linear"
 
 
 @pytest.mark.parametrize("name", ["num_seeds", "num_prompts", "max_train_steps", "bootstrap", "num_workers"])
@@ -219,7 +219,7 @@ def test_a_registered_model_says_what_the_page_needs(name):
         "halo_sft",
         "diffusion_dpo",
         "mapo",
-        {"preset": "halo_bounded", "patch_beta": 30.0},
+        {"preset": "halo_bounded", "patch_beta": 30.0, "video_weight": 0.05},
         {"preset": "local_dpo", "video_weight": 0.0},
         {"preset": "halo_sft", "patch_sft_weight": 1.0, "link": "hinge"},
     ],
@@ -237,6 +237,8 @@ def test_arms_are_what_they_are_called_whatever_the_recipe_is(given):
             demo.patch_weight > 0,
         )
         assert objective.video_beta == getattr(own, "video_beta", objective.video_beta)
+        if name.startswith("HALO"):
+            assert objective.video_weight == getattr(own, "video_weight", 0) or demo.video_weight
         for choice in arm.choices:
             build(arm_training(arm, recipe, choice, 0).objective)
 

@@ -17,7 +17,7 @@ CONFIG = TrainConfig(
 
 
 def objective_with(**changes):
-    """The demo's objective with changes: betas that a tiny model feels."""
+    """The tests' objective with changes: betas that a tiny model feels."""
     return OBJECTIVE | changes
 
 

@@ -156,7 +156,7 @@ def test_kto_takes_the_better_clip_for_good_and_the_other_for_bad(pipeline, pair
 
 
 def test_the_default_objective_is_bounded_and_supervised():
-    expected = GranDPO(patch_sft_weight=1.0, video_cap=1.5, patch_cap=1.5)
+    expected = GranDPO(patch_sft_weight=1.5, video_cap=1.5, patch_cap=1.5)
     assert build(TrainConfig().objective) == PRESETS["halo_bounded"] == expected
 
 

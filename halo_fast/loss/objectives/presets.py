@@ -22,10 +22,10 @@ Spec = str | Mapping[str, Any] | Objective
 PRESETS: dict[str, Objective] = {
     # Own formulation after HALO, arXiv 2502.06812.
     "halo": GranDPO(),
-    # The same with supervision of the winning patches, which leads the comparison of docs/results.md.
+    # The same with supervision of the winning patches.
     "halo_sft": GranDPO(patch_sft_weight=0.5),
     # The same with logits capped and more supervision: docs/results.md, "What a bound costs".
-    "halo_bounded": GranDPO(patch_sft_weight=1.0, video_cap=1.5, patch_cap=1.5),
+    "halo_bounded": GranDPO(patch_sft_weight=1.5, video_cap=1.5, patch_cap=1.5),
     # Wallace et al. 2023, arXiv 2311.12908: -log sigma(-beta/2 [(E_w - E_ref,w) - (E_l - E_ref,l)]).
     "diffusion_dpo": GranDPO(video_beta=5000.0, patch_weight=0.0),
     # Liu et al. 2025, arXiv 2501.13918: the same on velocities; kappa = (1-t)^2 is the paper's other weighting.
