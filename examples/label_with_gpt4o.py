@@ -11,6 +11,7 @@ import json
 import logging
 from pathlib import Path
 
+from halo_fast.patches import LatentFactors
 from halo_fast.teachers import LabelStore, TeacherRequest, build_teacher
 from halo_fast.teachers.labelling import label_clips, open_clip
 
@@ -37,7 +38,7 @@ def main(
     files = sorted(clips.glob("*.mp4"))
     options = {"model": model, "base_url": base_url, "budget": budget}
     with LabelStore(clips / "labels.sqlite") as store:
-        teacher = build_teacher(TeacherRequest("openai", grid, store, options, factors=factors))
+        teacher = build_teacher(TeacherRequest("openai", grid, store, options, factors=LatentFactors(*factors)))
         asked = [open_clip(file, file.with_suffix(".txt").read_text().strip()) for file in files]
         labels = label_clips(asked, teacher, store)
     rows = [

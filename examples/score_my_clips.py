@@ -34,15 +34,13 @@ def draw_map(video: Tensor, scores: Tensor, patches: PatchGrid) -> Image.Image:
 def main(clips: Path, reward: Path, grid: tuple[int, int, int] = (7, 4, 6)) -> list[dict]:
     """Write scores.csv and the pictures; the rows are returned."""
     model = RewardModel.load(reward)
-    config = model.config
     rows = []
     for file in sorted(clips.glob("*.mp4")):
         video, prompt = read_clip(file), file.with_suffix(".txt").read_text().strip()
         video_scores, patch_scores = model.by_dimension(model(video[None], [prompt], grid))
         quality = patch_scores["quality"].view(grid)
         frames, height, width, _ = video.shape
-        factors = config.spatial_factor, config.temporal_factor, config.causal
-        patches = PatchGrid(grid, frames, height, width, *factors)
+        patches = model.config.patches(grid, (frames, height, width))
         draw_map(video, quality, patches).save(file.with_suffix(".png"))
         row = {"clip": file.name} | {name: round(value.item(), 3) for name, value in video_scores.items()}
         rows.append(row | {"worst_patch": round(quality.min().item(), 3)})

@@ -4,12 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool3d
 
-__all__ = ["PatchGrid", "guard_band"]
+__all__ = ["PIXELS", "LatentFactors", "PatchGrid", "guard_band"]
+
+
+class LatentFactors(NamedTuple):
+    """How latents lie on a clip: the last four arguments of `PatchGrid`.
+
+    Args:
+        spatial_factor: pixels a latent position along rows and columns.
+        temporal_factor: frames a latent frame.
+        causal: whether the first latent frame covers one frame alone.
+        padding: latent frames in front that cover no frame of the clip.
+    """
+
+    spatial_factor: int = 1
+    temporal_factor: int = 1
+    causal: bool = False
+    padding: int = 0
+
+    @classmethod
+    def of_sizes(cls, clip: tuple[int, int], latent: tuple[int, int]) -> LatentFactors:
+        """Those of a clip (frames, height) whose latents have a size (frames, height) and no padding.
+
+        Where both readings of the frames fit, that one is taken whose temporal factor is a power of 2.
+        """
+        frames, length = clip[0], latent[0]
+        causal = length > 1 and (frames - 1) % (length - 1) == 0
+        if causal and frames % length == 0:
+            after_first, each = (frames - 1) // (length - 1), frames // length
+            causal = after_first.bit_count() == 1 or each.bit_count() != 1
+        time = (frames - 1) // (length - 1) if causal else frames // length
+        return cls(clip[1] // latent[1], time, causal)
+
+
+PIXELS = LatentFactors()
+"""Patches that divide the clip itself, where no latents are known."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +63,8 @@ class PatchGrid:
             autoencoders.
         causal: whether the first latent frame covers one frame, and each other one temporal_factor of them. Then
             num_frames is 1 more than a multiple of temporal_factor, else a multiple.
+        padding: latent frames in front that cover no frame of the video, such as the one that CogVideoX 1.5 adds to
+            an odd number.
 
     Raises:
         ValueError: naming the side that does not fit.
@@ -40,6 +77,7 @@ class PatchGrid:
     spatial_factor: int = 8
     temporal_factor: int = 4
     causal: bool = True
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, tuple | list) or len(self.grid) != 3:
@@ -65,11 +103,16 @@ class PatchGrid:
         for side, count, length in zip(("frames", "rows", "columns"), self.grid, self.latent_shape, strict=True):
             if not 1 <= count <= length:
                 raise ValueError(f"grid must have 1 to {length} patches along {length} latent {side}; got {count}")
+        if self.latent_edges(0)[1] <= self.padding:
+            raise ValueError(
+                f"grid must have fewer patches along latent frames; got {self.grid[0]}, of which the first lies in the "
+                f"padding of {self.padding} before {self.latent_shape[0] - self.padding} latent frames"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(F, H, W) of the latent."""
-        frames = (self.num_frames - self.causal) // self.temporal_factor + self.causal
+        frames = (self.num_frames - self.causal) // self.temporal_factor + self.causal + self.padding
         return frames, self.height // self.spatial_factor, self.width // self.spatial_factor
 
     def latent_edges(self, axis: int) -> list[int]:
@@ -83,7 +126,7 @@ class PatchGrid:
         if axis:
             return [edge * self.spatial_factor for edge in edges]
         first = self.temporal_factor - 1 if self.causal else 0
-        return [max(edge * self.temporal_factor - first, 0) for edge in edges]
+        return [max((edge - self.padding) * self.temporal_factor - first, 0) for edge in edges]
 
     def latent_box(self, patch: Sequence[int]) -> tuple[slice, slice, slice]:
         """The latent positions of patch (i, j, k), as slices of a [..., F, H, W] tensor."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from halo_fast import PatchGrid, guard_band
+from halo_fast.patches import LatentFactors
 
 GRIDS = {
     "demo": PatchGrid((3, 4, 4), 9, 32, 32),
@@ -14,13 +15,15 @@ GRIDS = {
     "not causal": PatchGrid((2, 2, 2), 16, 32, 48, causal=False),
     "image autoencoder": PatchGrid((4, 2, 2), 5, 24, 40, temporal_factor=1, causal=False),
     "one position per patch": PatchGrid((3, 3, 5), 9, 24, 40),
+    "cogvideox 1.5": PatchGrid((7, 3, 3), 81, 48, 72, padding=1),
+    "not causal, padded": PatchGrid((2, 2, 2), 16, 32, 48, causal=False, padding=2),
 }
 every = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
 
 def latent_frame(grid, frame):
     """Where a frame goes, by the autoencoder's definition."""
-    return (frame + grid.temporal_factor - 1) // grid.temporal_factor if grid.causal else frame // grid.temporal_factor
+    return grid.padding + (frame + grid.causal * (grid.temporal_factor - 1)) // grid.temporal_factor
 
 
 def patch_index(place, length, count):
@@ -53,6 +56,29 @@ def test_latent_and_pixel_boxes_cover_everything_once(grid):
         latent[grid.latent_box(index)] += 1
         pixels[grid.pixel_box(index)] += 1
     assert (latent == 1).all() and (pixels == 1).all()
+
+
+def test_padding_moves_the_edges_and_may_not_be_a_patch_of_its_own():
+    assert GRIDS["cogvideox 1.5"].latent_shape == (22, 6, 9)
+    assert GRIDS["cogvideox 1.5"].pixel_edges(0) == [0, 5, 17, 29, 41, 53, 65, 81]
+    with pytest.raises(ValueError, match="grid must have fewer patches along latent frames; got 4, of which the first"):
+        PatchGrid((4, 1, 1), 9, 8, 8, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("clip", "latent", "expected"),
+    [
+        ((81, 480), (21, 60), (8, 4, True, 0)),
+        ((9, 32), (3, 4), (8, 4, True, 0)),  # 9 frames are three threes too
+        ((16, 64), (4, 8), (8, 4, False, 0)),  # and 15 three fives
+        ((25, 128), (4, 4), (32, 8, True, 0)),
+        ((5, 40), (5, 5), (8, 1, True, 0)),
+        ((1, 32), (1, 4), (8, 1, False, 0)),
+        ((12, 24), (4, 3), (8, 3, False, 0)),
+    ],
+)
+def test_factors_are_read_off_sizes(clip, latent, expected):
+    assert LatentFactors.of_sizes(clip, latent) == expected
 
 
 def test_the_first_latent_frame_is_one_frame_and_the_others_four():

@@ -130,11 +130,11 @@ class ClipFormat(NamedTuple):
 
 def clip_format(config: RewardModelConfig, grid: Sequence[int]) -> ClipFormat:
     """The format in which patches of a model's latent are those of the grid: about 16 frames of about 256 pixels."""
-    step, alone = config.temporal_factor, int(config.causal)
-    latents = max(grid[0], ((_FRAMES - alone) // step + alone) // grid[0] * grid[0])
+    step, alone, padding = config.temporal_factor, int(config.causal), config.padding
+    latents = max(grid[0] * (1 + padding), ((_FRAMES - alone) // step + alone + padding) // grid[0] * grid[0])
     side = math.lcm(8, config.spatial_factor * math.lcm(grid[1], grid[2]))
     side *= max(1, round(_SIDE / side))
-    edges = config.patches(grid, ((latents - alone) * step + alone, side, side)).pixel_edges(0)
+    edges = config.patches(grid, ((latents - padding - alone) * step + alone, side, side)).pixel_edges(0)
     return ClipFormat(tuple(np.diff(edges).tolist()), side, side)
 
 

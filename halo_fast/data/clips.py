@@ -16,6 +16,7 @@ from torch import Tensor
 from halo_fast.data.tables import ClipRow
 from halo_fast.errors import UserError, first_line
 from halo_fast.files import replacing, return_freed_memory
+from halo_fast.patches import LatentFactors
 
 if TYPE_CHECKING:
     import av
@@ -274,16 +275,15 @@ def motion_amount(video: Tensor) -> float:
     return sum(changes) / len(changes) if changes else 0.0
 
 
-def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
-    """By how much the autoencoder compressed the space and time of a generated clip.
+def latent_factors(folder: Path, clip: ClipRow) -> LatentFactors | None:
+    """By how much the autoencoder compressed the space and time of a generated clip, as sizes tell it.
 
     Args:
         folder: of the table of clips.
         clip: one of its rows.
 
     Returns:
-        pixels to a side and frames of one latent position, and whether the autoencoder is causal; None if the clip has
-        no latents.
+        None if the clip has no latents.
     """
     if clip.latents is None or not (folder / clip.latents).exists():
         return None
@@ -291,9 +291,7 @@ def latent_factors(folder: Path, clip: ClipRow) -> tuple[int, int, bool] | None:
         shape = file.get_slice("latents").get_shape()
         frames, height = shape[-4 if (file.metadata() or {}).get("layout") == "BFCHW" else -3], shape[-2]
     video_frames, video_height = read_clip(folder / clip.video).shape[:2]
-    causal = frames > 1 and (video_frames - 1) % (frames - 1) == 0
-    time = (video_frames - 1) // (frames - 1) if causal else video_frames // frames
-    return video_height // height, time, causal
+    return LatentFactors.of_sizes((video_frames, video_height), (frames, height))
 
 
 def _video_stream(container: "av.container.InputContainer") -> Any:

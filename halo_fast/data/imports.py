@@ -160,9 +160,18 @@ def import_sources(
     Raises:
         UserError: a source that cannot be read, or no clip at all.
     """
+    read = {name: read_source(Path(name), settings.scores) for name in settings.sources}
+    listings = [(name, one.listed) for name, one in read.items() if one.listed]
     source = Source()
-    for name in settings.sources:
-        source.extend(read_source(Path(name), settings.scores))
+    for name, one in read.items():
+        places = [row.place for rows in (one.scores, one.damage) for row in rows if isinstance(row.ref, int)]
+        if places and len(listings) > 1:
+            raise UserError(
+                f"{places[0]}: a number in 'row' may mean a clip of {' or '.join(name for name, _ in listings)}; "
+                "name the clips in a column 'video', or put the table into their folder"
+            )
+        one.name_clips(listings[0][1] if listings else [])
+        source.extend(one)
     if not source.clips:
         reasons = f"; {source.left_out[0].what}: {source.left_out[0].reason}" if source.left_out else ""
         raise UserError(f"imports.sources: no clips in {', '.join(settings.sources)}{reasons}")
@@ -180,7 +189,7 @@ def import_sources(
             f"imports.sources: all {len(source.clips)} clips are left out; the first is {left_out[0].what}: "
             f"{left_out[0].reason}"
         )
-    by_ref = _ByRef(source.clips, found, left_out)
+    by_ref = _ByRef(source.listed, found, left_out)
     formats = {name: clip_format(row, settings, wanted) for name, row in rows.items()}
     divided = {name: _patches_of(patches, form[:3]) for name, form in formats.items()}
     labels = _labels(rows, source, by_ref, divided, left_out)
@@ -310,11 +319,8 @@ def _stream(clip: CaptionedClip, fps: float) -> Iterator[Frame]:
 class _ByRef:
     """Finds the clips that a label or pair speaks of; those that were left out are noted."""
 
-    def __init__(
-        self, clips: Sequence[CaptionedClip], found: dict[tuple[str, str], str], left_out: list[LeftOutRow]
-    ) -> None:
-        self._listed = [clip.ref for clip in clips]
-        self._known = set(self._listed)
+    def __init__(self, listed: Sequence[str], found: dict[tuple[str, str], str], left_out: list[LeftOutRow]) -> None:
+        self._known = set(listed)
         self._found = found
         self._left_out = left_out
         self._of: dict[str, list[str]] = defaultdict(list)
@@ -327,15 +333,12 @@ class _ByRef:
         Raises:
             UserError: no clip was ever listed under it.
         """
-        if isinstance(ref, int):
-            if ref >= len(self._listed):
-                raise UserError(f"{place}: expected a row from 0 to {len(self._listed) - 1}, got {ref}")
-            ref = self._listed[ref]
-        if ref not in self._known:
-            raise UserError(f"{place}: {ref} is among no clips; import it too, or leave the row out")
-        if ref not in self._of:
-            self._left_out.append(LeftOutRow(place, f"its clip {ref} is left out"))
-        return self._of.get(ref, [])
+        name = str(ref)
+        if name not in self._known:
+            raise UserError(f"{place}: {name} is among no clips; import it too, or leave the row out")
+        if name not in self._of:
+            self._left_out.append(LeftOutRow(place, f"its clip {name} is left out"))
+        return self._of.get(name, [])
 
     def clip(self, ref: str, prompt: str, place: str) -> str | None:
         """The clip of a ref and prompt, or None if it was left out."""
@@ -428,11 +431,22 @@ def _pairs(
         if reason:
             left_out.append(LeftOutRow(place, reason))
             continue
+        cut = [name for name in (a, b) if not _is_whole(rows[name])] if one.patches else []
+        if cut:
+            changed = f"the clip {cut[0]} is a part of its own ({rows[cut[0]].changes})"
+            left_out.append(LeftOutRow(place, f"its scores of patches, which are of whole clips: {changed}"))
+            one = replace(one, patches=None)
         try:
             pairs[f"{a}-{b}"] = _pair(rows[a], rows[b], one, patches[a])
         except UserError as error:
             left_out.append(LeftOutRow(place, str(error)))
     return list(pairs.values())
+
+
+def _is_whole(row: ImportedRow) -> bool:
+    """Whether an imported clip shows all of its source, frame for frame."""
+    box = [0, 0, row.source_height, row.source_width]
+    return row.frames == list(range(row.source_frames)) and max(map(abs, np.subtract(row.box, box))) < 1e-6
 
 
 def _size_text(patches: PatchGrid) -> str:

@@ -7,7 +7,7 @@ layouts.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class CaptionedClip:
 
 @dataclass(frozen=True)
 class ClipScores:
-    """Scores of a clip by one rater, from 1 to 5; `ref` may be the clip's number among all, 0 the first."""
+    """Scores of a clip by one rater, from 1 to 5; `ref` may be the clip's number in its listing, 0 the first."""
 
     ref: str | int
     scores: Mapping[str, float]
@@ -128,18 +128,49 @@ class LeftOutRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that a source holds."""
+    """Everything that a source holds.
+
+    Args:
+        clips: that are there and have a prompt.
+        scores: of clips.
+        damage: of clips.
+        preferences: each with its place.
+        left_out: what is not among them.
+        listed: the ref of every clip in the order of the listing, those that are left out too.
+    """
 
     clips: list[CaptionedClip] = field(default_factory=list)
     scores: list[ClipScores] = field(default_factory=list)
     damage: list[ClipDamage] = field(default_factory=list)
     preferences: list[tuple[str, Preference]] = field(default_factory=list)
     left_out: list[LeftOutRow] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
 
     def extend(self, other: "Source") -> None:
         """Add what another source holds."""
-        for name in ("clips", "scores", "damage", "preferences", "left_out"):
-            getattr(self, name).extend(getattr(other, name))
+        for one in fields(self):
+            getattr(self, one.name).extend(getattr(other, one.name))
+
+    def name_clips(self, listed: Sequence[str]) -> None:
+        """Put refs in the place of the clips' numbers.
+
+        Args:
+            listed: the ref of each number.
+
+        Raises:
+            UserError: a number beyond them.
+        """
+        self.scores[:] = [replace(one, ref=_named(one.ref, listed, one.place)) for one in self.scores]
+        self.damage[:] = [replace(one, ref=_named(one.ref, listed, one.place)) for one in self.damage]
+
+
+def _named(ref: str | int, listed: Sequence[str], place: str) -> str:
+    """The ref of a clip that may be given by its number."""
+    if isinstance(ref, str):
+        return ref
+    if ref >= len(listed):
+        raise UserError(f"{place}: expected a row from 0 to {len(listed) - 1}, got {ref}")
+    return listed[ref]
 
 
 def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
@@ -153,6 +184,14 @@ def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
     Raises:
         UserError: no known layout, or a row that cannot be meant, with its number.
     """
+    found = _read_source(path, scores)
+    if found.listed:  # else the numbers are of another source's clips
+        found.name_clips(found.listed)
+    return found
+
+
+def _read_source(path: Path, scores: Sequence[str] | None) -> Source:
+    """As `read_source`, with clips by their numbers."""
     if not exists(path):
         raise UserError(f"{path}: does not exist; expected {_KNOWN}")
     if path.is_file():
@@ -173,7 +212,7 @@ def read_source(path: Path, scores: Sequence[str] | None = None) -> Source:
     if listed:
         found = _read_table(listed[0], scores)
     else:
-        found = read_source(folders[0], scores) if folders else _captioned_files(_clips_below(path))
+        found = _read_source(folders[0], scores) if folders else _captioned_files(_clips_below(path))
         if not (found.clips or found.left_out or tables):
             raise UserError(f"{path}: holds neither videos nor a table; expected {_KNOWN}")
     for table in tables:
@@ -207,6 +246,7 @@ def _captioned_files(files: Iterable[Path]) -> Source:
     """Clips with a text file of the same name beside each."""
     source = Source()
     for file in sorted(files, key=lambda one: [natural_order(Path(part)) for part in one.parts]):
+        source.listed.append(_ref(file))
         caption = file.with_name((file.name if file.is_dir() else file.stem) + ".txt")
         try:
             prompt = " ".join(caption.read_text(encoding="utf-8-sig").split())
@@ -277,11 +317,12 @@ def _add_clips(found: Source, path: Path, rows: Sequence[Row]) -> None:
         place = f"{path}: row {number}"
         file = path.parent / required_text(row, "video", place)
         prompt = " ".join(required_text(row, "prompt", place).split())
+        # one row for each rater is one clip
+        again = listed.setdefault((_ref(file), prompt), number) != number
+        found.listed.extend([] if again else [_ref(file)])
         if not exists(file):
             found.left_out.append(LeftOutRow(place, f"{file} does not exist"))
-            continue
-        # one row for each rater is one clip
-        if listed.setdefault((_ref(file), prompt), number) != number:
+        if again or not exists(file):
             continue
         found.clips.append(
             CaptionedClip(
@@ -368,7 +409,7 @@ def _add_scores(found: Source, path: Path, rows: Sequence[Row], names: Sequence[
 
 
 def _row_ref(path: Path, row: Row, place: str) -> str | int:
-    """The clip that a row speaks of: its file, or its number among all clips."""
+    """The clip that a row speaks of: its file, or its number in the listing of clips."""
     if "video" in row:
         return _ref(path.parent / required_text(row, "video", place))
     number = _whole_number(row, "row", place)
@@ -588,10 +629,11 @@ def _from_human(path: Path) -> Source:
     found = Source()
     for index, (clip, prompt) in enumerate(zip(human.clips, human.prompts, strict=True)):
         place = f"{path}: row {index + 1}"
+        ref = _ref(clip) if isinstance(clip, Path) else place
+        found.listed.append(ref)
         if not prompt:
             found.left_out.append(LeftOutRow(place, "no prompt"))
             continue
-        ref = _ref(clip) if isinstance(clip, Path) else place
         generator = human.generators[index] if human.generators else ""
         found.clips.append(CaptionedClip(ref, clip, prompt, place, generator))
         raters = max((values.shape[1] for values in human.scores.values()), default=0)
@@ -614,6 +656,7 @@ def _from_preferences(path: Path, preferences: Sequence[Preference]) -> Source:
         place = f"{path}: row {one.row}"
         for ref, clip in zip(preference_refs(place, one), (one.first, one.second), strict=True):
             found.clips.append(CaptionedClip(ref, clip, " ".join(one.prompt.split()), place))
+            found.listed.append(ref)
         found.preferences.append((place, one))
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 from halo_fast.data.tables import ClipRow, LabelRow, PairRow, write_rows
 from halo_fast.errors import UserError
 from halo_fast.files import progress, replacing, write_bytes, write_csv, write_json
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import PIXELS, LatentFactors, PatchGrid
 
 __all__ = ["DATASET_FORMATS", "DatasetClip", "DatasetPair", "RunData", "write_dataset"]
 
@@ -125,8 +125,7 @@ class RunData:
         changes: what an import did to each clip_id.
         settings: of the generator by clip_id, as JSON.
         tie: margins of the video reward up to this are ties.
-        factors: pixels to a side and frames of one latent position, and whether the autoencoder is causal: patches
-            divide the latents.
+        factors: how the model's latents lie on the clips: patches divide the latents.
         formats: of clips that have one of their own, by clip_id.
     """
 
@@ -139,7 +138,7 @@ class RunData:
     changes: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     tie: float = 0.0
-    factors: tuple[int, int, bool] = (1, 1, False)
+    factors: LatentFactors = PIXELS
     formats: Mapping[str, tuple[int, int, int, float]] = field(default_factory=dict)
 
     def format_of(self, clip_id: str) -> tuple[int, int, int, float]:
@@ -244,9 +243,8 @@ def _edges(label: LabelRow | None, data: RunData) -> tuple[list[int], list[int],
     """Frames, rows and columns at which the patches of a label begin and end."""
     if label is None:
         return [], [], []
-    patches = PatchGrid(
-        (label.grid[0], label.grid[1], label.grid[2]), *data.format_of(label.clip_id)[:3], *data.factors
-    )
+    size, grid = data.format_of(label.clip_id)[:3], (label.grid[0], label.grid[1], label.grid[2])
+    patches = PatchGrid(grid, *size, **data.factors._asdict())
     return patches.pixel_edges(0), patches.pixel_edges(1), patches.pixel_edges(2)
 
 

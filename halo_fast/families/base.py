@@ -9,6 +9,7 @@ from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from halo_fast.errors import UserError
+from halo_fast.patches import LatentFactors
 
 __all__ = ["Denoiser", "Family", "repeated_blocks", "shift_logarithm", "shift_times", "unwrapped"]
 
@@ -153,6 +154,15 @@ class Family(Denoiser):
         Raises:
             UserError: the model cannot make a clip of this size.
         """
+
+    def latent_factors(self, num_frames: int, height: int, width: int) -> LatentFactors:
+        """How the latents lie on a clip of this size; read off their sizes, unless a family knows better.
+
+        Raises:
+            UserError: the model cannot make a clip of this size.
+        """
+        frames, rows, _ = self.latent_size(self.latent_shape(num_frames, height, width))
+        return LatentFactors.of_sizes((num_frames, height), (frames, rows))
 
     def closest_format(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The largest format that the model makes and a clip of this one can be cut to."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from halo_fast.errors import UserError, check_finite
 from halo_fast.families.base import Family
+from halo_fast.patches import LatentFactors
 
 __all__ = ["MaskedPrompts", "PipelineFamily", "VariancePreserving", "count_tokens", "replaced"]
 
@@ -96,6 +97,11 @@ class PipelineFamily(Family):
         first = (frames, self.channels) if self.layout == "BFCHW" else (self.channels, frames)
         self.check_size((frames, height // space, width // space))
         return *first, height // space, width // space
+
+    def latent_factors(self, num_frames: int, height: int, width: int) -> LatentFactors:
+        time, space = self.compression
+        frames = self.latent_size(self.latent_shape(num_frames, height, width))[0]
+        return LatentFactors(space, time, True, frames - (num_frames - 1) // time - 1)
 
     def closest_format(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         frames, side = (num_frames - 1) // self.frame_step * self.frame_step + 1, self.side

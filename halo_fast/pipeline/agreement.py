@@ -175,7 +175,7 @@ def _model_scores(run: Run, clips: Sequence[ClipRow]) -> dict[str, Scores]:
     scored = run.path / "score" / "scores.parquet"
     if not scored.exists():
         return {}
-    rows = {row.clip_id: row for row in read_rows(scored, ScoreRow)}
+    rows = {row.clip_id: row for row in read_rows(run.require("score/scores.parquet"), ScoreRow)}
     ordered = [rows[clip.clip_id] for clip in clips]
     scores: dict[str, NDArray[np.float64]] = {
         name: np.array([row.video[name] for row in ordered], dtype=float) for name in ordered[0].video

@@ -19,6 +19,7 @@ from halo_fast.export.datasets import RunData
 from halo_fast.families import Denoiser
 from halo_fast.families.sampling import draws_noise
 from halo_fast.files import read_json
+from halo_fast.patches import PIXELS, LatentFactors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import StageEntry, run_stage
@@ -38,7 +39,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FACTORS_FILE = "latents.json"  # of an import: by how much the model compresses clips
+FACTORS_FILE = "latents.json"  # how the model's latents lie on clips
 
 
 class RunClips(NamedTuple):
@@ -54,12 +55,12 @@ class RunClips(NamedTuple):
     folder: Path
     inputs: dict[str, Path]
 
-    def factors(self) -> tuple[int, int, bool] | None:
-        """Pixels to a side and frames of one latent position, and whether the autoencoder is causal, if known."""
+    def factors(self) -> LatentFactors | None:
+        """How the model's latents lie on the clips, if known."""
         for folder in self.inputs.values():
             known = read_json(folder / FACTORS_FILE)
             if known:
-                return known["spatial_factor"], known["temporal_factor"], known["causal"]
+                return LatentFactors(**known)
         return latent_factors(self.folder, self.rows[0])
 
 
@@ -234,6 +235,6 @@ def read_run_data(run: Path) -> RunData:
         {row.clip_id: row.changes for row in imported},
         dict.fromkeys(made, json.dumps(form)),
         (read_json(run / "pairs" / "manifest.json") or {"settings": {}})["settings"].get("video_delta", 0.0),
-        RunClips(clips, run, folders).factors() or (1, 1, False),
+        RunClips(clips, run, folders).factors() or PIXELS,
         {row.clip_id: clip_format(row, policy, wanted) for row in imported},
     )  # fmt: skip

@@ -25,7 +25,7 @@ def read_manifest(stage: Path) -> dict[str, Any] | None:
     path = stage / MANIFEST
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return _read(path, status.st_ino, status.st_mtime_ns, status.st_size)
 

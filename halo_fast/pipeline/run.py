@@ -3,8 +3,9 @@
 import errno
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,15 +70,22 @@ class Run:
         """What names the round on the command line, for messages; empty for the first."""
         return f" --round {self.number}" if self.number > 1 else ""
 
-    def stage(self, name: str, settings: Mapping[str, Any] | object, inputs: Mapping[str, Path | str]) -> "Stage":
+    def stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any] | object,
+        inputs: Mapping[str, Path | str],
+        derived: bool = False,
+    ) -> "Stage":
         """The stage `name`, to be entered with `with`.
 
         Args:
             name: of the stage's folder and of its command.
             settings: dict or dataclass of everything that decides the output besides the inputs.
             inputs: files and folders (Path), compared by content, and texts (str), compared as they are.
+            derived: whether it costs next to nothing, so that whatever differs has it made again instead of refused.
         """
-        return Stage(self, name, settings, inputs)
+        return Stage(self, name, settings, inputs, derived)
 
     def require(self, path: str) -> Path:
         """A file or folder of a finished stage that was made with this config.
@@ -98,24 +106,24 @@ class Run:
         name = Path(path).parts[0]
         manifest = read_manifest(self.path / name)
         if manifest is None or not found.exists():
-            raise UserError(f"{found}: not there or unfinished; run `halo {name}{self.option}` with this config first")
+            raise UserError(f"{found}: not there or unfinished; run `{self._command(name)}` with this config first")
         if self.path / name in checked:
             return found
         checked.add(self.path / name)
         # The training of another network, such as Wan 2.2's other expert, has settings of its own.
         other = name.startswith("train") and manifest["settings"].get("network") != self.config.train.network
-        before, now = _flatten({} if other else manifest["settings"]), self._settings(name, manifest["settings"])
-        for setting, value in before.items():
-            if now.get(setting, value) != value:
-                raise UserError(
-                    f"{self.path / name}: was made with {setting} = {value}, now it is {now[setting]}; give the "
-                    f"setting it was made with, or redo it with `halo {name.partition('_')[0]}{self.option} --force`"
-                )
+        settings = {} if other else manifest["settings"]
+        for setting, old, new in _differences(*self._compared(name, settings)):
+            raise UserError(
+                f"{self.path / name}: was made with {setting} = {old}, now it is {new}; give the "
+                f"setting it was made with, or redo it with `{self._command(name)} --force`"
+            )
         for label, source in manifest.get("sources", {}).items():
             owner, part = self.owner(source)
             if self.input_hash(label, owner._require(part, checked)) != manifest["inputs"][label]:
-                command = f"halo {name}{self.option}"
-                raise UserError(f"{self.path / name}: {source} changed since it was made; run `{command}` again")
+                raise UserError(
+                    f"{self.path / name}: {source} changed since it was made; run `{self._command(name)}` again"
+                )
         return found
 
     def owner(self, source: str) -> tuple["Run", str]:
@@ -144,12 +152,22 @@ class Run:
             return hash_text(json.dumps({path: output["sha256"] for path, output in outputs.items()}, sort_keys=True))
         return hash_folder(value, self.root / f".{hash_text(str(value.resolve()))[:16]}.hashes.json", label)
 
-    def _settings(self, name: str, keys: Iterable[str]) -> dict[str, object]:
-        """The values in this config of the settings that stage `name` keeps under `keys`."""
+    def _command(self, stage: str) -> str:
+        """What makes a stage again: that of train_transformer_2 is `halo train`."""
+        return f"halo {stage.partition('_')[0]}{self.option}"
+
+    def _compared(self, name: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings that stage `name` keeps and this config has: as they were kept, and as they are here."""
         # the stage train_transformer_2 has the settings of train
         section = getattr(self.config, name, None) or getattr(self.config, name.partition("_")[0], None)
-        owners = {key: owner for key in keys for owner in (self.config, section) if hasattr(owner, key)}
-        return _flatten({key: _as_json(getattr(owner, key)) for key, owner in owners.items()})
+        owners = {key: owner for key in before for owner in (self.config, section) if hasattr(owner, key)}
+        old, new = {}, {}
+        for key, value in ((key, getattr(owner, key)) for key, owner in owners.items()):
+            old[key], new[key] = before[key], _as_json(value)
+            # a stage may keep a part of a section; what a user names freely, such as pairs.dimensions, it keeps whole
+            if not isinstance(value, dict):
+                old[key], new[key] = _part(old[key], new[key]), _part(new[key], old[key])
+        return old, new
 
 
 def round_folders(run: Path) -> list[Path]:
@@ -171,8 +189,8 @@ class Stage:
             ...  # write into stage.folder, skipping what exists already
             stage.finish({"clips": 192})
 
-    Unfinished work of the same settings and inputs is continued. Other settings are refused, as are other inputs from
-    outside the run directory (a prompt file, a model). If an earlier stage has changed, the stage is made again. The
+    Unfinished work of the same settings and inputs is continued. Other settings are refused, as are other inputs that
+    no stage made (a prompt file, a model). If an earlier stage has changed, the stage is made again. The
     old folder is kept until the new one is finished, and a mistake found before anything was written changes nothing.
     One command at a time may work on a stage. Of its processes the first one alone makes the folder ready, and finishes
     the stage; the others leave the block when it is finished.
@@ -183,9 +201,15 @@ class Stage:
     """
 
     def __init__(
-        self, run: Run, name: str, settings: Mapping[str, Any] | object, inputs: Mapping[str, Path | str]
+        self,
+        run: Run,
+        name: str,
+        settings: Mapping[str, Any] | object,
+        inputs: Mapping[str, Path | str],
+        derived: bool = False,
     ) -> None:
         self.run = run
+        self._derived = derived
         self.name = name
         self.folder = run.path / name
         self.done = False
@@ -195,7 +219,7 @@ class Stage:
         self._sources = {
             label: value.resolve().relative_to(run.root.resolve()).as_posix()
             for label, value in inputs.items()
-            if isinstance(value, Path) and value.resolve().is_relative_to(run.root.resolve())
+            if isinstance(value, Path) and _is_made(value, run)
         }
         self._old = run.path / f".{name}.old"
         self._started = ""
@@ -335,23 +359,24 @@ class Stage:
         """Whether an earlier stage has changed.
 
         Raises:
-            UserError: the settings, or inputs from outside the run directory, differ.
+            UserError: the settings, or inputs that no stage made, differ.
         """
         offered = "" if self.run.force is None else "pass --force to redo the stage, or "
         cure = f"{offered}choose another output_dir"
-        before, now = _flatten(earlier["settings"]), _flatten(self._key["settings"])
-        for name in [*now, *before]:
-            old, new = before.get(name, "unset"), now.get(name, "unset")
-            if old != new:
-                raise UserError(f"{self.folder}: was made with {name} = {old}, now it is {new}; {cure}")
+        for name, old, new in _differences(earlier["settings"], self._key["settings"]):
+            if self._derived:
+                return self._made_again(name)
+            raise UserError(f"{self.folder}: was made with {name} = {old}, now it is {new}; {cure}")
         before, now = earlier["inputs"], self._key["inputs"]
         changed = [name for name in [*now, *before] if before.get(name) != now.get(name)]
         for name in changed:
-            if name not in self._sources:
+            if name not in self._sources and not self._derived:
                 raise UserError(f"{self.folder}: was made from other {name}; {cure}")
-        if changed:
-            logger.info("%s: %s changed since, made again", self._title, changed[0])
-        return bool(changed)
+        return self._made_again(changed[0]) if changed else False
+
+    def _made_again(self, changed: str) -> bool:
+        logger.info("%s: %s changed since, made again", self._title, changed)
+        return True
 
     def _set_aside(self) -> None:
         """Keep finished work until the new is finished, and drop unfinished work."""
@@ -401,10 +426,42 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _part(value: Any, known: Any) -> Any:
+    """What a value has of the names that a known one has."""
+    if not (isinstance(value, dict) and isinstance(known, dict)):
+        return value
+    return {name: _part(value[name], one) for name, one in known.items() if name in value}
+
+
+def _is_made(path: Path, run: Run) -> bool:
+    """Whether a stage of the run made it; a prompt file or a model may lie in the run directory too."""
+    root, place = run.root.resolve(), path.resolve()
+    if place == root or not place.is_relative_to(root):
+        return False
+    owner, part = run.owner(place.relative_to(root).as_posix())
+    return bool(part) and read_manifest(owner.path / Path(part).parts[0]) is not None
+
+
 def _as_json(settings: Mapping[str, Any] | object) -> Any:
-    """The settings as JSON returns them, so that tuples and lists compare equal."""
+    """The settings as JSON returns them, so that tuples and lists compare equal; infinity, which it lacks, as text."""
     value = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
-    return json.loads(json.dumps(value, allow_nan=False))
+    return json.loads(json.dumps(_without_infinity(value), allow_nan=False))
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(one) for one in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+    """Dotted name, old and new value of each setting that differs."""
+    old, new = _flatten(dict(before)), _flatten(dict(now))
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name, "unset") != new.get(name, "unset"):
+            yield name, old.get(name, "unset"), new.get(name, "unset")
 
 
 def _flatten(value: object, name: str = "") -> dict[str, object]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from halo_fast.families.quantization import Quantization
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import LatentFactors, PatchGrid
 from halo_fast.train.optimizers import Optimizer
 
 __all__ = ["Backbone", "Calibration", "RewardConfig", "RewardModelConfig", "Rewards"]
@@ -103,6 +103,8 @@ class RewardModelConfig:
         spatial_factor: pixels a side that one position of the latent stands for, as in PatchGrid.
         temporal_factor: frames that one latent frame stands for.
         causal: whether the first latent frame stands for one frame alone.
+        padding: latent frames in front that stand for no frame.
+        features_factor: pixels a side of one position of the frames' features; None for spatial_factor.
         width: channels of the compact backbone's finest stage; the next two have 3/2 and 2 times as many.
         pretrained: whether the compact backbone also has pretrained frame features and a prompt encoder.
         backbone: as in RewardConfig.
@@ -122,6 +124,8 @@ class RewardModelConfig:
     spatial_factor: int = 8
     temporal_factor: int = 4
     causal: bool = True
+    padding: int = 0
+    features_factor: int | None = None
     width: int = 32
     pretrained: bool = True
     backbone: str = "compact"
@@ -142,8 +146,16 @@ class RewardModelConfig:
 
     def patches(self, grid: Sequence[int], size: tuple[int, int, int]) -> PatchGrid:
         """The patches (f, h, w) of clips of `size` (frames, height, width in pixels)."""
-        factors = self.spatial_factor, self.temporal_factor, self.causal
-        return PatchGrid((grid[0], grid[1], grid[2]), *size, *factors)
+        return PatchGrid((grid[0], grid[1], grid[2]), *size, **self.factors._asdict())
+
+    @property
+    def factors(self) -> LatentFactors:
+        """How the latents lie on the clips whose patches are scored."""
+        return LatentFactors(self.spatial_factor, self.temporal_factor, self.causal, self.padding)
+
+    def scoring(self, factors: LatentFactors) -> RewardModelConfig:
+        """The config of the same model for clips of a generator whose latents lie otherwise on them."""
+        return replace(self, **factors._asdict(), features_factor=self.features_factor or self.spatial_factor)
 
 
 class Backbone(Protocol):

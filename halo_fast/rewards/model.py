@@ -17,6 +17,7 @@ from halo_fast import processes
 from halo_fast.errors import UserError, check_finite, first_line
 from halo_fast.families.quantization import check_quantization
 from halo_fast.files import write_json, write_safetensors
+from halo_fast.patches import LatentFactors
 from halo_fast.registry import create, is_name, register, resolve
 from halo_fast.rewards.base import Calibration, RewardConfig, RewardModelConfig, Rewards
 
@@ -129,12 +130,13 @@ class RewardModel(nn.Module):
         write_json(folder / "config.json", asdict(config))
 
     @classmethod
-    def load(cls, folder: Path | str, device: str | None = None) -> RewardModel:
+    def load(cls, folder: Path | str, device: str | None = None, factors: LatentFactors | None = None) -> RewardModel:
         """Read what `save` wrote; in eval mode, without gradients.
 
         Args:
             folder: with the files.
             device: where the model goes; None for the first GPU, or the CPU where there is none.
+            factors: how latents lie on the clips that it will score; None for those it was trained on.
 
         Raises:
             UserError: files that are missing or are no reward model's, weights that are not finite, a calibration that
@@ -144,10 +146,10 @@ class RewardModel(nn.Module):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        path = folder / "config.json"
+        config = read_config(folder / "config.json")
+        path = folder / "model.safetensors"
         try:
-            model = cls(_read_config(path), weights=False)
-            path = folder / "model.safetensors"
+            model = cls(config.scoring(factors) if factors else config, weights=False)
             tensors = load_file(path)
             expected = _without_aliases(model.state_dict())
             if set(tensors) != set(expected):
@@ -155,9 +157,7 @@ class RewardModel(nn.Module):
             check_weights(tensors, expected)
             model.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: expected a reward model's ({first_line(error)}); train it again, with `halo reward --force`"
-            ) from error
+            raise _no_model(path, error) from error
         return model.eval().requires_grad_(False).to(device or processes.device())
 
 
@@ -290,14 +290,31 @@ def _build_backbone(config: RewardModelConfig, weights: bool) -> nn.Module:
     return VisionLanguage(config, weights)
 
 
-def _read_config(path: Path) -> RewardModelConfig:
+def write_factors(path: Path, factors: LatentFactors) -> None:
+    """Have a saved model, by its config.json, score clips of a generator whose latents lie otherwise on them."""
     values = json.loads(path.read_text())
-    for part in ("video", "patch"):
-        values[f"{part}_dimensions"] = tuple(values[f"{part}_dimensions"])
-        values[f"{part}_calibration"] = tuple(map(tuple, values[f"{part}_calibration"]))
-    if values["backbone"] == _BACKBONE_FILES:
-        values["backbone"] = str(path.parent / _BACKBONE_FILES)
-    return RewardModelConfig(**values)
+    kept = values.get("features_factor") or values["spatial_factor"]
+    write_json(path, values | factors._asdict() | {"features_factor": kept})
+
+
+def read_config(path: Path) -> RewardModelConfig:
+    """The config.json of a saved model; UserError if there is none."""
+    try:
+        values = json.loads(path.read_text())
+        for part in ("video", "patch"):
+            values[f"{part}_dimensions"] = tuple(values[f"{part}_dimensions"])
+            values[f"{part}_calibration"] = tuple(map(tuple, values[f"{part}_calibration"]))
+        if values["backbone"] == _BACKBONE_FILES:
+            values["backbone"] = str(path.parent / _BACKBONE_FILES)
+        return RewardModelConfig(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_model(path, error) from error
+
+
+def _no_model(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: expected a reward model's ({first_line(error)}); train it again, with `halo reward --force`"
+    )
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halo_fast.errors import UserError
+from halo_fast.patches import PIXELS, LatentFactors
 from halo_fast.registry import create, known, register
 from halo_fast.settings import validate
 from halo_fast.teachers.rubric import Label
@@ -100,7 +101,7 @@ class TeacherRequest:
         video_size: frames, height and width of the clips, if they are known.
         prompts: of the clips.
         seed: of random choices.
-        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid divides the clips.
+        factors: how latents lie on the clips, by which the grid divides them.
     """
 
     name: str
@@ -110,7 +111,7 @@ class TeacherRequest:
     video_size: tuple[int, int, int] | None = None
     prompts: Sequence[str] = ()
     seed: int = 0
-    factors: tuple[int, int, bool] = (1, 1, False)
+    factors: LatentFactors = PIXELS
 
 
 def build_teacher(request: TeacherRequest, setting: str = "teacher") -> Teacher:

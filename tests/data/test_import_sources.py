@@ -225,10 +225,43 @@ def test_videos_with_tables_beside_them(tmp_path):
     table(tmp_path / "notes.csv", [{"who": "x", "what": "y"}])
     found = read_source(tmp_path)
     assert len(found.clips) == 2
-    assert found.scores[0].ref == found.clips[1].ref and found.damage[0].ref == 1
+    assert found.scores[0].ref == found.clips[1].ref == found.damage[0].ref
     assert [(Path(row.what).name, row.reason) for row in found.left_out] == [
         ("notes.csv", "a table of no known layout, with columns 'who', 'what'")
     ]
+
+
+def numbered(folder, scores, captions):
+    """A folder of clips of one colour each, perhaps without a caption, and a table of scores by their numbers."""
+    for number, name in enumerate(scores):
+        video = torch.full((5, 32, 32, 3), 40 * number + len(folder.name), dtype=torch.uint8)
+        write_clip(folder / "videos" / f"{name}.mp4", video, 8)
+        if name in captions:
+            (folder / "videos" / f"{name}.txt").write_text(name)
+    table(folder / "scores.csv", [{"row": row, "q": score} for row, score in enumerate(scores.values())])
+    return str(folder)
+
+
+def scores_of(sources, folder):
+    config = ImportConfig(sources=sources)
+    found = import_sources(config, VideoFormat(5, 32, 32, 8), PatchGrid((1, 2, 2), 5, 32, 32), folder)
+    prompts = {clip.clip_id: clip.prompt for clip in found.clips}
+    return {prompts[label.clip_id]: label.video["q"] for label in found.labels}, found.left_out
+
+
+def test_a_number_is_that_of_its_own_listing_also_where_clips_are_left_out(tmp_path):
+    first = numbered(tmp_path / "first", {"a": 1, "b": 2, "c": 3}, captions="ac")
+    second = numbered(tmp_path / "the second", {"x": 4, "y": 5}, captions="xy")
+    scores, left_out = scores_of([first, second], tmp_path / "import")
+    assert scores == {"a": 1, "c": 3, "x": 4, "y": 5}
+    assert any(row.reason.startswith("its clip") and "b.mp4" in row.reason for row in left_out)
+    table(tmp_path / "alone.csv", [{"row": 1, "q": 2}])
+    assert scores_of([second, str(tmp_path / "alone.csv")], tmp_path / "again")[0] == {"x": 4, "y": 3.5}
+    with pytest.raises(UserError, match=r"alone.csv: row 1: a number in 'row' may mean a clip of .*first or .*second"):
+        scores_of([first, second, str(tmp_path / "alone.csv")], tmp_path / "none")
+    table(tmp_path / "alone.csv", [{"row": 2, "q": 2}])
+    with pytest.raises(UserError, match="alone.csv: row 1: expected a row from 0 to 1, got 2"):
+        scores_of([second, str(tmp_path / "alone.csv")], tmp_path / "none")
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "video\nx.mp4\n", "video,prompt\n,p\n"])

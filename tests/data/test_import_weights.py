@@ -39,6 +39,16 @@ def test_weights_and_patches_become_those_of_the_pair(tmp_path):
     assert plain.weight == 1 and all(map(math.isnan, plain.patch_rewards_a))
 
 
+@pytest.mark.parametrize("size", [(3, 16, 16), (5, 16, 8)])
+def test_scores_of_the_patches_of_whole_clips_are_not_those_of_their_parts(tmp_path, size):
+    path = table(tmp_path, grid=[1, 1, 2], chosen_patches=[4, 3.5], rejected_patches=[4, 1])
+    config, grid = ImportConfig(sources=[str(path)]), PatchGrid((1, 1, 2), *size, spatial_factor=4, temporal_factor=2)
+    found = import_sources(config, VideoFormat(*size, 8), grid, tmp_path / "import")
+    (pair,) = found.pairs
+    assert all(map(math.isnan, pair.patch_rewards_a + pair.patch_rewards_b)) and pair.video_reward_a == 5
+    assert found.left_out[0].reason.startswith("its scores of patches, which are of whole clips: the clip c00000 is")
+
+
 def test_patches_of_another_grid_are_left_out_with_the_cure(tmp_path):
     path = table(tmp_path, grid=[1, 2, 1], chosen_patches=[4, 3], rejected_patches=[4, 1])
     found = imported(path, tmp_path / "import")

@@ -354,7 +354,7 @@ def test_factors_of_the_autoencoder_follow_the_layout(tmp_path, layout, shape):
     write_clip(tmp_path / "clip.mp4", torch.from_numpy(np.stack(noise(9))), 8)
     write_safetensors(tmp_path / "z.safetensors", {"latents": torch.zeros(shape)}, layout and {"layout": layout})
     clip = ClipRow("c", 0, "p", 0, 0, "clip.mp4", "z.safetensors")
-    assert latent_factors(tmp_path, clip) == (8, 4, True)
+    assert latent_factors(tmp_path, clip) == (8, 4, True, 0)
     assert latent_factors(tmp_path, ClipRow("c", 0, "p", 0, 0, "clip.mp4", None)) is None
 
 

@@ -18,6 +18,7 @@ from tiny import TINY, merged, tiny_cogvideox, tiny_config, tiny_ltx, tiny_wan, 
 from halo_fast.data import CachedPairs, Pair
 from halo_fast.errors import UserError
 from halo_fast.families import family_of, load
+from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.cache import build_cache
 from halo_fast.pipeline.stages.generate import generate
@@ -313,6 +314,27 @@ def test_conditions_are_trimmed_to_the_prompt(case):
         assert 0 < len(short["prompt_embeds_qwen"]) < len(long["prompt_embeds_qwen"])
     elif not case.name.startswith(("Wan", "LTX-2", "CogVideoX", "Cosmos")) and case.family.lora_prefix != "unet":
         assert case.family.max_length
+
+
+def test_frames_belong_to_the_latents_that_the_factors_name(case):
+    """Encoders read backwards in time, so a change of frames changes the latents from theirs on (all, where a group
+    norm reads the whole clip, but those before by less)."""
+    size = case.tiny.size
+    grid = PatchGrid((2, 1, 1), *size, **case.family.latent_factors(*size)._asdict())
+    assert grid.latent_shape == tuple(case.family.latent_size(case.family.latent_shape(*size)))
+    video = torch.randint(256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, pixel = grid.latent_edges(0)[1], grid.pixel_edges(0)[1]
+
+    def change(first):
+        other = video.clone()
+        other[:, first:] = 255 - other[:, first:]
+        with torch.no_grad():
+            moved = (case.family.encode(other) - case.family.encode(video))[0].abs()
+        return moved.movedim(0 if case.family.layout == "BFCHW" else 1, 0).flatten(1).mean(1)
+
+    moved = change(pixel)
+    assert moved[:before].max() < moved[before:].min()
+    assert change(pixel - 1)[before - 1] > moved[before - 1]
 
 
 @pytest.mark.parametrize("offset", [(1, 0, 0), (0, 4, 0), (0, 0, 4)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,12 @@ def test_trainings_are_the_last_ones(rounds):
     first, second = rounds
     assert trainings(first) == [first.path / "train"] and trainings(second) == [second.path / "train"]
     assert trained_results(second.config, second) == {"train": second.path / "train/lora"}
-    with first.stage("train_transformer_2", {}, {}) as stage:  # an expert that the second round does not train
+    expert = {"network": "transformer_2"}  # which the second round does not train
+    with first.stage("train_transformer_2", expert, {}) as stage:
         write_bytes(stage.folder / "lora/pytorch_lora_weights.safetensors", b"")
         stage.finish({})
+    for copy in ("train_1e-5", "train.old", "train_transformer_3"):
+        shutil.copytree(second.path / "train", second.path / copy)
     assert trainings(second) == [second.path / "train", first.path / "train_transformer_2"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from halo_fast.data.regions import moving_region
 from halo_fast.data.tables import CacheRow, ClipRow, PairRow, ScoreRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.families.sampling import clip_seed
+from halo_fast.patches import LatentFactors
 from halo_fast.pipeline.clips import given_pairs, run_all, run_stages
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages import STAGES
@@ -23,6 +25,7 @@ from halo_fast.pipeline.stages.pairs import build_pairs
 from halo_fast.pipeline.stages.reward import train_reward
 from halo_fast.pipeline.stages.score import score
 from halo_fast.rewards import RewardModel, RewardModelConfig
+from halo_fast.rewards.model import read_config
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,35 @@ def test_a_trained_reward_model_takes_the_place_of_training(whole, tmp_path):
     config = dataclasses.replace(config, output_dir=str(tmp_path / "other"), reward_model=str(tmp_path))
     with pytest.raises(UserError, match=r"reward_model: no reward model in .*; give a folder that `halo reward` wrote"):
         train_reward(config, Run(config))
+
+
+def test_a_reward_model_of_other_latents_scores_the_patches_of_the_runs_own(base, whole, tmp_path):
+    """Damage to the frames of one latent patch, as the run's autoencoder divides them, moves that patch most."""
+    config, folder = base
+    run, _ = whole("independent")
+    other = dataclasses.replace(read_config(folder / "reward/config.json"), **LatentFactors(4, 2, False)._asdict())
+    torch.manual_seed(1)
+    RewardModel(other).save(tmp_path / "trained")
+    changed = dataclasses.replace(run.config, reward_model=str(tmp_path / "trained"), output_dir=str(tmp_path / "run"))
+    shutil.copytree(run.path / "generate", tmp_path / "run/generate")
+    train_reward(changed, Run(changed))
+    taken = RewardModel.load(tmp_path / "run/reward", "cpu")
+    assert taken.config.factors == (8, 4, True, 0) and taken.config.features_factor == 4
+    score(changed, Run(changed))
+    own = RewardModel.load(tmp_path / "trained", "cpu", factors=LatentFactors(8, 4, True))
+    video = torch.randint(0, 255, (1, 9, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(own(video, ["a"], (3, 2, 2)).patches, taken(video, ["a"], (3, 2, 2)).patches)
+    assert own.config.patches((3, 2, 2), (9, 32, 32)).pixel_edges(0) == [0, 1, 5, 9]
+
+
+def test_the_own_reward_model_of_a_run_is_not_taken(whole):
+    run, _ = whole("repair")
+    train_reward(run.config, run)
+    files = {file.name: file.read_bytes() for file in (run.path / "reward").iterdir()}
+    config = dataclasses.replace(run.config, reward_model=str(run.path / "reward"))
+    with pytest.raises(UserError, match=r"reward_model: .* is this run's own, which is taken anyway; leave it out"):
+        train_reward(config, Run(config, force=True))
+    assert {file.name: file.read_bytes() for file in (run.path / "reward").iterdir()} == files
 
 
 def test_repair_without_a_reward_model_says_what_is_missing(base, tmp_path):

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import PIXELS, PatchGrid
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config, check_round
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.annotate import clips_to_label
 from halo_fast.teachers import PATCH_DIMENSIONS, RUBRIC, VIDEO_DIMENSIONS, Label, LabelStore, label_key
 from halo_fast.teachers.human import person_name
-from halo_fast.teachers.labelling import draw_clips, open_clip
+from halo_fast.teachers.labelling import open_clip
 from halo_fast.teachers.store import Edit
 
 __all__ = ["LabelServer", "label"]
@@ -73,11 +74,11 @@ class LabelServer(ThreadingHTTPServer):
         self.teacher = person_name(name)
         run = Run(config, number=check_round(config, round))
         found = run_clips(run)
-        self._folder, rows = found.folder, found.rows
-        self._factors = found.factors() or (1, 1, False)
+        self._folder = found.folder
+        self._factors = found.factors() or PIXELS
         self._store = run.root / "labels.sqlite"
         self._grid, self._fps = (config.grid[0], config.grid[1], config.grid[2]), config.generate.fps
-        self._rows = [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, run.draw)]
+        self._rows = clips_to_label(config, run, found)
         self._clips = [open_clip(self._folder / row.video, row.prompt) for row in self._rows]
         self.count = len(self._clips)
         self._keys = [label_key(clip.hash, clip.prompt, self._grid, self.teacher) for clip in self._clips]

@@ -41,8 +41,11 @@ def diagnostics_charts(file: Path) -> list[Markup]:
 
 
 def reward_charts(history: Path) -> list[Markup]:
-    """Losses and agreement of the reward model over steps, by phase, from its history.csv."""
-    rows = _read_csv(history)
+    """Losses and agreement of the reward model over steps, by phase, from its history.csv; none without it.
+
+    A model that was taken from elsewhere may have no history.
+    """
+    rows = _read_csv(history) if history.exists() else []
     charts = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         found = _columns([row for row in rows if row["phase"] == phase], _REWARD)

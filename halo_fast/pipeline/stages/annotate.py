@@ -8,6 +8,7 @@ from pathlib import Path
 from halo_fast.data.labels import has_scores
 from halo_fast.data.tables import ClipRow, LabelRow, read_rows, write_rows
 from halo_fast.errors import UserError
+from halo_fast.patches import PIXELS, LatentFactors
 from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -27,14 +28,14 @@ __all__ = ["annotate", "load_teacher"]
 
 
 def load_teacher(
-    config: Config, store: LabelStore, factors: tuple[int, int, bool] = (1, 1, False), prompts: Sequence[str] = ()
+    config: Config, store: LabelStore, factors: LatentFactors = PIXELS, prompts: Sequence[str] = ()
 ) -> Teacher:
     """The teacher that `annotate.teacher` names; its options are the section of its name, and `annotate.options`.
 
     Args:
         config: of the run.
         store: where a teacher that is paid keeps answers and spending.
-        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid divides the clips.
+        factors: how latents lie on the clips, by which the grid divides them.
         prompts: of the clips.
 
     Raises:
@@ -67,10 +68,10 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
             teacher that is paid also that the budget is used up or its server refuses.
     """
     clips_of_run = run_clips(run)
-    folder, rows = clips_of_run.folder, _unlabelled(clips_of_run)
-    rows = [rows[index] for index in sorted(draw_clips(len(rows), config.annotate.num_clips, run.draw))]
+    drawn = {row.clip_id for row in clips_to_label(config, run, clips_of_run)}
+    folder, rows = clips_of_run.folder, [row for row in clips_of_run.rows if row.clip_id in drawn]
     with LabelStore(run.root / "labels.sqlite") as store:
-        factors = clips_of_run.factors() or (1, 1, False)
+        factors = clips_of_run.factors() or PIXELS
         teacher = teacher or load_teacher(config, store, factors, [row.prompt for row in rows])
         # The teacher's name covers what its answers depend on. Limits on money and time may change during a run.
         settings = {name: getattr(config.annotate, name) for name in ("teacher", "options", "num_clips")}
@@ -87,6 +88,21 @@ def annotate(config: Config, run: Run, teacher: Teacher | None = None) -> None:
             counts = _write_tables(stage.folder, rows, clips, teacher, store)
             dollars = store.spent()
             stage.finish(counts | ({"dollars": dollars} if dollars else {}))
+
+
+def clips_to_label(config: Config, run: Run, clips: RunClips) -> list[ClipRow]:
+    """The clips that a teacher scores, in the order in which they were drawn, so that the first ones are a sample.
+
+    Args:
+        config: annotate.num_clips says how many; null for all.
+        run: the run directory; each round draws others.
+        clips: of the run.
+
+    Raises:
+        UserError: all clips have imported scores of video and patches.
+    """
+    rows = _unlabelled(clips)
+    return [rows[index] for index in draw_clips(len(rows), config.annotate.num_clips, run.draw)]
 
 
 def _unlabelled(clips: RunClips) -> list[ClipRow]:

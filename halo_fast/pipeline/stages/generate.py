@@ -22,7 +22,8 @@ from halo_fast.export.lora import load_all_trained
 from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, sample_variations
 from halo_fast.families.steering import steerable
-from halo_fast.files import write_bytes, write_safetensors
+from halo_fast.files import write_bytes, write_json, write_safetensors
+from halo_fast.pipeline.clips import FACTORS_FILE
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.pictures import check_pictures, picture_input, pictures_of
 from halo_fast.pipeline.run import Run, Stage
@@ -83,6 +84,8 @@ def generate(config: Config, run: Run) -> None:
             if family.image_conditions:
                 processes.seen(picture_file(stage.folder / clip.video))
         write_rows(stage.folder / "clips.parquet", clips, ClipRow)
+        factors = family.latent_factors(settings.num_frames, settings.height, settings.width)
+        write_json(stage.folder / FACTORS_FILE, factors._asdict())
         counts = {"prompts": len(prompts), "clips": len(clips)}
         if settings.strategy == "corrupt":
             pairs = _corrupted_pairs(family, clips, guides, config)
@@ -314,7 +317,11 @@ class _Regions:
 
     def __init__(self, family: Family, config: Config) -> None:
         self._size, self._config = _latent_size(family, config), config
-        self._model = RewardModel.load(_reward_model(config)) if config.generate.strategy == "repair" else None
+        form = config.generate
+        self._model = None
+        if form.strategy == "repair":
+            factors = family.latent_factors(form.num_frames, form.height, form.width)
+            self._model = RewardModel.load(_reward_model(config), factors=factors)
 
     def of(self, clips: Sequence[ClipRow], folder: Path, imported: dict[str, Path]) -> Tensor | None:
         """Bool [N, F, H, W] in latent positions; None for all of the clip."""

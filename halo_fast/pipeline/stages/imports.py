@@ -13,7 +13,7 @@ from halo_fast.errors import UserError
 from halo_fast.families import load, source
 from halo_fast.families.base import Family
 from halo_fast.files import write_json
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import LatentFactors, PatchGrid
 from halo_fast.pipeline.clips import FACTORS_FILE
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
@@ -60,8 +60,7 @@ def import_clips(config: Config, run: Run) -> None:
             if rows:
                 write_rows(stage.folder / f"{name}.parquet", rows, kind)
         write_rows(stage.folder / "left_out.parquet", found.left_out, LeftOutRow)
-        factors = {name: getattr(patches, name) for name in ("spatial_factor", "temporal_factor", "causal")}
-        write_json(stage.folder / FACTORS_FILE, factors)
+        write_json(stage.folder / FACTORS_FILE, {name: getattr(patches, name) for name in LatentFactors._fields})
         forget_facts(stage.folder)
         warn_of_prompts([row.prompt for row in found.clips], config)
         _list_left_out(found.left_out, stage.folder / "left_out.parquet")
@@ -77,13 +76,9 @@ def _patches(config: Config, family: Family | None) -> PatchGrid:
     form = config.generate
     size = form.num_frames, form.height, form.width
     grid = config.grid[0], config.grid[1], config.grid[2]
-    factors: tuple[int, int, bool] = (8, 4, True)
-    if family:
-        frames, height, _ = family.latent_size(family.latent_shape(*size))
-        causal = frames > 1 and (size[0] - 1) % (frames - 1) == 0
-        factors = size[1] // height, (size[0] - 1) // (frames - 1) if causal else size[0] // frames, causal
+    factors = family.latent_factors(*size) if family else LatentFactors(8, 4, True)
     try:
-        return PatchGrid(grid, *size, *factors)
+        return PatchGrid(grid, *size, **factors._asdict())
     except ValueError as error:
         raise UserError(f"grid, generate: {error}") from error
 

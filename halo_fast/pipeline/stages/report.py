@@ -45,7 +45,7 @@ def write_report(config: Config, run: Run) -> None:
     # a directory that is moved, or gets further rounds, keeps its report
     whole = asdict(run.rounds[0].config) | {"train": deciding_settings(config.train, run.number > 1)}
     settings = {name: value for name, value in whole.items() if name not in ("output_dir", "rounds")}
-    with run.stage("report", settings, inputs) as stage:
+    with run.stage("report", settings, inputs, derived=True) as stage:
         if not stage.done:
             views = _views(run, evaluated)
             view = views[-1]

@@ -19,7 +19,7 @@ from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
 from halo_fast.rewards.examples import add_examples
-from halo_fast.rewards.model import chosen_precision, model_folder
+from halo_fast.rewards.model import chosen_precision, model_folder, read_config, write_factors
 
 __all__ = ["read_labels", "train_reward"]
 
@@ -72,14 +72,20 @@ def train_reward(config: Config, run: Run) -> None:
 
 
 def _take_trained(folder: Path, run: Run) -> None:
-    """Copy a trained model into the run."""
+    """Copy a trained model into the run, whose patches are from then on those of the run's latents."""
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"reward_model: no reward model in {folder}; give a folder that `halo reward` wrote")
-    with run.stage("reward", {}, {"reward_model": folder}) as stage:
+    if folder.resolve() == (run.path / "reward").resolve():
+        raise UserError(f"reward_model: {folder} is this run's own, which is taken anyway; leave it out")
+    known, factors = read_config(folder / "config.json").factors, run_clips(run).factors()
+    others = factors if factors != known else None
+    with run.stage("reward", {"factors": others} if others else {}, {"reward_model": folder}) as stage:
         if stage.done or not processes.is_first():
             return
         records = shutil.ignore_patterns("manifest.json", "pending.json", ".*")
         shutil.copytree(folder, stage.folder, ignore=records, dirs_exist_ok=True)
+        if others:
+            write_factors(stage.folder / "config.json", others)
         stage.finish({"taken": 1})
 
 
@@ -140,7 +146,8 @@ def read_labels(
         video_dimensions,
         patch_dimensions,
     )
-    return RewardModelConfig(video_dimensions, patch_dimensions, *(clips.factors() or ())), data
+    factors = clips.factors()
+    return RewardModelConfig(video_dimensions, patch_dimensions, **(factors._asdict() if factors else {})), data
 
 
 def _read_videos(files: Sequence[Path], place: Path, folder: Path | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from halo_fast.families import Family, load, source
 from halo_fast.files import progress, write_safetensors
 from halo_fast.pipeline.clips import noise_seeds, run_clips
 from halo_fast.pipeline.config import Config
+from halo_fast.pipeline.hashes import read_manifest
 from halo_fast.pipeline.run import Run
 from halo_fast.train.config import deciding_settings
 from halo_fast.train.draws import Buckets, buckets_of, tell_noise
@@ -68,13 +69,23 @@ def train(config: Config, run: Run) -> None:
 
 def training_folder(config: Config) -> str:
     """Name of the stage that trains the config's network: each network has a place of its own, on the same pairs."""
-    network = config.train.network
+    return _folder_of(config.train.network)
+
+
+def _folder_of(network: str | None) -> str:
     return "train" if network in (None, "transformer", "unet") else f"train_{network}"
 
 
 def trainings(run: Run) -> list[Path]:
-    """The folders of all finished trainings of a run; of a network that several rounds trained, the last one's."""
-    found = {path.parent.name: path.parent for one in run.rounds for path in one.path.glob("train*/manifest.json")}
+    """The folders of all finished trainings of a run; of a network that several rounds trained, the last one's.
+
+    A folder that does not bear the name of its network, such as a copy, is none.
+    """
+    found = {}
+    for place in (path.parent for one in run.rounds for path in one.path.glob("train*/manifest.json")):
+        manifest = read_manifest(place)
+        if manifest and place.name == _folder_of(manifest["settings"].get("network")):
+            found[place.name] = place
     return [found[name] for name in sorted(found)]
 
 

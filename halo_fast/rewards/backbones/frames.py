@@ -63,7 +63,8 @@ class FrameStages(nn.Module):
     def frozen_features(self, videos: Tensor) -> Tensor:
         """Features of up to five frames enlarged to 224: [N, 944, f', H/s, W/s], s the latent's factor."""
         height, width = videos.shape[2:4]
-        grid = height // self.config.spatial_factor, width // self.config.spatial_factor
+        factor = self.config.features_factor or self.config.spatial_factor
+        grid = height // factor, width // factor
         parts = [
             pool_spread(stage, grid) if index < _SPREAD else F.interpolate(stage, grid, mode="bilinear")
             for index, stage in enumerate(frame_stages(videos, "bicubic"))

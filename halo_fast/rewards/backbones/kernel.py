@@ -84,7 +84,7 @@ class KernelRidge(nn.Module):
     def frozen_features(self, videos: Tensor) -> Tensor:
         """Features of up to sixteen frames enlarged to 224: [N, 2364, up to 8, up to 8, up to 8]."""
         height, width = videos.shape[2:4]
-        factor = self.config.spatial_factor
+        factor = self.config.features_factor or self.config.spatial_factor
         grid = min(_SIDE, height // factor), min(_SIDE, width // factor)
         clips = []
         for video in videos.split(1):

@@ -12,7 +12,7 @@ import numpy as np
 
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import PIXELS, LatentFactors, PatchGrid
 from halo_fast.teachers.base import Clip, TeacherRequest, read_options
 from halo_fast.teachers.openai.batch import answer_in_batches
 from halo_fast.teachers.openai.client import key_for, open_client
@@ -53,7 +53,7 @@ class OpenAITeacher:
         config: the model, its server and what it may cost.
         grid: patches that are scored.
         store: of answers and spending.
-        factors: spatial_factor, temporal_factor and causal of PatchGrid, by which the grid divides the clips.
+        factors: how latents lie on the clips, by which the grid divides them.
         seed: of delays and of drawn patches.
 
     Raises:
@@ -65,12 +65,13 @@ class OpenAITeacher:
         config: OpenAIConfig,
         grid: tuple[int, int, int],
         store: LabelStore,
-        factors: tuple[int, int, bool] = (1, 1, False),
+        factors: LatentFactors = PIXELS,
         seed: int = 0,
     ) -> None:
         check_config(config)
         values = vars(config) | {"base_url": normal_address(config.base_url)}
-        asked = [*(values[name] for name in _ASKED), list(factors)]
+        # labels of before know no padding
+        asked = [*(values[name] for name in _ASKED), list(factors[:3]) + [pad for pad in factors[3:] if pad]]
         self.grid = (grid[0], grid[1], grid[2])
         # which patches are drawn makes other labels, but of the same questions
         drawn = config.max_patches is not None and config.max_patches < math.prod(self.grid)
