@@ -77,7 +77,7 @@ def compare_arms(
 
     Args:
         base: a meter's readings, one row a prompt: severity [N, P]; if known severity_<kind> [N, P] and, [N] each,
-            fidelity_correct, <aspect>_correct of what a prompt names, and motion_amount.
+            fidelity_correct, <aspect>_correct of what a prompt names, and motion_amount; NaN where nothing was read.
         aligned: the same columns, the same prompts in the same order.
         clean: the meter's mean severity on clean clips.
         resamples: bootstrap draws over prompts.
@@ -106,7 +106,9 @@ def compare_arms(
         metrics["mitigated_interval"] = list(bootstrap_interval(mitigated, len(means[0]), resamples, seed))
     metrics |= _per_kind(arms)
     if "fidelity_correct" in arms[0]:
-        metrics |= _fidelity_and_motion(arms, resamples, seed)
+        metrics |= _fidelity(arms, resamples, seed)
+    if "motion_amount" in arms[0]:
+        metrics |= _motion(arms, resamples, seed)
     return _defined(metrics)
 
 
@@ -117,7 +119,7 @@ def compare_rewards(
 
     Args:
         base: columns video_<dimension> [N] and patch_<dimension> [N, P].
-        aligned: likewise, of the aligned model.
+        aligned: likewise, of the aligned model; both may lack patches.
         severity: the column of a meter that is independent of the reward model, [N, P]; None if there is none.
 
     Returns:
@@ -132,7 +134,7 @@ def compare_rewards(
         }
         for name, arm in arms.items()
     }
-    if severity is not None:
+    if severity is not None and "patch_quality" in base:
         metrics["patch_spearman"], metrics["patch_spearman_aligned"] = (
             spearman(arm["patch_quality"], -np.asarray(arm[severity])) for arm in arms.values()
         )
@@ -158,37 +160,52 @@ def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
     return {"per_kind": per_kind}
 
 
-def _fidelity_and_motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
-    """Share of clips that show what the prompt names, and how much moves; base and aligned, with intervals."""
-    correct, motion = ([arm[name] for arm in arms] for name in ("fidelity_correct", "motion_amount"))
+def _fidelity(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
+    """Share of clips that show what the prompt names, base and aligned, over the prompts where a meter reads both."""
+    correct = _both(arms, "fidelity_correct")
+    if not correct.size:
+        return {}
 
     def gain(rows: NDArray[np.int64] | slice) -> float:
-        return float(correct[1][rows].mean() - correct[0][rows].mean())
+        return float(correct[1, rows].mean() - correct[0, rows].mean())
 
-    def motion_ratio(rows: NDArray[np.int64] | slice) -> float:
-        moved = motion[0][rows].mean()
-        return float(motion[1][rows].mean() / moved) if moved > 0 else float("nan")
-
-    count, everything = len(correct[0]), slice(None)
     aspects = [name.removesuffix("_correct") for name in arms[0] if name.endswith("_correct")]
     aspects.remove("fidelity")
-    metrics: dict[str, Any] = {
+    shares = {name: _both(arms, f"{name}_correct") for name in aspects}
+    return {
         "fidelity_base": float(correct[0].mean()),
         "fidelity_aligned": float(correct[1].mean()),
-        "fidelity_difference": gain(everything),
-        "fidelity_difference_interval": list(bootstrap_interval(gain, count, resamples, seed)),
+        "fidelity_difference": gain(slice(None)),
+        "fidelity_difference_interval": list(bootstrap_interval(gain, correct.shape[1], resamples, seed)),
         "fidelity": {
-            name: {
-                arm: float(columns[f"{name}_correct"].mean())
-                for arm, columns in zip(("base", "aligned"), arms, strict=True)
-            }
-            for name in aspects
+            name: {"base": float(share[0].mean()), "aligned": float(share[1].mean())}
+            for name, share in shares.items()
+            if share.size
         },
-        "motion_ratio": motion_ratio(everything),
     }
+
+
+def _motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
+    """How much the aligned model's clips move, the base's being 1, over the prompts where a meter reads both."""
+    motion = _both(arms, "motion_amount")
+    if not motion.size:
+        return {}
+
+    def motion_ratio(rows: NDArray[np.int64] | slice) -> float:
+        moved = motion[0, rows].mean()
+        return float(motion[1, rows].mean() / moved) if moved > 0 else float("nan")
+
+    metrics: dict[str, Any] = {"motion_ratio": motion_ratio(slice(None))}
     if np.isfinite(metrics["motion_ratio"]):
-        metrics["motion_ratio_interval"] = list(bootstrap_interval(motion_ratio, count, resamples, seed))
+        interval = bootstrap_interval(motion_ratio, motion.shape[1], resamples, seed)
+        metrics["motion_ratio_interval"] = list(interval)
     return metrics
+
+
+def _both(arms: list[dict[str, NDArray[np.float64]]], name: str) -> NDArray[np.float64]:
+    """A column of base and aligned, [2, n], of the prompts where neither is NaN."""
+    values = np.stack([arm[name] for arm in arms])
+    return values[:, ~np.isnan(values).any(axis=0)]
 
 
 def _defect_rate(severity: NDArray[np.float64]) -> float:

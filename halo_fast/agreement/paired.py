@@ -4,6 +4,7 @@ Every interval is a bootstrap over pairs: both clips of a pair are drawn togethe
 to both of them cancels.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ def ratio(parts: Parts, resamples: int = 1000, seed: int = 0) -> Figure:
 def _resampled(parts: Parts, resamples: int, seed: int) -> tuple[float, NDArray[np.float64]]:
     """A ratio of sums over all clips, and in each draw of the bootstrap."""
     above, below = (np.asarray(part, dtype=np.float64) for part in parts)
+    if not len(above):
+        return math.nan, np.empty(0)
     drawn = _draws(len(above), resamples if len(above) > 1 else 0, seed).reshape(-1, len(above))
     sums = np.append(below.sum(), drawn @ below), np.append(above.sum(), drawn @ above)
     values = np.divide(sums[1], sums[0], out=np.full(len(sums[0]), np.nan), where=sums[0] > 0)

@@ -216,7 +216,8 @@ def _lower_wins(pairs: Sequence[PairRow], settings: PairsConfig, values: Mapping
 
 
 def _video_reward(score: ScoreRow, settings: PairsConfig) -> float:
-    missing = [name for name in settings.dimensions if name not in score.video]
+    weights = {name: weight for name, weight in settings.dimensions.items() if weight}
+    missing = [name for name in weights if name not in score.video]
     if missing:
         raise UserError(
             f"pairs.dimensions: {missing[0]} was not scored; expected some of {', '.join(sorted(score.video))}"
@@ -224,7 +225,7 @@ def _video_reward(score: ScoreRow, settings: PairsConfig) -> float:
     total = sum(settings.dimensions.values())
     if total <= 0:
         raise UserError(f"pairs.dimensions: weights must sum to more than 0, got {total}")
-    return sum(weight * score.video[name] for name, weight in settings.dimensions.items()) / total
+    return sum(weight * score.video[name] for name, weight in weights.items()) / total
 
 
 def _select(group: Sequence[_Candidate], settings: PairsConfig) -> list[tuple[_Candidate, _Candidate]]:

@@ -163,16 +163,16 @@ def write_dataset(data: RunData, format: str, folder: Path) -> Path:
     """
     if format not in DATASET_FORMATS:
         raise UserError(f"format: expected one of {', '.join(DATASET_FORMATS)}, got {format!r}")
-    pairs = [_pair(row, data) for row in data.pairs]
+    names = {clip.clip_id: _file(clip) for clip in data.clips}
+    pairs = [_pair(row, names, data.tie) for row in data.pairs]
     if format != "huggingface" and not pairs:
         raise UserError(f"format: {format} holds pairs, of which this run has none; run `halo pairs` first")
     DATASET_FORMATS[format](data, pairs, folder)
     return folder
 
 
-def _pair(row: PairRow, data: RunData) -> DatasetPair:
-    """A pair with the better clip first."""
-    files = {clip.clip_id: _file(clip) for clip in data.clips}
+def _pair(row: PairRow, files: Mapping[str, str], tie: float) -> DatasetPair:
+    """A pair with the better clip first; margins up to `tie` are ties."""
     sides = [
         (row.clip_a, row.video_reward_a, row.patch_rewards_a),
         (row.clip_b, row.video_reward_b, row.patch_rewards_b),
@@ -180,9 +180,9 @@ def _pair(row: PairRow, data: RunData) -> DatasetPair:
     if row.video_margin < 0:
         sides.reverse()
     (a, first, patches_a), (b, second, patches_b) = sides
-    tie = not abs(row.video_margin) > data.tie
+    tied = not abs(row.video_margin) > tie
     return DatasetPair(
-        row.pair_id, row.prompt, files[a], files[b], tie, first - second, a, b, first, second, row.grid, patches_a,
+        row.pair_id, row.prompt, files[a], files[b], tied, first - second, a, b, first, second, row.grid, patches_a,
         patches_b, row.weight,
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ __all__ = [
     "sample_clips",
     "sample_trunks",
     "sample_variations",
+    "sampling_steps",
 ]
 
 Strategy = Literal["independent", "branched", "guided", "repair", "corrupt"]
@@ -177,6 +178,13 @@ def sample_variations(
 def first_step(settings: GenerateConfig) -> int:
     """Number of the step at which candidates part; at least one step is left."""
     return settings.num_inference_steps - max(math.floor(settings.strength * settings.num_inference_steps + 1e-9), 1)
+
+
+def sampling_steps(settings: GenerateConfig) -> int:
+    """Denoising steps of all candidates of a prompt, by their strategy (docs/data.md, "Candidates")."""
+    steps = settings.num_inference_steps
+    own = steps if settings.strategy == "independent" else steps - first_step(settings)
+    return steps + (settings.num_videos_per_prompt - 1) * own
 
 
 def _conditions(

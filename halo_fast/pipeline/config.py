@@ -115,7 +115,7 @@ class Config:
         prompts: a text file with one prompt a line, or a registered list. Required by generate.
         evaluation_prompts: likewise, for evaluate; none of them should be among the prompts. Required.
         grid: patches of a clip along time, height and width.
-        seed: every random number of a run follows from it.
+        seed: of prompts, candidates, labels, the reward model and evaluation; train.seed is that of training.
         rounds: how often the model is aligned: round 2 makes and labels new candidates with the model of round 1, and
             trains on. Each round has as many prompts, labels and steps as the first.
         precision: of the model's weights: "fp32", "bf16", or "auto", the one in which they are stored. At train.rank 0

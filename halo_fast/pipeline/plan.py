@@ -17,6 +17,7 @@ from halo_fast.errors import UserError
 from halo_fast.families import Family, load
 from halo_fast.families.pipeline import PipelineFamily
 from halo_fast.families.quantization import quantized_bytes
+from halo_fast.families.sampling import sampling_steps
 from halo_fast.families.shells import PUBLISHED, find_shell, load_shell, network_of
 from halo_fast.families.weights import stored_dtype
 from halo_fast.files import write_bytes
@@ -281,10 +282,11 @@ def _work(config: Config, found: Prediction, card: Device) -> str:
     passes = found.family.passes(settings.guidance_scale)
     one = found.forward[1] / (settings.batch_size * passes)
     clip = one * settings.num_inference_steps * passes
+    candidates = sampling_steps(settings) * one * passes
     prompts, evaluated = _prompts(config), _evaluated(config)
     option = cheapest(found.options, card) or found.options[0]
     stages: list[tuple[str, float | None]] = [
-        ("generate", None if prompts is None else prompts * settings.num_videos_per_prompt * clip),
+        ("generate", None if prompts is None else prompts * candidates),
         ("train: reference errors", None if prompts is None else 2 * prompts * (train.reference_draws or 0) * one),
         ("train: steps", train.max_train_steps * train.gradient_accumulation_steps * option.step.flops),
         ("evaluate", None if evaluated is None else 2 * evaluated * clip),

@@ -148,7 +148,7 @@ class LabelStore:
         self.path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._spare = path.with_name(path.name + "-reserve") if path.name != ":memory:" else None
-        self._has_spare = False
+        self._has_spare = self._used_spare = False
         # explicit transactions: a sum and the insert that depends on it belong together
         with _named_errors(path):
             self._connection = sqlite3.connect(path, _PATIENCE, isolation_level=None, factory=_Connection)
@@ -185,11 +185,10 @@ class LabelStore:
 
     def _keep_spare(self) -> None:
         """Keep some space of the disk, which answers under way may use when it is full."""
-        if self._spare is None:
-            return
-        if self._has_spare:
-            if not self._spare.exists():
-                raise _full(self.path)
+        if self._used_spare:
+            raise _full(self.path)
+        # another process that ends removes it
+        if self._spare is None or (self._has_spare and self._spare.exists()):
             return
         try:
             self._spare.write_bytes(os.urandom(_RESERVE))  # a file system may compress zeros
@@ -307,7 +306,8 @@ class LabelStore:
         except _StoreFullError:
             if not self._has_spare or self._spare is None or not self._spare.exists():
                 raise
-            self._spare.unlink()  # nothing more is reserved without it
+            self._spare.unlink()
+            self._used_spare = True  # nothing more is reserved without it
             self._settle(replies, prices)
 
     def _settle(self, replies: Mapping[int, Reply], prices: tuple[float, float]) -> None:

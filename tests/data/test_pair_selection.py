@@ -48,6 +48,7 @@ def test_each_way_to_select_pairs():
     assert pairs(select="margin", min_margin=0.4) == {"a-b", "b-c", "b-d", "a-e", "b-e", "c-e", "d-e"}
     # b is nowhere worse than c and d; a and e are best in one dimension and worst in the other
     assert pairs(select="pareto") == {"b-c", "b-d"}
+    assert pairs(select="best_worst", dimensions={"quality": 1.0, "nobody scored": 0.0})
     assert pairs(select="pareto", dimensions={"quality": 1.0, "alignment": 0.0}) == {
         "a-b", "a-c", "a-d", "a-e", "b-c", "b-d", "b-e", "c-e", "d-e",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from tiny import kill_when, output_hashes, tiny_config, tiny_wan
 from halo_fast.agreement.arms import compare_arms, compare_rewards, rates_by_kind, severity_mitigated
 from halo_fast.agreement.figures import bootstrap_interval, spearman
 from halo_fast.agreement.meters import read_meter
+from halo_fast.agreement.paired import count_wins
 from halo_fast.data.clips import read_clip
 from halo_fast.data.tables import EvaluatedRow, read_rows
 from halo_fast.errors import UserError
@@ -118,6 +119,25 @@ def test_intervals_of_fidelity_and_motion_are_scipys():
         width = expected.high - expected.low
         np.testing.assert_allclose(metrics[f"{figure}_interval"], expected, atol=0.06 * width)
         assert metrics[figure] == pytest.approx(statistic(*data))
+
+
+def test_what_a_meter_reads_of_some_clips_or_not_at_all():
+    base, aligned = arm(0.8, [1, 1, 0, 0], 8.0), arm(0.4, [1, 1, 1, 0], 6.0)
+    base["fidelity_correct"] = np.array([1, np.nan, 0, 0])
+    aligned["fidelity_correct"] = np.array([1, 1, 1, np.nan])
+    metrics = compare_arms(base, aligned, 0.1, resamples=50, seed=0)
+    assert (metrics["fidelity_base"], metrics["fidelity_aligned"]) == (0.5, 1.0)  # of the first and the third
+    assert metrics["fidelity_difference"] == 0.5 and metrics["motion_ratio"] == 0.75
+    for name in ("fidelity_correct", "motion_amount"):
+        base[name] = np.full(4, np.nan)
+    json.dumps(metrics := compare_arms(base, aligned, 0.1, resamples=50, seed=0), allow_nan=False)
+    assert not {"fidelity_base", "motion_ratio"} & metrics.keys() and metrics["mitigated"] == pytest.approx(2 / 3)
+    del base["motion_amount"], aligned["motion_amount"]
+    assert "motion_ratio" not in compare_arms(base, aligned, 0.1, resamples=50, seed=0)
+    whole = {"video_quality": [4.0], "severity": [[0.1]]}
+    assert compare_rewards(whole, whole, "severity").keys() == {"reward_base", "reward_aligned"}
+    wins = count_wins([])
+    assert (wins.wins, wins.ties, wins.losses, wins.p) == (0, 0, 0, 1.0) and np.isnan(wins.rate.value)
 
 
 def test_rates_by_kind_add_up():

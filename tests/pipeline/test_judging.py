@@ -25,6 +25,7 @@ from halo_fast.pipeline.report.runs import read_run
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.evaluate import evaluate
 from halo_fast.rewards import RewardModel, RewardModelConfig
+from halo_fast.rewards.model import read_config
 
 CALLS: list[float] = []
 
@@ -160,6 +161,18 @@ def test_without_an_independent_judge_there_is_a_warning(run, caplog, tmp_path):
     assert len(judges_of(run)["warnings"]) == 1
     own = next(judge for judge in judges_of(run)["judges"] if judge["name"] == "reward_model")
     assert own["optimised"]
+    # another model in the same folder gives other scores
+    RewardModel.load(run.path / "reward").save(tmp_path / "model")
+    config.evaluate.judge_options = {"reward_model": {"model": str(tmp_path / "model")}}
+    scores = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        RewardModel(read_config(run.path / "reward/config.json")).save(tmp_path / "model")
+        judge_arms(config, run)
+        scores.append(json.loads((run.path / "judges/reward_model/scores.json").read_text())["scores"])
+    assert scores[0] != scores[1]
+    config.evaluate.judge_options = {"reward_model": {"model": str(run.path / "reward")}}
+    judge_arms(config, run)
     page = page_of(run, tmp_path / "report.html")
     assert "<strong>Warning.</strong> evaluate.judges names no judge" in page and "reward_model (optimised)" in page
 

@@ -19,13 +19,15 @@ from moving_shapes import GRID, Clips, make_clips, write_candidates
 from PIL import Image
 
 from halo_fast.data.clips import read_clip
+from halo_fast.data.tables import LabelRow, read_rows, write_rows
 from halo_fast.errors import UserError
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import AnnotateConfig, Config
 from halo_fast.pipeline.label import LabelServer
 from halo_fast.pipeline.label import server as server_module
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.annotate import annotate
-from halo_fast.teachers import VIDEO_DIMENSIONS, LabelStore
+from halo_fast.teachers import VIDEO_DIMENSIONS, Label, LabelStore
 from halo_fast.teachers import store as store_module
 
 PATCHES = 48
@@ -507,3 +509,30 @@ def test_a_locked_store_keeps_scores_on_the_page(tmp_path, browser, monkeypatch)
 
         leaves_only_when_saved(browser, tmp_path, server, "another process has it locked", lock)
         other.close()
+
+
+def test_the_page_asks_for_the_clips_that_annotate_asks_for(tmp_path):
+    """Also where imported labels leave clips out, and a number is drawn."""
+    candidates(tmp_path)
+    run = Run(config_in(tmp_path))
+    clips = [row.clip_id for row in run_clips(run).rows]
+    scores = {"visual_quality": 4.0}
+    rows = [
+        LabelRow(name, "imported", "ok", "", list(GRID), scores, {"quality": [3.0] * PATCHES}) for name in clips[::3]
+    ]
+    write_rows(tmp_path / "generate" / "labels.parquet", rows, LabelRow)
+    config = config_in(tmp_path)
+    config.annotate = AnnotateConfig(teacher="", num_clips=2)
+    with LabelServer(config, "anna") as server:
+        shown = [row.clip_id for row in server._rows]
+
+    class Teacher:
+        name, grid = "counting", GRID
+
+        def labels(self, clips, compared=()):
+            for number in range(len(clips)):
+                yield number, Label(dict.fromkeys(VIDEO_DIMENSIONS, 3.0), {"quality": (3.0,) * PATCHES})
+
+    annotate(config, Run(config), Teacher())
+    labelled = [row.clip_id for row in read_rows(tmp_path / "annotate" / "labels.parquet", LabelRow)]
+    assert sorted(shown) == sorted(labelled) and len(shown) == 2 and not set(shown) & set(clips[::3])

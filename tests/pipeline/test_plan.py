@@ -6,6 +6,7 @@ import pytest
 import yaml
 from tiny import tiny_wan
 
+from halo_fast.families.sampling import GenerateConfig, sampling_steps
 from halo_fast.pipeline import cli
 from halo_fast.pipeline.arguments import load_config
 from halo_fast.pipeline.plan import SHARE, plan_text, predict
@@ -65,6 +66,17 @@ def test_plan_needs_configurations_alone_and_names_every_part(config, capsys, tm
     for name, passes in (("generate", 10 * 2 * 5 * 2), ("evaluate  ", 2 * 2 * 5 * 2), ("train: reference errors", 80)):
         assert float(numbers(out, name)[0]) == pytest.approx(passes * one, rel=0.02)
     assert f"{SHARE:.0%} of 989.4 TFLOP/s" in out
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"), [("independent", 40), ("branched", 10 + 3 * 6), ("guided", 28), ("repair", 28)]
+)
+def test_candidates_cost_what_the_table_of_strategies_says(strategy, steps):
+    """K = 4 candidates of N = 10 steps with s = 0.6: K N, or N + (K - 1) s N, which is also (1 - s) N + K s N."""
+    settings = GenerateConfig(
+        strategy=strategy, strength=0.6, num_inference_steps=10, num_videos_per_prompt=4
+    )  # fmt: skip
+    assert sampling_steps(settings) == steps
 
 
 def test_what_is_not_known_and_what_does_not_fit_is_said(config):

@@ -26,6 +26,7 @@ from halo_fast.files import hash_file, write_csv, write_json
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.report.chart import Series, line_chart
 from halo_fast.pipeline.report.clips import browser_picture, browser_video, cards_of, frame_layers
+from halo_fast.pipeline.report.curves import reward_charts
 from halo_fast.pipeline.report.several import compare_runs
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.report import write_report
@@ -559,3 +560,10 @@ def test_players_exist_for_clips_in_view_alone(two_runs, tmp_path, browser):
     assert browser.run(f"{VIDEOS}.length") < 30
     open_page(browser, compare_runs([run.path for run in two_runs]))
     assert browser.run("cards[0].videos.length") == 3 and not trouble(browser)
+
+
+def test_a_reward_model_that_was_taken_may_have_no_history(tmp_path):
+    assert reward_charts(tmp_path / "history.csv") == []
+    rows = [{"phase": "patch", "step": 1, "loss": 0.5}, {"phase": "patch", "step": 2, "loss": 0.25}]
+    write_csv(tmp_path / "history.csv", rows)
+    assert len(reward_charts(tmp_path / "history.csv")) == 1

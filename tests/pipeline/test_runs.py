@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
@@ -481,6 +482,63 @@ def test_require_compares_nested_settings(config):
     other = dataclasses.replace(config, train=TrainConfig(objective={"preset": "halo"}))
     with pytest.raises(UserError, match=r"train: was made with objective\.preset = halo_bounded, now it is halo"):
         Run(other).require("train")
+
+
+def test_what_a_user_names_freely_counts_also_where_a_name_is_gone(config):
+    pairs = dataclasses.replace(config.pairs, dimensions={"visual_quality": 1.0, "text_alignment": 2.0})
+    config = dataclasses.replace(config, pairs=pairs)
+    work(config, pairs, name="pairs")
+    assert Run(config).require("pairs")
+    fewer = dataclasses.replace(config, pairs=dataclasses.replace(pairs, dimensions={"visual_quality": 1.0}))
+    with pytest.raises(UserError, match=r"was made with dimensions\.text_alignment = 2\.0, now it is unset"):
+        Run(fewer).require("pairs")
+    more = {**pairs.dimensions, "motion": 1.0}
+    with pytest.raises(UserError, match=r"was made with dimensions\.motion = unset, now it is 1\.0"):
+        Run(dataclasses.replace(config, pairs=dataclasses.replace(pairs, dimensions=more))).require("pairs")
+    # a section of which the stage kept a part
+    work(config, {"generate": {"height": config.generate.height}}, name="score")
+    assert Run(config).require("score")
+
+
+def test_an_infinite_setting_is_kept_and_compared(config):
+    unclipped = dataclasses.replace(config, train=TrainConfig(max_grad_norm=math.inf))
+    work(unclipped, unclipped.train, name="train")
+    assert not work(unclipped, unclipped.train, name="train") and Run(unclipped).require("train")
+    with pytest.raises(UserError, match=r"was made with max_grad_norm = inf, now it is 1\.0"):
+        Run(config).require("train")
+
+
+def test_files_of_the_user_may_lie_in_the_run_directory(config):
+    """Prompts beside the stages, and a model in a folder that no stage made."""
+    root = Run(config).path
+    (root / "models" / "wan").mkdir(parents=True)
+    (root / "prompts.txt").write_text("a cube\n")
+    (root / "models" / "wan" / "model_index.json").write_text("{}")
+    inputs = {"prompts": root / "prompts.txt", "model": root / "models" / "wan"}
+    assert work(config, name="generate", inputs=inputs)
+    assert work(config, name="pairs", inputs={"clips": root / "generate", **inputs})
+    assert Run(config).require("pairs") and not work(config, name="generate", inputs=inputs)
+    (root / "prompts.txt").write_text("a ball\n")
+    with pytest.raises(UserError, match="generate: was made from other prompts"):
+        work(config, name="generate", inputs=inputs)
+
+
+def test_a_derived_stage_is_made_again_whatever_differs(config):
+    def report(size, text):
+        with Run(config).stage("report", {"size": size}, {"notes": text}, derived=True) as stage:
+            if not stage.done:
+                write_bytes(stage.folder / "page.html", f"{size} {text}".encode())
+                stage.finish({})
+            return (stage.folder / "page.html").read_text()
+
+    assert report(1, "a") == "1 a" and report(2, "a") == "2 a" and report(2, "b") == "2 b"
+    (Run(config).path / "report" / "page.html").write_text("2 x")  # of the same size: kept as it is
+    assert report(2, "b") == "2 x"
+
+
+def test_the_command_of_another_networks_training_is_train(config):
+    with pytest.raises(UserError, match=r"train_transformer_2/lora: not there or unfinished; run `halo train` with"):
+        Run(config).require("train_transformer_2/lora")
 
 
 def test_require_refuses_a_stage_whose_input_changed_since(config):

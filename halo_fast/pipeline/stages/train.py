@@ -187,6 +187,8 @@ def _load(config: Config, run: Run) -> tuple[Family, Sequence[Pair], Sequence[Pa
         None if sampling else [settings.network or "transformer", "unet"], config.quantization,
     )  # fmt: skip
     pairs = training_pairs(config, run, family)
+    if not len(pairs):
+        raise UserError(f"{run.path / 'pairs'}: no pair to train on, all have the weight 0; give some a weight above 0")
     heldout = heldout_mask(pairs.prompts, settings.heldout_share)
     if all(heldout):
         raise UserError(f"train.heldout_share: all {len(pairs)} pairs would be kept out of training; lower it")
