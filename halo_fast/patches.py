@@ -33,9 +33,14 @@ class LatentFactors(NamedTuple):
         """Those of a clip (frames, height) whose latents have a size (frames, height) and no padding.
 
         Where both readings of the frames fit, that one is taken whose temporal factor is a power of 2.
+
+        Raises:
+            ValueError: neither fits.
         """
         frames, length = clip[0], latent[0]
         causal = length > 1 and (frames - 1) % (length - 1) == 0
+        if not causal and frames % length:
+            raise ValueError(f"{frames} frames cannot be divided among {length} latent frames without padding")
         if causal and frames % length == 0:
             after_first, each = (frames - 1) // (length - 1), frames // length
             causal = after_first.bit_count() == 1 or each.bit_count() != 1

@@ -182,7 +182,7 @@ def _kept(rows: Sequence[EvaluatedRow], arms: tuple[Columns, Columns], draws: Ma
     kept = {}
     for name, column in (("prompt fidelity", "fidelity_correct"), ("motion, by the meter", "motion_amount")):
         if column in arms[0]:
-            kept[name] = paired_mean(arms[0][column], arms[1][column], **draws)
+            kept[name] = paired_mean(*_both(arms, column), **draws)
     own = [[row for row in rows if row.arm == arm] for arm in ("base", "aligned")]
     change = [np.array([row.change for row in arm]) for arm in own]
     if not np.isnan(change).any():
@@ -201,8 +201,14 @@ def _two_stage(arms: tuple[Columns, Columns], kinds: Sequence[Columns], draws: M
         found[f"severity, {kind}"] = paired_mean(means[0], means[1], **draws)
     for name in arms[0]:
         if name.endswith("_correct"):
-            found[f"{_words(name.removesuffix('_correct'))} right"] = paired_mean(arms[0][name], arms[1][name], **draws)
+            found[f"{_words(name.removesuffix('_correct'))} right"] = paired_mean(*_both(arms, name), **draws)
     return found
+
+
+def _both(arms: tuple[Columns, Columns], name: str) -> NDArray[np.float64]:
+    """A column of base and aligned, [2, n], of the prompts of which a meter read something in both clips."""
+    values = np.array([np.asarray(arm[name], float) for arm in arms])
+    return values[:, ~np.isnan(values).any(axis=0)]
 
 
 def _words(name: str) -> str:

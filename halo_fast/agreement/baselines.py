@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from halo_fast.errors import UserError
 from halo_fast.rewards.pretrained import read_text
 
 __all__ = [
@@ -40,7 +41,14 @@ def predict_ridge(
 
     Returns:
         the predictions, in the shape of labels.
+
+    Raises:
+        UserError: fewer than three folds.
     """
+    if len(np.unique(np.asarray(folds))) < 3:
+        raise UserError(
+            "expected labelled clips of at least three prompts, which are held out in turn; label clips of more prompts"
+        )
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut
     from sklearn.pipeline import make_pipeline

@@ -193,13 +193,13 @@ def _baselines(
 def _other_means(
     labels: NDArray[np.float64], groups: NDArray[np.int64], folds: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """For each clip the mean labels [N, P] of its group's clips in other folds."""
-    return np.stack(
-        [
-            np.nanmean(labels[(folds != fold) & (groups == group)], axis=0)
-            for fold, group in zip(folds, groups, strict=True)
-        ]
-    )
+    """For each clip the mean labels [N, P] of its group's clips in other folds; of all clips there if it has none."""
+    means = []
+    for fold, group in zip(folds, groups, strict=True):
+        others = folds != fold
+        alike = others & (groups == group)
+        means.append(np.nanmean(labels[alike if alike.any() else others], axis=0))
+    return np.stack(means)
 
 
 def _quarter(video: Tensor) -> Tensor:

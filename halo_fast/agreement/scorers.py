@@ -14,7 +14,7 @@ Scores = Mapping[str, NDArray[np.float64]]
 """Dimension -> scores from 1 to 5: [N] of videos, [N, P] of patches; NaN is not scored."""
 
 _BEST = 5
-_POINT = 1.0  # a patch at least this far below the best counts as damaged
+_POINT = 1.0  # a patch further than this below the best counts as damaged
 
 
 def compare_scorers(

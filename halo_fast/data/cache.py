@@ -85,7 +85,7 @@ def prompts_cache(family: Family, folder: Path) -> Callable[[Sequence[str]], lis
 
 
 def images_cache(
-    family: Family, videos: Mapping[str, Path], folder: Path, num_frames: int
+    family: Family, videos: Mapping[str, Path], folder: Path, num_frames: int | None
 ) -> Callable[[Sequence[PairRow]], list[CacheRow]]:
     """A function that keeps the conditions of the first frames of pairs, and gives a row for each pair.
 
@@ -95,7 +95,7 @@ def images_cache(
         family: an image-to-video model.
         videos: file of each clip.
         folder: where image/HASH.safetensors are written.
-        num_frames: of the clips.
+        num_frames: of the clips; None where they have lengths of their own.
     """
     parts = fingerprint(family.image_parts)
 
@@ -103,10 +103,11 @@ def images_cache(
         picture, other = (first_frame(videos[clip]) for clip in (pair.clip_a, pair.clip_b))
         _check_same(picture, other, pair)
         content = hash_tensors({"picture": picture})
-        key = hash_text(f"image {content} frames {num_frames} parts {parts}")
+        length = num_frames or len(read_clip(videos[pair.clip_a]))
+        key = hash_text(f"image {content} frames {length} parts {parts}")
         row = CacheRow("image", pair.pair_id, f"image/{key}.safetensors", key)
         if not (folder / row.file).exists():
-            write_safetensors(folder / row.file, family.encode_images(picture[None], num_frames)[0])
+            write_safetensors(folder / row.file, family.encode_images(picture[None], length)[0])
         return row
 
     return lambda pairs: [keep(pair) for pair in pairs]

@@ -135,8 +135,8 @@ def _dtype(folder: Path, precision: Precision) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of most bytes in the first safetensors file; float32 where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
+    """The precision of most bytes in the first safetensors file, no variant; float32 where there is none."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: ("." in file.stem, file.name))
     if not files:
         return torch.float32
     with open(files[0], "rb") as file:

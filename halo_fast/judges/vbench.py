@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from torch import Tensor
@@ -132,7 +132,7 @@ def vbench(
     def command(dimension: str, work: Path) -> tuple[list[str], Path]:
         return [*words, "--dimension", dimension, "--output_path", "results"], work
 
-    bench = _Bench(_VBENCH, interpreter, command, _variables(_VBENCH, weights, device))
+    bench = _Bench(_VBENCH, interpreter, command, _variables(_VBENCH, weights, device), _origin(install, weights))
     return _judge(bench, clips, prompts, fps, folder, chosen, mode)
 
 
@@ -166,7 +166,7 @@ def vbench2(
         info = str(package / _VBENCH2.prompts)
         return ["-c", _CALL, *places, str(bool(weights)), info, device.partition(":")[0]], package.parent
 
-    bench = _Bench(_VBENCH2, interpreter, command, _variables(_VBENCH2, weights, device))
+    bench = _Bench(_VBENCH2, interpreter, command, _variables(_VBENCH2, weights, device), _origin(install, weights))
     return _judge(bench, clips, prompts, fps, folder, chosen, mode)
 
 
@@ -219,12 +219,21 @@ class _Bench:
         command: dimension and folder of the clips -> arguments of the interpreter and the folder in which it runs. It
             writes into "results" of the folder of the clips.
         variables: of the environment.
+        origin: what else scores depend on: packages and weights.
     """
 
     suite: _Suite
     interpreter: Path
     command: Callable[[str, Path], tuple[list[str], Path]]
     variables: Mapping[str, str]
+    origin: Sequence[Any]
+
+
+def _origin(packages: Sequence[str], weights: str | None) -> list[Any]:
+    """The packages, and names, sizes and times of the files of weights."""
+    files = sorted(path for path in Path(weights).rglob("*") if path.is_file()) if weights else []
+    stamps = [(str(file), file.stat()) for file in files]
+    return [list(packages), [[name, status.st_size, status.st_mtime_ns] for name, status in stamps]]
 
 
 def _check(suite: _Suite, dimensions: Sequence[str], mode: str) -> None:
@@ -271,7 +280,8 @@ def _judge(
     for part, some in parts.items():
         work = folder.resolve() / part
         names = _lay_out(bench.suite, clips[some], prompts[some], fps, work, mode)
-        key = hash_text(json.dumps([mode, names, list(prompts[some]), [hash_video(clip) for clip in clips[some]]]))
+        asked = [mode, names, list(prompts[some]), [hash_video(clip) for clip in clips[some]], bench.origin]
+        key = hash_text(json.dumps(asked))
         for dimension in progress(dimensions, len(dimensions), f"judge {bench.suite.name}, {part}"):
             scores = _known(work / f"{dimension}.json", key) or _run(bench, work, dimension, key)
             unscored = sum(math.isnan(scores.get(name, math.nan)) for name in names)

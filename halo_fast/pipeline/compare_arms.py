@@ -46,7 +46,7 @@ def _grid(values: Mapping[tuple[str, ...], Sequence[float | str]]) -> list[Choic
 _RATE, _BETAS = ("learning_rate",), ("video_beta", "patch_beta")
 _SUPERVISED = _grid({_RATE: (0.5, 1, 2, 4), ("lr_scheduler",): ("constant", "cosine")})
 _PREFERRED = _grid({_RATE: (0.5, 1), _BETAS: (0.3, 1, 3, 10)})
-# around what was best of each in an earlier comparison on the demo, whose betas of 10 these multiply
+# around what was best of each in the comparison before; they multiply betas, of 10 there
 _VIDEO = _grid({_RATE: (1, 2), _BETAS: (30, 100, 300, 1000)})
 _DENSE = _grid({_RATE: (0.25, 0.5), _BETAS: (3, 10, 30, 100)})
 _LOCAL = _grid({_RATE: (0.25, 0.5), _BETAS: (0.3, 1, 3, 10)})

@@ -12,6 +12,7 @@ from halo_fast.files import write_safetensors
 from halo_fast.pipeline.clips import read_run_data
 from halo_fast.pipeline.hashes import MANIFEST
 from halo_fast.pipeline.run import round_folders
+from halo_fast.pipeline.stages.train import folder_of
 
 __all__ = ["export_run"]
 
@@ -31,7 +32,8 @@ def export_run(
         run: the run directory; its `train` must have finished, or for data its clips and pairs.
         format: "diffusers", for `pipeline.load_lora_weights`, or "comfyui"; for clips, labels and pairs "huggingface",
             "trl", "diffsynth" or "videodpo".
-        output: folder of what is written; None for export/<format> in the run directory, or export/<network>/<format>.
+        output: folder of what is written; None for export/<format> in the run directory, or export/<network>/<format>;
+            a round that is named ends the name.
         network: which training, for models of which several networks are trained; None for the first network's.
         round: whose training, or whose clips and pairs; None for the last round that has finished them.
 
@@ -44,10 +46,19 @@ def export_run(
     """
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    folder = Path(output) if output is not None else Path(run) / "export" / (network or "") / format
+    own = f"{format}_round_{round}" if round else format
+    folder = Path(output) if output is not None else Path(run) / "export" / (network or "") / own
     if format in DATASET_FORMATS:
-        return write_dataset(read_run_data(_round(Path(run), "generate", round)), format, folder)
-    name = f"train_{network}" if network else "train"
+        data = read_run_data(_round(Path(run), "generate", round))
+        if output is not None:
+            return write_dataset(data, format, folder)
+        # the run's own export is replaced whole: nothing of an earlier one may stay beside it
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        write_dataset(data, format, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        return part.rename(folder)
+    name = folder_of(network)
     training = _round(Path(run), name, round) / name
     model = training / "model"
     if (model / METADATA_FILE).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -19,8 +20,10 @@ from halo_fast.errors import UserError
 from halo_fast.files import hash_file, hash_text, read_json, read_table, write_json, write_parquet
 from halo_fast.judges.base import JudgeTable, judge_clips, load_judge
 from halo_fast.judges.hacking import OVERALL, Gain, gains
+from halo_fast.patches import LatentFactors
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.rewards.model import model_folder, read_config
 from halo_fast.teachers.base import read_options
 from halo_fast.teachers.openai.config import OpenAIConfig
 
@@ -133,8 +136,8 @@ def _gains(config: Config, scores: Sequence[Mapping[str, float]], reward: Sequen
     return gains(scores[::2], scores[1::2], reward, config.evaluate.bootstrap, config.seed)
 
 
-def _given(config: Config, folder: Path, store: Path) -> dict[str, Any]:
-    return {"folder": folder, "store": store, "grid": tuple(config.grid), "seed": config.seed}
+def _given(config: Config, folder: Path, store: Path, factors: LatentFactors | None = None) -> dict[str, Any]:
+    return {"folder": folder, "store": store, "grid": tuple(config.grid), "seed": config.seed, "factors": factors}
 
 
 def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Sequence[dict[str, Any]]) -> _Judged:
@@ -151,7 +154,8 @@ def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Seq
     key = hash_text(json.dumps([*asked, [hash_file(clip) for clip in clips]], sort_keys=True, default=str))
     kept = read_json(folder / "scores.json")
     if kept is None or kept["key"] != key:
-        judge = load_judge(name, options, _given(config, folder, run.root / "labels.sqlite"))
+        factors = read_config(run.require("reward/config.json")).factors
+        judge = load_judge(name, options, _given(config, folder, run.root / "labels.sqlite", factors))
         table = judge_clips(name, judge, clips, prompts, fps, processes.device())
         kept = {"key": key, "label": table.name, "optimised": table.optimised, "amounts": table.amounts}
         kept["totals"] = _totals(table)
@@ -176,14 +180,21 @@ def _totals(table: JudgeTable) -> dict[str, dict[str, float]]:
 
 def _trained_on(config: Config, run: Run, name: str, options: Mapping[str, Any]) -> bool:
     """Whether a judge is what the aligned model was trained to please, or what its reward model was distilled from."""
-    model = options.get("model")
+    model = options.get("model") or _default_model(name)
     if name == "reward_model" and model:
         known = [one.path / "reward" / "model.safetensors" for one in run.rounds]
-        return hash_file(Path(model) / "model.safetensors") in [hash_file(file) for file in known if file.exists()]
+        own = hash_file(model_folder(model) / "model.safetensors")
+        return own in [hash_file(file) for file in known if file.exists()]
     if name == "openai":
         teacher = OpenAIConfig(**options).model
         return config.annotate.teacher == "openai" and teacher == config.annotate.openai.model
     return bool(model) and model == config.reward.backbone
+
+
+def _default_model(name: str) -> str | None:
+    """The model of a judge that is given none."""
+    parameter = inspect.signature(registry.resolve("judge", name, "evaluate.judges")).parameters.get("model")
+    return parameter.default if parameter and isinstance(parameter.default, str) else None
 
 
 def _warnings(judged: Sequence[_Judged], found: Sequence[Sequence[Gain]]) -> list[str]:

@@ -134,6 +134,10 @@ _DIRECTIONS = re.compile(
 )
 
 
+_IDIOM = re.compile(rf"(?!(?:{_LEFT}|{_RIGHT})\b)(?:left|right)\b", re.IGNORECASE)
+_PLACE = re.compile(r"\b(?:the|his|her|its|their|my|your|on|to|from|at)\s+$", re.IGNORECASE)
+
+
 def names_direction(prompt: str) -> bool:
     """Whether a prompt names a direction of motion, and not its opposite, so that its clip backwards shows another."""
     found = {word.lower() for word in _DIRECTIONS.findall(prompt)}
@@ -149,6 +153,23 @@ def turned_prompt(prompt: str) -> str:
         return match[0][:start] + opposite[match[1].lower()] + match[0][end:]
 
     return _DIRECTIONS.sub(turned, prompt)
+
+
+def mirrored_prompt(prompt: str, words: Mapping[str, str]) -> str:
+    """The prompt with each of the words exchanged, in its case, but not the verb in "has left the room" or "right now".
+
+    Args:
+        prompt: the prompt.
+        words: each word, in small letters, and what stands for it in the mirror.
+    """
+
+    def exchanged(match: re.Match[str]) -> str:
+        word, other = match[0], words.get(match[0].lower())
+        if other is None or (_IDIOM.match(prompt, match.start()) and not _PLACE.search(prompt[: match.start()])):
+            return word
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+    return re.sub(r"\w+", exchanged, prompt)
 
 
 def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> LabelledClips:
@@ -171,7 +192,7 @@ def mirror_clips(clips: LabelledClips, which: Tensor, mirror: Mirror) -> Labelle
         videos=torch.where(chosen, clips.videos.flip(axis - 1), clips.videos),
         patch_scores=torch.where(chosen, clips.patch_scores.flip(axis), clips.patch_scores),
         prompts=[
-            re.sub(r"\w+", lambda match: words.get(match[0].lower(), match[0]), prompt) if mirrored else prompt
+            mirrored_prompt(prompt, words) if mirrored else prompt
             for prompt, mirrored in zip(clips.prompts, which.tolist(), strict=True)
         ],
         video_scores=video_scores,

@@ -6,6 +6,7 @@ calibration are the first one's.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,10 @@ from halo_fast.train.optimizers import Optimizer, check_optimizer, kept_state, m
 
 __all__ = ["TrainingInputs", "draw_batch", "frozen_features", "train_reward_model"]
 
+logger = logging.getLogger(__name__)
+
 _WEIGHT_DECAY = 0.05
+_MIRROR_SLACK = 0.1  # of a patch, by which patches of unequal size may miss their mirrored place
 _EMA_DECAY = 0.98
 _MAX_GRAD_NORM = 1.0
 _WARMUP_SHARE = 0.1  # of the steps of a phase
@@ -190,15 +194,25 @@ def _prepare_inputs(
     fitted, _ = processes.tensors_by_first(fit, into=model.state_dict())
     word_evidence = fitted.get("word evidence")
     chosen = {"none": (), "horizontal": ("horizontal",), "both": ("horizontal", "vertical")}[config.mirror]
-    # patches of unequal size do not map onto each other in a mirror
-    mirrors = [
-        mirror
-        for mirror in (MIRRORS[name] for name in chosen)
-        if clips.videos.shape[mirror.axis - 1] // model.config.spatial_factor % clips.patch_scores.shape[mirror.axis]
-        == 0
-    ]
+    mirrors = [MIRRORS[name] for name in chosen if _has_mirror(model, clips, name)]
     exchange = getattr(model.backbone, "exchange_words", None)
     return TrainingInputs(clips, rows, frozen, word_evidence, mirrors, exchange)
+
+
+def _has_mirror(model: RewardModel, clips: LabelledClips, name: str) -> bool:
+    """Whether each patch has one of nearly its place in a mirrored clip; says so where none has."""
+    axis = MIRRORS[name].axis
+    length = clips.videos.shape[axis - 1] // model.config.spatial_factor
+    count = clips.patch_scores.shape[axis]
+    edges = [k * length // count for k in range(count + 1)]
+    off = max(abs(length - edge - other) for edge, other in zip(edges, reversed(edges), strict=True))
+    fits = off <= _MIRROR_SLACK * length / count
+    if not fits:
+        logger.warning(
+            "reward: no %s mirror: %d patches on %d latent positions are of unequal size; a grid that divides them has",
+            name, count, length,
+        )  # fmt: skip
+    return fits
 
 
 def frozen_features(model: RewardModel, videos: Tensor, rows: Tensor, folder: Path | None = None) -> Tensor | None:

@@ -20,6 +20,7 @@ from halo_fast.agreement.figures import (
     rater_ceiling,
     video_agreement,
 )
+from halo_fast.errors import UserError
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
@@ -226,5 +227,7 @@ def test_ridge_never_uses_the_fold_it_predicts():
     again = predict_ridge(features, poisoned, folds, penalties=(1e-6,))
     np.testing.assert_allclose(again[folds == 2], found[folds == 2], atol=0.1)
     # noise is not learned: the strong penalty wins and the mean is predicted
+    with pytest.raises(UserError, match="expected labelled clips of at least three prompts"):
+        predict_ridge(features, labels, np.minimum(folds, 1))
     noise = predict_ridge(rng.normal(size=(60, 40)), labels, folds, penalties=(1e-6, 1e9))
     assert np.abs(noise - labels.mean(axis=0)).max() < 0.8

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
 from halo_fast.agreement import patch_labels
 from halo_fast.agreement.baselines import folds_by_name, local_ssim
 from halo_fast.agreement.figures import patch_figures, pearson
-from halo_fast.agreement.patch_labels import clip_format, clip_in_parts, patch_labels_table
+from halo_fast.agreement.patch_labels import _other_means, clip_format, clip_in_parts, patch_labels_table
 from halo_fast.data.clips import write_clip
 from halo_fast.data.importers import PatchScores, Ratings, read_ratings
 from halo_fast.errors import UserError
@@ -227,3 +227,9 @@ def test_the_reward_finds_what_a_vision_language_model_saw_in_prompts_that_never
     # as the data's own page has it
     assert ceiling["srocc"].value == pytest.approx(0.85, abs=0.01)
     assert ceiling["srocc_within"].value == pytest.approx(0.80, abs=0.01)
+
+
+def test_a_generator_of_one_fold_is_predicted_by_the_others():
+    labels = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [9.0, 9.0]])
+    means = _other_means(labels, np.array([0, 0, 0, 1]), np.array([0, 1, 1, 2]))
+    np.testing.assert_allclose(means, [[4, 5], [1, 2], [1, 2], [3, 4]])

@@ -304,6 +304,10 @@ def test_what_a_meter_does_not_read_does_not_count():
     analysis = analyse(table, GRID, RULE)
     wins = analysis.wins["severity"]
     assert wins.wins + wins.ties + wins.losses == 9 and analysis.wins["prompt fidelity"].ties == 9
+    # the figures are those of the nine pairs that were read
+    read = [row.readings["fidelity_correct"] for row in table if row.prompt_id != table[3].prompt_id]
+    assert analysis.kept["prompt fidelity"].base.value == pytest.approx(np.mean(read[: len(read) // 2]))
+    assert analysis.two_stage["fidelity right"].aligned.value == pytest.approx(np.mean(read[len(read) // 2 :]))
     assert analysis.lost["by the patch reward"]["lost patches"].value == 0
     json.dumps(analysis_as_json(analysis), allow_nan=False)
     assert "nan" not in "".join(map(format_section, analysis_sections(analysis)))

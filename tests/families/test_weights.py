@@ -11,6 +11,8 @@ from diffusers import AutoencoderKLWan
 from tiny import TINY, TINY_IMAGE, tiny_conditions, tiny_hunyuan, tiny_wan
 
 from halo_fast.families import family_of, load
+from halo_fast.families.weights import stored_dtype
+from halo_fast.files import write_safetensors
 
 PROMPTS = ["a ball rolls", " ".join(["red"] * 1200)]
 
@@ -90,6 +92,15 @@ def test_auto_is_the_stored_precision_of_each_part(tmp_path):
     }  # fmt: skip
     for name, value in loaded.transformer.state_dict().items():
         torch.testing.assert_close(value.float(), pipeline.transformer.state_dict()[name].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shards", ["", "-00001-of-00002"])
+def test_a_variant_beside_the_weights_is_not_what_is_stored(tmp_path, shards):
+    """Its name sorts first; whole repositories hold both."""
+    write_safetensors(tmp_path / f"model.fp16{shards}.safetensors", {"w": torch.zeros(4, dtype=torch.float16)})
+    assert stored_dtype(tmp_path) == torch.float16  # where there is nothing else
+    write_safetensors(tmp_path / f"model{shards}.safetensors", {"w": torch.zeros(4)})
+    assert stored_dtype(tmp_path) == torch.float32
 
 
 def test_one_precision_for_all_leaves_float32_what_diffusers_keeps(tmp_path):

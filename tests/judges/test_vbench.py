@@ -177,6 +177,14 @@ def test_vbench_goes_on_after_a_dimension_that_failed(tmp_path, standin, clips, 
     again = vbench(clips, PROMPTS, 8, "cuda", **ask)
     assert again.scores[0]["subject_consistency"] == pytest.approx(byte(clips[0])) != table.scores[0]
     assert done.stat().st_mtime_ns != before
+    # so they are with other weights
+    before, weights = done.stat().st_mtime_ns, tmp_path / "weights"
+    weights.mkdir()
+    for content in (b"one", b"another"):
+        (weights / "model.pt").write_bytes(content)
+        vbench(clips, PROMPTS, 8, "cuda", **{**ask, "weights": str(weights)})
+        assert done.stat().st_mtime_ns != before
+        before = done.stat().st_mtime_ns
 
 
 def test_vbench_on_its_own_prompts_scores_each_model_apart(tmp_path, standin, clips, caplog):

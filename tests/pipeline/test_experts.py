@@ -67,6 +67,10 @@ def test_each_expert_is_exported_to_a_place_of_its_own(configs):
     files = [export_run(run), export_run(run, network="transformer_2")]
     one, other = (load_file(file) for file in files)
     assert files[0] != files[1] and one.keys() == other.keys()
+    # the first network has a name too, and a round a place of its own
+    named = export_run(run, network="transformer"), export_run(run, round=1)
+    assert len({*files, *named}) == 4
+    assert all(torch.equal(load_file(file)[name], one[name]) for file in named for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
     both = {export_run(run, "comfyui", network=network).name for network in (None, "transformer_2")}
     assert both == {"lora_transformer.safetensors", "lora_transformer_2.safetensors"}

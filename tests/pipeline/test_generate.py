@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import kill_when, output_hashes, tiny_config
+from tiny import kill_when, output_hashes, tiny_cogvideox, tiny_config
 
 from halo_fast.data import read_clip, write_clip
 from halo_fast.data.prompts import read_prompts
@@ -154,6 +154,18 @@ def test_grid_finer_than_the_latents_is_refused_before_anything_is_made(made, tm
     config, _ = made
     config = dataclasses.replace(config, output_dir=str(tmp_path / "run"), grid=(3, 8, 8))
     with pytest.raises(UserError, match=r"grid: at most \(3, 4, 4\) patches .* got \(3, 8, 8\)"):
+        generate(config, Run(config))
+    assert not list(tmp_path.glob("run/generate/videos/*"))
+
+
+def test_a_grid_whose_first_patch_is_padding_is_refused_before_anything_is_made(made, tmp_path):
+    """CogVideoX 1.5 pads three latent frames to four, of which the first shows nothing."""
+    config, _ = made
+    tiny_cogvideox(patch_size_t=2).save_pretrained(tmp_path / "model")
+    config = dataclasses.replace(
+        config, output_dir=str(tmp_path / "run"), grid=(4, 2, 2), pretrained_model_name_or_path=str(tmp_path / "model")
+    )
+    with pytest.raises(UserError, match="grid: grid must have fewer patches along latent frames; got 4, of which"):
         generate(config, Run(config))
     assert not list(tmp_path.glob("run/generate/videos/*"))
 

@@ -1,5 +1,6 @@
 """Judges in `halo evaluate`: the table, the check for reward hacking, what is kept and what is asked again."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from halo_fast.judges.base import read_video
 from halo_fast.judges.dimensions import temporal_flickering
 from halo_fast.pipeline.arguments import build_parser, parse_config
 from halo_fast.pipeline.config import Config, EvaluateConfig
-from halo_fast.pipeline.judging import JUDGES_FILE, check_judges, judge_arms
+from halo_fast.pipeline.judging import JUDGES_FILE, _trained_on, check_judges, judge_arms
 from halo_fast.pipeline.report.clips import cards_of
 from halo_fast.pipeline.report.page import write_page
 from halo_fast.pipeline.report.runs import read_run
@@ -177,9 +178,22 @@ def test_without_an_independent_judge_there_is_a_warning(run, caplog, tmp_path):
     assert "<strong>Warning.</strong> evaluate.judges names no judge" in page and "reward_model (optimised)" in page
 
 
+@pytest.mark.parametrize(
+    ("backbone", "options", "optimised"),
+    [
+        ("TIGER-Lab/VideoScore-v1.1", {}, True),  # the judge's own default
+        ("TIGER-Lab/VideoScore-v1.1", {"model": "TIGER-Lab/VideoScore"}, False),
+        ("compact", {}, False),
+    ],
+)
+def test_a_judge_is_not_independent_of_a_reward_model_that_began_as_it(run, backbone, options, optimised):
+    config = Config(**vars(run.config) | {"reward": dataclasses.replace(run.config.reward, backbone=backbone)})
+    assert _trained_on(config, run, "videoscore", options) == optimised
+
+
 def page_of(run: Run, path: Path) -> str:
     view = read_run(run.path)
-    cards = cards_of([("", view.folder, view.rows, tuple(run.config.grid), run.config.generate.fps)], 1)
+    cards = cards_of([("", view.folder, view.rows, tuple(run.config.grid), run.config.generate.fps, view.factors)], 1)
     write_page(
         path, "page.html.j2", cards, title="t", run=view, judges=view.judges, notes=None, charts=[], counts={},
         settings="", versions={}, rounds=[],

@@ -23,6 +23,7 @@ from halo_fast.data.tables import EvaluatedRow, write_rows
 from halo_fast.demo import WEIGHTS
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file, write_csv, write_json
+from halo_fast.patches import PIXELS, LatentFactors
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.report.chart import Series, line_chart
 from halo_fast.pipeline.report.clips import browser_picture, browser_video, cards_of, frame_layers
@@ -30,6 +31,7 @@ from halo_fast.pipeline.report.curves import reward_charts
 from halo_fast.pipeline.report.several import compare_runs
 from halo_fast.pipeline.run import Run
 from halo_fast.pipeline.stages.report import write_report
+from halo_fast.rewards import RewardModelConfig
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -85,6 +87,7 @@ def make_run(folder, metrics=METRICS, prompts=5, meter="demo", better=0.0) -> Ru
             for step in range(40)
         ]
         write_csv(stage.folder / "history.csv", rows)
+        write_json(stage.folder / "config.json", asdict(RewardModelConfig(("visual_quality",))))
         stage.finish({"steps": 80})
     with run.stage("train", {"learning_rate": config.train.learning_rate}, {}) as stage:
         noise = np.random.default_rng(0)
@@ -355,17 +358,21 @@ def test_large_clips_are_made_smaller():
 
 
 @pytest.mark.parametrize(
-    ("frames", "layers", "expected"),
+    ("frames", "layers", "factors", "expected"),
     [
-        (9, 3, [0] + [1] * 4 + [2] * 4),
-        (9, 2, [0] + [1] * 8),
-        (6, 3, [0, 0, 1, 1, 2, 2]),
-        (4, 1, [0] * 4),
-        (2, 2, [0, 1]),
+        (9, 3, (8, 4, True), [0] + [1] * 4 + [2] * 4),
+        (9, 2, (8, 4, True), [0] + [1] * 8),
+        (6, 3, (8, 2, False), [0, 0, 1, 1, 2, 2]),
+        (4, 1, (8, 1, True), [0] * 4),
+        (2, 2, (8, 1, False), [0, 1]),
+        (25, 2, (32, 8, True), [0] * 9 + [1] * 16),  # LTX, where 25 is one more than a multiple of 4 too
+        (9, 2, (8, 4, True, 1), [0] + [1] * 8),  # CogVideoX 1.5: latents 0 and 1 are the first frame
+        (17, 3, (8, 4, True, 1), [0] + [1] * 8 + [2] * 8),
+        (85, 3, (8, 6, True), [0] * 25 + [1] * 30 + [2] * 30),  # Mochi
     ],
 )
-def test_every_frame_has_the_layer_that_covers_it(frames, layers, expected):
-    assert frame_layers(frames, layers) == expected
+def test_every_frame_has_the_layer_that_covers_it(frames, layers, factors, expected):
+    assert frame_layers(frames, layers, LatentFactors(*factors)) == expected
 
 
 def test_everything_is_also_there_for_programs(run):
@@ -425,9 +432,9 @@ def test_runs_that_cannot_be_compared_are_named(two_runs, tmp_path):
 def test_wrong_number_of_severities_is_refused(tmp_path):
     rows = [measured(0, arm, 0.0) for arm in ("base", "aligned")]
     with pytest.raises(UserError, match=r"base_p0 has 48 severities, expected one for each patch of grid \(3, 2, 2\)"):
-        cards_of([("", tmp_path, rows, (3, 2, 2), 8)], None)
+        cards_of([("", tmp_path, rows, (3, 2, 2), 8, PIXELS)], None)
     with pytest.raises(UserError, match="no prompt has both a base and an aligned clip; redo evaluate"):
-        cards_of([("", tmp_path, rows[:1], GRID, 8)], None)
+        cards_of([("", tmp_path, rows[:1], GRID, 8, PIXELS)], None)
 
 
 def test_report_asks_for_the_stages_before_it(tmp_path):

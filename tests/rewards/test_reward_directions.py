@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halo_fast.rewards import LabelledClips
-from halo_fast.rewards.clips import MIRRORS, mirror_clips, names_direction, turned_prompt
+from halo_fast.rewards.clips import MIRRORS, mirror_clips, mirrored_prompt, names_direction, turned_prompt
 from halo_fast.rewards.terms import turn_loss
 
 
@@ -79,7 +79,7 @@ def test_a_mirror_exchanges_every_word_that_names_a_direction(ending):
     assert names_direction(clips.prompts[0])
     for mirror in MIRRORS.values():
         clips = mirror_clips(clips, torch.tensor([True]), mirror)
-    assert clips.prompts == [f"it goes right{ending} and then down{ending}"]
+    assert clips.prompts == [f"it goes Right{ending} and then down{ending}"]
 
 
 def test_own_motion_is_preferred_by_the_logistic_loss_weighted_by_how_well_it_is_shown():
@@ -93,3 +93,20 @@ def test_own_motion_is_preferred_by_the_logistic_loss_weighted_by_how_well_it_is
     loss = turn_loss(margin, clips, [True, True, True, True, False], 0)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.e) / 2) / 1.5, rel=1e-6)
     assert turn_loss(margin, clips, [False] * 5, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A man has left the house; left of it a dog", "A man has left the house; right of it a dog"),
+        ("Left hand raised, LEFT foot down", "Right hand raised, RIGHT foot down"),
+        ("right now a car turns right", "right now a car turns left"),
+        ("on the left the dog, on the right the cat", "on the right the dog, on the left the cat"),
+        ("she left a cup on the left side", "she left a cup on the right side"),
+        ("a ball moves leftward", "a ball moves rightward"),
+        ("an upright chair", "an upright chair"),
+    ],
+)
+def test_a_mirror_exchanges_places_and_directions_and_no_verbs(prompt, expected):
+    assert mirrored_prompt(prompt, MIRRORS["horizontal"].words) == expected
+    assert mirrored_prompt(expected, MIRRORS["horizontal"].words) == prompt

@@ -8,13 +8,24 @@ import pytest
 import torch
 from moving_shapes import COLOURS, DIRECTIONS, GRID, SHAPES, damage, draw_clip
 from sklearn.metrics import roc_auc_score
+from torch.nn.functional import interpolate as resize
 
 from halo_fast.errors import UserError
-from halo_fast.rewards import LabelledClips, RewardModel, RewardModelConfig, calibrate, preference_loss, score_loss
+from halo_fast.rewards import (
+    LabelledClips,
+    RewardConfig,
+    RewardModel,
+    RewardModelConfig,
+    calibrate,
+    preference_loss,
+    score_loss,
+)
+from halo_fast.rewards.backbones.compact import network
+from halo_fast.rewards.backbones.compact.network import _seen
 from halo_fast.rewards.backbones.compact.palette import palette_distance
 from halo_fast.rewards.clips import MIRRORS
 from halo_fast.rewards.pretrained import read_text, words_of
-from halo_fast.rewards.training import TrainingInputs, draw_batch, frozen_features
+from halo_fast.rewards.training import TrainingInputs, _prepare_inputs, draw_batch, frozen_features
 
 CONFIG = RewardModelConfig(("visual_quality", "text_alignment"), width=8, pretrained=False)
 BOTH = pytest.mark.parametrize("pretrained", [False, True])
@@ -55,6 +66,54 @@ def test_the_same_weights_take_longer_and_larger_clips_and_stills(pretrained):
     assert model(videos(1, 17, 48, 64), ["a red square"], (5, 3, 8)).patches.shape == (1, 1, 5, 3, 8)
     still = model(videos(1, 1, 40, 32), [""], (1, 5, 4))
     assert still.patches.shape == (1, 1, 1, 5, 4) and still.video.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [((81, 480, 832), (17, 256, 440)), ((49, 720, 480), (17, 384, 256)), ((9, 256, 264), (9, 256, 264))],
+)
+def test_the_trunk_reads_a_part_of_large_clips(size, seen):
+    pixels = torch.randint(256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shrunk = _seen(pixels)
+    assert shrunk.shape == (1, *seen, 3)
+    if size == seen:
+        assert shrunk is pixels
+    else:
+        chosen = pixels[0, torch.linspace(0, size[0] - 1, 17).round().long()].movedim(-1, 1)
+        expected = resize(chosen.float(), list(seen[1:]), antialias=True, mode="bilinear")
+        torch.testing.assert_close(shrunk[0].movedim(-1, 1), expected)
+
+
+def test_large_clips_are_trained_with_what_they_are_scored_by(monkeypatch):
+    """The trunk's second forward pass changes no gradient, and patches stay those of the whole clip's latents."""
+    monkeypatch.setattr(network, "_LARGEST_SIDE", 24)
+    monkeypatch.setattr(network, "_MOST_FRAMES", 5)
+    clips, gradients = videos(2, 17, 64, 96), []
+    for large in (0, 10**9):
+        monkeypatch.setattr(network, "_LARGE", large)
+        model = random_model().requires_grad_(True)
+        features = model.backbone.encode(clips, None)
+        video, patches = model.backbone.logits(features, ["a disc", "a ring"], (5, 2, 3))
+        assert features.size == (17, 64, 96) and features.maps[0].shape[2:] == (5, 12, 16)
+        assert patches.shape == (2, 1, 5, 2, 3)
+        (video.square().sum() + patches.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in model.backbone.trunk.parameters()])
+    for once, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, again, rtol=1e-4, atol=1e-6)
+
+
+def test_patches_of_unequal_size_have_a_mirror_where_it_hardly_shows(caplog):
+    scores = torch.full((2, 1, 1, 1, 6), 3.0)
+
+    def mirrors(width):
+        data = LabelledClips(
+            videos(2, 1, 8, width), ["a", "b"], torch.full((2, 2), 3.0), scores, CONFIG.video_dimensions
+        )
+        inputs = _prepare_inputs(RewardModel(CONFIG), data, torch.arange(2), RewardConfig(), None, None)
+        return len(inputs.mirrors)
+
+    assert mirrors(720) == 1 and mirrors(832) == 1 and not caplog.records  # 15 a patch; 17 or 18
+    assert mirrors(8 * 22) == 0 and "no horizontal mirror: 6 patches on 22 latent positions" in caplog.text
 
 
 @BOTH

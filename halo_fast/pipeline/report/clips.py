@@ -15,7 +15,7 @@ from halo_fast.data.clips import read_clip
 from halo_fast.data.tables import EvaluatedRow
 from halo_fast.errors import UserError
 from halo_fast.files import hash_file
-from halo_fast.patches import PatchGrid
+from halo_fast.patches import LatentFactors, PatchGrid
 
 __all__ = ["Card", "Media", "Screen", "browser_picture", "browser_video", "cards_of", "frame_layers", "media_of"]
 
@@ -33,6 +33,7 @@ class Screen:
         row: what was measured.
         grid: patches along time, height and width.
         fps: frames a second.
+        factors: how the latents lie on the clip.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Screen:
     row: EvaluatedRow
     grid: tuple[int, ...]
     fps: int
+    factors: LatentFactors
 
     @property
     def mean(self) -> float:
@@ -111,13 +113,14 @@ class Media:
 
 
 def cards_of(
-    tables: Sequence[tuple[str, Path, Sequence[EvaluatedRow], tuple[int, ...], int]], count: int | None
+    tables: Sequence[tuple[str, Path, Sequence[EvaluatedRow], tuple[int, ...], int, LatentFactors]],
+    count: int | None,
 ) -> list[Card]:
     """The prompts and seeds of which all runs have a base and an aligned clip, in the order of the first run.
 
     Args:
         tables: of each run its name on the page (empty for a run by itself), the folder of evaluate, its clips, its
-            grid and its frames a second.
+            grid, its frames a second, and how its latents lie on the clips.
         count: prompts at most; None for all.
 
     Raises:
@@ -135,7 +138,12 @@ def cards_of(
 
 
 def _screens(
-    name: str, folder: Path, rows: Sequence[EvaluatedRow], grid: tuple[int, ...], fps: int
+    name: str,
+    folder: Path,
+    rows: Sequence[EvaluatedRow],
+    grid: tuple[int, ...],
+    fps: int,
+    factors: LatentFactors,
 ) -> dict[tuple[str, int], list[Screen]]:
     """Base and aligned clip of every prompt and seed that has both."""
     found: dict[tuple[str, int], dict[str, Screen]] = {}
@@ -146,7 +154,9 @@ def _screens(
                 f"patch of grid {tuple(grid)}; redo evaluate"
             )
         title = f"{name}: {row.arm}" if name else row.arm
-        found.setdefault((row.prompt, row.seed), {})[row.arm] = Screen(title, folder / row.video, row, grid, fps)
+        found.setdefault((row.prompt, row.seed), {})[row.arm] = Screen(
+            title, folder / row.video, row, grid, fps, factors
+        )
     return {key: [arms["base"], arms["aligned"]] for key, arms in found.items() if "base" in arms and "aligned" in arms}
 
 
@@ -169,23 +179,21 @@ def media_of(screen: Screen) -> Media:
         browser_picture(frames[0]),
         width,
         height,
-        frame_layers(len(frames), screen.grid[0]),
+        frame_layers(len(frames), screen.grid[0], screen.factors),
         np.rint(100 * np.nan_to_num(screen.row.severity).clip(0, 1)).astype(int).tolist(),
     )
 
 
-def frame_layers(frames: int, layers: int) -> list[int]:
+def frame_layers(frames: int, layers: int, factors: LatentFactors) -> list[int]:
     """The layer of patches that covers each frame.
 
     Args:
-        frames: of the clip; where it is 1 more than a multiple of 4, as autoencoders of videos want it, the first one
-            is a latent frame by itself and each other latent frame is four of them.
+        frames: of the clip.
         layers: patches along time.
+        factors: how the latents lie on the clip.
     """
-    try:
-        edges = PatchGrid((layers, 1, 1), frames, 8, 8).pixel_edges(0)
-    except ValueError:  # an autoencoder of another kind
-        edges = [layer * frames // layers for layer in range(layers + 1)]
+    side = factors.spatial_factor
+    edges = PatchGrid((layers, 1, 1), frames, side, side, **factors._asdict()).pixel_edges(0)
     return [sum(edge <= frame for edge in edges[1:]) for frame in range(frames)]
 
 

@@ -13,8 +13,10 @@ from halo_fast.data.summary import Section
 from halo_fast.data.tables import EvaluatedRow, read_rows
 from halo_fast.errors import UserError
 from halo_fast.files import hash_text, read_json, write_csv, write_json
+from halo_fast.patches import LatentFactors
 from halo_fast.pipeline.judging import JUDGES_FILE
 from halo_fast.pipeline.stages import STAGES
+from halo_fast.rewards.model import read_config
 
 __all__ = ["RunView", "clip_records", "read_run", "write_data"]
 
@@ -33,6 +35,7 @@ class RunView:
         judges: what judges say of the clips; None where none was asked.
         manifests: of all finished stages, by name.
         rows: the measured clips.
+        factors: how the model's latents lie on the clips.
     """
 
     name: str
@@ -44,6 +47,7 @@ class RunView:
     judges: dict[str, Any] | None
     manifests: dict[str, dict[str, Any]]
     rows: list[EvaluatedRow]
+    factors: LatentFactors
 
     @property
     def folder(self) -> Path:
@@ -78,6 +82,7 @@ def read_run(path: Path, stages: Sequence[str] = ()) -> RunView:
         judges=read_json(path / JUDGES_FILE),
         manifests={name: found for name in names if (found := read_json(path / name / "manifest.json"))},
         rows=read_rows(folder / "clips.parquet", EvaluatedRow),
+        factors=read_config(path / "reward" / "config.json").factors,
     )
 
 

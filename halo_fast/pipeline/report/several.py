@@ -101,7 +101,7 @@ def _cards(views: Sequence[RunView], count: int | None) -> list[Card]:
     tables = []
     for view in views:
         settings = view.manifests["evaluate"]["settings"]
-        tables.append((view.name, view.folder, view.rows, _grid(view), int(settings["generate"]["fps"])))
+        tables.append((view.name, view.folder, view.rows, _grid(view), int(settings["generate"]["fps"]), view.factors))
     return cards_of(tables, count)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from halo_fast import processes
 from halo_fast.data.cache import images_cache, latents_cache, prompts_cache
+from halo_fast.data.imports import keeps_formats
 from halo_fast.data.tables import CacheRow, PairRow, read_rows, shared_rows, write_rows
 from halo_fast.families import load, source
 from halo_fast.pipeline.clips import run_clips
@@ -46,7 +47,8 @@ def build_cache(config: Config, run: Run) -> None:
         if family.image_conditions:
             videos = {clip.clip_id: found.folder / clip.video for clip in clips}
             parts = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]
-            keep = images_cache(family, videos, folder, config.generate.num_frames)
+            own = bool(config.imports.sources) and keeps_formats(config.imports)
+            keep = images_cache(family, videos, folder, None if own else config.generate.num_frames)
             rows += shared_rows(folder, "image", parts, keep, CacheRow)
         if not processes.is_first():
             return

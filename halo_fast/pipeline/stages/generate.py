@@ -23,6 +23,7 @@ from halo_fast.families import Family, load, source
 from halo_fast.families.sampling import clip_seed, sample_clips, sample_trunks, sample_variations
 from halo_fast.families.steering import steerable
 from halo_fast.files import write_bytes, write_json, write_safetensors
+from halo_fast.patches import PatchGrid
 from halo_fast.pipeline.clips import FACTORS_FILE
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.pictures import check_pictures, picture_input, pictures_of
@@ -187,6 +188,12 @@ def _check_grid(family: Family, config: Config) -> None:
             f"grid: at most {latent_size} patches along frames, height and width of this model's latents, "
             f"got {tuple(config.grid)}; use fewer patches or larger clips"
         )
+    form = config.generate
+    size = form.num_frames, form.height, form.width
+    try:
+        PatchGrid((config.grid[0], config.grid[1], config.grid[2]), *size, **family.latent_factors(*size)._asdict())
+    except ValueError as error:
+        raise UserError(f"grid: {error}; use fewer patches or longer clips") from error
 
 
 def _latent_size(family: Family, config: Config) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def write_report(config: Config, run: Run) -> None:
         if not stage.done:
             views = _views(run, evaluated)
             view = views[-1]
-            table = ("", view.folder, view.rows, tuple(config.grid), config.generate.fps)
+            table = ("", view.folder, view.rows, tuple(config.grid), config.generate.fps, view.factors)
             cards = cards_of([table], config.report.num_clips)
             charts = [
                 chart

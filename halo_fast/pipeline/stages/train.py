@@ -23,7 +23,7 @@ from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.loop import fit
 from halo_fast.train.steps import take_step
 
-__all__ = ["dry_run", "train", "trained_results", "training_folder", "training_pairs", "trainings"]
+__all__ = ["dry_run", "folder_of", "train", "trained_results", "training_folder", "training_pairs", "trainings"]
 
 
 def train(config: Config, run: Run) -> None:
@@ -69,10 +69,11 @@ def train(config: Config, run: Run) -> None:
 
 def training_folder(config: Config) -> str:
     """Name of the stage that trains the config's network: each network has a place of its own, on the same pairs."""
-    return _folder_of(config.train.network)
+    return folder_of(config.train.network)
 
 
-def _folder_of(network: str | None) -> str:
+def folder_of(network: str | None) -> str:
+    """Name of the stage that trains a network; None is the model's first."""
     return "train" if network in (None, "transformer", "unet") else f"train_{network}"
 
 
@@ -84,7 +85,7 @@ def trainings(run: Run) -> list[Path]:
     found = {}
     for place in (path.parent for one in run.rounds for path in one.path.glob("train*/manifest.json")):
         manifest = read_manifest(place)
-        if manifest and place.name == _folder_of(manifest["settings"].get("network")):
+        if manifest and place.name == folder_of(manifest["settings"].get("network")):
             found[place.name] = place
     return [found[name] for name in sorted(found)]
 

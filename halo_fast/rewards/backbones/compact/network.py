@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from halo_fast.rewards.backbones.compact.blocks import Equalized, Residual, Trunk, shrink
 from halo_fast.rewards.backbones.compact.motion import Motion
@@ -27,10 +28,26 @@ __all__ = ["Compact", "CompactFeatures"]
 _EDGES, _PARTS = 2, 4  # stages of the frame network that are kept: strides 8 and 16
 _FROZEN = STAGE_CHANNELS[_EDGES] + STAGE_CHANNELS[_PARTS]
 _ENLARGEMENT = 3  # of frames before the frame network
+_MOST_FRAMES, _LARGEST_SIDE = 17, 256  # that the trunk reads; its memory grows with every pixel
+_LARGE = 3 * 2**20  # values of a clip's pixels, beyond which the trunk computes again in the backward pass
 _VOCABULARY = 2048  # buckets of words where no encoder reads them
 _HEADS = 4  # of the attention from words to the clip
 _READINGS = 4  # weighted sums of the word evidence
 _DROP_VIDEO, _DROP_PATCH = 0.3, 0.25  # a few hundred labelled clips are memorised otherwise
+
+
+def _seen(videos: Tensor) -> Tensor:
+    """What the trunk reads of videos [N, F, H, W, 3]: up to 17 evenly spread frames, the shorter side up to 256."""
+    length, sides = videos.shape[1], videos.shape[2:4]
+    scale = _LARGEST_SIDE / min(sides)
+    if length > _MOST_FRAMES:
+        videos = videos[:, torch.linspace(0, length - 1, _MOST_FRAMES).round().long()]
+    if scale >= 1:
+        return videos
+    size = [max(1, round(side * scale / 8)) * 8 for side in sides]
+    frames = videos.flatten(0, 1).movedim(-1, 1).float()
+    small = F.interpolate(frames, size, mode="bilinear", antialias=True).movedim(1, -1)
+    return small.unflatten(0, videos.shape[:2])
 
 
 class CompactFeatures(NamedTuple):
@@ -38,7 +55,7 @@ class CompactFeatures(NamedTuple):
 
     Args:
         maps: [N, c, F, H/s, W/s] at s = 2, 4, 8.
-        pixels: [N, 3, F, H, W] in [-1, 1].
+        pixels: [N, 3, F, H, W] in [-1, 1], as the trunk reads them.
         whole: [N, hidden].
         motion: [N, hidden].
         frozen: frame features [N, 152, f', y, x], or None without pretrained networks.
@@ -204,8 +221,8 @@ class Compact(nn.Module):
 
     def encode(self, videos: Tensor, frozen: Tensor | None, word_evidence: Tensor | None = None) -> CompactFeatures:
         """Features of uint8 videos [N, F, H, W, 3]; `word_evidence` [N, 384] stands in for the word probe's."""
-        pixels = videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        maps = self.trunk(pixels)
+        pixels = _seen(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        maps = self._maps(pixels)
         # the mean over time hides motion, the mean temporal difference shows it
         changes = [x.diff(dim=2).abs().sum(dim=(2, 3, 4)) / x[0, 0].numel() for x in maps]
         averages = [*(x.mean(dim=(2, 3, 4)) for x in maps), maps[2].amax(dim=(2, 3, 4)), *changes]
@@ -215,6 +232,15 @@ class Compact(nn.Module):
         size = (videos.shape[1], videos.shape[2], videos.shape[3])
         whole = self.whole(torch.cat(averages, dim=1))
         return CompactFeatures(maps, pixels, whole, self.motion(maps[0]), frozen, word_evidence, size)
+
+    def _maps(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The trunk's maps; in training those of large clips one at a time, so that a batch of them fits."""
+        if not (torch.is_grad_enabled() and pixels[0].numel() > _LARGE):
+            fine, middle, coarse = self.trunk(pixels)
+            return fine, middle, coarse
+        found = [checkpoint(self.trunk, clip, use_reentrant=False) for clip in pixels.split(1)]
+        fine, middle, coarse = (torch.cat(maps) for maps in zip(*found, strict=True))
+        return fine, middle, coarse
 
     def logits(self, features: CompactFeatures, prompts: Sequence[str], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits of the video scores [N, D] and of the patch scores [N, Q, f, h, w]."""
