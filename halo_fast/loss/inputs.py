@@ -190,13 +190,13 @@ def check_inputs(
     _check_labels(objective, name, patch_rewards, video_rewards)
     if kappa is not None:
         shape = (samples // 2 if objective.paired else samples,)
-        kappa = _check_numbers("kappa", kappa, shape, policy, dtype, missing="")
+        kappa = _check_weights("kappa", kappa, shape, policy, dtype)
     if pair_weight is not None:
         if not getattr(objective, "weighs_pairs", False):
             raise ValueError(
                 f"pair_weight must be left out: objective {name} has no preference term of pairs that it could weight"
             )
-        pair_weight = _check_numbers("pair_weight", pair_weight, (samples // 2,), policy, dtype, missing="")
+        pair_weight = _check_weights("pair_weight", pair_weight, (samples // 2,), policy, dtype)
     given = given_frames(layout)
     made = policy.shape[2] - given
     policy, target = made_frames(policy, given), made_frames(target, given)
@@ -370,6 +370,14 @@ def _check_patch_rewards(
             f"reference_error must have the patch grid {grid} of patch_rewards; got {tuple(reference_error.shape[1:])}"
         )
     return _check_numbers("patch_rewards", rewards, (samples, *grid), policy, dtype), grid
+
+
+def _check_weights(name: str, value: object, shape: tuple[int, ...], policy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Kappa or pair weights in ``dtype``: finite numbers from 0 on, for one below 0 would turn its preference round."""
+    weights = _check_numbers(name, value, shape, policy, dtype, missing="")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and bool((weights < 0).any()):
+        raise ValueError(f"{name} must be at least 0; got {float(weights.min()):g}: it would turn a preference round")
+    return weights
 
 
 def _check_numbers(

@@ -76,6 +76,7 @@ class Run:
         settings: Mapping[str, Any] | object,
         inputs: Mapping[str, Path | str],
         derived: bool = False,
+        changeable: Sequence[str] = (),
     ) -> "Stage":
         """The stage `name`, to be entered with `with`.
 
@@ -84,8 +85,9 @@ class Run:
             settings: dict or dataclass of everything that decides the output besides the inputs.
             inputs: files and folders (Path), compared by content, and texts (str), compared as they are.
             derived: whether it costs next to nothing, so that whatever differs has it made again instead of refused.
+            changeable: names of settings that may change, because the output does not depend on them.
         """
-        return Stage(self, name, settings, inputs, derived)
+        return Stage(self, name, settings, inputs, derived, changeable)
 
     def require(self, path: str) -> Path:
         """A file or folder of a finished stage that was made with this config.
@@ -113,7 +115,10 @@ class Run:
         # The training of another network, such as Wan 2.2's other expert, has settings of its own.
         other = name.startswith("train") and manifest["settings"].get("network") != self.config.train.network
         settings = {} if other else manifest["settings"]
+        changeable = manifest.get("changeable", ())
         for setting, old, new in _differences(*self._compared(name, settings)):
+            if setting.partition(".")[0] in changeable:
+                continue
             raise UserError(
                 f"{self.path / name}: was made with {setting} = {old}, now it is {new}; give the "
                 f"setting it was made with, or redo it with `{self._command(name)} --force`"
@@ -207,9 +212,10 @@ class Stage:
         settings: Mapping[str, Any] | object,
         inputs: Mapping[str, Path | str],
         derived: bool = False,
+        changeable: Sequence[str] = (),
     ) -> None:
         self.run = run
-        self._derived = derived
+        self._derived, self._changeable = derived, changeable
         self.name = name
         self.folder = run.path / name
         self.done = False
@@ -302,6 +308,7 @@ class Stage:
             "stage": self.name,
             **self._key,
             "sources": self._sources,
+            **({"changeable": list(self._changeable)} if self._changeable else {}),
             "outputs": outputs,
             "counts": dict(counts),
             "versions": versions(),
@@ -364,6 +371,8 @@ class Stage:
         offered = "" if self.run.force is None else "pass --force to redo the stage, or "
         cure = f"{offered}choose another output_dir"
         for name, old, new in _differences(earlier["settings"], self._key["settings"]):
+            if name.partition(".")[0] in self._changeable:
+                continue
             if self._derived:
                 return self._made_again(name)
             raise UserError(f"{self.folder}: was made with {name} = {old}, now it is {new}; {cure}")

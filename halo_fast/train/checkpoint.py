@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from halo_fast.data import Pair
-from halo_fast.errors import UserError
+from halo_fast.errors import UserError, first_line
 from halo_fast.files import hash_tensors, read_checkpoint, write_checkpoint
-from halo_fast.train.config import TrainConfig, deciding_settings
+from halo_fast.train.config import CHANGEABLE, TrainConfig, deciding_settings
 from halo_fast.train.job import Job
 from halo_fast.train.observers.base import Observer
 from halo_fast.train.optimizers import kept_state, restore_state
@@ -77,16 +77,20 @@ def resume(folder: Path | None, job: Job, observers: Sequence[Observer]) -> int:
         Optimiser steps done.
 
     Raises:
-        UserError: a checkpoint of other settings, with the first that differs; one that cannot be read.
+        UserError: a checkpoint of other settings, with the first that differs; one that cannot be read; an objective
+            that no checkpoint can hold.
     """
-    checkpoints = _checkpoints(folder) if folder is not None else []
-    if folder is None or not checkpoints:
+    if folder is None:
+        return 0
+    now = _settings(job)  # which the first checkpoint must hold, so that it is tried before the first step
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return 0
     path = checkpoints[-1]
     tensors, state = read_checkpoint(path)
-    before, now = state["settings"], _settings(job)
+    before = state["settings"]
     for name in [*now, *before]:
-        if before.get(name) != now.get(name):
+        if name not in CHANGEABLE and before.get(name) != now.get(name):
             raise UserError(
                 f"{path}: made with {name} {before.get(name)}, now it is {now.get(name)}; use another folder"
             )
@@ -119,7 +123,13 @@ def _settings(job: Job) -> dict[str, Any]:
     # first, because the reference of a training without a start is no setting
     start = {"start": job.start} if job.start else {}
     own = deciding_settings(job.config, bool(job.start))
-    settings: dict[str, Any] = json.loads(json.dumps(start | own | more | ends))
+    try:
+        settings: dict[str, Any] = json.loads(json.dumps(start | own | more | ends))
+    except TypeError as error:
+        raise UserError(
+            f"train.objective: expected numbers and words, which a checkpoint can hold, got {job.config.objective!r} "
+            f"({first_line(error)})"
+        ) from error
     return settings
 
 

@@ -49,7 +49,8 @@ class TrainConfig:
         compile: compile the model's blocks.
         attention_backend: diffusers' name of it ("native", "flash", "xformers", ...); null: as the model has it.
         mixed_precision: "no" or "bf16", as in accelerate.
-        auto_beta: adjust video_beta, and patch_beta with it, so that the mean gradient factor is this; null: constant.
+        auto_beta: adjust video_beta, and patch_beta with it, so that the mean of sigma(-|z|) over videos is this; null:
+            constant.
         time_weights: weights of the pairs' preferences by time: equal parts of 0 (clean) to 1 (noise), as many as there
             are numbers. [0, 1, 1, 0.5] masks the first quarter and halves the last. null: 1 everywhere.
         checkpointing_steps: steps between two checkpoints.
@@ -117,6 +118,13 @@ class TrainConfig:
     validation_steps: Count = 500
     network: str | None = None
     seed: CountOrZero = 0
+
+
+CHANGEABLE = (
+    "loss_spike_factor", "logging_steps", "report_to", "winner_alarm", "displacement_alarm", "margin_alarm",
+    "checkpoints_total_limit",
+)  # fmt: skip
+"""Settings that decide no weight: a training goes on with others."""
 
 
 def deciding_settings(config: TrainConfig, started: bool) -> dict[str, Any]:

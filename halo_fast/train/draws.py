@@ -36,6 +36,7 @@ __all__ = [
     "make_batch",
     "place_batch",
     "tell_noise",
+    "weights_at",
 ]
 
 logger = logging.getLogger(__name__)
@@ -462,3 +463,9 @@ def _check_first_frames(pair: Pair, index: int) -> None:
                 f"pairs: the first latent frame of clip {clip} of pair {index} is {100 * off:.0f}% off the given one, "
                 f"expected at most {100 * _SAME_FRAME:.0f}%; pair clips that begin with the same picture"
             )
+
+
+def weights_at(t: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weight of each time's part of 0..1; t = 1 belongs to the last one."""
+    part = (t * len(weights)).long().clamp(max=len(weights) - 1)
+    return t.new_tensor(weights)[part]

@@ -38,6 +38,7 @@ from halo_fast.train.draws import (
     make_batch,
     place_batch,
     tell_noise,
+    weights_at,
 )
 from halo_fast.train.launch import check_launch, own_accelerator, uses_fsdp
 from halo_fast.train.model import prepared_model
@@ -193,6 +194,8 @@ def prepared_job(
     if config.noise == "own" and isinstance(pairs, list | tuple):
         tell_noise([pair.seeds is not None for pair in pairs])
     objective = checked_objective(config)
+    _check_times(family, config, buckets)
+    _check_auto_beta(config, pairs)
     check_trackers(config.report_to)
     check_optimizer(config.optimizer)
     check_offload(config)
@@ -244,6 +247,31 @@ def prepared_job(
         yield job
 
 
+def _check_times(family: Denoiser, config: TrainConfig, buckets: Buckets) -> None:
+    """Raise if `time_weights` are 0 at every time that this network is trained at."""
+    if config.time_weights is None:
+        return
+    u = torch.linspace(0, 1 - 1e-6, 257)
+    times = torch.cat([family.timesteps(u, shape) for shape, _ in buckets.sizes])
+    if not weights_at(times, config.time_weights).any():
+        raise UserError(
+            f"train.time_weights: {config.time_weights} are 0 at all times of this network, {times.min():.3g} to "
+            f"{times.max():.3g}; give one of these a weight above 0"
+        )
+
+
+def _check_auto_beta(config: TrainConfig, pairs: Sequence[Pair]) -> None:
+    """Raise if there is no video preference whose logit could adjust beta."""
+    if config.auto_beta is None:
+        return
+    rewards = (pairs[index].video_rewards for index in range(len(pairs)))
+    if not any(bool((one[0] - one[1]).abs() > 0) for one in rewards):
+        raise UserError(
+            "train.auto_beta: adjusts the betas by the videos' logits, and no pair has video rewards that differ; set "
+            "null"
+        )
+
+
 def _check_passes(plan: Plan, buckets: Buckets, config: TrainConfig, sharded: bool) -> None:
     """Raise if shards would make different numbers of passes through the network, in each of which they wait.
 
@@ -284,7 +312,10 @@ def _reference(
 def _first_prediction(predict: Callable[[Batch], Tensor], batch: Batch, index: int) -> Tensor:
     """The base's prediction of a pair; one line if the network does not take a batch of these shapes."""
     try:
-        return predict(batch)
+        prediction = predict(batch)
+        if prediction.shape != batch.target.shape:
+            raise ValueError(f"its prediction is {list(prediction.shape[1:])}")
+        return prediction
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:

@@ -56,7 +56,7 @@ def check_launch(config: TrainConfig, model: nn.Module) -> None:
     launched: dict[str, tuple[tuple[str, ...], str]] = _LAUNCHED | {
         "ACCELERATE_MIXED_PRECISION": (("no", config.mixed_precision), "train.mixed_precision"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            ("1", str(config.gradient_accumulation_steps)), "train.gradient_accumulation_steps",
+            ("1",), "train.gradient_accumulation_steps",
         ),
     }  # fmt: skip
     if uses_fsdp():

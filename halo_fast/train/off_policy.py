@@ -27,7 +27,8 @@ class OffPolicy:
     """Mean errors of the model before its first step, at the same noise and times.
 
     Args:
-        winner: of the better clip of each pair (by video reward; pairs that tie count half to both).
+        winner: of the better clip of each pair, by video reward, or by most patches where it has none; pairs that tie
+            count half to both.
         loser: of the other.
         fresh: of clips the model has just sampled for the same prompts; None if none were.
     """
@@ -118,7 +119,10 @@ def off_policy_gap(
     for batch in batches:
         errors.append(_errors(family, model, batch))
         a, b = batch.video_rewards.chunk(2)
-        wins.append(torch.where(a > b, 1.0, torch.where(a < b, 0.0, 0.5)))
+        win = torch.where(a > b, 1.0, torch.where(a < b, 0.0, 0.5))
+        better, worse = batch.patch_rewards.flatten(1).chunk(2)
+        by_patches = (better - worse).sign().nan_to_num().sum(dim=1).sign() / 2 + 0.5
+        wins.append(torch.where((a - b).isnan(), by_patches, win))
     a, b = (torch.cat(side) for side in zip(*(error.chunk(2) for error in errors), strict=True))
     win = torch.cat(wins)
     if fresh:

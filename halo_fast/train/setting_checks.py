@@ -1,16 +1,22 @@
 """Checks of the settings that need no model: bounds, the objective, what excludes each other, what is installed."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from halo_fast.errors import UserError
 from halo_fast.loss.objectives import AutoBeta, Objective, PairObjective, build
+from halo_fast.loss.objectives.pooled import PooledDPO
 from halo_fast.settings import validate
 from halo_fast.train.config import TrainConfig
 
 __all__ = ["build_auto_beta", "check_trackers", "checked_objective"]
+
+logger = logging.getLogger(__name__)
 
 _TRACKERS = ("tensorboard", "wandb")
 
@@ -27,15 +33,28 @@ def checked_objective(config: TrainConfig) -> Objective:
     except (TypeError, ValueError) as error:
         text = str(error)
         raise UserError(f"train.{text}" if text.startswith("objective") else f"train.objective: {text}") from error
+    if isinstance(objective, PooledDPO) and "normalize" not in _named(config.objective):
+        # rewards of patches are scores here, not a mask whose size is known
+        objective = replace(objective, normalize=True)
     if objective.anchor_weight and config.reference_draws:
         raise UserError(
             "train.objective.anchor_weight: needs the reference in the loop; set train.reference_draws to null"
         )
     if objective.anchor_weight and config.schedule == "margin_first":
         raise UserError("train.objective.anchor_weight: needs both samples in one batch; set train.schedule to batched")
+    if config.lr_warmup_steps > config.max_train_steps:
+        logger.warning(
+            "train.lr_warmup_steps: %d of %d steps, so the learning rate never reaches %g; lower it",
+            config.lr_warmup_steps, config.max_train_steps, config.learning_rate,
+        )  # fmt: skip
     build_auto_beta(config, objective, torch.device("cpu"))
     _check_time_weights(config.time_weights, objective)
     return objective
+
+
+def _named(spec: str | dict[str, Any]) -> Collection[str]:
+    """The fields of the objective that the settings name."""
+    return spec if isinstance(spec, dict) else ()
 
 
 def _check_time_weights(weights: Sequence[float] | None, objective: Objective) -> None:

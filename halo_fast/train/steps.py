@@ -1,7 +1,6 @@
 """One optimiser step."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 from halo_fast.loss.figures import PairFigures
 from halo_fast.loss.objectives import PairObjective
 from halo_fast.train.config import TrainConfig
-from halo_fast.train.draws import Batch
+from halo_fast.train.draws import Batch, weights_at
 from halo_fast.train.job import Job
 from halo_fast.train.parallel import average_gradients, gather_shards
 from halo_fast.train.schedules import batched, margin_first, uses_reference
 
-__all__ = ["learning_rate", "run_batch", "take_step", "weights_at"]
+__all__ = ["learning_rate", "run_batch", "take_step"]
 
 
 def take_step(job: Job, step: int) -> tuple[list[PairFigures], Tensor]:
@@ -73,12 +72,6 @@ def run_batch(job: Job, batch: Batch) -> PairFigures:
     in_loop = reference if job.reference_errors is None and uses_reference(objective) else None
     schedule = batched if job.plan.schedule == "batched" else margin_first
     return schedule(policy, in_loop, batch, objective, family.layout, accelerator.backward)
-
-
-def weights_at(t: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weight of each time's part of 0..1; t = 1 belongs to the last one."""
-    part = (t * len(weights)).long().clamp(max=len(weights) - 1)
-    return t.new_tensor(weights)[part]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

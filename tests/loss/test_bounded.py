@@ -370,6 +370,7 @@ def test_bad_pair_weights_are_named():
     for weight, words in (
         (torch.ones(6), r"pair_weight must have shape \(3,\)"),
         (torch.tensor([1.0, NAN, 1.0]), "pair_weight must be finite"),
+        (torch.tensor([1.0, -0.5, 1.0]), "pair_weight must be at least 0; got -0.5"),
     ):
         with pytest.raises(ValueError, match=words):
             gran_dpo(policy, target, ref, patch, video, pair_weight=weight)

@@ -193,6 +193,11 @@ BAD = {
         ValueError,
         ["kappa must be finite; got an infinite", "clip"],
     ),
+    "kappa negative": (
+        {"kappa": torch.tensor([1.0, -2.0])},
+        ValueError,
+        ["kappa must be at least 0; got -2", "turn a preference round"],
+    ),
     "kappa NaN": ({"kappa": torch.tensor([1.0, float("nan")])}, ValueError, ["kappa", "finite", "NaN", "clip"]),
     "diffusion_dpo on patch labels only": (
         {"objective": "diffusion_dpo", "video_rewards": None},

@@ -38,6 +38,7 @@ CPU = torch.device("cpu")
         ({"max_grad_norm": 0.0}, "train.max_grad_norm: expected more than 0, got 0.0"),
         ({"learning_rate": math.nan}, "train.learning_rate: expected more than 0, got nan"),
         ({"train_batch_size": 0}, "train.train_batch_size: expected at least 1, got 0"),
+        ({"objective": {"preset": "dense_dpo", "normalize": "no"}}, "train.objective: normalize must be True or False"),
         ({"auto_beta": 0.7}, "train.auto_beta: expected more than 0 and less than 0.5, got 0.7"),
         ({"objective": objective_with(video_beta=-1.0)}, "train.objective: video_beta must be"),
         (
@@ -93,6 +94,16 @@ def test_options_of_accelerate_launch_are_followed_or_refused(pipeline, monkeypa
     if name.startswith("FSDP"):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
         check_launch(CONFIG, model)
+
+
+def test_accelerate_does_not_accumulate_what_training_does(pipeline, monkeypatch):
+    """It would divide the loss of each batch by the number once more."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = dataclasses.replace(CONFIG, gradient_accumulation_steps=4)
+    with pytest.raises(
+        UserError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 4.*train.gradient_accumulation_steps"
+    ):
+        check_launch(config, pipeline.transformer)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +256,69 @@ def test_remains_of_a_kill_are_gone_at_the_end(pipeline, pairs, tmp_path):
     cut_off.write_bytes(b"cut off")
     fit(pipeline, pairs, CONFIG, folder=tmp_path, progress=quiet)
     assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == [f"step_00000{k}" for k in (2, 4, 6)]
+
+
+def test_settings_that_decide_no_weight_may_change_when_a_training_goes_on(pipeline, pairs, tmp_path):
+    def cut(steps, total, label):
+        for step in steps:
+            if label == "train" and step == 5:
+                raise KeyboardInterrupt
+            yield step
+
+    strict = dataclasses.replace(CONFIG, loss_spike_factor=1.5, max_train_steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        fit(pipeline, pairs, strict, folder=tmp_path, progress=cut)
+    settings = {"loss_spike_factor": None, "logging_steps": 3, "winner_alarm": None, "checkpoints_total_limit": 1}
+    on = dataclasses.replace(strict, **settings)
+    found = fit(pipeline, pairs, on, folder=tmp_path, progress=quiet)
+    whole = fit(pipeline, pairs, dataclasses.replace(on, logging_steps=1), progress=quiet)
+    assert all(torch.equal(found.lora[name], whole.lora[name]) for name in whole.lora)
+    with pytest.raises(UserError, match="made with learning_rate"):
+        fit(pipeline, pairs, dataclasses.replace(on, learning_rate=1e-3), folder=tmp_path, progress=quiet)
+
+
+def test_an_objective_that_no_checkpoint_can_hold_is_refused_before_the_first_step(pipeline, pairs, tmp_path):
+    config = dataclasses.replace(CONFIG, objective=objective_with(video_beta=torch.tensor(3.0)))
+    with pytest.raises(UserError, match="train.objective: expected numbers and words, which a checkpoint can hold"):
+        fit(pipeline, pairs, config, folder=tmp_path, progress=quiet)
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_a_network_that_floors_a_size_is_noticed_before_the_first_step(pipeline, pairs):
+    odd = dataclasses.replace(pairs[0], latents=torch.randn(2, pairs[0].latents.shape[1], 3, 3, 5))
+    config = dataclasses.replace(CONFIG, reference_draws=None, train_batch_size=1)
+    with pytest.raises(UserError, match=r"the network does not take .*, latents .* \(its prediction is"):
+        fit(pipeline, [*pairs, odd], config, progress=quiet)
+
+
+def test_beta_is_not_adjusted_by_videos_without_labels(pipeline, pairs):
+    config = dataclasses.replace(CONFIG, auto_beta=0.3, max_train_steps=1, objective=objective_with(video_weight=1.0))
+    fit(pipeline, pairs, config, progress=quiet)
+    blind = [dataclasses.replace(pair, video_rewards=pair.video_rewards * math.nan) for pair in pairs]
+    with pytest.raises(UserError, match="train.auto_beta: .* no pair has video rewards that differ"):
+        fit(pipeline, blind, config, progress=quiet)
+
+
+def test_the_off_policy_gap_goes_by_patches_where_videos_have_no_label(pipeline, pairs, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    odd = []
+    for pair in pairs:
+        rewards = torch.stack(
+            [torch.full_like(pair.patch_rewards[0], 4.0), torch.full_like(pair.patch_rewards[0], 2.0)]
+        )
+        latents = torch.stack([pair.latents[0], 5 * pair.latents[1]])
+        nothing = pair.video_rewards * math.nan
+        odd.append(dataclasses.replace(pair, latents=latents, patch_rewards=rewards, video_rewards=nothing))
+    config = dataclasses.replace(CONFIG, max_train_steps=1, off_policy_pairs=6)
+    fit(pipeline, odd, config, folder=tmp_path, progress=quiet)
+    assert any("apart, these clips are not the model's own" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("warm_up", [7, 6])
+def test_a_warm_up_beyond_the_training_is_said(pipeline, pairs, caplog, warm_up):
+    fit(pipeline, pairs, dataclasses.replace(CONFIG, lr_warmup_steps=warm_up), progress=quiet)
+    said = [line for line in caplog.messages if "the learning rate never reaches" in line]
+    assert len(said) == (warm_up > CONFIG.max_train_steps)
 
 
 def test_other_pairs_do_not_go_on_from_a_checkpoint(pipeline, pairs, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from training import CONFIG, make_pairs, quiet
 
 from halo_fast.errors import UserError
 from halo_fast.families import family_of
+from halo_fast.loss.objectives import build
 from halo_fast.train import fit
 from halo_fast.train.config import TrainConfig
 from halo_fast.train.draws import make_batch
-from halo_fast.train.observers.diagnostics import displacement_warning, margin_warning, winner_warning
+from halo_fast.train.observers.diagnostics import Diagnostics, displacement_warning, margin_warning, winner_warning
 from halo_fast.train.observers.guards import check_rows
 from halo_fast.train.off_policy import OffPolicy, fresh_pairs, off_policy_gap
 
@@ -232,3 +234,29 @@ def test_gap_is_a_share_of_the_smallest_error():
     assert OffPolicy(0.2, 0.2, None).gap == 0
     assert OffPolicy(0.2, 0.25, 0.3).gap == pytest.approx(0.5)
     assert "winners 0.2, losers 0.25, fresh samples 0.3: 50% apart" in OffPolicy(0.2, 0.25, 0.3).report()
+
+
+def rows_of(label, margin=2.0):
+    errors = {"winner_policy": 2.0, "winner_reference": 1.0, "loser_policy": 3.0, "loser_reference": 1.0}
+    return [{"step": 40, "split": "heldout", "label": label, "group": "all", "margin": margin, **errors}]
+
+
+@pytest.mark.parametrize(
+    ("objective", "label", "margin", "expected"),
+    [
+        # pairs of which only videos are labelled are judged by these, whatever weight patches would have
+        ("halo_bounded", "video", 2.0, ["winning videos", "likelihood displacement"]),
+        ("halo_bounded", "patch", 2.0, ["winning patches", "likelihood displacement"]),
+        # a capped preference pushes no further
+        ("halo_bounded", "video", 14.0, ["winning videos", "likelihood displacement"]),
+        ("halo", "video", 14.0, ["winning videos", "likelihood displacement", "over-maximised"]),
+        # one logit over the video
+        ("dense_dpo", "video", 50.0, ["winning videos", "likelihood displacement", "over-maximised"]),
+    ],
+)
+def test_warnings_are_of_what_is_labelled_and_pushes(objective, label, margin, expected):
+    job = SimpleNamespace(objective=build(objective), config=TrainConfig())
+    diagnostics = Diagnostics.__new__(Diagnostics)
+    diagnostics._job = job
+    found = diagnostics._warnings(rows_of(label, margin))
+    assert len(found) == len(expected) and all(words in line for words, line in zip(expected, found, strict=True))

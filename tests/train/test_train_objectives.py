@@ -18,10 +18,9 @@ from halo_fast.loss.objectives import PRESETS, GranDPO, Objective, Table, build
 from halo_fast.pipeline.cli import main
 from halo_fast.pipeline.config import to_yaml
 from halo_fast.train import TrainConfig, fit
-from halo_fast.train.draws import draws_of_step, make_batch
+from halo_fast.train.draws import draws_of_step, make_batch, weights_at
 from halo_fast.train.schedules import loss_arguments
 from halo_fast.train.setting_checks import checked_objective
-from halo_fast.train.steps import weights_at
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +182,33 @@ def test_time_weights_multiply_the_preferences_of_their_times(tmp_path):
     expected = [weights[0 if t < 1 / 3 else 1 if t < 2 / 3 else 2] * 1.25 * math.log(2) for t in times]
     assert len(set(expected)) > 1
     assert float(row["loss"]) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_weights_that_no_time_of_the_network_has_are_refused():
+    """Wan 2.2's expert for high noise is trained at times from 0.875 on."""
+    tiny = TINY["Wan 2.2 A14B, high noise"]
+    family = family_of(tiny.build(), tiny.network)
+    pairs = make_pairs(family)
+    with pytest.raises(
+        UserError, match=r"train.time_weights: \[1.0, 1.0, 0.0\] are 0 at all times of this network, 0.875 to 1"
+    ):
+        fit(family, pairs, dataclasses.replace(CONFIG, time_weights=[1.0, 1.0, 0.0]), progress=quiet)
+    config = dataclasses.replace(CONFIG, time_weights=[0.0, 0.0, 1.0], max_train_steps=1)
+    assert fit(family, pairs, config, progress=quiet).log[0]["grad_norm"] > 0
+
+
+def test_local_dpos_pool_is_normalised_where_patches_have_scores(pipeline):
+    """A mask of 2 of the 12 patches counts whole, whatever its size; `normalize: false` stays what it says."""
+    family = family_of(pipeline)
+    rewards = torch.full((2, 3, 2, 2), 5.0)
+    rewards[1, 0, 0] = 1.0
+    pair = dataclasses.replace(make_pairs(family, count=1)[0], patch_rewards=rewards)
+    margins = {}
+    for name, more in {"preset": {}, "true": {"normalize": True}, "false": {"normalize": False}}.items():
+        objective = {"preset": "local_dpo", "video_weight": 0.0, "patch_beta": 3.0, "video_beta": 3.0, **more}
+        config = dataclasses.replace(CONFIG, objective=objective, max_train_steps=3, train_batch_size=1)
+        margins[name] = [row["loss"] for row in fit(family, [pair], config, progress=quiet).log]
+    assert margins["preset"] == margins["true"] != margins["false"]
 
 
 def test_weights_at_the_ends_of_time():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halo_fast.loss.inputs import Inputs, Requirements, check_choice, check_number
+from halo_fast.loss.inputs import Inputs, Requirements, check_choice, check_number, describe
 from halo_fast.loss.reference import LINKS, halves, signed_weights
 
 __all__ = [
@@ -230,6 +230,9 @@ def check_fields(objective: Any) -> None:
                 check_number(one.name, value, above=0.0)
         elif one.name == "poly_alpha":
             check_number(one.name, value, least=-1.0)  # phi' < 0 at every z exactly if alpha >= -1
+        elif isinstance(one.default, bool):
+            if not isinstance(value, bool):
+                raise TypeError(f"{one.name} must be True or False; got {describe(value)}")
         elif isinstance(one.default, float):
             check_number(one.name, value, least=0.0)
 

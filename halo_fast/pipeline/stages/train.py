@@ -17,7 +17,7 @@ from halo_fast.pipeline.clips import noise_seeds, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.hashes import read_manifest
 from halo_fast.pipeline.run import Run
-from halo_fast.train.config import deciding_settings
+from halo_fast.train.config import CHANGEABLE, deciding_settings
 from halo_fast.train.draws import Buckets, buckets_of, tell_noise
 from halo_fast.train.job import Job, prepared_job
 from halo_fast.train.loop import fit
@@ -46,7 +46,7 @@ def train(config: Config, run: Run) -> None:
     inputs |= {} if start is None else {"start": start}
     base = {"precision": config.precision, "quantization": config.quantization}
     settings = deciding_settings(config.train, start is not None) | base
-    with run.stage(training_folder(config), settings, inputs) as stage:
+    with run.stage(training_folder(config), settings, inputs, changeable=CHANGEABLE) as stage:
         if stage.done:
             return
         family, pairs, heldout = _load(config, run)

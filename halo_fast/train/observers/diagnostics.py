@@ -89,7 +89,8 @@ class Diagnostics(Observer):
         if not self.due(done):
             return
         job = self._job
-        grids = len({grid for _, grid in job.buckets.sizes}) > 1
+        own = {tuple(grid) for _, grid in job.buckets.sizes}
+        grids = len(own | {tuple(pair.patch_rewards.shape[1:]) for pair in self._heldout}) > 1
         new = summarize(self._joined(), done, "train", grids)
         if self._errors:
             with job.accelerator.autocast():
@@ -109,14 +110,17 @@ class Diagnostics(Observer):
     def _warnings(self, rows: Sequence[Row]) -> list[str]:
         """What the newest rows warn of."""
         objective, config = self._job.objective, self._job.config
-        used = [label for label in ("patch", "video") if getattr(objective, f"{label}_weight", 0)]
+        known = {row["label"] for row in rows}
+        used = [one for one in ("patch", "video") if getattr(objective, f"{one}_weight", 0) and one in known]
         label = "patch" if "patch" in used else "video"
         if isinstance(objective, PooledDPO):
-            used = [one for one in used if one != "patch"]  # its patches have no logit of their own
+            used = ["video"]  # the one logit of all patches
+        # a preference that is met ends at its cap, whatever the margin
+        pushing = [one for one in used if getattr(objective, f"{one}_cap", None) is None]
         found = [
             winner_warning(rows, label, config.winner_alarm),
             displacement_warning(rows, label, config.displacement_alarm),
-            *(margin_warning(rows, one, config.margin_alarm) for one in used),
+            *(margin_warning(rows, one, config.margin_alarm) for one in pushing),
         ]
         return [warning for warning in found if warning]
 
@@ -281,7 +285,7 @@ def winner_warning(rows: Sequence[Mapping[str, float | str]], label: str, limit:
 
     Args:
         rows: new ones of diagnostics.csv; held-out pairs are judged where there are some, else the training's own.
-        label: "patch", or "video" where the objective has no patch preference.
+        label: "patch", or "video" where there is no patch preference, or no labelled patch.
         limit: a; None for no warning.
     """
     row = _judged(rows, label)
