@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -64,8 +65,9 @@ def main(
     errors = load_file(file) if file.exists() else cache_reference(family, data, draws, grid, file)
     transformer = pipeline.transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(family.lora_targets)))
+    cast_training_params(transformer)  # LoRA weights in float32
     trained = [weight for weight in transformer.parameters() if weight.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=learning_rate)
+    optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     losses = []
     for step in range(steps):
         pair, draw = step % len(data), step // len(data) % draws

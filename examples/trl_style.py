@@ -42,7 +42,8 @@ class GranDPOTrainer(Trainer):
         t = family.timesteps(torch.rand(pairs, device=latents.device), latents.shape[1:]).repeat(2)
         noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1, 1)
         noisy, target = family.add_noise(latents, noise, t), family.target(latents, noise, t)
-        with torch.no_grad(), model.disable_adapter():
+        model.eval()  # dropout would make policy and reference differ by chance
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
             reference = family.predict(model, noisy, t, inputs)
         video = torch.tensor([1.0, 0.0], device=latents.device).repeat_interleave(pairs)
         out = gran_dpo(

@@ -77,7 +77,7 @@ def fit(
         folder: where log.csv, diagnostics.csv, previews and checkpoints go and training resumes from; SIGTERM then ends
             the step, saves and exits. None keeps everything in memory.
         references: where the reference's errors are kept (config.reference_draws), for other trainings too.
-        heldout: pairs for diagnostics.csv alone.
+        heldout: pairs for diagnostics.csv alone, so without a folder none are judged.
         generate: size and sampling of the clips, of previews and fresh samples too; guidance scale and frame rate are
             inputs of some networks in training. None leaves these as the family has them.
         progress: wraps the iterable of steps, (iterable, total, label).
@@ -91,6 +91,8 @@ def fit(
     """
     folder, references = (None if place is None else Path(place) for place in (folder, references))
     family = family_of(pipeline, config.network)
+    if folder is None and heldout:
+        logger.warning("train: %d held-out pairs are not judged, for diagnostics.csv needs a folder", len(heldout))
     if generate is not None:
         family.set_conditions(generate.guidance_scale, generate.fps)
     with prepared_job(
