@@ -18,10 +18,11 @@ from halo_fast.data.importers import Ratings, read_human
 from halo_fast.data.labels import join_labels
 from halo_fast.data.tables import ClipRow, LabelRow, ScoreRow, read_rows
 from halo_fast.errors import UserError
-from halo_fast.files import hash_file, write_json
+from halo_fast.files import hash_file, read_json, write_json
 from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config, check_round
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.reward import HELDOUT_FILE
 from halo_fast.rewards import RewardModel
 from halo_fast.rewards.clips import heldout_prompts
 from halo_fast.teachers.rubric import PATCH_DIMENSIONS, RUBRIC_DIMENSIONS
@@ -130,7 +131,12 @@ def _trained_on(config: Config, run: Run, clips: Sequence[ClipRow]) -> set[str]:
     if not config.imports.sources:
         return labelled
     prompts = {clip.clip_id: clip.prompt for clip in clips if clip.clip_id in labelled}
-    heldout = heldout_prompts(prompts.values(), config.reward.held_out_share, config.seed)
+    known = read_json(run.path / "reward" / HELDOUT_FILE)
+    if known:
+        heldout = set(known["prompts"])
+    else:  # of an earlier version, whose draw examples would have moved
+        share = 0.0 if config.reward.examples else config.reward.held_out_share
+        heldout = heldout_prompts(prompts.values(), share, config.seed)
     return {name for name, prompt in prompts.items() if prompt not in heldout}
 
 

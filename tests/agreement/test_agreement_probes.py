@@ -12,11 +12,16 @@ from torch import nn
 
 from halo_fast.agreement.baselines import frame_statistics, patch_statistics
 from halo_fast.agreement.probes import probe_all
-from halo_fast.files import hash_file
+from halo_fast.data.imports import ImportConfig
+from halo_fast.data.tables import LabelRow, write_rows
+from halo_fast.files import hash_file, write_json
 from halo_fast.patches import PatchGrid
+from halo_fast.pipeline.agreement import _trained_on
 from halo_fast.pipeline.cli import main
+from halo_fast.pipeline.clips import run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
+from halo_fast.pipeline.stages.reward import HELDOUT_FILE
 from halo_fast.rewards import RewardModelConfig, Rewards
 from halo_fast.teachers import Label, LabelStore, label_key
 
@@ -183,8 +188,9 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
             "grid": [list(GRID)] * 14,
         },
     }.items():
-        (tmp_path / name).parent.mkdir()
-        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / name)
+        with run.stage(name.split("/")[0], {}, {"clips": folder}) as stage:
+            pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / name)
+            stage.finish({})
     arguments = ["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]", "--resamples", "5"]
     assert main(arguments) == 0
     sections = dict(part.split("\n", 1) for part in capsys.readouterr().out.strip().split("\n\n"))
@@ -204,6 +210,28 @@ def test_agreement_of_people_and_teachers_in_a_run(tmp_path, capsys):
         lines = {line.split("  ")[0]: line for line in sections[title].splitlines()}
         assert set(lines) == {"", "visual_quality", "patch quality"}
         assert all(f" {expected} [" in lines[row] for row in ("visual_quality", "patch quality")), sections[title]
+    # scores of clips that have been made again since are not compared with the labels of these
+    write_candidates(Run(config, force=True), make_clips(len(CLIPS.prompts), seed=99))
+    assert main(arguments) == 2
+    assert "score: generate changed since it was made; run `halo score` again" in capsys.readouterr().err
+
+
+def test_the_clips_that_only_calibrated_a_reward_model_are_those_of_its_training(tmp_path):
+    """Examples are drawn from too, so the prompts that are held out are kept with the model."""
+    write_candidates(Run(Config(output_dir=str(tmp_path), grid=GRID)), CLIPS)
+    clips = run_clips(Run(Config(output_dir=str(tmp_path), grid=GRID))).rows
+    run = Run(Config(output_dir=str(tmp_path), grid=GRID, imports=ImportConfig(sources=["clips"])))
+    missing = {"quality": [3.0] * 48}
+    rows = [
+        LabelRow(clip.clip_id, "imported", "ok", "", list(GRID), {"visual_quality": 3.0}, missing) for clip in clips
+    ]
+    write_rows(tmp_path / "import" / "labels.parquet", rows, LabelRow)
+    kept = clips[0].prompt
+    write_json(tmp_path / "reward" / HELDOUT_FILE, {"prompts": [kept]})
+    assert _trained_on(run.config, run, clips) == {clip.clip_id for clip in clips if clip.prompt != kept}
+    (tmp_path / "reward" / HELDOUT_FILE).unlink()
+    run.config.reward.examples = "demo"  # with which an earlier version held out nobody knows whom
+    assert _trained_on(run.config, run, clips) == {clip.clip_id for clip in clips}
 
 
 def test_agreement_needs_two(tmp_path, capsys):
@@ -227,8 +255,9 @@ def test_reward_eval_mistakes_are_one_line(tmp_path, capsys):
 def test_agreement_refuses_scores_that_are_nan(tmp_path, capsys):
     write_candidates(Run(Config(output_dir=str(tmp_path), grid=GRID)), CLIPS)
     names = pyarrow.parquet.read_table(tmp_path / "generate" / "clips.parquet")["clip_id"]
-    (tmp_path / "score").mkdir()
     table = pyarrow.table({"clip_id": names, "video_visual_quality": [np.nan] * len(names)})
-    pyarrow.parquet.write_table(table, tmp_path / "score" / "scores.parquet")
+    with Run(Config(output_dir=str(tmp_path), grid=GRID)).stage("score", {}, {"clips": tmp_path / "generate"}) as stage:
+        pyarrow.parquet.write_table(table, stage.folder / "scores.parquet")
+        stage.finish({})
     assert main(["agreement", "--output_dir", str(tmp_path), "--grid", "[3,4,4]"]) == 2
     assert "expected numbers in visual_quality, got NaN" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from halo_fast.data.imports import ImportedRow
 from halo_fast.data.tables import CacheRow, LabelRow, PairRow, ScoreRow, read_rows
 from halo_fast.families import family_of
 from halo_fast.pipeline.cli import main
+from halo_fast.pipeline.stages.reward import HELDOUT_FILE
 from halo_fast.rewards import RewardModel, RewardModelConfig
 
 SHARED = Path(os.environ.get("HALO_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -95,6 +96,8 @@ def test_fetv_from_the_import_to_the_report(tmp_path, model, capsys):
     _check_fetv_labels(fetv, run)
     assert len(list((run / "cache" / "latents").iterdir())) == 50
     assert len(read_rows(run / "pairs" / "pairs.parquet", PairRow)) == 25
+    heldout = json.loads((run / "reward" / HELDOUT_FILE).read_text())["prompts"]
+    assert len(heldout) == round(0.05 * 25) and set(heldout) < {row.prompt for row in rows}
     assert (run / "train" / "lora" / "pytorch_lora_weights.safetensors").exists()
     assert '<figure class="screen' in (run / "report" / "report.html").read_text()
 

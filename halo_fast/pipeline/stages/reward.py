@@ -13,22 +13,25 @@ from halo_fast import processes
 from halo_fast.data.clips import read_clip
 from halo_fast.data.labels import has_scores, join_labels
 from halo_fast.errors import UserError
-from halo_fast.files import scratch_tensor, write_csv
+from halo_fast.files import scratch_tensor, write_csv, write_json
 from halo_fast.pipeline.clips import RunClips, run_clips
 from halo_fast.pipeline.config import Config
 from halo_fast.pipeline.run import Run
 from halo_fast.rewards import LabelledClips, RewardModelConfig, train_reward_model
+from halo_fast.rewards.clips import heldout_prompts
 from halo_fast.rewards.examples import add_examples
 from halo_fast.rewards.model import chosen_precision, model_folder, read_config, write_factors
 
-__all__ = ["read_labels", "train_reward"]
+__all__ = ["HELDOUT_FILE", "read_labels", "train_reward"]
+
+HELDOUT_FILE = "heldout.json"  # the run's prompts whose labels calibrate the model and do not train it
 
 
 def train_reward(config: Config, run: Run) -> None:
     """Train the reward model on imported labels and those of annotate, on all processes; a stage.
 
-    In a later round these are the labels of all rounds so far. Writes model.safetensors, config.json and history.csv.
-    With config.reward_model these are that model's.
+    In a later round these are the labels of all rounds so far. Writes model.safetensors, config.json, history.csv and
+    heldout.json. With config.reward_model these are that model's.
 
     Args:
         config: reward holds the settings.
@@ -48,11 +51,15 @@ def train_reward(config: Config, run: Run) -> None:
         if stage.done:
             return
         model_config, data = read_labels(list(labels.values()), clips, reward.patch_steps > 0, stage.folder)
+        own = data.prompts
         try:
             if reward.examples:
                 data = add_examples(data, reward.examples, reward.num_examples, config.seed, stage.folder)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if processes.is_first():
+            heldout = heldout_prompts(data.prompts, reward.held_out_share, config.seed)
+            write_json(stage.folder / HELDOUT_FILE, {"prompts": sorted(heldout & set(own))})
         model_config = replace(
             model_config, pretrained=reward.pretrained, backbone=reward.backbone, lora_rank=reward.lora_rank,
             quantization=reward.quantization, precision=processes.by_first(lambda: chosen_precision(reward)),
