@@ -284,6 +284,9 @@ def latent_factors(folder: Path, clip: ClipRow) -> LatentFactors | None:
 
     Returns:
         None if the clip has no latents.
+
+    Raises:
+        UserError: sizes that do not tell.
     """
     if clip.latents is None or not (folder / clip.latents).exists():
         return None
@@ -291,7 +294,13 @@ def latent_factors(folder: Path, clip: ClipRow) -> LatentFactors | None:
         shape = file.get_slice("latents").get_shape()
         frames, height = shape[-4 if (file.metadata() or {}).get("layout") == "BFCHW" else -3], shape[-2]
     video_frames, video_height = read_clip(folder / clip.video).shape[:2]
-    return LatentFactors.of_sizes((video_frames, video_height), (frames, height))
+    try:
+        return LatentFactors.of_sizes((video_frames, video_height), (frames, height))
+    except ValueError as error:
+        raise UserError(
+            f"{folder / clip.latents}: {error}; clips of CogVideoX 1.5 made by an earlier version lack latents.json, "
+            "make them again with `halo generate --force`"
+        ) from error
 
 
 def _video_stream(container: "av.container.InputContainer") -> Any:

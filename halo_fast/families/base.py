@@ -162,7 +162,10 @@ class Family(Denoiser):
             UserError: the model cannot make a clip of this size.
         """
         frames, rows, _ = self.latent_size(self.latent_shape(num_frames, height, width))
-        return LatentFactors.of_sizes((num_frames, height), (frames, rows))
+        try:
+            return LatentFactors.of_sizes((num_frames, height), (frames, rows))
+        except ValueError as error:
+            raise UserError(f"model: {error}; let {type(self).__name__} have latent_factors of its own") from error
 
     def closest_format(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The largest format that the model makes and a clip of this one can be cut to."""

@@ -149,8 +149,8 @@ def _judge(config: Config, run: Run, name: str, clips: Sequence[Path], rows: Seq
     prompts, fps = [row["prompt"] for row in rows], config.generate.fps
     asked = [registry.target("judge", name), options, list(config.grid), config.seed, fps, prompts]
     # a model or weights in a folder may change under the same name
-    places = {f"{name}, {option}": Path(one) for option, one in options.items() if isinstance(one, str)}
-    asked += [run.input_hash(label, place) for label, place in places.items() if place.exists()]
+    places = {option: Path(str(options[option])) for option in ("model", "weights") if options.get(option)}
+    asked += [run.input_hash(f"{name}, {option}", place) for option, place in places.items() if place.exists()]
     key = hash_text(json.dumps([*asked, [hash_file(clip) for clip in clips]], sort_keys=True, default=str))
     kept = read_json(folder / "scores.json")
     if kept is None or kept["key"] != key:

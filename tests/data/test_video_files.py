@@ -356,6 +356,12 @@ def test_factors_of_the_autoencoder_follow_the_layout(tmp_path, layout, shape):
     clip = ClipRow("c", 0, "p", 0, 0, "clip.mp4", "z.safetensors")
     assert latent_factors(tmp_path, clip) == (8, 4, True, 0)
     assert latent_factors(tmp_path, ClipRow("c", 0, "p", 0, 0, "clip.mp4", None)) is None
+    padded = torch.zeros(
+        *[4 if length == 3 else length for length in shape]
+    )  # 9 frames in 4, as CogVideoX 1.5 has them
+    write_safetensors(tmp_path / "z.safetensors", {"latents": padded}, layout and {"layout": layout})
+    with pytest.raises(UserError, match="9 frames cannot be divided among 4 .*`halo generate --force`"):
+        latent_factors(tmp_path, clip)
 
 
 FRAGMENTS = r"""
