@@ -368,10 +368,10 @@ def test_numbers_of_the_readme_are_those_of_code_and_results():
     assert len(scripts) == 12 and "Twelve\n[examples]" in readme
     flat = " ".join(readme.split())
     told = {
-        "HALO + patch SFT": ("takes {}% of the defects' severity away", "{}% after `halo_sft`"),
-        "HALO, bounded": ("caps the margins and takes {}%", "{}% after the default"),
+        "HALO + patch SFT": ("which caps no margin, takes {}%", "{}% after `halo_sft`"),
+        "HALO, bounded": ("takes {}% of the defects' severity away", "{}% after the default"),
         "HALO, bounded, two rounds": ("or {}% in two rounds", ""),
-        "Local-DPO": ("Local-DPO takes {}%", "{}% after Local-DPO"),
+        "Local-DPO": ("Local-DPO {}%", "{}% after Local-DPO"),
         "DenseDPO": ("DenseDPO {}%", ""),
         "HALO": ("which has no supervised term, {}%", ""),
         "SFT, winning patches": ("supervision on winning patches alone {}%", ""),
@@ -383,6 +383,11 @@ def test_numbers_of_the_readme_are_those_of_code_and_results():
         assert shares, arm
         for share, sentence in zip(shares.groups(), words, strict=True):
             assert sentence.format(share) in flat, (arm, sentence)
+    patchy = results.partition("## Base: patchy")[2]
+    row = r"^\| {} \| (\d+) [^|]*\|[^|]*\| (\d+) "
+    local, bounded = (re.search(row.format(arm), patchy, re.M).groups() for arm in ("Local-DPO", "HALO, bounded"))
+    assert f"as much as the default ({local[0]}% and {bounded[0]}%)" in flat
+    assert f"shows the prompt more often ({local[1]}% and {bounded[1]}%)" in flat
 
 
 def test_counts(capsys):
