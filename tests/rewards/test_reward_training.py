@@ -304,7 +304,12 @@ train_reward(run.config, run)
         seen.add(checkpoint.stat().st_mtime_ns)
     train_reward(run.config, run)
     assert output_hashes(run.path / "reward") == output_hashes(undisturbed.path / "reward")
-    assert set(output_hashes(run.path / "reward")) == {"model.safetensors", "config.json", "history.csv", "heldout.json"}
+    assert set(output_hashes(run.path / "reward")) == {
+        "model.safetensors",
+        "config.json",
+        "history.csv",
+        "heldout.json",
+    }
 
 
 def test_score_gives_every_candidate_its_rewards(tmp_path):
