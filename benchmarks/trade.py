@@ -43,7 +43,7 @@ from halo_fast.pipeline.stages.evaluate import evaluation_meter
 from halo_fast.train.config import TrainConfig, deciding_settings
 from halo_fast.train.observers.diagnostics import heldout_errors, heldout_figures, summarize
 
-_PAIRS = ("reward", "generate", "score", "pairs", "cache")
+_PAIRS = ("generate", "reward", "score", "pairs", "cache")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from halo_fast.agreement.arms import DEFECTIVE, arm_columns
 from halo_fast.agreement.consistency import distance, diversity, quantiles, reward_consistency
 from halo_fast.agreement.defects import defect_rates, defect_sizes, lost_patches
 from halo_fast.agreement.figures import Figure
-from halo_fast.agreement.paired import Paired, Wins, count_wins, paired_mean, ratio
+from halo_fast.agreement.paired import Paired, Wins, count_wins, paired_mean, ratio, read_in_both
 from halo_fast.data.summary import Section
 from halo_fast.data.tables import EvaluatedRow
 
@@ -182,7 +182,7 @@ def _kept(rows: Sequence[EvaluatedRow], arms: tuple[Columns, Columns], draws: Ma
     kept = {}
     for name, column in (("prompt fidelity", "fidelity_correct"), ("motion, by the meter", "motion_amount")):
         if column in arms[0]:
-            kept[name] = paired_mean(*_both(arms, column), **draws)
+            kept[name] = paired_mean(*read_in_both(arms, column), **draws)
     own = [[row for row in rows if row.arm == arm] for arm in ("base", "aligned")]
     change = [np.array([row.change for row in arm]) for arm in own]
     if not np.isnan(change).any():
@@ -201,14 +201,8 @@ def _two_stage(arms: tuple[Columns, Columns], kinds: Sequence[Columns], draws: M
         found[f"severity, {kind}"] = paired_mean(means[0], means[1], **draws)
     for name in arms[0]:
         if name.endswith("_correct"):
-            found[f"{_words(name.removesuffix('_correct'))} right"] = paired_mean(*_both(arms, name), **draws)
+            found[f"{_words(name.removesuffix('_correct'))} right"] = paired_mean(*read_in_both(arms, name), **draws)
     return found
-
-
-def _both(arms: tuple[Columns, Columns], name: str) -> NDArray[np.float64]:
-    """A column of base and aligned, [2, n], of the prompts of which a meter read something in both clips."""
-    values = np.array([np.asarray(arm[name], float) for arm in arms])
-    return values[:, ~np.isnan(values).any(axis=0)]
 
 
 def _words(name: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from halo_fast.agreement.figures import bootstrap_interval, spearman
+from halo_fast.agreement.paired import read_in_both
 from halo_fast.data.tables import EvaluatedRow
 
 __all__ = ["DEFECTIVE", "arm_columns", "compare_arms", "compare_rewards", "rates_by_kind", "severity_mitigated"]
@@ -162,7 +163,7 @@ def _per_kind(arms: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
 
 def _fidelity(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
     """Share of clips that show what the prompt names, base and aligned, over the prompts where a meter reads both."""
-    correct = _both(arms, "fidelity_correct")
+    correct = read_in_both(arms, "fidelity_correct")
     if not correct.size:
         return {}
 
@@ -171,7 +172,7 @@ def _fidelity(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: 
 
     aspects = [name.removesuffix("_correct") for name in arms[0] if name.endswith("_correct")]
     aspects.remove("fidelity")
-    shares = {name: _both(arms, f"{name}_correct") for name in aspects}
+    shares = {name: read_in_both(arms, f"{name}_correct") for name in aspects}
     return {
         "fidelity_base": float(correct[0].mean()),
         "fidelity_aligned": float(correct[1].mean()),
@@ -187,7 +188,7 @@ def _fidelity(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: 
 
 def _motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: int) -> dict[str, Any]:
     """How much the aligned model's clips move, the base's being 1, over the prompts where a meter reads both."""
-    motion = _both(arms, "motion_amount")
+    motion = read_in_both(arms, "motion_amount")
     if not motion.size:
         return {}
 
@@ -200,12 +201,6 @@ def _motion(arms: list[dict[str, NDArray[np.float64]]], resamples: int, seed: in
         interval = bootstrap_interval(motion_ratio, motion.shape[1], resamples, seed)
         metrics["motion_ratio_interval"] = list(interval)
     return metrics
-
-
-def _both(arms: list[dict[str, NDArray[np.float64]]], name: str) -> NDArray[np.float64]:
-    """A column of base and aligned, [2, n], of the prompts where neither is NaN."""
-    values = np.stack([arm[name] for arm in arms])
-    return values[:, ~np.isnan(values).any(axis=0)]
 
 
 def _defect_rate(severity: NDArray[np.float64]) -> float:

@@ -5,6 +5,7 @@ to both of them cancels.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from halo_fast.agreement.figures import Figure
 
-__all__ = ["Paired", "Parts", "Wins", "count_wins", "paired_mean", "paired_ratio", "ratio", "sign_test"]
+__all__ = ["Paired", "Parts", "Wins", "count_wins", "paired_mean", "paired_ratio", "ratio", "read_in_both", "sign_test"]
 
 Parts = tuple[ArrayLike, ArrayLike]
 """Numerators and denominators of a ratio, [N] each, one of every clip."""
@@ -108,6 +109,17 @@ def paired_mean(base: ArrayLike, aligned: ArrayLike, resamples: int = 1000, seed
     """
     ones = np.ones(len(np.asarray(base)))
     return paired_ratio((base, ones), (aligned, ones), resamples, seed)
+
+
+def read_in_both(arms: Sequence[Mapping[str, ArrayLike]], name: str) -> NDArray[np.float64]:
+    """A column of base and aligned, [2, n], of the prompts of which a meter read something in both clips: no NaN.
+
+    Args:
+        arms: columns [N] by name, of the base and of the aligned model.
+        name: of the column.
+    """
+    values = np.stack([np.asarray(arm[name], dtype=np.float64) for arm in arms])
+    return values[:, ~np.isnan(values).any(axis=0)]
 
 
 def count_wins(gaps: ArrayLike, tie: float = 0.0, resamples: int = 1000, seed: int = 0) -> Wins:

@@ -1,10 +1,9 @@
 """Checks of the settings that need no model: bounds, the objective, what excludes each other, what is installed."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -33,7 +32,8 @@ def checked_objective(config: TrainConfig) -> Objective:
     except (TypeError, ValueError) as error:
         text = str(error)
         raise UserError(f"train.{text}" if text.startswith("objective") else f"train.objective: {text}") from error
-    if isinstance(objective, PooledDPO) and "normalize" not in _named(config.objective):
+    spec = config.objective
+    if type(objective) is PooledDPO and (isinstance(spec, str) or (isinstance(spec, dict) and "normalize" not in spec)):
         # rewards of patches are scores here, not a mask whose size is known
         objective = replace(objective, normalize=True)
     if objective.anchor_weight and config.reference_draws:
@@ -50,11 +50,6 @@ def checked_objective(config: TrainConfig) -> Objective:
     build_auto_beta(config, objective, torch.device("cpu"))
     _check_time_weights(config.time_weights, objective)
     return objective
-
-
-def _named(spec: str | dict[str, Any]) -> Collection[str]:
-    """The fields of the objective that the settings name."""
-    return spec if isinstance(spec, dict) else ()
 
 
 def _check_time_weights(weights: Sequence[float] | None, objective: Objective) -> None:

@@ -4,12 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.candidates import UNBOUNDED
-from benchmarks.trade import SETTINGS, Setting, conditions, demo_config, parse_arguments, read_training, training
+from benchmarks.candidates import ARMS, UNBOUNDED
+from benchmarks.trade import (
+    _PAIRS,
+    SETTINGS,
+    Setting,
+    conditions,
+    demo_config,
+    parse_arguments,
+    read_training,
+    training,
+)
 from halo_fast import GranDPO
 from halo_fast.files import write_json
 from halo_fast.loss.objectives import build
 from halo_fast.pipeline.arguments import load_config
+from halo_fast.pipeline.stages import STAGES
 from halo_fast.train.config import TrainConfig
 
 SFT = {"video_weight": 0.05, "video_beta": 100.0, "patch_beta": 10.0, "patch_gamma": 0.0, "patch_delta": 0.4}
@@ -53,3 +63,10 @@ def test_readings_of_the_same_setting_are_kept_and_those_of_another_refused(tmp_
     for setting, config in [(SETTINGS["unbounded"], longer), (other, base)]:
         with pytest.raises(SystemExit, match=r"unbounded_0: was read with other settings \(train\)"):
             read_training("unbounded", setting, 0, config, tmp_path)
+
+
+@pytest.mark.parametrize("stages", [_PAIRS, *(arm.stages for arm in ARMS.values())])
+def test_stages_are_run_in_the_order_of_a_run(stages):
+    """A reward model that is taken scores the patches of the run's clips, which must be there before it."""
+    order = list(STAGES)
+    assert list(stages) == sorted(stages, key=order.index)
